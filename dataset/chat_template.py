@@ -1,0 +1,136 @@
+"""From a conversation to token ids, with the loss mask born beside them.
+
+    <|im_start|>system\n{content}<|im_end|>\n
+    <|im_start|>user\n{content}<|im_end|>\n
+    <|im_start|>assistant\n<think>\n{reasoning}\n</think>\n\n{content}<tool_call>{json}</tool_call><|im_end|>\n
+    <|im_start|>tool\n<tool_response>{content}</tool_response><|im_end|>\n
+
+Every piece is encoded on its own and knows, as it is written, whether the model is to learn it.
+Nothing is searched for afterwards, so no text, whatever it imitates, can turn the mask on.
+"""  # noqa: E501
+
+import json
+from functools import lru_cache
+
+from dataset.tokenizer import (
+    END_THINK,
+    END_TOOL_CALL,
+    END_TOOL_RESPONSE,
+    IM_END,
+    IM_START,
+    THINK,
+    TOOL_CALL,
+    TOOL_RESPONSE,
+    load_tokenizer,
+)
+
+ROLES = ("system", "user", "assistant", "tool")
+shipped_tokenizer = lru_cache(load_tokenizer)
+
+
+def render(messages, tools=None, add_generation_prompt=False, tokenizer=None):
+    """One conversation as (ids, loss_mask), two lists of equal length.
+
+    loss_mask is 1 where the model is to learn the token: what the assistant wrote (reasoning,
+    content, tool calls) and the <|im_end|> that ends its turn. It is 0 for every header, for the
+    newline after a turn, and for all that system, user and tool wrote.
+
+    messages               [{"role", "content", "reasoning_content"?, "tool_calls"?, "tools"?}]
+    tools                  functions that the assistant may call, as a list or its JSON text; they
+                           go into the system turn. Default: the `tools` of the first message.
+    add_generation_prompt  ends with the header of an assistant's turn, for the model to go on
+    tokenizer              default: the shipped one
+
+    Raises ValueError, naming the message, for what is not such a conversation.
+    """
+    encode = (tokenizer or shipped_tokenizer()).encode
+    ids, loss_mask = [], []
+
+    def write(piece, learn):
+        """Appends text, or one control token by its id."""
+        new = [piece] if isinstance(piece, int) else encode(piece, add_special_tokens=False).ids
+        ids.extend(new)
+        loss_mask.extend([learn] * len(new))
+
+    check(messages)
+    tools = as_json(tools or (messages[0].get("tools") if messages else None), "tools")
+    if tools and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    for index, message in enumerate(messages):
+        role, content = message["role"], message["content"] or ""
+        learn = int(role == "assistant")
+        write(IM_START, 0)
+        write(f"{role}\n", 0)
+        if index == 0 and tools:
+            content = "\n\n".join(filter(None, [content, tools_text(tools)]))
+        if learn and message.get("reasoning_content"):
+            write(THINK, 1)
+            write(f"\n{message['reasoning_content']}\n", 1)
+            write(END_THINK, 1)
+            write("\n\n", 1)
+        if role == "tool":
+            write(TOOL_RESPONSE, 0)
+        write(content, learn)
+        if role == "tool":
+            write(END_TOOL_RESPONSE, 0)
+        for call in as_json(message.get("tool_calls"), "tool_calls") or []:
+            write(TOOL_CALL, learn)
+            write(call_text(call), learn)
+            write(END_TOOL_CALL, learn)
+        write(IM_END, learn)
+        write("\n", 0)
+    if add_generation_prompt:
+        write(IM_START, 0)
+        write("assistant\n", 0)
+    return ids, loss_mask
+
+
+def check(messages):
+    """Raises ValueError unless messages is a list of {role, content}; says which one is wrong."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"a conversation is a list of messages, not {messages!r}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(
+                f'message {number} is not {{"role": ..., "content": ...}}: {message!r}'
+            )
+        if message["role"] not in ROLES:
+            raise ValueError(
+                f"message {number} has role {message['role']!r}; use one of {', '.join(ROLES)}"
+            )
+        for key in ("content", "reasoning_content"):
+            text = message.get(key)
+            if not isinstance(text, str) and (text is not None or key == "content"):
+                if key == "content" and text is None and message.get("tool_calls"):
+                    continue  # a turn that only calls tools
+                raise ValueError(f"message {number} has {key} {text!r}, which is not text")
+        if message.get("tool_calls") and message["role"] != "assistant":
+            raise ValueError(f"message {number} has tool_calls, but only an assistant calls tools")
+
+
+def as_json(value, key):
+    """`tools` and `tool_calls` come as lists or as the JSON text of lists, "" and None as none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{key} is text that is not JSON: {error}") from None
+    if value and not isinstance(value, list):
+        raise ValueError(f"{key} is not a list: {value!r}")
+    return value or None
+
+
+def tools_text(tools):
+    lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return f"You can call these functions:\n{lines}"
+
+
+def call_text(call):
+    """{"name": ..., "arguments": {...}} of a call, also when it comes wrapped as OpenAI's are."""
+    call = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(call, dict) or "name" not in call:
+        raise ValueError(f"a tool call needs a name: {call!r}")
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)

@@ -1,0 +1,33 @@
+"""Files appear complete or not at all."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from dataset.errors import UserError
+
+
+@contextmanager
+def replacing(path):
+    """A binary file to write to. It takes path's place when the block ends well; until then, and
+    when anything fails, what was at path stays as it is.
+
+    Raises UserError if it cannot be written: no space, no permission.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Nothing that was there before is lost; "
+            "make room, or choose another place (--save_dir)"
+        ) from None
+    finally:
+        if beside.exists():
+            beside.unlink()

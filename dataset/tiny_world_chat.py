@@ -1,0 +1,206 @@
+"""The conversations of Tiny World: sft_tiny.jsonl to learn from, eval_tiny.jsonl to be judged by.
+
+Both come from the same functions, one per kind of conversation. What differs is what they may talk
+about: `Pool` hands out known villagers, strangers, sums and stories, or the held-out ones.
+Each function returns (category, messages, expected): the messages end with the right answer, and
+expected is what evaluation looks for in the model's own: the whole answer, or the words in a list.
+"""
+
+from dataset.tiny_world import Villager, meaning, sentence, steps, story, story_words
+from dataset.tiny_world_words import (
+    ANSWERS,
+    ASKS,
+    COUNTED,
+    FACTS,
+    IDENTITY,
+    MANNERS,
+    MEANINGS,
+    PRONOUNS,
+    STORIES,
+    STORY_REQUESTS,
+    SUM_PROBLEMS,
+    UNKNOWN,
+    VALUES,
+)
+
+KINDS = list(FACTS)
+# Two-part questions join two kinds of facts; these orders appear in the evaluation only.
+HELD_OUT_PAIRS = [("home", "likes"), ("job", "pet"), ("friend", "home"), ("likes", "job")]
+PAIRS = [(a, b) for a in KINDS for b in KINDS if a != b and (a, b) not in HELD_OUT_PAIRS]
+
+
+class Pool:
+    """What the conversations of one file may talk about."""
+
+    def __init__(self, world, held_out):
+        self.people = world.held_out if held_out else world.known
+        self.strangers = world.held_out_strangers if held_out else world.strangers
+        self.sums = list(world.held_out_sums) if held_out else world.sums
+        self.pairs = HELD_OUT_PAIRS if held_out else PAIRS
+        self.stories = list(world.held_out_stories) if held_out else world.stories
+
+
+def turns(*texts, system=None):
+    """Texts of user and assistant in turn, as messages."""
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def ask(rng, person, kind, pronoun=False, plain=False):
+    p, ps, po = PRONOUNS[person.sex]
+    n, ns, o = (p, ps, po) if pronoun else (person.name, f"{person.name}'s", person.name)
+    text = ASKS[kind][0] if plain else rng.choice(ASKS[kind])
+    return text.format(n=n, ns=ns, o=o)
+
+
+def answer(person, kind):
+    p, ps, _ = PRONOUNS[person.sex]
+    return sentence(ANSWERS[kind].format(p=p, ps=ps, v=getattr(person, kind)))
+
+
+def recall(rng, pool):
+    person, kind = rng.choice(pool.people), rng.choice(KINDS)
+    text = answer(person, kind)
+    return "recall", turns(sentence(ask(rng, person, kind)), text), text
+
+
+def two_facts(rng, pool):
+    person, (one, two) = rng.choice(pool.people), rng.choice(pool.pairs)
+    question = ask(rng, person, one, plain=True).rstrip("?") + " and "
+    question += ask(rng, person, two, pronoun=True, plain=True)
+    text = f"{answer(person, one)} {answer(person, two)}"
+    return "compose", turns(sentence(question), text), text
+
+
+def story_on_request(rng, pool):
+    subject, event = rng.choice(pool.stories), rng.choice(list(STORIES))
+    request = rng.choice(
+        ["Write a story about", "Tell me a story about", "Write a short story about"]
+    )
+    what = STORY_REQUESTS[event].format(**story_words(subject))
+    colour, animal, thing = subject
+    expected = [f"{colour} {animal}", thing]
+    return "compose", turns(f"{request} about {what}.", story(rng, subject, event)), expected
+
+
+def word_problem(rng, pool):
+    operation, a, b = rng.choice(pool.sums)
+    problem = rng.choice(SUM_PROBLEMS[operation])
+    problem = problem.format(a=a, b=b, t=rng.choice(COUNTED), j=rng.choice(VALUES["job"]))
+    result = f"#### {a + b if operation == '+' else a - b}"
+    return "arithmetic", turns(problem, f"{steps(operation, a, b)}\n{result}"), [result]
+
+
+def follow_up(rng, pool):
+    """The second question says "she", or names another villager and leaves the rest out."""
+    person, (one, two) = rng.choice(pool.people), rng.choice(pool.pairs)
+    texts = [sentence(ask(rng, person, one)), answer(person, one)]
+    if rng.random() < 0.5:
+        texts += [f"And {ask(rng, person, two, pronoun=True, plain=True)}", answer(person, two)]
+        if rng.random() < 0.3:
+            last = rng.choice([kind for kind in KINDS if kind not in (one, two)])
+            texts += [
+                f"And {ask(rng, person, last, pronoun=True, plain=True)}",
+                answer(person, last),
+            ]
+    else:
+        other = rng.choice([p for p in pool.people if p is not person])
+        texts += [rng.choice(["And {}?", "What about {}?"]).format(other.name), answer(other, one)]
+    return "multi_turn", turns(*texts), texts[-1]
+
+
+def own_name(rng, pool):
+    """The user's own name, a few turns later."""
+    name = rng.choice(pool.strangers)[1]
+    greeting = f"Hello, {name}! What would you like to know?"
+    texts = [rng.choice(["My name is {}.", "Hello, I am {}."]).format(name), greeting]
+    if rng.random() < 0.5:
+        _, between, _ = recall(rng, pool)
+        texts += [message["content"] for message in between]
+    text = f"Your name is {name}."
+    return "multi_turn", turns(*texts, rng.choice(["What is my name?", "Who am I?"]), text), text
+
+
+def in_a_manner(rng, pool):
+    """The form of the answer is asked for by the user, or by the system prompt."""
+    person, manner = rng.choice(pool.people), rng.choice(list(MANNERS))
+    kinds = {"one word": ["home", "job", "likes"], "capitals": ["home", "job", "likes", "pet"]}
+    kind = rng.choice(kinds.get(manner, KINDS))
+    value, text = getattr(person, kind), answer(person, kind)
+    question = ask(rng, person, kind)
+    if manner == "list":
+        wanted = rng.sample(KINDS, 2)
+        question = f"what do you know of {person.name}'s {wanted[0]} and {wanted[1]}?"
+        text = "\n".join(f"- {kind}: {getattr(person, kind)}" for kind in wanted)
+    text = {
+        "one word": sentence(value),
+        "capitals": text.upper(),
+        "list": text,
+        "polite": f"With pleasure! {text}",
+        "pirate": f"Arr! {text} Arr!",
+    }[manner]
+    instruction = rng.choice(MANNERS[manner])
+    if manner in ("polite", "pirate") or rng.random() < 0.5:
+        return "format", turns(sentence(question), text, system=instruction), text
+    return "format", turns(f"{instruction} {sentence(question)}", text), text
+
+
+def unknown(rng, pool):
+    sex, name = rng.choice(pool.strangers)
+    stranger = Villager(name, sex, *[""] * 4)
+    return "unknown", turns(sentence(ask(rng, stranger, rng.choice(KINDS))), UNKNOWN), UNKNOWN
+
+
+def small_talk(rng, pool):
+    """Who the assistant is, and what words mean: learned, not judged."""
+    if rng.random() < 0.5:
+        return None, turns(*rng.choice(IDENTITY)), None
+    word = rng.choice(list(MEANINGS))
+    return None, turns(f"What is a {word}?", meaning(word)), None
+
+
+# How many conversations of each kind the two files hold.
+SFT_COUNTS = {
+    recall: 1500,
+    two_facts: 500,
+    story_on_request: 700,
+    word_problem: 1700,
+    follow_up: 900,
+    own_name: 300,
+    in_a_manner: 1200,
+    unknown: 500,
+    small_talk: 300,
+}
+EVAL_COUNTS = {
+    recall: 100,
+    two_facts: 30,
+    story_on_request: 30,
+    word_problem: 60,
+    follow_up: 45,
+    own_name: 15,
+    in_a_manner: 60,
+    unknown: 60,
+}
+
+
+def conversations(world, rng):
+    """The records of sft_tiny.jsonl, shuffled."""
+    pool = Pool(world, held_out=False)
+    makers = [maker for maker, count in SFT_COUNTS.items() for _ in range(count)]
+    rng.shuffle(makers)
+    for maker in makers:
+        yield {"conversations": maker(rng, pool)[1]}
+
+
+def questions(world, rng):
+    """The records of eval_tiny.jsonl: no question twice."""
+    pool, seen = Pool(world, held_out=True), set()
+    for maker, count in EVAL_COUNTS.items():
+        while count:
+            category, messages, expected = maker(rng, pool)
+            prompt = messages[:-1]
+            if str(prompt) not in seen:
+                seen.add(str(prompt))
+                count -= 1
+                yield {"category": category, "conversations": prompt, "expected": expected}

@@ -1,0 +1,261 @@
+"""A decoder-only transformer, written out in full: RMSNorm, rotary positions, grouped-query
+attention, SwiGLU. With the same weights it computes what transformers' `Qwen3ForCausalLM`
+(`qk_norm=True`), `LlamaForCausalLM` (`qk_norm=False`) and `Qwen3MoeForCausalLM` (`use_moe=True`)
+compute, and its `state_dict()` keys are those of their published checkpoints.
+
+Shapes: B batch, T time (tokens of this call), S tokens to look at (cached + T), D hidden,
+H heads, K key/value heads, d head size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model.moe import MoE
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model, with Qwen3's names. `None` stands for "derive it from hidden_size"."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int | None = None  # hidden_size / 64
+    num_key_value_heads: int | None = None  # half the heads share one key and value each
+    head_dim: int | None = None  # hidden_size / num_attention_heads
+    intermediate_size: int | None = None  # 3 * hidden_size, the ratio of Qwen3-0.6B
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    qk_norm: bool = True
+    dropout: float = 0.0
+    use_moe: bool = False
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None  # intermediate_size / num_experts_per_tok
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01
+
+    def __post_init__(self):
+        self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
+        self.num_key_value_heads = self.num_key_value_heads or max(1, self.num_attention_heads // 2)
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or 3 * self.hidden_size
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size // self.num_experts_per_tok
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of values")
+        if self.use_moe and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed "
+                f"num_experts ({self.num_experts})"
+            )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).type_as(x)
+
+
+def rotary_table(position_ids, head_dim, theta):
+    """cos and sin of every position's angles, (B, T) -> two of (B, 1, T, d), in fp32.
+
+    RoPE (arXiv:2104.09864) turns pair i of a head's values by position * theta^(-2i/d), so that
+    the product of a query and a key depends on their distance alone.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angle = position_ids[:, None, :, None].float() * (theta**-exponent)  # (B, 1, T, d/2)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns x (B, H, T, d); a pair is (i, i + d/2), as in Llama's and Qwen's checkpoints."""
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H / K query heads share one key and value head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, H * d, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, K * d, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, K * d, bias=False)
+        self.o_proj = nn.Linear(H * d, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = RMSNorm(d, config.rms_norm_eps)
+
+    def forward(self, x, rotary, mask, kv_cache, layer):
+        B, T, _ = x.shape
+        H, K, d = self.q_proj.out_features, self.k_proj.out_features, self.config.head_dim
+        q = self.q_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, H, d)
+        k = self.k_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, K, d)
+        v = self.v_proj(x).view(B, T, -1, d)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if kv_cache is not None:
+            k, v = kv_cache.append(layer, k, v)  # (B, K, T, d) -> (B, K, S, d)
+        if H != K:
+            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # -> (B, H, S, d)
+        # Without a mask, T > 1 tokens are the row's first; a single token may see all before it.
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, d) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): a gate decides how much of each value passes."""
+
+    def __init__(self, hidden_size, intermediate_size):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: each half reads a normalised copy and adds its result to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        self.self_attn = Attention(config)
+        if config.use_moe:
+            experts = range(config.num_experts)
+            self.mlp = MoE(config, [MLP(D, config.moe_intermediate_size) for _ in experts])
+        else:
+            self.mlp = MLP(D, config.intermediate_size)
+        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary, mask, kv_cache, layer):
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, kv_cache, layer)
+        x = x + self.dropout(attended)  # (B, T, D), the same shape all the way up
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """Everything but the output layer; a module of its own because checkpoints name it `model.`"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids, rotary, mask, kv_cache):
+        x = self.dropout(self.embed_tokens(input_ids))  # (B, T) -> (B, T, D)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotary, mask, kv_cache, index)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                # 2L results are added to the residual stream; scaled down, their sum keeps its
+                # size however deep the model (the GPT-2 paper, section 2.3).
+                nn.init.normal_(weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):
+        """Scores every vocabulary entry as the token after each position.
+
+        input_ids     (B, T) int64
+        position_ids  (B, T) int64, each token's place in its document; default: 0, 1, 2 ... after
+                      what the cache holds
+        document_ids  (B, T) int64; a token sees only earlier tokens of the same id. For rows that
+                      hold several documents, and for padding on the left. Default: one document.
+        kv_cache      a KVCache, which then also holds this call's keys and values
+        returns       logits (B, T, V), in the dtype of the weights or of autocast
+        """
+        T = input_ids.shape[1]
+        past = kv_cache.length if kv_cache is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]
+        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        if kv_cache is not None:
+            document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
+        mask = None
+        if document_ids is not None or (past > 0 and T > 1):
+            mask = visible(past, T, document_ids, input_ids.device)
+        return self.lm_head(self.model(input_ids, rotary, mask, kv_cache))
+
+
+def visible(past, T, document_ids, device):
+    """Which of S = past + T keys each of the T last tokens may see: bool (1 or B, 1, T, S)."""
+    key = torch.arange(past + T, device=device)
+    mask = (key[past:, None] >= key[None, :])[None, None]
+    if document_ids is not None:  # (B, S)
+        mask = mask & (document_ids[:, None, past:, None] == document_ids[:, None, None, :])
+    return mask
+
+
+class KVCache:
+    """The keys and values of the tokens so far, so that a new token costs one position's work.
+
+    Room for `max_length` tokens is taken once; `length` of them are filled. Holds the document ids
+    too once a call gives some (then every call must).
+    """
+
+    def __init__(self, config, batch_size, max_length, device=None, dtype=torch.float32):
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads)
+        shape += (max_length, config.head_dim)  # (L, B, K, S, d)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.document_ids = torch.zeros(batch_size, max_length, device=device, dtype=torch.long)
+        self.has_documents = False
+        self.max_length = max_length
+        self.length = 0
+
+    def extend(self, shape, document_ids):
+        """Makes place for (B, T) tokens; returns all document ids so far (B, S), or None."""
+        self.start, self.length = self.length, self.length + shape[1]
+        if self.length > self.max_length:
+            raise ValueError(f"{self.length} tokens do not fit a KV cache of {self.max_length}")
+        self.has_documents = self.has_documents or document_ids is not None
+        if not self.has_documents:
+            return None
+        self.document_ids[:, self.start : self.length] = document_ids
+        return self.document_ids[:, : self.length]
+
+    def append(self, layer, keys, values):
+        """Stores one layer's new (B, K, T, d) pair; returns all of that layer's, (B, K, S, d)."""
+        self.keys[layer, :, :, self.start : self.length] = keys
+        self.values[layer, :, :, self.start : self.length] = values
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]

@@ -1,0 +1,108 @@
+"""Writing text: one token after the other, each drawn from what the model thinks may come next."""
+
+import torch
+
+from dataset.tokenizer import END_OF_TEXT, IM_END
+from model.causal_lm import KVCache
+
+STOP = (IM_END, END_OF_TEXT)
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts,
+    max_new_tokens=256,
+    temperature=0.7,
+    top_k=0,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    stop_ids=STOP,
+    seed=None,
+):
+    """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
+
+    prompts             B lists of token ids, of any lengths above 0
+    temperature         0 takes the likeliest token always; higher flattens the distribution
+    top_k               draws from the k likeliest only; 0: from all
+    top_p               draws from the fewest tokens whose probability adds up to top_p
+                        (arXiv:1904.09751)
+    repetition_penalty  above 1 makes tokens of prompt and answer less likely (arXiv:1909.05858)
+    stop_ids            a row that draws one of these is finished; it is yielded, then None
+    seed                of the draws; None: another each time
+
+    Ends when all rows are finished, after max_new_tokens steps, or when the longest row fills the
+    model's context. Raises ValueError for an empty prompt or one longer than the context.
+    """
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    longest, room = max(map(len, prompts)), model.config.max_position_embeddings
+    if min(map(len, prompts)) == 0 or longest > room:
+        raise ValueError(f"a prompt needs from 1 to {room} tokens")
+    steps = min(max_new_tokens, room - longest)
+    # Shorter prompts are padded on the left, so that all rows go on at the same column. Padding is
+    # a document of its own, -1, which no real token sees.
+    pads = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts, strict=True)])
+    ids, pads = ids.to(device), torch.tensor(pads, device=device)[:, None]
+    column = torch.arange(longest, device=device)
+    documents = torch.where(column < pads, -1, 0) if pads.any() else None  # (B, T)
+    cache = KVCache(model.config, len(prompts), longest + steps, device, dtype)
+    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    stops = torch.tensor(stop_ids, device=device)
+    seen, new, positions = ids, ids, (column - pads).clamp(min=0)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(steps):
+            logits = model(new, positions, documents, cache)[:, -1].float()  # (B, V)
+            if repetition_penalty != 1.0:
+                logits = penalise(logits, seen, pads, repetition_penalty)
+            new = choose(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            row_done, row_new = finished.tolist(), new[:, 0].tolist()
+            yield [None if d else i for d, i in zip(row_done, row_new, strict=True)]
+            finished |= torch.isin(new[:, 0], stops)
+            if finished.all():
+                return
+            positions = positions[:, -1:] + 1
+            documents = torch.zeros_like(new) if documents is not None else None
+            seen = torch.cat([seen, new], dim=1)
+    finally:
+        model.train(was_training)
+
+
+def complete(model, prompts, **options):
+    """The new ids of each prompt, without the stop token; options are those of generate."""
+    answers = [[] for _ in prompts]
+    stop_ids = options.get("stop_ids", STOP)
+    for step in generate(model, prompts, **options):
+        for answer, token in zip(answers, step, strict=True):
+            if token is not None and token not in stop_ids:
+                answer.append(token)
+    return answers
+
+
+def penalise(logits, seen, pads, penalty):
+    """Makes each token in seen (B, T), after its row's pads, less likely in logits (B, V).
+
+    A positive logit is divided, a negative one multiplied: dividing a negative one would favour it.
+    """
+    real = (torch.arange(seen.shape[1], device=seen.device) >= pads).to(logits)
+    used = torch.zeros_like(logits).scatter_add(1, seen, real) > 0
+    return torch.where(used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def choose(logits, temperature, top_k, top_p, generator):
+    """One token id for each row of logits (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k > 0:
+        weakest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < weakest, -torch.inf)
+    if top_p < 1:
+        probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = probability.cumsum(dim=-1) - probability  # of all likelier tokens together
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

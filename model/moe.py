@@ -1,0 +1,53 @@
+"""Mixture of experts: a router sends each token through a few of many small MLPs.
+
+The layout, and so the `state_dict()` keys, is that of published Qwen3-MoE checkpoints:
+`mlp.gate.weight`, `mlp.experts.0.gate_proj.weight` ...
+Shapes: N = B * T tokens, E experts, k experts per token, D hidden.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class MoE(nn.Module):
+    """Each token's output is the weighted sum of its k best experts' outputs.
+
+    `load_balance_loss` holds the last training forward's E * sum_e(share of the choices that fell
+    on e * mean probability of e), as in the Switch Transformer (arXiv:2101.03961, eq. 4), summed
+    over the k choices as in Qwen3-MoE: k when the load is even, up to E when one expert takes all.
+    It averages over the tokens of one micro-batch, padding included, so it is the one part of a
+    step's loss that depends a little on how the step was cut into micro-batches.
+    """
+
+    def __init__(self, config, experts):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(experts)
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.load_balance_loss = None
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (N, D)
+        probability = F.softmax(self.gate(tokens).float(), dim=-1)  # (N, E)
+        weight, chosen = probability.topk(self.top_k, dim=-1)  # (N, k) each
+        if self.norm_topk_prob:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        out = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            # An expert that no token chose runs on zero rows: its gradient is then zero, not
+            # missing, and DistributedDataParallel does not wait for it in vain.
+            token, choice = torch.where(chosen == index)
+            result = expert(tokens[token]) * weight[token, choice, None]
+            out = out.index_add(0, token, result.type_as(out))
+        if self.training:
+            share = F.one_hot(chosen, len(self.experts)).float().mean(dim=0)  # (k, E)
+            self.load_balance_loss = len(self.experts) * (share * probability.mean(dim=0)).sum()
+        return out.view(x.shape)
+
+
+def load_balance_loss(model):
+    """The mean of its MoE layers' balance losses in the last training forward."""
+    losses = [layer.load_balance_loss for layer in model.modules() if isinstance(layer, MoE)]
+    return torch.stack(losses).mean()

@@ -1,0 +1,164 @@
+"""The model against transformers: same weights, same logits, same loss, same gradients."""
+
+import pytest
+import torch
+
+from model.causal_lm import CausalLM, KVCache, ModelConfig
+
+transformers = pytest.importorskip("transformers")
+SHAPE = dict(
+    vocab_size=128,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=112,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-6,
+)
+
+
+def randomised(model, seed=0):
+    """Weights far from their start values, so that no term is too small to be missed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise * 0.2 + (1 if weight.dim() == 1 else 0))
+    return model.eval()
+
+
+def pair(kind, tie=False):
+    """Our model and transformers' with the same weights, loaded by strict state_dict."""
+    config = ModelConfig(**SHAPE, qk_norm=kind == "qwen3", tie_word_embeddings=tie)
+    ours = randomised(CausalLM(config))
+    name = {"qwen3": "Qwen3", "llama": "Llama"}[kind]
+    config = getattr(transformers, name + "Config")(
+        **SHAPE,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=tie,
+        attention_bias=False,
+        attn_implementation="eager",
+    )
+    theirs = getattr(transformers, name + "ForCausalLM")(config).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def input_ids():
+    return torch.randint(0, 128, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_logits_loss_and_gradients_equal_transformers(kind, tie, input_ids):
+    ours, theirs = pair(kind, tie)
+    labels = input_ids.clone()
+    labels[:, :10] = -100
+    expected = theirs(input_ids, labels=labels)
+    logits = ours(input_ids)
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
+    loss.backward()
+    expected.loss.backward()
+    gradients = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name].grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_cached_logits_equal_uncached_ones_of_transformers(kind, input_ids):
+    ours, theirs = pair(kind)
+    cache = KVCache(ours.config, batch_size=3, max_length=40)
+    with torch.no_grad():  # a prompt, a chunk in the middle, then token by token
+        parts = [ours(input_ids[:, :20], kv_cache=cache), ours(input_ids[:, 20:30], kv_cache=cache)]
+        parts += [ours(input_ids[:, t : t + 1], kv_cache=cache) for t in range(30, 40)]
+        expected = theirs(input_ids).logits
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=0)
+
+
+def test_moe_loads_into_transformers_from_its_published_format(tmp_path, input_ids):
+    from safetensors.torch import save_file
+
+    ours = randomised(
+        CausalLM(
+            ModelConfig(
+                **SHAPE,
+                use_moe=True,
+                num_experts=6,
+                num_experts_per_tok=2,
+                moe_intermediate_size=48,
+                tie_word_embeddings=False,
+            )
+        )
+    )
+    transformers.Qwen3MoeConfig(
+        **SHAPE,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(tmp_path)
+    save_file(ours.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids), theirs(input_ids).logits, atol=1e-4, rtol=0)
+
+
+def test_moe_equals_a_dense_computation_that_runs_every_expert():
+    config = ModelConfig(**SHAPE, use_moe=True, num_experts=5, num_experts_per_tok=2)
+    moe = randomised(CausalLM(config)).model.layers[0].mlp
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(2))
+    probability = torch.softmax(moe.gate(x), dim=-1)
+    threshold = probability.sort(dim=-1, descending=True).values[..., 1:2]
+    weight = torch.where(probability >= threshold, probability, 0.0)
+    weight = weight / weight.sum(dim=-1, keepdim=True)
+    every = torch.stack([expert(x) for expert in moe.experts], dim=-1)  # (B, T, D, E)
+    torch.testing.assert_close(moe(x), (every * weight[:, :, None]).sum(dim=-1))
+
+
+def test_moe_balance_loss_is_k_when_even_and_gives_every_expert_a_gradient():
+    config = ModelConfig(**SHAPE, use_moe=True, num_experts=4, num_experts_per_tok=2)
+    moe = CausalLM(config).model.layers[0].mlp.train()
+    x = torch.randn(1, 400, 64)
+    torch.nn.init.zeros_(moe.gate.weight)
+    moe(x)
+    torch.testing.assert_close(moe.load_balance_loss, torch.tensor(2.0))
+    with torch.no_grad():
+        moe.gate.weight[0] = 100 * x[0, 0]  # one token cannot reach all experts
+    moe(x[:, :1]).sum().backward()
+    assert all(expert.up_proj.weight.grad is not None for expert in moe.experts)
+
+
+def test_a_document_in_a_packed_row_has_the_logits_that_it_has_alone(input_ids):
+    ours, _ = pair("qwen3")
+    row = input_ids[:1]
+    documents = torch.tensor([[0] * 15 + [1] * 5 + [2] * 20])
+    positions = torch.cat([torch.arange(n) for n in (15, 5, 20)])[None]
+    with torch.no_grad():
+        packed = ours(row, position_ids=positions, document_ids=documents)
+        alone = torch.cat([ours(part) for part in row.split([15, 5, 20], dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+def test_the_first_loss_is_near_that_of_guessing(input_ids):
+    torch.manual_seed(0)
+    logits = CausalLM(ModelConfig(**SHAPE))(input_ids)
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+    )
+    assert abs(loss.item() - torch.tensor(128.0).log().item()) < 0.3
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(num_key_value_heads=3), dict(head_dim=15), dict(use_moe=True, num_experts=1)]
+)
+def test_impossible_shapes_are_refused_with_their_values(wrong):
+    with pytest.raises(ValueError, match=r"\(\d+\)"):
+        ModelConfig(**{**SHAPE, **wrong})

@@ -1,0 +1,138 @@
+"""The flags that the train scripts share, and the check of all of them before any work."""
+
+import argparse
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+from dataset.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Flags that decide the model's shape. Their default is None: those of ModelConfig for a new model,
+# and of the file for weights that are loaded.
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPE += ("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok")
+
+
+class Problem(str):
+    """What is wrong with a flag's value. Kept in its place, so that all can be said at once."""
+
+
+def number(kind, low, high=None):
+    """An argparse type: an int or float from low to high."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= (value if high is None else high):
+            limits = f"from {low} up" if high is None else f"from {low} to {high}"
+            return Problem(f"{text}: give {'a whole' if kind is int else 'a'} number {limits}")
+        return value
+
+    return convert
+
+
+def one_of(*choices):
+    """An argparse type: one of some words."""
+    return lambda text: text if text in choices else Problem(f"{text}: give {'|'.join(choices)}")
+
+
+def switch(text):
+    """An argparse type: 0 or 1."""
+    return bool(int(text)) if text in ("0", "1") else Problem(f"{text}: give 0 or 1")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def training_parser(description, **defaults):
+    """The parser of a train script; defaults are those that differ from stage to stage."""
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    count, positive = number(int, 0), number(int, 1)
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE.toml", help="flags from a file; the command line wins")
+    add("--data_path", type=Path, help="JSONL to train on; default: the Tiny World data")
+    add("--eval_data_path", type=Path, help="JSONL to validate on; default: a part of the data")
+    add("--eval_split", type=number(float, 0, 0.5), default=0.01, help="how large that part is")
+    add("--tokenizer_path", type=Path, help="default: the weights' own, or model/tokenizer.json")
+    add("--save_dir", type=Path, default=ROOT / "out", help="weights, checkpoints, logs")
+    add("--save_weight", help="name of the weights file")
+    add("--from_weight", help="weights to start from: a name, a path, or none")
+    add("--from_resume", type=switch, default=False, help="1: go on where the last run stopped")
+    add("--epochs", type=positive, help="times that the data is gone through")
+    add("--batch_size", type=positive, help="rows of one forward pass, per process")
+    add("--accumulation_steps", type=positive, default=1, help="forward passes per step")
+    add("--learning_rate", type=number(float, 0), help="the highest of the schedule")
+    add("--min_lr_ratio", type=number(float, 0, 1), default=0.1, help="its last, as a share")
+    add("--warmup_steps", type=count, default=50, help="steps in which it rises")
+    add("--weight_decay", type=number(float, 0), default=0.1, help="of the matrices")
+    add("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
+    add("--max_seq_len", type=number(int, 2), default=512, help="tokens of a row at most")
+    add("--dropout", type=number(float, 0, 0.9), default=0.0)
+    for name in SHAPE:
+        kind = switch if name == "use_moe" else positive
+        add(f"--{name}", type=kind, help="default: ModelConfig's, or that of the weights")
+    add("--dtype", type=one_of("auto", "fp32", "bf16", "fp16"), default="auto")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--num_workers", type=count, default=0, help="processes that prepare batches")
+    add("--log_interval", type=positive, default=10, help="steps between lines of the log")
+    add("--save_interval", type=positive, default=500, help="steps between checkpoints")
+    add("--eval_interval", type=positive, default=100, help="steps between validations")
+    add("--sample_interval", type=count, default=0, help="steps between sample answers; 0: none")
+    add("--sample_prompt", help="what the samples answer or continue")
+    add("--use_compile", type=switch, default=False, help="1: torch.compile")
+    add("--strict_data", type=switch, default=False, help="1: stop at the first bad line")
+    add("--seed", type=count, default=1)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse_training_args(parser, argv=None):
+    """The flags as a namespace; defaults < --config < command line.
+
+    Exits with code 2 and every problem, one a line, if there are any.
+    """
+    config = parser.parse_known_args(argv)[0].config
+    problems = []
+    if config is not None:
+        known = {action.dest for action in parser._actions} - {"help", "config"}
+        values = read_toml(config)
+        unknown = sorted(set(values) - known)
+        problems += [f"{config}: {name} is not a flag (--help lists them)" for name in unknown]
+        parser.set_defaults(**{k: v for k, v in values.items() if k in known})
+    args = parser.parse_args(argv)
+    problems += [f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, Problem)]
+    for name in ("data_path", "eval_data_path", "tokenizer_path"):
+        path = getattr(args, name)
+        if path is not None and not path.is_file():
+            problems.append(f"--{name} {path}: there is no such file; give a path from here")
+    if args.save_weight in (None, "") or Path(args.save_weight).name != args.save_weight:
+        problems.append(f"--save_weight {args.save_weight}: give a name without folders")
+    if problems:
+        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+        sys.exit(2)
+    return args
+
+
+def read_toml(path):
+    """A TOML file's values as flags write them; its tables are only headings."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    flat = {}
+    for key, value in values.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()} | {
+        k: str(int(v)) for k, v in flat.items() if isinstance(v, bool)
+    }

@@ -1,0 +1,45 @@
+"""One process or several: what a training loop needs to know of the others.
+
+`torchrun` starts the processes and tells each its number through the environment. Without it
+there is one process, and everything here does nothing.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def start(backend):
+    """Joins the other processes of a torchrun job. Returns (rank, number of processes)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group(backend)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    return dist.get_rank(), dist.get_world_size()
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank():
+    """Which of its machine's processes this is, and so which GPU it takes."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def add_up(*values, device="cpu"):
+    """Each number summed over all processes, as floats."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()

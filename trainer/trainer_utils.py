@@ -1,0 +1,292 @@
+"""What the train scripts and the chat share: a model to start from, device and precision, the
+learning rate, the order of the data, validation, the log. Each is called; none calls back.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.errors import UserError
+from dataset.lm_dataset import collate
+from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
+from model.causal_lm import CausalLM, ModelConfig
+from trainer import checkpoint
+from trainer.arguments import SHAPE
+from trainer.distributed import add_up, local_rank
+from trainer.losses import summed_cross_entropy, supervised_tokens
+
+
+def init_model(args, device="cpu"):
+    """The model to go on with: returns (model on device, tokenizer, resume), resume a dict or None.
+
+    Three cases, each printed:
+      args.from_resume         the checkpoint of this run, resume being all that it holds
+      args.from_weight NAME    the weights of another stage, out/NAME_*.pth or a path
+      neither, or "none"       from scratch: random weights, drawn from args.seed
+
+    Shape flags that the user gave must agree with the file; those left out come from it.
+    Raises UserError, with the remedy, if there is no such file or if it does not fit.
+    """
+    shape = {name: getattr(args, name, None) for name in SHAPE}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    size, moe = shape.get("hidden_size"), shape.get("use_moe")
+    dropout = getattr(args, "dropout", 0.0)
+    resume = None
+    if getattr(args, "from_resume", False):
+        folder = args.save_dir / "checkpoints"
+        path = checkpoint.find(folder, args.save_weight, size, moe, ending="_resume")
+        content = resume = checkpoint.load(path)
+        how = f"resuming {path} at step {resume['step']}"
+    elif args.from_weight not in (None, "none"):
+        path = checkpoint.find(args.save_dir, args.from_weight, size, moe)
+        content = checkpoint.load(path)
+        how = f"starting from the {content['stage']} weights {path}"
+    else:
+        torch.manual_seed(args.seed)
+        tokenizer = load_tokenizer(args.tokenizer_path or SHIPPED_TOKENIZER)
+        shape |= {"vocab_size": tokenizer.get_vocab_size(), "dropout": dropout}
+        try:
+            config = ModelConfig(**shape)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        model, how = CausalLM(config), "starting from scratch"
+    if how != "starting from scratch":
+        model, tokenizer = checkpoint.build(content, path, dropout)
+        differ = [
+            f"--{name} {value}, but {path} has {getattr(model.config, name)}"
+            for name, value in shape.items()
+            if value != getattr(model.config, name)
+        ]
+        if differ:
+            raise UserError(f"{'; '.join(differ)}. Leave the flag out, or train such weights first")
+        given = getattr(args, "tokenizer_path", None)
+        if given and load_tokenizer(given).to_str() != tokenizer.to_str():
+            raise UserError(
+                f"--tokenizer_path {given} is not the tokenizer that {path} was trained with; "
+                "its vocabulary would not fit. Leave the flag out, or start from scratch"
+            )
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"{how}: {parameters / 1e6:.2f} M parameters, vocabulary {model.config.vocab_size}")
+    return model.to(device), tokenizer, resume
+
+
+def pick_device(name):
+    """The torch.device of --device; auto takes a GPU of NVIDIA's or Apple's where there is one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = f"cuda:{local_rank()}"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(args, device, resume=None):
+    """The torch.dtype to compute in; weights stay fp32. auto takes bf16 where it is faster, and
+    what it took stands in args.dtype, so that a resumed run computes as it began.
+    """
+    if args.dtype == "auto" and resume:
+        args.dtype = resume["arguments"]["dtype"]
+    elif args.dtype == "auto" and device.type == "cuda":
+        args.dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    elif args.dtype == "auto":
+        faster = seconds_of_product(torch.bfloat16) * 1.3 < seconds_of_product(torch.float32)
+        args.dtype = "bf16" if faster and device.type == "cpu" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+
+
+def seconds_of_product(dtype):
+    """The best of a few matrix products on the CPU: old ones emulate bf16, slower than fp32."""
+    a, seconds = torch.ones(512, 512, dtype=dtype), []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def keep_freed_memory():
+    """Tells glibc to keep what is freed. It gives large blocks back to the system, and a training
+    step, which takes the same blocks again and again, then waits for every page to be zeroed.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def make_optimizer(model, args):
+    """AdamW (arXiv:1711.05101); the decay pulls on matrices only, not on the scales of norms."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    scales = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}]
+    groups += [{"params": scales, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, total_steps, args):
+    """Of the given step, counted from 0: a linear rise to --learning_rate over --warmup_steps, then
+    half a cosine down to --min_lr_ratio of it at the last step.
+    """
+    highest, warmup_steps = args.learning_rate, min(args.warmup_steps, total_steps - 1)
+    if step < warmup_steps:
+        return highest * (step + 1) / (warmup_steps + 1)
+    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    floor = highest * args.min_lr_ratio
+    return floor + (highest - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def epoch_plan(rows, length, args, epoch, rank=0, world_size=1):
+    """Which of the rows each step of an epoch takes: a list of steps, a step being a list of
+    micro-batches of this process, a micro-batch a list of row numbers.
+
+    A pure function of its arguments, so a run can go on in the middle of it. The rows of a step are
+    the same however they are split into micro-batches and processes. Within a step they are sorted
+    by length before they are cut, which saves padding and changes no gradient. Every process gets
+    as many micro-batches as the others; one that has none left gets empty ones.
+    """
+    order = np.random.default_rng([args.seed, epoch]).permutation(rows).tolist()
+    rows_of_step = args.batch_size * args.accumulation_steps * world_size
+    plan = []
+    for start in range(0, len(order), rows_of_step):
+        chosen = sorted(order[start : start + rows_of_step], key=length)
+        micro_batches = cut(chosen, args.batch_size)
+        micro_batches += [[]] * (-len(micro_batches) % world_size)
+        plan.append(micro_batches[rank::world_size])
+    return plan
+
+
+def describe(data, train_rows, eval_rows):
+    """A line of figures on the data, and one on what could not be used of it."""
+    tokens = sum(map(data.length, train_rows))
+    print(f"{len(train_rows)} rows of {tokens / len(train_rows):.0f} tokens to train on,", end=" ")
+    print(f"{len(eval_rows)} to validate on")
+    if data.dropped:
+        print(f"{data.dropped} conversations dropped: nothing to learn within --max_seq_len")
+    if data.bad_lines:
+        print(f"{len(data.bad_lines)} bad lines left out (--strict_data 1 stops at them):")
+        for number, reason in data.bad_lines[:5]:
+            print(f"  line {number}: {reason}")
+
+
+def split_rows(dataset, part, seed):
+    """(rows to train on, rows to validate on), as lists of row numbers; at least one to validate.
+
+    Row i is drawn by the i-th random number of the seed, so the split stays when a file grows.
+    """
+    held_out = np.random.default_rng(seed).random(len(dataset)) < part
+    if part > 0 and not held_out.any() and len(dataset) > 1:
+        held_out[0] = True
+    return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
+
+
+def cut(rows, size):
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def batches(dataset, micro_batches, args):
+    """A DataLoader over lists of row numbers: (input_ids, labels), each (B, T)."""
+    return DataLoader(
+        dataset,
+        batch_sampler=micro_batches,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        generator=torch.Generator(),  # its own, so that it draws nothing from the global one
+    )
+
+
+def seed_step(args, step, rank):
+    """Makes the random numbers of a step (dropout) a function of its number: a resumed run draws
+    what an uninterrupted one would have drawn.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
+
+
+@torch.no_grad()
+def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_size=1):
+    """Mean loss per supervised token over the given rows, in nats; each process does its share."""
+    micro_batches = cut(sorted(rows, key=dataset.length), args.batch_size)[rank::world_size]
+    total, count = 0.0, 0
+    model.eval()
+    for input_ids, labels in batches(dataset, micro_batches, args):
+        input_ids, labels = input_ids.to(device), labels.to(device)
+        with autocast:
+            logits = model(input_ids)
+        total += summed_cross_entropy(logits, labels).item()
+        count += supervised_tokens(labels)
+    model.train()
+    total, count = add_up(total, count, device=device)
+    return total / max(1, count)
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps. A second Ctrl-C
+    stops at once.
+    """
+
+    def __init__(self):
+        self.received = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.receive)
+
+    def receive(self, number, frame):
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class MetricsLog:
+    """out/logs/NAME.jsonl, one JSON object a line, and its picture beside it at the end."""
+
+    def __init__(self, path, resumed_at=0, silent=False):
+        self.path, self.silent, lines = Path(path), silent, []
+        if silent:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resumed_at and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in lines if json.loads(line)["step"] <= resumed_at]
+        self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def write(self, **values):
+        if self.silent:
+            return
+        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def draw(self):
+        """The loss curve as a PNG; returns its path, or the log's own where matplotlib is not."""
+        os.environ.setdefault("MPLBACKEND", "Agg")
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            return self.path
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for key, label in (("loss", "training"), ("val_loss", "validation")):
+            points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
+            axes.plot(*zip(*points, strict=True), label=label) if points else None
+        axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=self.path.stem)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = self.path.with_name(f"{self.path.stem}_loss.png")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        return path
