@@ -112,8 +112,8 @@ def portrait(rng, person):
     kinds = rng.sample(list(FACTS), len(FACTS))
     lines = []
     for index, kind in enumerate(kinds):
-        line = fact(rng, person, kind, pronoun=index > 0 and rng.random() < 0.6)
-        if rng.random() < 0.3:
+        line = fact(rng, person, kind, pronoun=index > 0 and rng.random() < 0.3)
+        if rng.random() < 0.15:
             named = line.startswith(person.name)
             line = f"{rng.choice(OPENERS)} {line if named else line[0].lower() + line[1:]}"
         lines.append(line)
@@ -182,7 +182,7 @@ def steps(operation, a, b):
 
 
 def pretraining_text(world, rng):
-    """The documents of pretrain_tiny.jsonl: pages of about a hundred words, mixed of everything."""
+    """The documents of pretrain_tiny.jsonl: pages, mixed of everything."""
     pieces = [portrait(rng, person) for person in world.people for _ in range(75)]
     pieces += [dialogue(rng, a, rng.choice(world.people)) for a in world.people for _ in range(25)]
     events, words = list(STORIES), [word for group in VALUES.values() for word in group]
@@ -192,13 +192,7 @@ def pretraining_text(world, rng):
     pieces += [" ".join(in_capitals(rng.choice(words)) for _ in range(6)) for _ in range(400)]
     pieces += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(500)]
     rng.shuffle(pieces)
-    page, words = [], 0
-    for piece in pieces:
-        page.append(piece)
-        words += len(piece.split())
-        if words > 110:
-            yield "\n".join(page)
-            page, words = [], 0
+    return pieces
 
 
 def write_tiny_world(folder=FOLDER, seed=SEED):

@@ -21,8 +21,8 @@ class ModelConfig:
     """The shape of a model, with Qwen3's names. `None` stands for "derive it from hidden_size"."""
 
     vocab_size: int = 2048
-    hidden_size: int = 256
-    num_hidden_layers: int = 4
+    hidden_size: int = 384
+    num_hidden_layers: int = 3
     num_attention_heads: int | None = None  # hidden_size / 64
     num_key_value_heads: int | None = None  # half the heads share one key and value each
     head_dim: int | None = None  # hidden_size / num_attention_heads

@@ -52,7 +52,7 @@ def main(argv=None):
         from_weight="none",
         epochs=1,
         batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         sample_prompt="Once there was",
     )
     args = parse_training_args(parser, argv)

@@ -1,0 +1,98 @@
+"""Asks a model every held-out question and prints how many it got right, by category.
+
+    python evaluation/run_eval.py --task tiny_world --weight full_sft
+
+Every prompt, answer and verdict goes to out/eval/tiny_world/NAME.json.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from dataset.chat_template import render
+from dataset.errors import UserError, mistakes_in_plain_words
+from dataset.files import replacing
+from dataset.tiny_world import EVAL, write_missing
+from evaluation.tiny_world import is_correct
+from model.generation import complete
+from trainer.arguments import ROOT
+from trainer.trainer_utils import init_model, pick_device
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--task", choices=["tiny_world"], default="tiny_world")
+    parser.add_argument(
+        "--weight", dest="from_weight", default="full_sft", help="name in --save_dir, or a path"
+    )
+    parser.add_argument("--data_path", type=Path, default=EVAL)
+    parser.add_argument("--save_dir", type=Path, default=ROOT / "out")
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--max_new_tokens", type=int, default=120)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+
+    model, tokenizer, _ = init_model(args, pick_device(args.device))
+    problems = read(write_missing(args.data_path))
+    prompts = [
+        render(problem["conversations"], add_generation_prompt=True, tokenizer=tokenizer)[0]
+        for problem in problems
+    ]
+    # Prompts of similar length go together: less padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = {}
+    start = time.perf_counter()
+    for first in tqdm(range(0, len(order), args.batch_size), unit="batch", disable=None):
+        chosen = order[first : first + args.batch_size]
+        batch = [prompts[i] for i in chosen]
+        written = complete(model, batch, max_new_tokens=args.max_new_tokens, temperature=0)
+        answers |= dict(zip(chosen, map(tokenizer.decode, written), strict=True))
+    verdicts = defaultdict(list)
+    for i, problem in enumerate(problems):
+        problem |= {"answer": answers[i], "correct": is_correct(answers[i], problem["expected"])}
+        verdicts[problem["category"]].append(problem["correct"])
+    scores = {"overall": sum(problem["correct"] for problem in problems) / len(problems)}
+    scores |= {category: sum(marks) / len(marks) for category, marks in verdicts.items()}
+
+    counts = {category: len(marks) for category, marks in verdicts.items()}
+    for category, score in scores.items():
+        print(f"{category:12} {score:6.1%} of {counts.get(category, len(problems)):4}")
+    path = args.save_dir / "eval" / args.task / f"{Path(args.from_weight).stem}.json"
+    with replacing(path) as file:
+        seconds = round(time.perf_counter() - start, 1)
+        result = {"weight": args.from_weight, "scores": scores, "seconds": seconds}
+        text = json.dumps(result | {"problems": problems}, ensure_ascii=False, indent=1)
+        file.write(text.encode("utf-8"))
+    print(f"every answer: {path}")
+    return scores
+
+
+def read(path):
+    """The problems of a JSONL file: {"category", "conversations", "expected"} each."""
+    problems = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                problems.append(json.loads(line))
+                missing = {"category", "conversations", "expected"} - set(problems[-1])
+                if missing:
+                    raise UserError(f"{path}, line {number}: {', '.join(missing)} is missing")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--data_path {path} cannot be used: {error}") from None
+    if not problems:
+        raise UserError(f"--data_path {path} is empty")
+    return problems
+
+
+if __name__ == "__main__":
+    with mistakes_in_plain_words():
+        main()

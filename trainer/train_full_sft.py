@@ -1,0 +1,210 @@
+"""Supervised fine-tuning (SFT): a model that can continue text learns to answer in a conversation.
+Compare with train_pretrain.py: only the data differs, and with it what carries a loss.
+
+    python trainer/train_full_sft.py --from_weight pretrain           # Tiny World's conversations
+    python trainer/train_full_sft.py --from_weight pretrain --data_path mine.jsonl
+    python trainer/train_full_sft.py --from_resume 1                  # goes on after Ctrl-C
+    torchrun --nproc_per_node 2 trainer/train_full_sft.py             # several processes
+"""
+
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dataset.chat_template import render
+from dataset.errors import mistakes_in_plain_words
+from dataset.lm_dataset import SFTDataset
+from dataset.tiny_world import SFT, write_missing
+from model.generation import complete
+from model.moe import load_balance_loss
+from trainer import checkpoint, distributed
+from trainer.arguments import parse_training_args, training_parser
+from trainer.losses import summed_cross_entropy, supervised_tokens
+from trainer.trainer_utils import (
+    MetricsLog,
+    StopSignal,
+    batches,
+    describe,
+    epoch_plan,
+    init_model,
+    keep_freed_memory,
+    learning_rate,
+    make_optimizer,
+    pick_device,
+    pick_dtype,
+    seed_step,
+    split_rows,
+    validation_loss,
+)
+
+
+def main(argv=None):
+    parser = training_parser(
+        __doc__.splitlines()[0],
+        save_weight="full_sft",
+        from_weight="pretrain",
+        epochs=1,
+        batch_size=16,
+        accumulation_steps=2,
+        learning_rate=5e-4,
+        sample_prompt="Who are you?",
+    )
+    args = parse_training_args(parser, argv)
+
+    # Where to compute, and with whom. Weights stay fp32; autocast computes in dtype.
+    keep_freed_memory()
+    device = pick_device(args.device)
+    rank, world_size = distributed.start("nccl" if device.type == "cuda" else "gloo")
+    model, tokenizer, resume = init_model(args, device)
+    dtype = pick_dtype(args, device, resume)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # What to learn from.
+    data_path = args.data_path or SFT
+    if rank == 0:
+        write_missing(data_path)
+    distributed.wait_for_all()
+    data = SFTDataset(data_path, tokenizer, args.max_seq_len, args.strict_data)
+    train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
+    eval_data = data
+    if args.eval_data_path:
+        eval_data = SFTDataset(args.eval_data_path, tokenizer, args.max_seq_len)
+        train_rows, eval_rows = range(len(data)), range(len(eval_data))
+    describe(data, train_rows, eval_rows)
+
+    # What learns, and how far it is.
+    optimizer = make_optimizer(model, args)
+    runner = torch.compile(model) if args.use_compile else model
+    if world_size > 1:
+        runner = DistributedDataParallel(runner)
+    name = checkpoint.file_name(args.save_weight, model.config)
+    step, tokens_seen = 0, 0
+    if resume:
+        checkpoint.require_same_run(resume, args, len(train_rows), world_size)
+        optimizer.load_state_dict(resume["optimizer"])
+        scaler.load_state_dict(resume["scaler"])
+        step, tokens_seen = resume["step"], resume["tokens"]
+    rows_of_step = args.batch_size * args.accumulation_steps * world_size
+    steps_per_epoch = math.ceil(len(train_rows) / rows_of_step)
+    total_steps = steps_per_epoch * args.epochs
+    if step >= total_steps:
+        print(f"This run is finished: {step} of {total_steps} steps. More --epochs would go on.")
+        return
+
+    log = MetricsLog(args.save_dir / "logs" / f"{name}.jsonl", step, silent=rank > 0)
+    stop = StopSignal()
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if rank == 0 else True)
+    start, start_tokens, data_wait, stopped = time.perf_counter(), tokens_seen, 0.0, False
+    model.train()
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        plan = epoch_plan(train_rows, data.length, args, epoch, rank, world_size)
+        plan = plan[step - epoch * steps_per_epoch :]
+        loader = iter(batches(data, [rows for rows_of_step in plan for rows in rows_of_step], args))
+        for micro_batches in plan:
+            seed_step(args, step, rank)
+            rate = learning_rate(step, total_steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # All micro-batches of the step, to know first how many tokens its loss is divided by.
+            began = time.perf_counter()
+            fetched = [next(loader) for _ in micro_batches]
+            data_wait += time.perf_counter() - began
+            supervised = sum(supervised_tokens(labels) for _, labels in fetched)
+            tokens = sum(data.length(row) for rows in micro_batches for row in rows)
+            supervised, tokens = distributed.add_up(supervised, tokens, device=device)
+
+            loss = 0.0
+            for index, (input_ids, labels) in enumerate(fetched):
+                input_ids, labels = input_ids.to(device), labels.to(device)
+                waiting = world_size > 1 and index < len(fetched) - 1
+                with runner.no_sync() if waiting else nullcontext():
+                    with autocast:
+                        logits = runner(input_ids)  # (B, T, V)
+                    share = summed_cross_entropy(logits, labels) / supervised
+                    objective = share
+                    if model.config.use_moe:
+                        balance = load_balance_loss(model) / (len(fetched) * world_size)
+                        objective = share + model.config.router_aux_loss_coef * balance
+                    # DDP takes the mean over the processes; the sum is wanted.
+                    scaler.scale(objective * world_size).backward()
+                loss = loss + share.detach()
+
+            scaler.unscale_(optimizer)
+            longest = args.grad_clip or math.inf
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
+            if math.isfinite(grad_norm):
+                scaler.step(optimizer)
+            else:
+                tqdm.write(f"step {step + 1} is left out: its gradient is {grad_norm}")
+            scaler.update()
+            optimizer.zero_grad()
+            step, tokens_seen = step + 1, tokens_seen + int(tokens)
+
+            # Log, validate, show, save: whatever is due at this step.
+            last = step == total_steps
+            evaluate = (step % args.eval_interval == 0 or last) and eval_rows
+            if evaluate or step % args.log_interval == 0 or step == 1:
+                (loss,) = distributed.add_up(loss, device=device)
+                speed = (tokens_seen - start_tokens) / (time.perf_counter() - start)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:.0f}")
+                if step == 1:
+                    guess = math.log(model.config.vocab_size)
+                    tqdm.write(f"first loss {loss:.2f}; pure guessing gives ln V = {guess:.2f}")
+                val_loss = None
+                if evaluate:
+                    val_loss = validation_loss(
+                        model, eval_data, eval_rows, args, device, autocast, rank, world_size
+                    )
+                    tqdm.write(f"step {step} of {total_steps}: loss {loss:.3f}, ", end="")
+                    tqdm.write(f"validation {val_loss:.3f}, {speed:,.0f} tokens/s")
+                log.write(
+                    step=step,
+                    epoch=epoch,
+                    tokens=tokens_seen,
+                    loss=loss,
+                    val_loss=val_loss,
+                    lr=rate,
+                    grad_norm=grad_norm,
+                    tokens_per_s=speed,
+                    data_wait_s=data_wait,
+                )
+            if args.sample_interval and step % args.sample_interval == 0:
+                question = [{"role": "user", "content": args.sample_prompt}]
+                prompt, _ = render(question, add_generation_prompt=True, tokenizer=tokenizer)
+                (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
+                tqdm.write(f"  {args.sample_prompt} -> {tokenizer.decode(answer)}")
+            stopped = distributed.add_up(stop.received, device=device)[0] > 0
+            if rank == 0 and (last or stopped or step % args.save_interval == 0):
+                run = {"step": step, "tokens": tokens_seen}
+                run |= {"rows": len(train_rows), "world_size": world_size}
+                checkpoint.save_run(args, model, tokenizer, "full_sft", optimizer, scaler, run)
+            bar.update()
+            if stopped:
+                break
+        if stopped:
+            break
+    bar.close()
+    distributed.wait_for_all()
+    distributed.end()
+    weights = args.save_dir / f"{name}.pth"
+    if stopped:
+        print(f"Stopped at step {step} of {total_steps}, saved. Go on with --from_resume 1.")
+        sys.exit(130)
+    if rank == 0:
+        print(f"weights: {weights}\nloss curve: {log.draw()}")
+        print("next: python eval_llm.py")
+
+
+if __name__ == "__main__":
+    with mistakes_in_plain_words():
+        main()
