@@ -61,7 +61,8 @@ def main(argv=None):
     keep_freed_memory()
     device = pick_device(args.device)
     rank, world_size = distributed.start("nccl" if device.type == "cuda" else "gloo")
-    model, tokenizer, resume = init_model(args, device)
+    model, tokenizer, loaded = init_model(args, device)
+    resume = loaded if args.from_resume else None
     dtype = pick_dtype(args, device, resume)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -26,10 +26,10 @@ from trainer.losses import summed_cross_entropy, supervised_tokens
 
 
 def init_model(args, device="cpu"):
-    """The model to go on with: returns (model on device, tokenizer, resume), resume a dict or None.
+    """The model to go on with: returns (model on device, tokenizer, what its file holds or None).
 
     Three cases, each printed:
-      args.from_resume         the checkpoint of this run, resume being all that it holds
+      args.from_resume         the checkpoint of this run
       args.from_weight NAME    the weights of another stage, out/NAME_*.pth or a path
       neither, or "none"       from scratch: random weights, drawn from args.seed
 
@@ -40,12 +40,12 @@ def init_model(args, device="cpu"):
     shape = {name: value for name, value in shape.items() if value is not None}
     size, moe = shape.get("hidden_size"), shape.get("use_moe")
     dropout = getattr(args, "dropout", 0.0)
-    resume = None
+    content = None
     if getattr(args, "from_resume", False):
         folder = args.save_dir / "checkpoints"
         path = checkpoint.find(folder, args.save_weight, size, moe, ending="_resume")
-        content = resume = checkpoint.load(path)
-        how = f"resuming {path} at step {resume['step']}"
+        content = checkpoint.load(path)
+        how = f"resuming {path} at step {content['step']}"
     elif args.from_weight not in (None, "none"):
         path = checkpoint.find(args.save_dir, args.from_weight, size, moe)
         content = checkpoint.load(path)
@@ -59,7 +59,7 @@ def init_model(args, device="cpu"):
         except ValueError as error:
             raise UserError(str(error)) from None
         model, how = CausalLM(config), "starting from scratch"
-    if how != "starting from scratch":
+    if content:
         model, tokenizer = checkpoint.build(content, path, dropout)
         differ = [
             f"--{name} {value}, but {path} has {getattr(model.config, name)}"
@@ -76,7 +76,7 @@ def init_model(args, device="cpu"):
             )
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{how}: {parameters / 1e6:.2f} M parameters, vocabulary {model.config.vocab_size}")
-    return model.to(device), tokenizer, resume
+    return model.to(device), tokenizer, content
 
 
 def pick_device(name):

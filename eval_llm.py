@@ -1,0 +1,200 @@
+"""Chat with a model in the terminal.
+
+    python eval_llm.py                                 # the newest full_sft weights in out/
+    python eval_llm.py --weight pretrain               # continues text instead of answering
+    python eval_llm.py --prompt "Who are you?"         # one answer, then the end
+    printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dataset.errors import UserError, mistakes_in_plain_words
+
+HELP = """/system TEXT   a system prompt for a new conversation; without TEXT: none
+/set NAME VALUE one of: temperature, top_k, top_p, repetition_penalty, max_new_tokens, seed
+/reset          forget the conversation
+/save FILE      write it as a line of JSONL that train_full_sft.py reads
+/quit           or Ctrl-D; Ctrl-C stops an answer"""
+SAMPLING = {
+    "temperature": (float, 0.0, "0: always the likeliest token"),
+    "top_k": (int, 0, "draw from the k likeliest tokens; 0: from all"),
+    "top_p": (float, 1.0, "draw from the likeliest that add up to this probability"),
+    "repetition_penalty": (float, 1.0, "above 1: repeats less"),
+    "max_new_tokens": (int, 256, "longest answer"),
+    "seed": (int, 1, "of the draws"),
+}
+
+
+def in_range(name, text):
+    """The value of a sampling setting; ValueError with the limits if text is none."""
+    kind, low = SAMPLING[name][0], {"max_new_tokens": 1, "repetition_penalty": 0.01}.get(name, 0)
+    high = {"top_p": 1}.get(name, float("inf"))
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise UserError(f"{name} {text}: give a number from {low} to {high}")
+    return value
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weight", dest="from_weight", default="full_sft", help="a name in --save_dir, or a path")
+    add("--save_dir", type=Path, default=Path(__file__).resolve().parent / "out", help="of weights")
+    add("--hidden_size", type=int, help="only where several sizes have the name")
+    add("--prompt", help="answer this and end")
+    add("--system", default="", help="system prompt")
+    add("--device", default="auto")
+    for name, (_, default, text) in SAMPLING.items():
+        add(f"--{name}", default=default, help=text)
+    args = parser.parse_args(argv)
+    for name in SAMPLING:
+        setattr(args, name, in_range(name, getattr(args, name)))
+    return args
+
+
+class Chat:
+    """A conversation with a model; with weights of stage pretrain, a text that it continues."""
+
+    def __init__(self, args):
+        # Here and not above: torch takes seconds to load, and --help need not wait for it.
+        from trainer.trainer_utils import init_model, pick_device
+
+        self.settings = {name: getattr(args, name) for name in SAMPLING}
+        self.model, self.tokenizer, loaded = init_model(args, pick_device(args.device))
+        self.continues = loaded["stage"] == "pretrain"
+        self.start_over(args.system)
+
+    def start_over(self, system):
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def prompt(self, text):
+        """The ids to go on from. Drops the oldest turns, with a notice, when they leave no room."""
+        from dataset.chat_template import render
+
+        room = self.model.config.max_position_embeddings
+        if self.continues:
+            return self.tokenizer.encode(text).ids[-room + 1 :]
+        self.messages.append({"role": "user", "content": text})
+        while True:
+            ids, _ = render(self.messages, add_generation_prompt=True, tokenizer=self.tokenizer)
+            if len(ids) + min(self.settings["max_new_tokens"], room // 2) <= room:
+                return ids
+            first = int(self.messages[0]["role"] == "system")
+            if len(self.messages) - first < 3:
+                self.messages.pop()
+                raise UserError(f"that is too long: {len(ids)} tokens, and the context is {room}")
+            del self.messages[first : first + 2]
+            print("[the context is full: the oldest question and answer are forgotten]")
+
+    def answer(self, text):
+        """Prints the answer to text as it is written; Ctrl-C ends it early."""
+        from model.generation import STOP, generate
+
+        ids, new, waiting = self.prompt(text), [], []
+        interrupted, start = False, time.perf_counter()
+        old_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            for (token,) in generate(self.model, [ids], **self.settings):
+                if token in STOP:
+                    break
+                new.append(token)
+                waiting.append(token)
+                piece = self.tokenizer.decode(waiting, skip_special_tokens=False)
+                # A character may be spread over up to four tokens; a part of it decodes to U+FFFD.
+                if not piece.endswith("\ufffd") or len(waiting) > 3:
+                    print(piece, end="", flush=True)
+                    waiting = []
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            signal.signal(signal.SIGINT, old_handler)
+        print(self.tokenizer.decode(waiting, skip_special_tokens=False))
+        if not self.continues:
+            written = self.tokenizer.decode(new, skip_special_tokens=False)
+            self.messages.append({"role": "assistant", "content": written})
+        speed = len(new) / (time.perf_counter() - start)
+        if sys.stdin.isatty():
+            print(f"[{len(new)} tokens, {speed:.0f}/s{', stopped' if interrupted else ''}]")
+
+    def command(self, line):
+        """Carries out a line that starts with a slash; returns False for /quit."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/quit":
+            return False
+        if name == "/help":
+            print(HELP)
+        elif name == "/reset":
+            system = self.messages[:1] if self.messages else []
+            self.messages = [message for message in system if message["role"] == "system"]
+            print("[a new conversation]")
+        elif name == "/system":
+            self.start_over(rest)
+            print(f"[a new conversation, {'with this' if rest else 'without a'} system prompt]")
+        elif name == "/set":
+            setting, _, value = rest.partition(" ")
+            if setting not in SAMPLING:
+                raise UserError(f"/set {setting}: there are {', '.join(SAMPLING)}")
+            self.settings[setting] = in_range(setting, value.strip())
+            print(f"[{setting} {self.settings[setting]}]")
+        elif name == "/save":
+            self.save(rest)
+        else:
+            raise UserError(f"{name} is not a command; /help lists them")
+        return True
+
+    def save(self, name):
+        """Appends the conversation to a JSONL file."""
+        if not name or not self.messages:
+            raise UserError("/save FILE writes a conversation; there must be a name, and a question")
+        line = json.dumps({"conversations": self.messages}, ensure_ascii=False)
+        try:
+            with Path(name).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"/save {name}: {error.strerror}") from None
+        print(f"[saved to {name}]")
+
+
+def main(argv=None):
+    args = parse(argv)
+    chat = Chat(args)
+    if args.prompt is not None:
+        chat.answer(args.prompt)
+        return
+    if chat.continues:
+        print("These weights were only pretrained: they continue your text and do not answer yet.")
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("Write something; /help lists the commands, /quit ends.")
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            break
+        try:
+            if line.startswith("/"):
+                if not chat.command(line):
+                    break
+            elif line:
+                chat.answer(line)
+        except UserError as error:  # in a chat a mistake is told, and the chat goes on
+            print(f"[{error}]")
+
+
+if __name__ == "__main__":
+    with mistakes_in_plain_words():
+        main()

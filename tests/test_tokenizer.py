@@ -1,0 +1,60 @@
+"""The tokenizer: fixed control ids, nothing lost, and text that never becomes control."""
+
+import random
+
+import pytest
+
+from dataset.errors import UserError
+from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
+from tests.conftest import run
+
+
+def test_control_tokens_have_their_fixed_ids():
+    tokenizer = load_tokenizer()
+    assert [tokenizer.token_to_id(token) for token in CONTROL_TOKENS] == list(range(16))
+    assert CONTROL_TOKENS[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def test_any_text_round_trips():
+    tokenizer, rng = load_tokenizer(), random.Random(0)
+    texts = ["", "naïve 日本語 🙂\r\n\t x  y\u2028z\x00", "It's 1234+5=1239.\n\n  end "]
+    for _ in range(200):
+        points = [rng.choice([rng.randrange(0x20), rng.randrange(0x3000)]) for _ in range(30)]
+        texts.append("".join(map(chr, points)))
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("token", CONTROL_TOKENS)
+def test_text_that_looks_like_a_control_token_stays_text(token):
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode(f"a{token} b").ids
+    assert min(ids) >= len(CONTROL_TOKENS)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{token} b"
+    again = load_tokenizer(json_text=tokenizer.to_str())  # as it comes out of a weights file
+    assert again.encode(f"a{token} b").ids == ids
+
+
+def test_each_digit_and_each_newline_is_a_token():
+    tokens = load_tokenizer().encode("31+205\n\n").tokens
+    assert tokens == ["3", "1", "+", "2", "0", "5", "Ċ", "Ċ"]
+
+
+def test_training_is_deterministic_and_of_the_size_asked_for(tmp_path, data):
+    for name in ("a.json", "b.json"):
+        out = ["--out", tmp_path / name, "--data_path", data / "pretrain.jsonl", data / "sft.jsonl"]
+        done = run("trainer/train_tokenizer.py", *out, "--vocab_size", 300)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert load_tokenizer(tmp_path / "a.json").get_vocab_size() == 300
+
+
+def test_another_programs_tokenizer_is_refused_with_the_remedy(tmp_path):
+    text = load_tokenizer().to_str().replace("<|im_start|>", "<|turn|>")
+    (tmp_path / "other.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="im_start.*train_tokenizer.py"):
+        load_tokenizer(tmp_path / "other.json")
+    (tmp_path / "broken.json").write_text(text[:100], encoding="utf-8")
+    with pytest.raises(UserError, match="broken.json.*train_tokenizer.py"):
+        load_tokenizer(tmp_path / "broken.json")
