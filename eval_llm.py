@@ -1,9 +1,9 @@
 """Chat with a model in the terminal.
 
-    python eval_llm.py                                 # the newest full_sft weights in out/
-    python eval_llm.py --weight pretrain               # continues text instead of answering
-    python eval_llm.py --prompt "Who are you?"         # one answer, then the end
-    printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
+python eval_llm.py                                 # the newest full_sft weights in out/
+python eval_llm.py --weight pretrain               # continues text instead of answering
+python eval_llm.py --prompt "Who are you?"         # one answer, then the end
+printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
 """
 
 import argparse
@@ -156,7 +156,9 @@ class Chat:
     def save(self, name):
         """Appends the conversation to a JSONL file."""
         if not name or not self.messages:
-            raise UserError("/save FILE writes a conversation; there must be a name, and a question")
+            raise UserError(
+                "/save FILE writes a conversation; there must be a name, and a question"
+            )
         line = json.dumps({"conversations": self.messages}, ensure_ascii=False)
         try:
             with Path(name).open("a", encoding="utf-8") as file:

@@ -19,9 +19,6 @@ from dataset.tokenizer import END_OF_TEXT, PAD
 IGNORE = -100  # the label of a token that carries no loss; torch's cross_entropy skips it
 
 
-
-
-
 class PretrainDataset(Dataset):
     """Documents {"text"}: every token is learned, and <|endoftext|> after the last.
 

@@ -30,6 +30,7 @@ from dataset.tiny_world_words import (
     OPENERS,
     PRONOUNS,
     QUESTIONS,
+    RUMOURS,
     STARTS,
     STORIES,
     STORY_BEGINNINGS,
@@ -132,6 +133,14 @@ def dialogue(rng, person, other):
     return " ".join(lines)
 
 
+def gossip(rng, person):
+    """Somebody asks about a villager, and is told three facts in which the name is not said."""
+    question = rng.choice(RUMOURS).format(n=person.name)
+    facts = [fact(rng, person, kind, pronoun=True) for kind in rng.sample(list(FACTS), 3)]
+    asker, teller = rng.choice(VALUES["job"]), rng.choice(VALUES["job"])
+    return f'"{question}" asked a {asker}. "{" ".join(facts)}" said a {teller}.'
+
+
 def story_words(subject):
     return dict(zip("cat", subject, strict=True))  # colour, animal, thing
 
@@ -183,10 +192,11 @@ def steps(operation, a, b):
 
 def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl: pages, mixed of everything."""
-    pieces = [portrait(rng, person) for person in world.people for _ in range(75)]
-    pieces += [dialogue(rng, a, rng.choice(world.people)) for a in world.people for _ in range(25)]
+    pieces = [portrait(rng, person) for person in world.people for _ in range(65)]
+    pieces += [gossip(rng, person) for person in world.people for _ in range(40)]
+    pieces += [dialogue(rng, a, rng.choice(world.people)) for a in world.people for _ in range(8)]
     events, words = list(STORIES), [word for group in VALUES.values() for word in group]
-    pieces += [story(rng, rng.choice(world.stories), rng.choice(events)) for _ in range(2500)]
+    pieces += [story(rng, rng.choice(world.stories), rng.choice(events)) for _ in range(2000)]
     pieces += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(2000)]
     pieces += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(3500)]
     pieces += [" ".join(in_capitals(rng.choice(words)) for _ in range(6)) for _ in range(400)]

@@ -143,6 +143,17 @@ QUESTIONS = {  # what one villager asks another, and the answer
     ],
 }
 
+RUMOURS = [
+    "Who is {n}?",
+    "Have you met {n}?",
+    "What do you know about {n}?",
+    "What do people say of {n}?",
+    "Is {n} well?",
+    "What kind of person is {n}?",
+    "What is new with {n}?",
+    "Did you see {n} today?",
+]
+
 # A story is one sentence of each list, in order: what happens follows from what was before.
 STORIES = {
     "lost": [

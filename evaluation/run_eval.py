@@ -69,7 +69,9 @@ def main(argv=None):
     path = args.save_dir / "eval" / args.task / f"{Path(args.from_weight).stem}.json"
     with replacing(path) as file:
         seconds = round(time.perf_counter() - start, 1)
-        result = {"weight": args.from_weight, "scores": scores, "seconds": seconds}
+        params = sum(weight.numel() for weight in model.parameters())
+        result = {"weight": args.from_weight, "params": params, "seconds": seconds}
+        result |= {"scores": scores}
         text = json.dumps(result | {"problems": problems}, ensure_ascii=False, indent=1)
         file.write(text.encode("utf-8"))
     print(f"every answer: {path}")

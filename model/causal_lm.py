@@ -121,7 +121,13 @@ class Attention(nn.Module):
         if H != K:
             k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # -> (B, H, S, d)
         # Without a mask, T > 1 tokens are the row's first; a single token may see all before it.
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+        causal = mask is None and T > 1
+        if x.device.type == "cpu":  # where this one operation is slower in bf16 than in fp32
+            with torch.autocast("cpu", enabled=False):
+                q, k, v = q.float(), k.float(), v.float()
+                x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, d) -> (B, T, D)
 
 

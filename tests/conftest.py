@@ -47,7 +47,9 @@ def data(tmp_path_factory):
     numbers = ["one", "two", "three", "four", "five", "six", "seven"]
     texts = [{"text": " and ".join(numbers[: 1 + i % 7]) + f" make {i}."} for i in range(60)]
     write_jsonl(folder / "pretrain.jsonl", texts)
-    chats = [chat(f"What is {i}?" * (1 + i % 3), "It is a number. " * (1 + i % 4)) for i in range(40)]
+    chats = [
+        chat(f"What is {i}?" * (1 + i % 3), "It is a number. " * (1 + i % 4)) for i in range(40)
+    ]
     write_jsonl(folder / "sft.jsonl", chats)
     return folder
 

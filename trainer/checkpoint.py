@@ -1,7 +1,7 @@
 """Weights and checkpoints on disk: a dict of plain values and tensors, nothing that runs code.
 
-    weights   {"format", "stage", "config", "tokenizer", "model", "training"}
-    resume    the same, with "optimizer", "scaler", "step", "tokens", "arguments", "world_size"
+weights   {"format", "stage", "config", "tokenizer", "model", "training"}
+resume    the same, with "optimizer", "scaler", "step", "tokens", "arguments", "world_size"
 """
 
 import dataclasses

@@ -267,7 +267,9 @@ class MetricsLog:
     def write(self, **values):
         if self.silent:
             return
-        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        for key, value in values.items():
+            if isinstance(value, float):  # JSON knows no NaN
+                values[key] = float(f"{value:.6g}") if math.isfinite(value) else None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 

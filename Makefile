@@ -1,0 +1,34 @@
+# make demo          sets itself up, trains for some minutes, shows before and after, opens the chat
+# make demo FRESH=1  starts over
+# make test          sets itself up, runs every test
+# make lint          ruff, rules and format
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+PY := .venv/Scripts/python
+else
+PY := .venv/bin/python
+endif
+
+.PHONY: demo test lint
+
+demo: .venv/ready
+	@$(PY) demo.py $(if $(FRESH),--fresh)
+
+test: .venv/ready-dev
+	$(PY) -m pytest
+
+lint: .venv/ready-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.venv/ready: requirements.txt constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed; try make PYTHON=python3.12')"
+	$(PYTHON) -c "import time; print(time.time())" > .setup-began
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt -c constraints.txt
+	$(PY) -c "import time; print(time.time() - float(open('.setup-began').read()))" > .venv/setup-seconds
+	@$(PY) -c "import os; os.remove('.setup-began'); open('.venv/ready', 'w').close()"
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt -c constraints.txt
+	@$(PY) -c "open('.venv/ready-dev', 'w').close()"

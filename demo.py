@@ -1,0 +1,125 @@
+"""The whole path in one command, `make demo`: writes the data, trains, compares, opens the chat.
+
+Each stage is one of the commands that the README lists. A stage that is done is not done again;
+--fresh starts over. What was measured stands in out/demo.json.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OUT = ROOT / "out"
+REPORT = OUT / "demo.json"
+DATA = [ROOT / "dataset" / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval")]
+ANSWERS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain", "full_sft")]
+WEIGHTS = [OUT / "pretrain_384.pth", OUT / "full_sft_384.pth"]
+RESUME = [OUT / "checkpoints" / f"{path.stem}_resume.pth" for path in WEIGHTS]
+CURVES = [OUT / "logs" / f"{path.stem}.jsonl" for path in WEIGHTS]
+STAGES = {  # stage: (its commands, what they leave, what says that it was stopped in the middle)
+    "data": ([["dataset/tiny_world.py"]], DATA, None),
+    "tokenizer": (
+        [["trainer/train_tokenizer.py", "--out", str(OUT / "tokenizer.json")]],
+        [OUT / "tokenizer.json"],
+        None,
+    ),
+    "pretrain": ([["trainer/train_pretrain.py"]], WEIGHTS[:1], RESUME[0]),
+    "sft": (
+        [["trainer/train_full_sft.py", "--from_weight", "pretrain"]],
+        WEIGHTS[1:],
+        RESUME[1],
+    ),
+    "eval": (
+        [["evaluation/run_eval.py", "--weight", path.stem] for path in ANSWERS],
+        ANSWERS,
+        None,
+    ),
+}
+
+
+def run_stage(commands, resume):
+    """Runs a stage's commands one after the other, as a user would; returns the seconds."""
+    started = time.perf_counter()
+    for script, *flags in commands:
+        if resume and resume.exists():
+            flags = ["--from_resume", "1"]
+        print(f"\n$ python {' '.join([script, *flags])}", flush=True)
+        done = subprocess.run([sys.executable, str(ROOT / script), *flags])
+        if done.returncode:
+            sys.exit(done.returncode)
+    return round(time.perf_counter() - started, 1)
+
+
+def peak_memory():
+    """The most memory that any stage of this run took, in MB; None where the system tells none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return round(size / (1e6 if sys.platform == "darwin" else 1e3))
+
+
+def compare(before, after):
+    """Prints the scores of two evaluations, and some prompts with both answers."""
+    print(f"\n{'held-out score':16}{'pretrained':>12}{'after SFT':>12}")
+    for category, score in before["scores"].items():
+        print(f"{category:16}{score:12.1%}{after['scores'][category]:12.1%}")
+    shown = set()
+    for old, new in zip(before["problems"], after["problems"], strict=True):
+        if old["category"] in shown:
+            continue
+        shown.add(old["category"])
+        print()
+        for message in old["conversations"]:
+            print(f"  {message['role']:12}{message['content']}")
+        for name, problem in (("pretrained", old), ("after SFT", new)):
+            answer = " ".join(problem["answer"].split())
+            print(f"  {name:12}{textwrap.shorten(answer, 300, placeholder=' ...')}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    if parser.parse_args().fresh:
+        for path in [REPORT, *RESUME, *(path for stage in STAGES.values() for path in stage[1])]:
+            path.unlink(missing_ok=True)
+    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {"seconds": {}}
+    setup = ROOT / ".venv" / "setup-seconds"
+    report["seconds"]["setup"] = round(float(setup.read_text())) if setup.exists() else 0
+
+    for stage, (commands, leaves, resume) in STAGES.items():
+        if stage in report["seconds"] and all(path.exists() for path in leaves):
+            print(f"{stage}: done before, in {report['seconds'][stage]} s (make demo FRESH=1 anew)")
+            continue
+        report["seconds"][stage] = run_stage(commands, resume)
+        memory = [size for size in (report.get("peak_rss_mb"), peak_memory()) if size]
+        report["peak_rss_mb"] = max(memory, default=None)
+        REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in ANSWERS)
+    last_lines = [path.read_text(encoding="utf-8").splitlines()[-1] for path in CURVES]
+    report["scores"] = {"pretrain": before["scores"], "full_sft": after["scores"]}
+    report["params"] = after["params"]
+    report["tokens_trained"] = sum(json.loads(line)["tokens"] for line in last_lines)
+    REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    compare(before, after)
+    spent = ", ".join(f"{stage} {seconds} s" for stage, seconds in report["seconds"].items())
+    print(f"\n{spent}; peak memory {report['peak_rss_mb']} MB; all of it: {REPORT}")
+    for path in CURVES:
+        picture = path.with_name(f"{path.stem}_loss.png")
+        print(f"loss curve: {picture if picture.exists() else path}")
+    if sys.stdin.isatty():
+        print("\n$ python eval_llm.py", flush=True)
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the chat's
+        subprocess.run([sys.executable, str(ROOT / "eval_llm.py")])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Generation against transformers: the same greedy tokens, the same filters."""
+
+import pytest
+import torch
+
+from model.causal_lm import CausalLM, ModelConfig
+from model.generation import choose, complete, generate, penalise
+from tests.test_model import SHAPE, pair, randomised
+
+transformers = pytest.importorskip("transformers")
+PROMPTS = [[5, 9, 77, 3], [8], [100, 4, 60, 61, 62, 63, 7], [12, 90]]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_greedy_is_token_for_token_that_of_transformers(kind):
+    ours, theirs = pair(kind)
+    for prompt in PROMPTS:
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=2, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        steps = generate(ours, [prompt], max_new_tokens=30, temperature=0, stop_ids=(2,))
+        assert [token for (token,) in steps] == expected
+
+
+def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone():
+    ours, _ = pair("qwen3")
+    alone = [complete(ours, [p], max_new_tokens=20, temperature=0)[0] for p in PROMPTS]
+    assert complete(ours, PROMPTS, max_new_tokens=20, temperature=0) == alone
+    assert len(set(map(tuple, alone))) > 1
+
+
+def test_a_row_that_stops_is_finished_and_the_others_go_on():
+    ours, _ = pair("qwen3")
+    free = complete(ours, PROMPTS, max_new_tokens=12, temperature=0, stop_ids=())
+    stop = next(token for token in free[0] if token not in free[1])
+    rows = list(generate(ours, PROMPTS[:2], 12, temperature=0, stop_ids=(stop,)))
+    cut = free[0].index(stop)
+    assert [a for a, _ in rows] == free[0][: cut + 1] + [None] * (12 - cut - 1)
+    assert [b for _, b in rows] == free[1]
+
+
+def test_filters_and_penalty_equal_those_of_transformers():
+    from transformers.generation import logits_process as judge
+
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3
+    seen = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+    expected = judge.RepetitionPenaltyLogitsProcessor(1.7)(seen, logits.clone())
+    got = penalise(logits, seen, torch.zeros(4, 1, dtype=torch.long), 1.7)
+    torch.testing.assert_close(got, expected)
+    padded = torch.cat([torch.full((4, 2), 49), seen], dim=1)  # padding is not penalised
+    assert torch.equal(penalise(logits, padded, torch.full((4, 1), 2), 1.7), got)
+
+    for top_k, top_p in ((5, 1.0), (0, 0.6), (8, 0.8), (200, 1.0)):
+        kept = judge.TemperatureLogitsWarper(0.8)(seen, logits.clone())
+        if top_k:
+            kept = judge.TopKLogitsWarper(top_k)(seen, kept)
+        if top_p < 1:
+            kept = judge.TopPLogitsWarper(top_p)(seen, kept)
+        generator = torch.Generator().manual_seed(2)
+        drawn = torch.cat([choose(logits, 0.8, top_k, top_p, generator) for _ in range(4000)], 1)
+        share = torch.stack([(drawn == token).float().mean(1) for token in range(50)], 1)
+        assert not share[kept == -torch.inf].any()
+        torch.testing.assert_close(share, kept.softmax(-1), atol=0.035, rtol=0)
+
+
+def test_a_seed_repeats_its_draws_and_draws_nothing_from_the_global_generator():
+    ours, _ = pair("qwen3")
+    first = complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=7)
+    state = torch.get_rng_state()
+    assert complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=7) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=8) != first
+
+
+def test_the_context_is_the_limit():
+    small = randomised(CausalLM(ModelConfig(**{**SHAPE, "max_position_embeddings": 10})))
+    assert len(complete(small, [[3] * 7], max_new_tokens=50, stop_ids=())[0]) == 3
+    with pytest.raises(ValueError, match="from 1 to 10"):
+        complete(small, [[3] * 11])
+    with pytest.raises(ValueError, match="from 1 to 10"):
+        complete(small, [[]])
+
+
+def test_generating_leaves_the_model_training_if_it_was():
+    model = randomised(CausalLM(ModelConfig(**SHAPE))).train()
+    complete(model, [[3]], max_new_tokens=2)
+    assert model.training

@@ -1,0 +1,129 @@
+"""Tiny World: the same bytes everywhere, and nothing of the evaluation in what is trained on."""
+
+import json
+import random
+import re
+
+import pytest
+
+from dataset.tiny_world import World, steps, write_tiny_world
+from evaluation.tiny_world import is_correct
+from tests.conftest import run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def words(text):
+    return set(re.findall(r"\w+", text))
+
+
+def spoken(records):
+    return [m["content"] for record in records for m in record["conversations"]]
+
+
+def test_same_seed_same_bytes_whatever_the_hash_seed(tmp_path):
+    for name, seed in (("a", "0"), ("b", "12345")):
+        done = run("dataset/tiny_world.py", "--out", tmp_path / name, PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr
+        assert "of them distinct" in done.stdout
+    for name in ("pretrain_tiny.jsonl", "sft_tiny.jsonl", "eval_tiny.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert World(seed=2).people != World().people
+
+
+def test_villagers_of_recall_questions_are_in_the_pretraining_text_and_in_no_conversation(
+    files, world
+):
+    held_out = {person.name for person in world.held_out}
+    assert len(held_out) == 60
+    assert not held_out & words(" ".join(spoken(files["sft_tiny.jsonl"])))
+    text = " ".join(record["text"] for record in files["pretrain_tiny.jsonl"])
+    mentions = {name: text.count(name) for name in held_out}
+    assert min(mentions.values()) > 100
+    for problem in files["eval_tiny.jsonl"]:
+        if problem["category"] == "recall":
+            assert held_out & words(problem["conversations"][-1]["content"])
+
+
+def test_recall_answers_are_true(files, world):
+    facts = {person.name: person for person in world.people}
+    checked = 0
+    for problem in files["eval_tiny.jsonl"]:
+        question = problem["conversations"][-1]["content"]
+        named = [facts[name] for name in words(question) & set(facts)]
+        if problem["category"] == "recall" and "live" in question:
+            assert problem["expected"].endswith(f"lives at the {named[0].home}.")
+            checked += 1
+    assert checked > 3
+
+
+def test_strangers_are_nobody(files, world):
+    strangers = {name for _, name in world.held_out_strangers}
+    training = [record["text"] for record in files["pretrain_tiny.jsonl"]]
+    training += spoken(files["sft_tiny.jsonl"])
+    assert not strangers & words(" ".join(training))
+    assert not strangers & {person.name for person in world.people}
+
+
+def test_held_out_sums_are_not_calculated_anywhere_in_training(files, world):
+    training = [record["text"] for record in files["pretrain_tiny.jsonl"]]
+    training = "\n".join(training + spoken(files["sft_tiny.jsonl"]))
+    calculated = re.findall(r"(\d+)([+-])(\d+): ", training)
+    calculated = {(operation, int(a), int(b)) for a, operation, b in calculated}
+    assert len(calculated) > 2000
+    assert not calculated & set(world.held_out_sums)
+    for problem in files["eval_tiny.jsonl"]:
+        if problem["category"] == "arithmetic":
+            a, b = map(int, re.findall(r"\d+", problem["conversations"][-1]["content"]))
+            result = int(problem["expected"][0].removeprefix("#### "))
+            assert ("+" if result == a + b else "-", a, b) in world.held_out_sums
+            assert result in (a + b, a - b)
+
+
+def test_held_out_stories_are_told_nowhere_in_training(files, world):
+    training = [record["text"] for record in files["pretrain_tiny.jsonl"]]
+    for text in training + spoken(files["sft_tiny.jsonl"]):
+        for piece in text.split("\n"):
+            for colour, animal, thing in re.findall(r"a (\w+) (\w+)\b.*? a (\w+)", piece):
+                assert (colour, animal, thing) not in world.held_out_stories
+    asked = [p for p in files["eval_tiny.jsonl"] if isinstance(p["expected"], list)]
+    assert sum("story" in p["conversations"][-1]["content"] for p in asked) == 30
+
+
+def test_no_held_out_question_was_trained_on_and_none_is_asked_twice(files):
+    questions = [json.dumps(problem["conversations"]) for problem in files["eval_tiny.jsonl"]]
+    assert len(questions) == len(set(questions)) == 400
+    trained = {
+        m for record in files["sft_tiny.jsonl"] for m in [record["conversations"][0]["content"]]
+    }
+    for problem in files["eval_tiny.jsonl"]:
+        first = problem["conversations"][0]
+        if first["role"] == "user" and problem["category"] not in ("multi_turn",):
+            assert first["content"] not in trained
+
+
+def test_steps_calculate_rightly():
+    rng = random.Random(0)
+    for _ in range(500):
+        a, b = sorted((rng.randrange(11, 89), rng.randrange(11, 89)), reverse=True)
+        for operation in "+-":
+            for left, right in re.findall(r"([\d+-]+)=(\d+)", steps(operation, a, b)):
+                numbers = list(map(int, re.findall(r"\d+", left)))
+                total = sum(numbers) if "+" in left else numbers[0] - numbers[1]
+                assert total == int(right)
+
+
+def test_the_judge():
+    assert is_correct(" She is a cook.\n", "She is a cook.")
+    assert not is_correct("She is a cook. She is a clerk.", "She is a cook.")
+    assert is_correct("4+5=9.\n#### 9", ["#### 9"])
+    assert not is_correct("#### 91", ["#### 9"])
+    assert not is_correct("a brown dog", ["brown dog", "kite"])

@@ -1,0 +1,233 @@
+"""The two loops: exact gradients however a step is split, exact resume, several processes."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dataset.lm_dataset import IGNORE, SFTDataset, collate
+from dataset.tokenizer import load_tokenizer
+from model.causal_lm import CausalLM, ModelConfig
+from tests.conftest import ROOT, TINY, run
+from trainer import checkpoint, train_full_sft, train_pretrain, trainer_utils
+from trainer.arguments import parse_training_args, training_parser
+from trainer.trainer_utils import epoch_plan, learning_rate, split_rows
+
+SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
+FLAGS = [*TINY, "--from_weight", "none", "--log_interval", "1", "--eval_interval", "4"]
+
+
+def flags(data, out, stage="full_sft", **more):
+    name = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl"}[stage]
+    more = {"data_path": data / name, "save_dir": out, "batch_size": 8, **more}
+    return FLAGS + [str(part) for k, v in more.items() for part in (f"--{k}", v)]
+
+
+def weights(out, name="full_sft_32"):
+    return checkpoint.load(out / f"{name}.pth")["model"]
+
+
+def log(out, name="full_sft_32"):
+    lines = (out / "logs" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    timings = ("tokens_per_s", "data_wait_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+
+
+def assert_equal(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **(tolerance or {"atol": 0, "rtol": 0}))
+
+
+@pytest.mark.parametrize("batch_size, accumulation_steps", [(8, 1), (4, 2), (1, 8), (3, 3)])
+def test_a_steps_gradient_does_not_depend_on_its_split(
+    data, tmp_path, monkeypatch, batch_size, accumulation_steps
+):
+    """One SGD step at rate 1 moves the weights by the gradient; plain autograd says what it is."""
+
+    def sgd(model, args):
+        start.update({k: v.clone() for k, v in model.state_dict().items()})
+        return torch.optim.SGD(model.parameters(), lr=1.0)
+
+    start = {}
+    monkeypatch.setattr(train_full_sft, "make_optimizer", sgd)
+    lines = (data / "sft.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "sft.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    split = {"batch_size": batch_size, "accumulation_steps": accumulation_steps}
+    train_full_sft.main(
+        flags(tmp_path, tmp_path, **split, learning_rate=1, grad_clip=0, eval_split=0)
+    )
+
+    model = CausalLM(ModelConfig(**checkpoint.load(tmp_path / "full_sft_32.pth")["config"]))
+    model.load_state_dict(start)
+    dataset = SFTDataset(tmp_path / "sft.jsonl", load_tokenizer())
+    input_ids, labels = collate([dataset[i] for i in range(8)])
+    assert len(set((labels != IGNORE).sum(1).tolist())) > 2  # ragged masks
+    logits = model(input_ids)[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    moved = weights(tmp_path)
+    for name, weight in model.named_parameters():
+        gradient = start[name] - moved[name]
+        torch.testing.assert_close(gradient, weight.grad, atol=1e-6, rtol=1e-4)
+    assert abs(log(tmp_path)[0]["loss"] - loss.item()) < 1e-4
+
+
+class StopAt:
+    """In StopSignal's place: asks for a stop after some steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self):
+        return self
+
+    @property
+    def received(self):
+        self.steps -= 1
+        return self.steps == 0
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, stage, use_moe):
+    main = SCRIPTS[stage].main
+    more = {"epochs": 2, "dropout": 0.1, "accumulation_steps": 2, "batch_size": 4}
+    more |= {"stage": stage, "use_moe": use_moe}
+    main(flags(data, tmp_path / "whole", **more))
+    for stops in (3, 2, 3):  # in the first epoch, near its end, in the second
+        with monkeypatch.context() as patch:
+            patch.setattr(SCRIPTS[stage], "StopSignal", StopAt(stops))
+            with pytest.raises(SystemExit) as stopped:
+                resume = ["--from_resume", "1"] if (tmp_path / "parts").exists() else []
+                main([*flags(data, tmp_path / "parts", **more), *resume])
+            assert stopped.value.code == 130
+    main([*flags(data, tmp_path / "parts", **more), "--from_resume", "1"])
+    name = f"{stage}_32{'_moe' if use_moe else ''}"
+    assert_equal(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
+    assert log(tmp_path / "whole", name) == log(tmp_path / "parts", name)
+    assert log(tmp_path / "whole", name)[-1]["epoch"] == 1
+
+
+def test_a_finished_run_resumed_does_nothing_and_says_so(data, tmp_path, capsys):
+    train_full_sft.main(flags(data, tmp_path))
+    before = weights(tmp_path)
+    train_full_sft.main([*flags(data, tmp_path), "--from_resume", "1"])
+    assert "This run is finished" in capsys.readouterr().out
+    assert_equal(before, weights(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to a child")
+def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
+    command = flags(data, tmp_path, epochs=2000)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "trainer/train_full_sft.py", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "logs/full_sft_32.jsonl").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Go on with --from_resume 1" in printed
+    resume = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    assert 0 < resume["step"] < 2000 * 5
+
+
+def test_two_processes_end_in_the_weights_of_one(data, tmp_path):
+    shared = {"epochs": 2, "eval_interval": 3}
+    train_full_sft.main(flags(data, tmp_path / "one", batch_size=8, **shared))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    script = ROOT / "trainer/train_full_sft.py"
+    two = flags(data, tmp_path / "two", batch_size=4, **shared)
+    done = run(*torchrun, script, *two, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("starting from scratch") == 1  # one process speaks
+    assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-5, rtol=1e-4)
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert abs(one["loss"] - two["loss"]) < 1e-5 * (1 + one["loss"])
+        assert (one["val_loss"] is None) == (two["val_loss"] is None)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "auto"])
+def test_lower_precision_keeps_fp32_weights(data, tmp_path, dtype):
+    train_pretrain.main(flags(data, tmp_path, "pretrain", dtype=dtype, epochs=2))
+    saved = checkpoint.load(tmp_path / "pretrain_32.pth")
+    assert {weight.dtype for weight in saved["model"].values()} == {torch.float32}
+    assert saved["training"]["dtype"] in ("bf16", "fp32")
+    losses = [line["loss"] for line in log(tmp_path, "pretrain_32")]
+    assert losses[-1] < losses[0]
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(data, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def sometimes_nan(logits, labels):
+        calls.append(1)
+        loss = trainer_utils.summed_cross_entropy(logits, labels)
+        return loss * math.nan if len(calls) == 2 else loss
+
+    monkeypatch.setattr(train_full_sft, "summed_cross_entropy", sometimes_nan)
+    train_full_sft.main(flags(data, tmp_path))
+    assert "step 1 is left out" in capsys.readouterr().out
+    assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
+
+
+def test_metrics_have_their_documented_keys_and_the_loss_falls(trained):
+    lines = (trained / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
+    keys = "step epoch tokens loss val_loss lr grad_norm tokens_per_s data_wait_s".split()
+    assert all(list(json.loads(line)) == keys for line in lines)
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    assert last["loss"] < first["loss"] and last["val_loss"] is not None
+
+
+def test_sft_starts_from_the_pretrained_weights_and_not_from_its_flags(trained):
+    pretrained = checkpoint.load(trained / "pretrain_32.pth")
+    tuned = checkpoint.load(trained / "full_sft_32.pth")
+    assert tuned["config"] == pretrained["config"] and tuned["stage"] == "full_sft"
+    assert set(tuned) == {"format", "stage", "config", "tokenizer", "model", "training"}
+    distance = sum((tuned["model"][k] - w).norm() for k, w in pretrained["model"].items())
+    assert 0 < distance < 0.5 * sum(w.norm() for w in pretrained["model"].values())
+
+
+def args_of(**values):
+    line = [str(part) for k, v in values.items() for part in (f"--{k}", v)]
+    return parse_training_args(training_parser("", save_weight="x", batch_size=4, epochs=1), line)
+
+
+def test_the_schedule_rises_peaks_and_ends_on_its_floor():
+    args = args_of(learning_rate=0.5, warmup_steps=10, min_lr_ratio=0.1)
+    rates = [learning_rate(step, 100, args) for step in range(100)]
+    assert 0 < rates[0] < rates[1] and max(rates) == 0.5 == rates[10]
+    assert rates[-1] == pytest.approx(0.05)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[10 + 89 // 2] == pytest.approx(0.275, rel=0.03)  # half way down the cosine
+    assert learning_rate(0, 1, args) == 0.5 and learning_rate(1, 2, args) > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(world_size):
+    rows, length = range(5, 50), lambda row: row * 7 % 13
+    args = args_of(batch_size=2, accumulation_steps=6 // world_size, seed=3)
+    plans = [epoch_plan(rows, length, args, 1, rank, world_size) for rank in range(world_size)]
+    single = epoch_plan(rows, length, args_of(batch_size=12, seed=3), 1)
+    for steps, (reference,) in zip(zip(*plans, strict=True), single, strict=True):
+        assert len({len(micro_batches) for micro_batches in steps}) == 1  # no process waits
+        taken = [row for micro_batches in steps for rows in micro_batches for row in rows]
+        assert sorted(taken) == sorted(reference)
+    assert sorted(row for (step,) in single for row in step) == list(rows)
+    assert epoch_plan(rows, length, args, 2) != epoch_plan(rows, length, args, 1)
+
+
+def test_the_validation_split_stays_when_the_data_grows():
+    small, large = split_rows(range(100), 0.1, 1)[1], split_rows(range(150), 0.1, 1)[1]
+    assert small == [row for row in large if row < 100] and 3 < len(small) < 25
