@@ -84,17 +84,20 @@ class Chat:
         room = self.model.config.max_position_embeddings
         if self.continues:
             return self.tokenizer.encode(text).ids[-room + 1 :]
-        self.messages.append({"role": "user", "content": text})
+        messages, dropped = [*self.messages, {"role": "user", "content": text}], 0
         while True:
-            ids, _ = render(self.messages, add_generation_prompt=True, tokenizer=self.tokenizer)
+            ids, _ = render(messages, add_generation_prompt=True, tokenizer=self.tokenizer)
             if len(ids) + min(self.settings["max_new_tokens"], room // 2) <= room:
-                return ids
-            first = int(self.messages[0]["role"] == "system")
-            if len(self.messages) - first < 3:
-                self.messages.pop()
+                break
+            first = int(messages[0]["role"] == "system")
+            if len(messages) - first < 3:
                 raise UserError(f"that is too long: {len(ids)} tokens, and the context is {room}")
-            del self.messages[first : first + 2]
-            print("[the context is full: the oldest question and answer are forgotten]")
+            del messages[first : first + 2]
+            dropped += 1
+        if dropped:
+            print(f"[the context is full: the oldest {dropped} question(s) are forgotten]")
+        self.messages = messages
+        return ids
 
     def answer(self, text):
         """Prints the answer to text as it is written; Ctrl-C ends it early."""

@@ -2,9 +2,9 @@
 
     python dataset/tiny_world.py            # writes the three files below and prints their figures
 
-pretrain_tiny.jsonl   text about 120 villagers (home, job, friend, pet, what each likes), stories,
+pretrain_tiny.jsonl   text about 80 villagers (home, job, friend, pet, what each likes), stories,
                       dialogues, definitions, counting and sums
-sft_tiny.jsonl        conversations; half of the villagers are never mentioned in them
+sft_tiny.jsonl        conversations; 30 of the villagers are never mentioned in them
 eval_tiny.jsonl       held-out prompts with their answers; what keeps them apart from the other two
                       files is decided in `World`
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.files import replacing
 from dataset.tiny_world_words import (
+    COUNTED,
     ENDS,
     FACTS,
     MEANINGS,
@@ -35,6 +36,7 @@ from dataset.tiny_world_words import (
     STORIES,
     STORY_BEGINNINGS,
     STORY_ENDINGS,
+    SUM_PROBLEMS,
     THINGS,
     VALUES,
 )
@@ -42,6 +44,8 @@ from dataset.tiny_world_words import (
 FOLDER = Path(__file__).resolve().parent
 PRETRAIN, SFT, EVAL = (FOLDER / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval"))
 SEED = 1
+VILLAGERS, HELD_OUT = 80, 30  # even numbers: best friends stay together
+LARGEST = 69  # number in the sums
 
 
 @dataclass
@@ -60,6 +64,7 @@ class World:
 
     known      villagers whom the conversations talk about
     held_out   villagers whom only the pretraining text talks about
+    visitors   (sex, name) of people who only pass through the pretraining text
     strangers  (sex, name) of nobody: for conversations, and others for the evaluation
     """
 
@@ -68,7 +73,7 @@ class World:
         names = [(s, a + b) for a in STARTS.split() for s in ENDS for b in ENDS[s].split()]
         rng.shuffle(names)
         people = []
-        for index, (sex, name) in enumerate(names[:120]):
+        for index, (sex, name) in enumerate(names[:VILLAGERS]):
             home, job, likes = (VALUES[kind][index % 24] for kind in ("home", "job", "likes"))
             pet = f"{rng.choice(VALUES['colour'])} {rng.choice(VALUES['animal'])}"
             people.append(Villager(name, sex, home, job, likes, pet))
@@ -79,14 +84,15 @@ class World:
                 setattr(person, kind, value)
         for one, other in zip(people[::2], people[1::2], strict=True):
             one.friend, other.friend = other.name, one.name
-        self.people, self.known, self.held_out = people, people[:60], people[60:]
-        self.strangers, self.held_out_strangers = names[120:220], names[220:]
+        self.people, self.known, self.held_out = people, people[HELD_OUT:], people[:HELD_OUT]
+        self.visitors, self.strangers = names[VILLAGERS:180], names[180:430]
+        self.held_out_strangers = names[430:]
         colours, animals = VALUES["colour"], VALUES["animal"]
         stories = [(c, a, t) for c in colours for a in animals for t in THINGS]
         self.held_out_stories = share(rng, stories)
         self.stories = [s for s in stories if s not in self.held_out_stories]
-        sums = [("+", a, b) for a in range(11, 89) for b in range(11, 100 - a)]
-        sums += [("-", a, b) for a in range(21, 100) for b in range(11, a - 9)]
+        sums = [("+", a, b) for a in range(11, LARGEST) for b in range(11, LARGEST + 1 - a)]
+        sums += [("-", a, b) for a in range(21, LARGEST + 1) for b in range(11, a - 9)]
         self.held_out_sums = share(rng, sums)
         self.sums = [s for s in sums if s not in self.held_out_sums]
 
@@ -172,6 +178,7 @@ def small_sum(rng):
     if rng.random() < 0.3:
         a, b, total = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
         return f"{sentence(a)} and {b} make {total}. Take {b} from {total} and {a} is left."
+    a = rng.randrange(LARGEST)
     return f"{a}+{b}={a + b}, {a + b}-{b}={a}."
 
 
@@ -190,19 +197,49 @@ def steps(operation, a, b):
     return f"{a}{operation}{b}: {parts}."
 
 
+def word_problem(rng, operation, a, b):
+    """A question that asks for a sum or a difference, in one of its wordings."""
+    text = rng.choice(SUM_PROBLEMS[operation])
+    return text.format(a=a, b=b, t=rng.choice(COUNTED), j=rng.choice(VALUES["job"]))
+
+
+def shouted(rng, person):
+    """A fact, and the same in capitals."""
+    text = fact(rng, person, rng.choice(list(FACTS)), pronoun=True)
+    return f'In capital letters, "{text}" is "{text.upper()}"'
+
+
+def card(rng, person):
+    """Some facts about a villager as a list."""
+    kinds = rng.sample(list(FACTS), 3)
+    return "\n".join([person.name] + [f"- {kind}: {getattr(person, kind)}" for kind in kinds])
+
+
+def visit(rng, name):
+    """A stranger says a name, and hears it again."""
+    job, hello = rng.choice(VALUES["job"]), rng.choice(["Welcome", "Hello", "Good morning"])
+    return f'"My name is {name}," said a stranger. "{hello}, {name}," said the {job}.'
+
+
 def pretraining_text(world, rng):
-    """The documents of pretrain_tiny.jsonl: pages, mixed of everything."""
-    pieces = [portrait(rng, person) for person in world.people for _ in range(65)]
-    pieces += [gossip(rng, person) for person in world.people for _ in range(40)]
-    pieces += [dialogue(rng, a, rng.choice(world.people)) for a in world.people for _ in range(8)]
-    events, words = list(STORIES), [word for group in VALUES.values() for word in group]
-    pieces += [story(rng, rng.choice(world.stories), rng.choice(events)) for _ in range(2000)]
-    pieces += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(2000)]
-    pieces += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(3500)]
-    pieces += [" ".join(in_capitals(rng.choice(words)) for _ in range(6)) for _ in range(400)]
-    pieces += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(500)]
-    rng.shuffle(pieces)
-    return pieces
+    """The documents of pretrain_tiny.jsonl, each of one kind."""
+    people, values = world.people, [word for group in VALUES.values() for word in group]
+
+    texts = [portrait(rng, person) for person in people for _ in range(80)]
+    texts += [gossip(rng, person) for person in people for _ in range(40)]
+    texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
+    texts += [card(rng, person) for person in people for _ in range(12)]
+    texts += [shouted(rng, rng.choice(people)) for _ in range(1200)]
+    texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
+    texts += [visit(rng, rng.choice(world.visitors)[1]) for _ in range(900)]
+    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
+    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(1800)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1500)]
+    for operation, a, b in rng.choices(world.sums, k=3000):
+        texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
+    texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(400)]
+    rng.shuffle(texts)
+    return texts
 
 
 def write_tiny_world(folder=FOLDER, seed=SEED):

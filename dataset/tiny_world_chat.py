@@ -6,11 +6,10 @@ Each function returns (category, messages, expected): the messages end with the 
 expected is what evaluation looks for in the model's own: the whole answer, or the words in a list.
 """
 
-from dataset.tiny_world import Villager, meaning, sentence, steps, story, story_words
+from dataset.tiny_world import Villager, meaning, sentence, steps, story, story_words, word_problem
 from dataset.tiny_world_words import (
     ANSWERS,
     ASKS,
-    COUNTED,
     FACTS,
     IDENTITY,
     MANNERS,
@@ -18,9 +17,7 @@ from dataset.tiny_world_words import (
     PRONOUNS,
     STORIES,
     STORY_REQUESTS,
-    SUM_PROBLEMS,
     UNKNOWN,
-    VALUES,
 )
 
 KINDS = list(FACTS)
@@ -84,12 +81,11 @@ def story_on_request(rng, pool):
     return "compose", turns(f"{request} about {what}.", story(rng, subject, event)), expected
 
 
-def word_problem(rng, pool):
+def calculation(rng, pool):
     operation, a, b = rng.choice(pool.sums)
-    problem = rng.choice(SUM_PROBLEMS[operation])
-    problem = problem.format(a=a, b=b, t=rng.choice(COUNTED), j=rng.choice(VALUES["job"]))
     result = f"#### {a + b if operation == '+' else a - b}"
-    return "arithmetic", turns(problem, f"{steps(operation, a, b)}\n{result}"), [result]
+    text = f"{steps(operation, a, b)}\n{result}"
+    return "arithmetic", turns(word_problem(rng, operation, a, b), text), [result]
 
 
 def follow_up(rng, pool):
@@ -162,21 +158,21 @@ def small_talk(rng, pool):
 
 # How many conversations of each kind the two files hold.
 SFT_COUNTS = {
-    recall: 1500,
-    two_facts: 500,
+    recall: 1200,
+    two_facts: 900,
     story_on_request: 700,
-    word_problem: 1700,
+    calculation: 1800,
     follow_up: 900,
     own_name: 300,
-    in_a_manner: 1200,
+    in_a_manner: 1500,
     unknown: 500,
-    small_talk: 300,
+    small_talk: 250,
 }
 EVAL_COUNTS = {
     recall: 100,
     two_facts: 30,
     story_on_request: 30,
-    word_problem: 60,
+    calculation: 60,
     follow_up: 45,
     own_name: 15,
     in_a_manner: 60,

@@ -1,7 +1,8 @@
 """The words of Tiny World: names, what the facts can be, and the ways to say them."""
 
 STARTS = "Al Bel Cor Dan El Fen Gar Hol Ir Jun Kel Lor Mar"
-STARTS += " Nor Ol Per Quin Ros Sel Tam Ul Ver Wil Yar Zel"
+STARTS += " Nor Ol Per Quin Ros Sel Tam Ul Ver Wil Yar Zel Bran Cal Dor Ed Fal"
+STARTS += " Gil Had Jas Mil Nel Os Pol Rin Sab Tor Ur Val Wen Yor Zam"
 ENDS = {"f": "a ina ette wyn ia ora", "m": "o in ard en us ric"}
 
 # What each villager's facts can be. No word starts with a vowel, so "a" is always right.

@@ -16,7 +16,11 @@ def test_greedy_is_token_for_token_that_of_transformers(kind):
     ours, theirs = pair(kind)
     for prompt in PROMPTS:
         expected = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=2, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=30,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=0,
         )[0, len(prompt) :].tolist()
         steps = generate(ours, [prompt], max_new_tokens=30, temperature=0, stop_ids=(2,))
         assert [token for (token,) in steps] == expected

@@ -17,6 +17,10 @@ from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 
 FORMAT = 1
+MAKE = {
+    "pretrain": "make it with: python trainer/train_pretrain.py",
+    "full_sft": "make it with: python trainer/train_full_sft.py",
+}
 
 
 def file_name(name, config):
@@ -79,7 +83,9 @@ def find(folder, name, hidden_size=None, use_moe=None, ending=""):
             found.append(path)
     if not found:
         size = hidden_size or "*"
-        raise UserError(f"there is no {Path(folder) / f'{name}_{size}{ending}.pth'}")
+        remedy = MAKE.get(name, "name other weights, or give the path of a .pth file")
+        remedy = "start the run without --from_resume 1" if ending else remedy
+        raise UserError(f"there is no {Path(folder) / f'{name}_{size}{ending}.pth'}; {remedy}")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     if len(found) > 1:
         print(f"{len(found)} files match {name}; taking the newest, {newest}")

@@ -52,9 +52,9 @@ def main(argv=None):
         save_weight="full_sft",
         from_weight="pretrain",
         epochs=1,
-        batch_size=16,
+        batch_size=8,
         accumulation_steps=2,
-        learning_rate=5e-4,
+        learning_rate=1.5e-4,
         sample_prompt="Who are you?",
     )
     args = parse_training_args(parser, argv)

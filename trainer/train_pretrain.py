@@ -52,6 +52,7 @@ def main(argv=None):
         from_weight="none",
         epochs=1,
         batch_size=16,
+        accumulation_steps=2,
         learning_rate=1e-3,
         sample_prompt="Once there was",
     )

@@ -1,0 +1,69 @@
+"""Every command printed in README and docs runs, at toy scale; every link leads somewhere."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.conftest import ROOT, TINY, run
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands():
+    """Each distinct command of a ```bash block that starts with python, as a list of words."""
+    found = {}
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            block = re.sub(r"(?m)\s+#\s.*$", "", block)  # a comment behind a command
+            for line in re.findall(r'^(?:python -c "\n.*?"|python .*?)$', block, re.M | re.S):
+                found[line] = shlex.split(line)[1:]
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_command_runs(line, data, trained, tmp_path):
+    words = COMMANDS[line]
+    script = words[0]
+    if script == "demo.py":
+        pytest.skip("minutes long; each of its stages is a command of its own")
+    if script.startswith("trainer/train_") and script != "trainer/train_tokenizer.py":
+        name = "pretrain.jsonl" if "pretrain" in script else "sft.jsonl"
+        given = ["--data_path", data / name] if "--data_path" not in words else []
+        scratch = "pretrain.py" in script or "none" in words
+        out = trained if "--from_resume" in words else tmp_path
+        words += [*given, "--save_dir", out, "--batch_size", 8, *(TINY if scratch else [])]
+        if not scratch and "--from_resume" not in words:
+            words += ["--from_weight", trained / "pretrain_32.pth"]
+        words = [data / name if word == "mine.jsonl" else word for word in words]
+    elif script == "dataset/tiny_world.py":
+        words += ["--out", tmp_path]
+    elif script == "trainer/train_tokenizer.py":
+        words += ["--out", tmp_path / "t.json"]
+    elif script in ("eval_llm.py", "evaluation/run_eval.py"):
+        words += ["--save_dir", trained, "--max_new_tokens", 4]
+        words = ["full_sft" if word == "sft_scratch" else word for word in words]
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    if script == "-c":
+        assert done.stdout.strip()
+
+
+def test_there_are_commands_to_test():
+    scripts = {words[0] for words in COMMANDS.values()}
+    assert {"eval_llm.py", "trainer/train_pretrain.py", "trainer/train_full_sft.py"} <= scripts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_flags_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    code = "".join(
+        p.read_text(encoding="utf-8") for p in ROOT.glob("**/*.py") if ".venv" not in p.parts
+    )
+    for flag in set(re.findall(r"--([a-z_]+)\b", text)) - {"nproc_per_node"}:
+        assert f"--{flag}" in code or f'"{flag}' in code, flag

@@ -1,0 +1,229 @@
+"""Bad input: one clear sentence with place and remedy, exit code 2, no traceback, nothing lost."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dataset.errors import UserError
+from dataset.files import replacing
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.tokenizer import load_tokenizer
+from tests.conftest import ROOT, TINY, chat, run, write_jsonl
+
+SFT = ["trainer/train_full_sft.py", "--from_weight", "none", *TINY]
+
+
+def refused(done, *says):
+    """The command ended with code 2 and a sentence that holds each of the words."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    for words in says:
+        assert words in done.stderr, done.stderr
+    return done.stderr
+
+
+def test_all_problems_of_the_flags_are_told_at_once(tmp_path):
+    wrong = [
+        "--batch_size",
+        "0",
+        "--dtype",
+        "fp8",
+        "--use_moe",
+        "yes",
+        "--data_path",
+        "nowhere.jsonl",
+    ]
+    wrong += ["--learning_rate", "fast", "--save_weight", "../x"]
+    said = refused(run("trainer/train_pretrain.py", *wrong), "batch_size 0: give a whole number")
+    for part in (
+        "dtype fp8",
+        "use_moe yes",
+        "nowhere.jsonl",
+        "learning_rate fast",
+        "save_weight ../x",
+    ):
+        assert part in said
+    assert len(said.splitlines()) == 6
+
+
+def test_an_unknown_flag_is_named():
+    refused(run("trainer/train_pretrain.py", "--bach_size", "4"), "--bach_size")
+    refused(run("eval_llm.py", "--weigth", "x"), "--weigth")
+    refused(run("eval_llm.py", "--temperature", "hot"), "temperature hot")
+
+
+def test_the_config_file_sets_defaults_and_its_errors_are_named(tmp_path, data):
+    config = tmp_path / "c.toml"
+    config.write_text("hidden_size = 48\nepochs = 1\n[run]\nuse_moe = false\nbatch_size = 8\n")
+    flags = ["--config", config, "--data_path", data / "sft.jsonl", "--save_dir", tmp_path / "o"]
+    done = run("trainer/train_full_sft.py", "--from_weight", "none", *flags)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "full_sft_48.pth").exists()
+    done = run("trainer/train_full_sft.py", "--from_weight", "none", *flags, "--hidden_size", "32")
+    assert (tmp_path / "o" / "full_sft_32.pth").exists(), done.stderr
+    config.write_text("hiden_size = 48\nbatch_size = -1\n")
+    refused(run("trainer/train_full_sft.py", *flags), "hiden_size is not a flag", "batch_size -1")
+    config.write_text("hidden_size = = 48\n")
+    refused(run("trainer/train_full_sft.py", *flags), "c.toml", "line 1")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b'{"text": "wrong stage"}\n', 'no "conversations" in it'),
+        (b'{"conversations": [{"role": "user", "content"', "line 1: not JSON"),
+        (b"\xff\xfe\x00", "line 1: "),
+        (b'{"conversations": [{"role": "user", "content": "alone"}]}\n', "an assistant's turn"),
+        (b'["a list"]\n', "only list"),
+    ],
+)
+def test_unusable_data(tmp_path, content, says):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    refused(run(*SFT, "--data_path", path, "--save_dir", tmp_path / "out"), "bad.jsonl", says)
+    assert not list((tmp_path / "out").rglob("*.pth"))
+
+
+def test_bad_lines_among_good_ones_are_counted_with_their_numbers(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    good = json.dumps(chat("Hi", "Hello\u2028you"), ensure_ascii=False).encode()
+    surrogate = b'{"conversations": [{"role": "user", "content": "\\ud800"}]}'
+    lines = [b"\xef\xbb\xbf" + good + b"\r", b"{", b"", good, b'{"x": 1}', surrogate, good]
+    path.write_bytes(b"\n".join(lines))
+    dataset = SFTDataset(path, load_tokenizer())
+    assert len(dataset) == 3
+    assert [number for number, _ in dataset.bad_lines] == [2, 5, 6]
+    with pytest.raises(UserError, match="mixed.jsonl, line 2: not JSON"):
+        SFTDataset(path, load_tokenizer(), strict=True)
+
+
+def test_what_truncation_leaves_without_anything_to_learn_is_dropped_and_counted(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [chat("Hi", "Hello you."), chat("Hi " * 200, "You?")])
+    dataset = SFTDataset(path, load_tokenizer(), max_length=64)
+    assert (len(dataset), dataset.dropped) == (1, 1)
+    whole, _ = dataset[0]
+    input_ids, labels = SFTDataset(path, load_tokenizer(), max_length=len(whole) - 3)[0]
+    assert torch.equal(input_ids, whole[:-3]) and (labels != -100).any()
+    assert 2 not in labels  # the <|im_end|> was cut off, and is not learned as if it were there
+
+
+def test_a_long_document_is_split_and_nothing_is_lost(tmp_path):
+    tokenizer, text = load_tokenizer(), "one two three four five " * 40
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": text}])
+    dataset = PretrainDataset(path, tokenizer, max_length=32)
+    ids = torch.cat([dataset[i][0] for i in range(len(dataset))]).tolist()
+    assert ids == tokenizer.encode(text).ids + [0] and len(dataset) > 3
+
+
+def test_missing_weights_name_the_command_that_makes_them(tmp_path, data):
+    flags = ["--save_dir", tmp_path, "--data_path", data / "sft.jsonl"]
+    refused(run("trainer/train_full_sft.py", *flags), "pretrain_*.pth", "train_pretrain.py")
+    refused(run("eval_llm.py", "--save_dir", tmp_path), "full_sft_*.pth", "train_full_sft.py")
+    refused(run("eval_llm.py", "--weight", tmp_path / "no.pth"), "no.pth")
+    resume = [*flags, "--from_resume", "1"]
+    refused(run("trainer/train_full_sft.py", *resume), "full_sft_*_resume.pth", "--from_resume")
+
+
+def test_shape_flags_that_contradict_the_weights_are_named(trained, data):
+    flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--num_hidden_layers", "5"]
+    refused(run("trainer/train_full_sft.py", *flags), "--num_hidden_layers 5", "has 2")
+
+
+def test_another_vocabulary_is_named(trained, data, tmp_path):
+    make = ["--data_path", data / "sft.jsonl", "--vocab_size", "300", "--out", tmp_path / "t.json"]
+    assert run("trainer/train_tokenizer.py", *make).returncode == 0
+    flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl"]
+    done = run("trainer/train_full_sft.py", *flags, "--tokenizer_path", tmp_path / "t.json")
+    refused(done, "t.json is not the tokenizer", "start from scratch")
+
+
+def test_another_run_cannot_be_resumed(trained, data):
+    flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--from_resume", "1"]
+    refused(
+        run("trainer/train_full_sft.py", *flags, "--batch_size", "4"), "batch_size is 4 and was 8"
+    )
+
+
+def break_weights(path, how):
+    content = torch.load(path, weights_only=True)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif how == "text":
+        path.write_text("not weights")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "malicious":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif how == "missing weight":
+        del content["model"]["model.norm.weight"]
+        torch.save(content, path)
+    elif how == "wrong shape":
+        content["model"]["model.norm.weight"] = torch.zeros(7)
+        torch.save(content, path)
+    elif how == "other program":
+        torch.save(content["model"], path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("echo harmed",)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("truncated", "damaged"),
+        ("text", "damaged"),
+        ("empty", "damaged"),
+        ("malicious", "could run any code"),
+        ("missing weight", "model.norm.weight is missing"),
+        ("wrong shape", "model.norm.weight has shape (7,) and not (32,)"),
+        ("other program", "is not a weights file of this program"),
+    ],
+)
+def test_damaged_weights(trained, tmp_path, how, says):
+    path = shutil.copy(trained / "full_sft_32.pth", tmp_path / "full_sft_32.pth")
+    break_weights(path, how)
+    done = run("eval_llm.py", "--weight", path, "--prompt", "Hi")
+    refused(done, "full_sft_32.pth", says)
+    assert "harmed" not in done.stdout
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_text("before")
+    says = "weights.pth cannot be written: .*No space"
+    with pytest.raises(UserError, match=says), replacing(path) as file:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(b"half of it")
+        raise ZeroDivisionError
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a file size limit is a Unix thing")
+def test_a_full_disk_while_saving(trained, data):
+    """A limit on the size of files stands in for a full disk: writing fails in the middle."""
+    before = (trained / "full_sft_32.pth").read_bytes()
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        f"sys.path.insert(0, {str(ROOT)!r});"
+        "from dataset.errors import mistakes_in_plain_words as m\n"
+        "from trainer.train_full_sft import main\n"
+        "with m(): main(sys.argv[1:])"
+    )
+    flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--device", "cpu"]
+    command = [sys.executable, "-c", script, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    refused(done, "full_sft_32.pth cannot be written", "ake room")
+    assert (trained / "full_sft_32.pth").read_bytes() == before
+    assert not list(trained.rglob("*.part"))
