@@ -64,7 +64,6 @@ class World:
 
     known      villagers whom the conversations talk about
     held_out   villagers whom only the pretraining text talks about
-    visitors   (sex, name) of people who only pass through the pretraining text
     strangers  (sex, name) of nobody: for conversations, and others for the evaluation
     """
 
@@ -85,8 +84,7 @@ class World:
         for one, other in zip(people[::2], people[1::2], strict=True):
             one.friend, other.friend = other.name, one.name
         self.people, self.known, self.held_out = people, people[HELD_OUT:], people[:HELD_OUT]
-        self.visitors, self.strangers = names[VILLAGERS:180], names[180:430]
-        self.held_out_strangers = names[430:]
+        self.strangers, self.held_out_strangers = names[VILLAGERS:400], names[400:]
         colours, animals = VALUES["colour"], VALUES["animal"]
         stories = [(c, a, t) for c in colours for a in animals for t in THINGS]
         self.held_out_stories = share(rng, stories)
@@ -210,31 +208,27 @@ def shouted(rng, person):
 
 
 def card(rng, person):
-    """Some facts about a villager as a list."""
+    """Some facts about a villager as a list, or in single words."""
     kinds = rng.sample(list(FACTS), 3)
-    return "\n".join([person.name] + [f"- {kind}: {getattr(person, kind)}" for kind in kinds])
-
-
-def visit(rng, name):
-    """A stranger says a name, and hears it again."""
-    job, hello = rng.choice(VALUES["job"]), rng.choice(["Welcome", "Hello", "Good morning"])
-    return f'"My name is {name}," said a stranger. "{hello}, {name}," said the {job}.'
+    if rng.random() < 0.5:
+        return "\n".join([person.name] + [f"- {kind}: {getattr(person, kind)}" for kind in kinds])
+    lines = [f"{kind} of {person.name}?\n{sentence(getattr(person, kind))}" for kind in kinds]
+    return "\n".join(lines)
 
 
 def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(80)]
+    texts = [portrait(rng, person) for person in people for _ in range(105)]
     texts += [gossip(rng, person) for person in people for _ in range(40)]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(12)]
+    texts += [card(rng, person) for person in people for _ in range(18)]
     texts += [shouted(rng, rng.choice(people)) for _ in range(1200)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
-    texts += [visit(rng, rng.choice(world.visitors)[1]) for _ in range(900)]
-    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
-    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(1800)]
-    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1500)]
+    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(1500)]
+    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(1400)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1300)]
     for operation, a, b in rng.choices(world.sums, k=3000):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(400)]

@@ -18,6 +18,7 @@ from dataset.tiny_world_words import (
     STORIES,
     STORY_REQUESTS,
     UNKNOWN,
+    VALUES,
 )
 
 KINDS = list(FACTS)
@@ -106,16 +107,16 @@ def follow_up(rng, pool):
     return "multi_turn", turns(*texts), texts[-1]
 
 
-def own_name(rng, pool):
-    """The user's own name, a few turns later."""
-    name = rng.choice(pool.strangers)[1]
-    greeting = f"Hello, {name}! What would you like to know?"
-    texts = [rng.choice(["My name is {}.", "Hello, I am {}."]).format(name), greeting]
-    if rng.random() < 0.5:
-        _, between, _ = recall(rng, pool)
-        texts += [message["content"] for message in between]
-    text = f"Your name is {name}."
-    return "multi_turn", turns(*texts, rng.choice(["What is my name?", "Who am I?"]), text), text
+def favourite(rng, pool):
+    """What the user said of himself, after a question about something else."""
+    kind = rng.choice(["colour", "animal"])
+    value = rng.choice(VALUES[kind])
+    told = f"My favourite {kind} is {'the ' * (kind == 'animal')}{value}."
+    _, between, _ = recall(rng, pool)
+    between = [message["content"] for message in between]
+    text = told.replace("My", "Your")
+    ask_back = f"What is my favourite {kind}?"
+    return "multi_turn", turns(told, "I will remember that.", *between, ask_back, text), text
 
 
 def in_a_manner(rng, pool):
@@ -158,14 +159,14 @@ def small_talk(rng, pool):
 
 # How many conversations of each kind the two files hold.
 SFT_COUNTS = {
-    recall: 1200,
+    recall: 1300,
     two_facts: 900,
     story_on_request: 700,
     calculation: 1800,
     follow_up: 900,
-    own_name: 300,
-    in_a_manner: 1500,
-    unknown: 500,
+    favourite: 250,
+    in_a_manner: 1800,
+    unknown: 350,
     small_talk: 250,
 }
 EVAL_COUNTS = {
@@ -174,7 +175,7 @@ EVAL_COUNTS = {
     story_on_request: 30,
     calculation: 60,
     follow_up: 45,
-    own_name: 15,
+    favourite: 15,
     in_a_manner: 60,
     unknown: 60,
 }

@@ -133,7 +133,8 @@ def test_missing_weights_name_the_command_that_makes_them(tmp_path, data):
 
 def test_shape_flags_that_contradict_the_weights_are_named(trained, data):
     flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--num_hidden_layers", "5"]
-    refused(run("trainer/train_full_sft.py", *flags), "--num_hidden_layers 5", "has 2")
+    done = run("trainer/train_full_sft.py", *flags, "--max_seq_len", "4096")
+    refused(done, "--num_hidden_layers 5", "has 2", "--max_seq_len 4096", "context of 2048")
 
 
 def test_another_vocabulary_is_named(trained, data, tmp_path):

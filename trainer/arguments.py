@@ -116,6 +116,8 @@ def parse_training_args(parser, argv=None):
         path = getattr(args, name)
         if path is not None and not path.is_file():
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
+        elif path is not None:
+            setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
     if args.save_weight in (None, "") or Path(args.save_weight).name != args.save_weight:
         problems.append(f"--save_weight {args.save_weight}: give a name without folders")
     if problems:

@@ -54,7 +54,7 @@ def main(argv=None):
         epochs=1,
         batch_size=8,
         accumulation_steps=2,
-        learning_rate=1.5e-4,
+        learning_rate=1e-4,
         sample_prompt="Who are you?",
     )
     args = parse_training_args(parser, argv)
@@ -154,7 +154,7 @@ def main(argv=None):
             # Log, validate, show, save: whatever is due at this step.
             last = step == total_steps
             evaluate = (step % args.eval_interval == 0 or last) and eval_rows
-            if evaluate or step % args.log_interval == 0 or step == 1:
+            if evaluate or last or step % args.log_interval == 0 or step == 1:
                 (loss,) = distributed.add_up(loss, device=device)
                 speed = (tokens_seen - start_tokens) / (time.perf_counter() - start)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:.0f}")

@@ -39,7 +39,7 @@ def init_model(args, device="cpu"):
     shape = {name: getattr(args, name, None) for name in SHAPE}
     shape = {name: value for name, value in shape.items() if value is not None}
     size, moe = shape.get("hidden_size"), shape.get("use_moe")
-    dropout = getattr(args, "dropout", 0.0)
+    dropout, longest = getattr(args, "dropout", 0.0), getattr(args, "max_seq_len", 0)
     content = None
     if getattr(args, "from_resume", False):
         folder = args.save_dir / "checkpoints"
@@ -58,6 +58,7 @@ def init_model(args, device="cpu"):
             config = ModelConfig(**shape)
         except ValueError as error:
             raise UserError(str(error)) from None
+        config.max_position_embeddings = max(config.max_position_embeddings, longest)
         model, how = CausalLM(config), "starting from scratch"
     if content:
         model, tokenizer = checkpoint.build(content, path, dropout)
@@ -66,6 +67,9 @@ def init_model(args, device="cpu"):
             for name, value in shape.items()
             if value != getattr(model.config, name)
         ]
+        if longest > model.config.max_position_embeddings:
+            limit = model.config.max_position_embeddings
+            differ.append(f"--max_seq_len {longest}, but {path} has a context of {limit}")
         if differ:
             raise UserError(f"{'; '.join(differ)}. Leave the flag out, or train such weights first")
         given = getattr(args, "tokenizer_path", None)
@@ -192,8 +196,8 @@ def split_rows(dataset, part, seed):
     Row i is drawn by the i-th random number of the seed, so the split stays when a file grows.
     """
     held_out = np.random.default_rng(seed).random(len(dataset)) < part
-    if part > 0 and not held_out.any() and len(dataset) > 1:
-        held_out[0] = True
+    if held_out.all() or (part > 0 and not held_out.any()):  # the first row decides tiny cases
+        held_out[0] = len(dataset) > 1 and not held_out[0]
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
