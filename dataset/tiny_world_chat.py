@@ -6,7 +6,15 @@ Each function returns (category, messages, expected): the messages end with the 
 expected is what evaluation looks for in the model's own: the whole answer, or the words in a list.
 """
 
-from dataset.tiny_world import Villager, meaning, sentence, steps, story, story_words, word_problem
+from dataset.tiny_world_text import (
+    Villager,
+    meaning,
+    sentence,
+    steps,
+    story,
+    story_words,
+    word_problem,
+)
 from dataset.tiny_world_words import (
     ANSWERS,
     ASKS,

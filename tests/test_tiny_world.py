@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from dataset.tiny_world import World, steps, write_tiny_world
+from dataset.tiny_world import SEED, write_tiny_world
+from dataset.tiny_world_text import World, steps
 from evaluation.tiny_world import is_correct
 from tests.conftest import run
 
@@ -18,7 +19,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world():
-    return World()
+    return World(SEED)
 
 
 def words(text):
@@ -36,7 +37,7 @@ def test_same_seed_same_bytes_whatever_the_hash_seed(tmp_path):
         assert "of them distinct" in done.stdout
     for name in ("pretrain_tiny.jsonl", "sft_tiny.jsonl", "eval_tiny.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert World(seed=2).people != World().people
+    assert World(2).people != World(SEED).people
 
 
 def test_villagers_of_recall_questions_are_in_the_pretraining_text_and_in_no_conversation(

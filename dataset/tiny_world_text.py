@@ -1,0 +1,218 @@
+"""Who lives in Tiny World, and the plain text about it: pretrain_tiny.jsonl.
+
+Each function below writes one kind of text; `pretraining_text` says how much there is of each.
+"""
+
+import random
+from dataclasses import dataclass
+
+from dataset.tiny_world_words import (
+    COUNTED,
+    ENDS,
+    FACTS,
+    MEANINGS,
+    NUMBERS,
+    OPENERS,
+    PRONOUNS,
+    QUESTIONS,
+    RUMOURS,
+    STARTS,
+    STORIES,
+    STORY_BEGINNINGS,
+    STORY_ENDINGS,
+    SUM_PROBLEMS,
+    THINGS,
+    VALUES,
+)
+
+SEED = 1
+VILLAGERS, HELD_OUT = 80, 30  # even numbers: best friends stay together
+LARGEST = 69  # number in the sums
+
+
+@dataclass
+class Villager:
+    name: str
+    sex: str
+    home: str
+    job: str
+    likes: str
+    pet: str
+    friend: str = ""
+
+
+class World:
+    """Who lives in the village, and what is held out of the training files for the evaluation.
+
+    known      villagers whom the conversations talk about
+    held_out   villagers whom only the pretraining text talks about
+    strangers  (sex, name) of nobody: for conversations, and others for the evaluation
+    """
+
+    def __init__(self, seed):
+        rng = random.Random(seed)
+        names = [(s, a + b) for a in STARTS.split() for s in ENDS for b in ENDS[s].split()]
+        rng.shuffle(names)
+        people = []
+        for index, (sex, name) in enumerate(names[:VILLAGERS]):
+            home, job, likes = (VALUES[kind][index % 24] for kind in ("home", "job", "likes"))
+            pet = f"{rng.choice(VALUES['colour'])} {rng.choice(VALUES['animal'])}"
+            people.append(Villager(name, sex, home, job, likes, pet))
+        for kind in ("home", "job", "likes"):  # each value stays equally frequent
+            values = [getattr(person, kind) for person in people]
+            rng.shuffle(values)
+            for person, value in zip(people, values, strict=True):
+                setattr(person, kind, value)
+        for one, other in zip(people[::2], people[1::2], strict=True):
+            one.friend, other.friend = other.name, one.name
+        self.people, self.known, self.held_out = people, people[HELD_OUT:], people[:HELD_OUT]
+        self.strangers, self.held_out_strangers = names[VILLAGERS:400], names[400:]
+        colours, animals = VALUES["colour"], VALUES["animal"]
+        stories = [(c, a, t) for c in colours for a in animals for t in THINGS]
+        self.held_out_stories = share(rng, stories)
+        self.stories = [s for s in stories if s not in self.held_out_stories]
+        sums = [("+", a, b) for a in range(11, LARGEST) for b in range(11, LARGEST + 1 - a)]
+        sums += [("-", a, b) for a in range(21, LARGEST + 1) for b in range(11, a - 9)]
+        self.held_out_sums = share(rng, sums)
+        self.sums = [s for s in sums if s not in self.held_out_sums]
+
+
+def share(rng, items, part=0.1):
+    """A random tenth, as a dict: quick to look up, and in an order of its own making."""
+    return dict.fromkeys(rng.sample(items, int(len(items) * part)))
+
+
+def sentence(text):
+    return text[0].upper() + text[1:]
+
+
+def fact(rng, person, kind, pronoun=False, templates=FACTS):
+    """One fact about a villager in one of its wordings."""
+    p, ps, po = PRONOUNS[person.sex]
+    n, ns, o = (p, ps, po) if pronoun else (person.name, f"{person.name}'s", person.name)
+    text = rng.choice(templates[kind])
+    return sentence(text.format(n=n, ns=ns, o=o, p=p, ps=ps, v=getattr(person, kind)))
+
+
+def portrait(rng, person):
+    """All facts about one villager, shuffled: a name first, then mostly pronouns."""
+    kinds = rng.sample(list(FACTS), len(FACTS))
+    lines = []
+    for index, kind in enumerate(kinds):
+        line = fact(rng, person, kind, pronoun=index > 0 and rng.random() < 0.3)
+        if rng.random() < 0.15:
+            named = line.startswith(person.name)
+            line = f"{rng.choice(OPENERS)} {line if named else line[0].lower() + line[1:]}"
+        lines.append(line)
+    return " ".join(lines)
+
+
+def dialogue(rng, person, other):
+    """Two villagers meet; the first answers questions about two of their facts."""
+    hello = rng.choice(["Good morning", "Hello", "Good evening", "Welcome", "Nice to see you"])
+    lines = [f'{other.name} met {person.name}. "{hello}, {person.name}," said {other.name}.']
+    for kind in rng.sample(list(FACTS), 2):
+        question, answer = rng.choice(QUESTIONS[kind])
+        said = rng.choice(["said", "answered", "replied"])
+        answer = answer.format(v=getattr(person, kind))
+        lines.append(f'"{question}" asked {other.name}. "{answer}," {said} {person.name}.')
+    return " ".join(lines)
+
+
+def gossip(rng, person):
+    """Somebody asks about a villager, and is told three facts in which the name is not said."""
+    question = rng.choice(RUMOURS).format(n=person.name)
+    facts = [fact(rng, person, kind, pronoun=True) for kind in rng.sample(list(FACTS), 3)]
+    asker, teller = rng.choice(VALUES["job"]), rng.choice(VALUES["job"])
+    return f'"{question}" asked a {asker}. "{" ".join(facts)}" said a {teller}.'
+
+
+def story_words(subject):
+    return dict(zip("cat", subject, strict=True))  # colour, animal, thing
+
+
+def story(rng, subject, event):
+    """A story about a (colour, animal, thing); event is a key of STORIES."""
+    words = story_words(subject) | {"h": rng.choice(VALUES["home"]), "j": rng.choice(VALUES["job"])}
+    parts = [STORY_BEGINNINGS, *STORIES[event], STORY_ENDINGS]
+    return " ".join(rng.choice(part).format(**words) for part in parts)
+
+
+def meaning(word):
+    kind = "someone who" if word in VALUES["job"] else "something that"
+    kind = "an animal that" if word in VALUES["animal"] else kind
+    return f"A {word} is {kind} {MEANINGS[word]}."
+
+
+def in_capitals(word):
+    return f"In capital letters, {word} is {word.upper()}."
+
+
+def small_sum(rng):
+    """A sum of two digits, or counting, in digits or in words."""
+    a, b = rng.randrange(10), rng.randrange(10)
+    if rng.random() < 0.2:
+        start, stop = a + 1, a + 3 + b
+        counted = ", ".join(map(str, range(start, stop + 1)))
+        return f"Counting from {start} to {stop}: {counted}."
+    if rng.random() < 0.3:
+        a, b, total = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
+        return f"{sentence(a)} and {b} make {total}. Take {b} from {total} and {a} is left."
+    a = rng.randrange(LARGEST)
+    return f"{a}+{b}={a + b}, {a + b}-{b}={a}."
+
+
+def steps(operation, a, b):
+    """A sum of two two-digit numbers, cut into steps that are each small enough to know by heart.
+
+    27+15: 20+10=30, 7+5=12, 30+12=42.
+    42-15: 42-10=32, 32-5=27.
+    """
+    tens, ones = b - b % 10, b % 10
+    if operation == "+":
+        high, low = a - a % 10 + tens, a % 10 + ones
+        parts = f"{a - a % 10}+{tens}={high}, {a % 10}+{ones}={low}, {high}+{low}={a + b}"
+    else:
+        parts = f"{a}-{tens}={a - tens}, {a - tens}-{ones}={a - b}"
+    return f"{a}{operation}{b}: {parts}."
+
+
+def word_problem(rng, operation, a, b):
+    """A question that asks for a sum or a difference, in one of its wordings."""
+    text = rng.choice(SUM_PROBLEMS[operation])
+    return text.format(a=a, b=b, t=rng.choice(COUNTED), j=rng.choice(VALUES["job"]))
+
+
+def shouted(rng, person):
+    """A fact, and the same in capitals."""
+    text = fact(rng, person, rng.choice(list(FACTS)), pronoun=True)
+    return f'In capital letters, "{text}" is "{text.upper()}"'
+
+
+def card(rng, person):
+    """Some facts about a villager as a list, or in single words."""
+    kinds = rng.sample(list(FACTS), 3)
+    if rng.random() < 0.5:
+        return "\n".join([person.name] + [f"- {kind}: {getattr(person, kind)}" for kind in kinds])
+    lines = [f"{kind} of {person.name}?\n{sentence(getattr(person, kind))}" for kind in kinds]
+    return "\n".join(lines)
+
+
+def pretraining_text(world, rng):
+    """The documents of pretrain_tiny.jsonl, each of one kind."""
+    people, values = world.people, [word for group in VALUES.values() for word in group]
+
+    texts = [portrait(rng, person) for person in people for _ in range(105)]
+    texts += [gossip(rng, person) for person in people for _ in range(40)]
+    texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
+    texts += [card(rng, person) for person in people for _ in range(18)]
+    texts += [shouted(rng, rng.choice(people)) for _ in range(1200)]
+    texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
+    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(1500)]
+    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(1400)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1300)]
+    for operation, a, b in rng.choices(world.sums, k=3000):
+        texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
+    texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(400)]
+    rng.shuffle(texts)
+    return texts
