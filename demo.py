@@ -89,15 +89,21 @@ def main():
     if parser.parse_args().fresh:
         for path in [REPORT, *RESUME, *(path for stage in STAGES.values() for path in stage[1])]:
             path.unlink(missing_ok=True)
+    # Ctrl-C is for the stage that runs: training saves and ends, the chat stops its answer.
+    signal.signal(signal.SIGINT, lambda *_: None)
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {"seconds": {}}
     setup = ROOT / ".venv" / "setup-seconds"
     report["seconds"]["setup"] = round(float(setup.read_text())) if setup.exists() else 0
 
+    renewed = False  # a stage that ran makes those after it run too
     for stage, (commands, leaves, resume) in STAGES.items():
-        if stage in report["seconds"] and all(path.exists() for path in leaves):
+        done = stage in report["seconds"]
+        if done and not renewed and all(path.exists() for path in leaves):
             print(f"{stage}: done before, in {report['seconds'][stage]} s (make demo FRESH=1 anew)")
             continue
-        report["seconds"][stage] = run_stage(commands, resume)
+        if done and resume:
+            resume.unlink(missing_ok=True)
+        report["seconds"][stage], renewed = run_stage(commands, resume), True
         memory = [size for size in (report.get("peak_rss_mb"), peak_memory()) if size]
         report["peak_rss_mb"] = max(memory, default=None)
         REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -117,7 +123,6 @@ def main():
         print(f"loss curve: {picture if picture.exists() else path}")
     if sys.stdin.isatty():
         print("\n$ python eval_llm.py", flush=True)
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the chat's
         subprocess.run([sys.executable, str(ROOT / "eval_llm.py")])
 
 

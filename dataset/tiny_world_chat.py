@@ -7,6 +7,7 @@ expected is what evaluation looks for in the model's own: the whole answer, or t
 """
 
 from dataset.tiny_world_text import (
+    HELD_OUT_PAIRS,
     Villager,
     meaning,
     sentence,
@@ -30,8 +31,6 @@ from dataset.tiny_world_words import (
 )
 
 KINDS = list(FACTS)
-# Two-part questions join two kinds of facts; these orders appear in the evaluation only.
-HELD_OUT_PAIRS = [("home", "likes"), ("job", "pet"), ("friend", "home"), ("likes", "job")]
 PAIRS = [(a, b) for a in KINDS for b in KINDS if a != b and (a, b) not in HELD_OUT_PAIRS]
 
 

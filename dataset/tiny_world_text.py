@@ -28,6 +28,8 @@ from dataset.tiny_world_words import (
 SEED = 1
 VILLAGERS, HELD_OUT = 80, 30  # even numbers: best friends stay together
 LARGEST = 69  # number in the sums
+# Two-part questions join two kinds of facts; these orders appear in the evaluation only.
+HELD_OUT_PAIRS = [("home", "likes"), ("job", "pet"), ("friend", "home"), ("likes", "job")]
 
 
 @dataclass
@@ -119,12 +121,29 @@ def dialogue(rng, person, other):
     return " ".join(lines)
 
 
+def in_order(rng, count):
+    """Some kinds of facts, in an order that the evaluation does not ask for."""
+    while True:
+        kinds = rng.sample(list(FACTS), count)
+        if not set(zip(kinds, kinds[1:], strict=False)) & set(HELD_OUT_PAIRS):
+            return kinds
+
+
 def gossip(rng, person):
-    """Somebody asks about a villager, and is told three facts in which the name is not said."""
-    question = rng.choice(RUMOURS).format(n=person.name)
-    facts = [fact(rng, person, kind, pronoun=True) for kind in rng.sample(list(FACTS), 3)]
-    asker, teller = rng.choice(VALUES["job"]), rng.choice(VALUES["job"])
-    return f'"{question}" asked a {asker}. "{" ".join(facts)}" said a {teller}.'
+    """Somebody asks about a villager and is told facts in which the name is not said: any three,
+    or those that were asked for, or shouted ones.
+    """
+    asker, teller, said = rng.choice(VALUES["job"]), rng.choice(VALUES["job"]), "said"
+    question, kinds = rng.choice(RUMOURS), rng.sample(list(FACTS), 3)
+    if rng.random() < 0.5:
+        kinds = in_order(rng, 2)
+        question = f"What of {{n}}, {kinds[0]} and {kinds[1]}?"
+    shouts = rng.random() < 0.3 and "friend" not in kinds
+    templates = {kind: FACTS[kind][: 1 if shouts else None] for kind in kinds}
+    facts = " ".join(fact(rng, person, kind, pronoun=True, templates=templates) for kind in kinds)
+    if shouts:
+        facts, said = facts.upper(), "shouted"
+    return f'"{question.format(n=person.name)}" asked a {asker}. "{facts}" {said} a {teller}.'
 
 
 def story_words(subject):
@@ -183,36 +202,43 @@ def word_problem(rng, operation, a, b):
     return text.format(a=a, b=b, t=rng.choice(COUNTED), j=rng.choice(VALUES["job"]))
 
 
-def shouted(rng, person):
-    """A fact, and the same in capitals."""
-    text = fact(rng, person, rng.choice(list(FACTS)), pronoun=True)
-    return f'In capital letters, "{text}" is "{text.upper()}"'
-
-
 def card(rng, person):
-    """Some facts about a villager as a list, or in single words."""
-    kinds = rng.sample(list(FACTS), 3)
+    """Facts about a villager as a list, or in single words."""
+    kinds = in_order(rng, 2)
     if rng.random() < 0.5:
-        return "\n".join([person.name] + [f"- {kind}: {getattr(person, kind)}" for kind in kinds])
+        lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
+        return "\n".join([f"{person.name}, {kinds[0]} and {kinds[1]}"] + lines)
     lines = [f"{kind} of {person.name}?\n{sentence(getattr(person, kind))}" for kind in kinds]
     return "\n".join(lines)
+
+
+def remembered(rng, person):
+    """What somebody says of himself, and hears again after a word about something else."""
+    kind = rng.choice(["colour", "animal"])
+    value = "the " * (kind == "animal") + rng.choice(VALUES[kind])
+    one, other = rng.sample(VALUES["job"], 2)
+    between = fact(rng, person, rng.choice(list(FACTS)))
+    return (
+        f'"My favourite {kind} is {value}," said a {one} to a {other}. {between} '
+        f'"Your favourite {kind} is {value}," said the {other}.'
+    )
 
 
 def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(105)]
-    texts += [gossip(rng, person) for person in people for _ in range(40)]
+    texts = [portrait(rng, person) for person in people for _ in range(80)]
+    texts += [gossip(rng, person) for person in people for _ in range(60)]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(18)]
-    texts += [shouted(rng, rng.choice(people)) for _ in range(1200)]
+    texts += [card(rng, person) for person in people for _ in range(30)]
+    texts += [remembered(rng, rng.choice(people)) for _ in range(1200)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
-    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(1500)]
-    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(1400)]
+    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(1200)]
+    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(2200)]
     texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1300)]
     for operation, a, b in rng.choices(world.sums, k=3000):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
-    texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(400)]
+    texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(300)]
     rng.shuffle(texts)
     return texts

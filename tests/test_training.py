@@ -231,3 +231,21 @@ def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(world_size):
 def test_the_validation_split_stays_when_the_data_grows():
     small, large = split_rows(range(100), 0.1, 1)[1], split_rows(range(150), 0.1, 1)[1]
     assert small == [row for row in large if row < 100] and 3 < len(small) < 25
+
+
+def test_the_folder_that_it_is_started_from_does_not_matter(data, tmp_path):
+    for name, cwd in (("root", ROOT), ("trainer", ROOT / "trainer"), ("elsewhere", tmp_path)):
+        script = ROOT / "trainer/train_pretrain.py"
+        script = script if name == "elsewhere" else script.relative_to(cwd)
+        done = run(script, *flags(data, tmp_path / name, "pretrain"), cwd=cwd)
+        assert done.returncode == 0, done.stderr
+    for name in ("trainer", "elsewhere"):
+        expected, got = (weights(tmp_path / n, "pretrain_32") for n in ("root", name))
+        assert_equal(expected, got)
+
+
+def test_sample_answers_are_shown_while_training_and_change_nothing(data, tmp_path, capsys):
+    train_full_sft.main(flags(data, tmp_path / "quiet", dropout=0.1))
+    train_full_sft.main(flags(data, tmp_path / "shown", dropout=0.1, sample_interval=1))
+    assert capsys.readouterr().out.count("Who are you? ->") == 3
+    assert_equal(weights(tmp_path / "quiet"), weights(tmp_path / "shown"))
