@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 
 from dataset.chat_template import render
 from dataset.errors import UserError
-from dataset.tokenizer import END_OF_TEXT, PAD
-
-IGNORE = -100  # the label of a token that carries no loss; torch's cross_entropy skips it
+from dataset.packing import IGNORE
+from dataset.tokenizer import END_OF_TEXT
 
 
 class PretrainDataset(Dataset):
@@ -82,18 +81,6 @@ class SFTDataset(Dataset):
     def __getitem__(self, index):
         input_ids, mask = torch.from_numpy(self.rows[index].astype(np.int64))
         return input_ids, torch.where(mask == 1, input_ids, IGNORE)
-
-
-def collate(rows):
-    """Rows of different lengths as one batch: (input_ids, labels), each (B, longest).
-
-    Padding goes to the right: with causal attention no real token sees it, and it carries no loss.
-    No rows at all give one token without loss, the share of a process that has nothing left to do.
-    """
-    rows = rows or [(torch.tensor([PAD]), torch.tensor([IGNORE]))]
-    input_ids, labels = zip(*rows, strict=True)
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(input_ids, True, PAD), pad(labels, True, IGNORE)
 
 
 def records(data_path, key, convert, strict, bad_lines):

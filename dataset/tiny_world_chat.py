@@ -80,9 +80,7 @@ def two_facts(rng, pool):
 
 def story_on_request(rng, pool):
     subject, event = rng.choice(pool.stories), rng.choice(list(STORIES))
-    request = rng.choice(
-        ["Write a story about", "Tell me a story about", "Write a short story about"]
-    )
+    request = rng.choice(["Write a story", "Tell me a story", "Write a short story"])
     what = STORY_REQUESTS[event].format(**story_words(subject))
     colour, animal, thing = subject
     expected = [f"{colour} {animal}", thing]
@@ -166,14 +164,14 @@ def small_talk(rng, pool):
 
 # How many conversations of each kind the two files hold.
 SFT_COUNTS = {
-    recall: 1300,
-    two_facts: 900,
+    recall: 1200,
+    two_facts: 1200,
     story_on_request: 700,
-    calculation: 1800,
-    follow_up: 900,
-    favourite: 250,
-    in_a_manner: 1800,
-    unknown: 350,
+    calculation: 1500,
+    follow_up: 1400,
+    favourite: 350,
+    in_a_manner: 2600,
+    unknown: 300,
     small_talk: 250,
 }
 EVAL_COUNTS = {

@@ -228,16 +228,16 @@ def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(80)]
-    texts += [gossip(rng, person) for person in people for _ in range(60)]
+    texts = [portrait(rng, person) for person in people for _ in range(100)]
+    texts += [gossip(rng, person) for person in people for _ in range(70)]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(30)]
-    texts += [remembered(rng, rng.choice(people)) for _ in range(1200)]
+    texts += [card(rng, person) for person in people for _ in range(40)]
+    texts += [remembered(rng, rng.choice(people)) for _ in range(1500)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
-    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(1200)]
+    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
     texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(2200)]
     texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1300)]
-    for operation, a, b in rng.choices(world.sums, k=3000):
+    for operation, a, b in rng.choices(world.sums, k=3500):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(300)]
     rng.shuffle(texts)

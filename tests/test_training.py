@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from dataset.lm_dataset import IGNORE, SFTDataset, collate
+from dataset.lm_dataset import SFTDataset
+from dataset.packing import IGNORE
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, TINY, run
@@ -66,8 +67,10 @@ def test_a_steps_gradient_does_not_depend_on_its_split(
     model = CausalLM(ModelConfig(**checkpoint.load(tmp_path / "full_sft_32.pth")["config"]))
     model.load_state_dict(start)
     dataset = SFTDataset(tmp_path / "sft.jsonl", load_tokenizer())
-    input_ids, labels = collate([dataset[i] for i in range(8)])
-    assert len(set((labels != IGNORE).sum(1).tolist())) > 2  # ragged masks
+    rows = [dataset[i] for i in range(8)]
+    assert len({int((labels != IGNORE).sum()) for _, labels in rows}) > 2  # ragged masks
+    input_ids = torch.nn.utils.rnn.pad_sequence([row for row, _ in rows], True, 0)
+    labels = torch.nn.utils.rnn.pad_sequence([row for _, row in rows], True, IGNORE)
     logits = model(input_ids)[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     loss.backward()
@@ -216,16 +219,16 @@ def test_the_schedule_rises_peaks_and_ends_on_its_floor():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(world_size):
-    rows, length = range(5, 50), lambda row: row * 7 % 13
+    rows = range(5, 50)
     args = args_of(batch_size=2, accumulation_steps=6 // world_size, seed=3)
-    plans = [epoch_plan(rows, length, args, 1, rank, world_size) for rank in range(world_size)]
-    single = epoch_plan(rows, length, args_of(batch_size=12, seed=3), 1)
+    plans = [epoch_plan(rows, args, 1, rank, world_size) for rank in range(world_size)]
+    single = epoch_plan(rows, args_of(batch_size=12, seed=3), 1)
     for steps, (reference,) in zip(zip(*plans, strict=True), single, strict=True):
         assert len({len(micro_batches) for micro_batches in steps}) == 1  # no process waits
         taken = [row for micro_batches in steps for rows in micro_batches for row in rows]
         assert sorted(taken) == sorted(reference)
     assert sorted(row for (step,) in single for row in step) == list(rows)
-    assert epoch_plan(rows, length, args, 2) != epoch_plan(rows, length, args, 1)
+    assert epoch_plan(rows, args, 2) != epoch_plan(rows, args, 1)
 
 
 def test_the_validation_split_stays_when_the_data_grows():

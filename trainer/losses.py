@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from dataset.lm_dataset import IGNORE
+from dataset.packing import IGNORE
 
 
 def summed_cross_entropy(logits, labels):

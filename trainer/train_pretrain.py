@@ -51,8 +51,7 @@ def main(argv=None):
         save_weight="pretrain",
         from_weight="none",
         epochs=1,
-        batch_size=8,
-        accumulation_steps=2,
+        batch_size=16,
         learning_rate=7e-4,
         sample_prompt="Once there was",
     )
@@ -106,7 +105,7 @@ def main(argv=None):
     start, start_tokens, data_wait, stopped = time.perf_counter(), tokens_seen, 0.0, False
     model.train()
     for epoch in range(step // steps_per_epoch, args.epochs):
-        plan = epoch_plan(train_rows, data.length, args, epoch, rank, world_size)
+        plan = epoch_plan(train_rows, args, epoch, rank, world_size)
         plan = plan[step - epoch * steps_per_epoch :]
         loader = iter(batches(data, [rows for rows_of_step in plan for rows in rows_of_step], args))
         for micro_batches in plan:
@@ -119,17 +118,17 @@ def main(argv=None):
             began = time.perf_counter()
             fetched = [next(loader) for _ in micro_batches]
             data_wait += time.perf_counter() - began
-            supervised = sum(supervised_tokens(labels) for _, labels in fetched)
+            supervised = sum(supervised_tokens(labels) for _, labels, *_ in fetched)
             tokens = sum(data.length(row) for rows in micro_batches for row in rows)
             supervised, tokens = distributed.add_up(supervised, tokens, device=device)
 
             loss = 0.0
-            for index, (input_ids, labels) in enumerate(fetched):
-                input_ids, labels = input_ids.to(device), labels.to(device)
+            for index, batch in enumerate(fetched):
+                input_ids, labels, *where = (part.to(device) for part in batch)
                 waiting = world_size > 1 and index < len(fetched) - 1
                 with runner.no_sync() if waiting else nullcontext():
                     with autocast:
-                        logits = runner(input_ids)  # (B, T, V)
+                        logits = runner(input_ids, *where)  # (B, T, V)
                     share = summed_cross_entropy(logits, labels) / supervised
                     objective = share
                     if model.config.use_moe:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.errors import UserError
-from dataset.lm_dataset import collate
+from dataset.packing import pack
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from trainer import checkpoint
@@ -157,21 +157,19 @@ def learning_rate(step, total_steps, args):
     return floor + (highest - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def epoch_plan(rows, length, args, epoch, rank=0, world_size=1):
+def epoch_plan(rows, args, epoch, rank=0, world_size=1):
     """Which of the rows each step of an epoch takes: a list of steps, a step being a list of
     micro-batches of this process, a micro-batch a list of row numbers.
 
     A pure function of its arguments, so a run can go on in the middle of it. The rows of a step are
-    the same however they are split into micro-batches and processes. Within a step they are sorted
-    by length before they are cut, which saves padding and changes no gradient. Every process gets
-    as many micro-batches as the others; one that has none left gets empty ones.
+    the same however they are split into micro-batches and processes. Every process gets as many
+    micro-batches as the others; one that has none left gets empty ones.
     """
     order = np.random.default_rng([args.seed, epoch]).permutation(rows).tolist()
     rows_of_step = args.batch_size * args.accumulation_steps * world_size
     plan = []
     for start in range(0, len(order), rows_of_step):
-        chosen = sorted(order[start : start + rows_of_step], key=length)
-        micro_batches = cut(chosen, args.batch_size)
+        micro_batches = cut(order[start : start + rows_of_step], args.batch_size)
         micro_batches += [[]] * (-len(micro_batches) % world_size)
         plan.append(micro_batches[rank::world_size])
     return plan
@@ -206,11 +204,11 @@ def cut(rows, size):
 
 
 def batches(dataset, micro_batches, args):
-    """A DataLoader over lists of row numbers: (input_ids, labels), each (B, T)."""
+    """A DataLoader over lists of row numbers: what `pack` returns, four tensors (B, T)."""
     return DataLoader(
         dataset,
         batch_sampler=micro_batches,
-        collate_fn=collate,
+        collate_fn=pack,
         num_workers=args.num_workers,
         generator=torch.Generator(),  # its own, so that it draws nothing from the global one
     )
@@ -226,13 +224,13 @@ def seed_step(args, step, rank):
 @torch.no_grad()
 def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_size=1):
     """Mean loss per supervised token over the given rows, in nats; each process does its share."""
-    micro_batches = cut(sorted(rows, key=dataset.length), args.batch_size)[rank::world_size]
+    micro_batches = cut(rows, args.batch_size)[rank::world_size]
     total, count = 0.0, 0
     model.eval()
-    for input_ids, labels in batches(dataset, micro_batches, args):
-        input_ids, labels = input_ids.to(device), labels.to(device)
+    for batch in batches(dataset, micro_batches, args):
+        input_ids, labels, *where = (part.to(device) for part in batch)
         with autocast:
-            logits = model(input_ids)
+            logits = model(input_ids, *where)
         total += summed_cross_entropy(logits, labels).item()
         count += supervised_tokens(labels)
     model.train()
