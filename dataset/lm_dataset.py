@@ -72,6 +72,17 @@ class SFTDataset(Dataset):
                 self.dropped += 1
         require_rows(self, data_path)
 
+    def mix_in(self, documents, share, seed):
+        """Adds rows of a PretrainDataset, share * the number of conversations, drawn by the seed;
+        returns their numbers. Conversations alone make a model forget what they do not mention.
+        """
+        first = len(self.rows)
+        count = min(len(documents), round(share * len(self.rows)))
+        for index in np.random.default_rng(seed).permutation(len(documents))[:count]:
+            row = documents.rows[index]
+            self.rows.append(np.stack([row, np.ones_like(row)]))
+        return range(first, len(self.rows))
+
     def __len__(self):
         return len(self.rows)
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from dataset.lm_dataset import SFTDataset
+from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import IGNORE
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
@@ -252,3 +252,15 @@ def test_sample_answers_are_shown_while_training_and_change_nothing(data, tmp_pa
     train_full_sft.main(flags(data, tmp_path / "shown", dropout=0.1, sample_interval=1))
     assert capsys.readouterr().out.count("Who are you? ->") == 5
     assert_equal(weights(tmp_path / "quiet"), weights(tmp_path / "shown"))
+
+
+def test_pretraining_text_can_be_mixed_in_and_all_of_it_is_learned(data, tmp_path, capsys):
+    plain = SFTDataset(data / "sft.jsonl", load_tokenizer())
+    mixed = SFTDataset(data / "sft.jsonl", load_tokenizer())
+    mixed.mix_in(PretrainDataset(data / "pretrain.jsonl", load_tokenizer()), 0.5, seed=1)
+    assert (len(plain), len(mixed)) == (40, 60)
+    assert all(torch.equal(*mixed[row]) for row in range(40, 60))
+    assert torch.equal(mixed[3][1], plain[3][1])
+    more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.5, "eval_split": 0}
+    train_full_sft.main(flags(data, tmp_path, **more))
+    assert "60 rows" in capsys.readouterr().out

@@ -112,8 +112,8 @@ def parse_training_args(parser, argv=None):
         parser.set_defaults(**{k: v for k, v in values.items() if k in known})
     args = parser.parse_args(argv)
     problems += [f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, Problem)]
-    for name in ("data_path", "eval_data_path", "tokenizer_path"):
-        path = getattr(args, name)
+    for name in ("data_path", "eval_data_path", "tokenizer_path", "replay_path"):
+        path = getattr(args, name, None)
         if path is not None and not path.is_file():
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
         elif path is not None:

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from dataset.chat_template import render
 from dataset.errors import mistakes_in_plain_words
-from dataset.lm_dataset import SFTDataset
-from dataset.tiny_world import SFT, write_missing
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.tiny_world import PRETRAIN, SFT, write_missing
 from model.generation import complete
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import parse_training_args, training_parser
+from trainer.arguments import number, parse_training_args, training_parser
 from trainer.losses import summed_cross_entropy, supervised_tokens
 from trainer.trainer_utils import (
     MetricsLog,
@@ -53,9 +53,13 @@ def main(argv=None):
         from_weight="pretrain",
         epochs=1,
         batch_size=16,
-        learning_rate=1e-4,
+        learning_rate=5e-4,
         sample_prompt="Who are you?",
     )
+    replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
+    parser.add_argument("--replay_path", type=Path, metavar="FILE.jsonl", help=replay)
+    share = "rows of it, as a share of the conversations"
+    parser.add_argument("--replay_share", type=number(float, 0), default=0.75, help=share)
     args = parse_training_args(parser, argv)
 
     # Where to compute, and with whom. Weights stay fp32; autocast computes in dtype.
@@ -70,8 +74,10 @@ def main(argv=None):
 
     # What to learn from.
     data_path = args.data_path or SFT
+    replay_path = args.replay_path or (None if args.data_path else PRETRAIN)
     if rank == 0:
         write_missing(data_path)
+        write_missing(replay_path)
     distributed.wait_for_all()
     data = SFTDataset(data_path, tokenizer, args.max_seq_len, args.strict_data)
     train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
@@ -79,6 +85,9 @@ def main(argv=None):
     if args.eval_data_path:
         eval_data = SFTDataset(args.eval_data_path, tokenizer, args.max_seq_len)
         train_rows, eval_rows = range(len(data)), range(len(eval_data))
+    if replay_path and args.replay_share:
+        documents = PretrainDataset(replay_path, tokenizer, args.max_seq_len, args.strict_data)
+        train_rows = [*train_rows, *data.mix_in(documents, args.replay_share, args.seed)]
     describe(data, train_rows, eval_rows)
 
     # What learns, and how far it is.
