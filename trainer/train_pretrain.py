@@ -192,6 +192,7 @@ def main(argv=None):
         if stopped:
             break
     bar.close()
+    del runner, loader  # DDP holds on to the group of processes that now ends
     distributed.wait_for_all()
     distributed.end()
     weights = args.save_dir / f"{name}.pth"
