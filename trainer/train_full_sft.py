@@ -1,5 +1,5 @@
 """Supervised fine-tuning (SFT): a model that can continue text learns to answer in a conversation.
-Compare with train_pretrain.py: only the data differs, and with it what carries a loss.
+Compare with train_pretrain.py: only the data differs, and what of it carries a loss.
 
     python trainer/train_full_sft.py --from_weight pretrain           # Tiny World's conversations
     python trainer/train_full_sft.py --from_weight pretrain --data_path mine.jsonl
