@@ -161,6 +161,30 @@ def test_two_processes_end_in_the_weights_of_one(data, tmp_path):
         assert (one["val_loss"] is None) == (two["val_loss"] is None)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_no_thread_of_the_group_of_processes_outlives_it():
+    code = """if True:
+        import os, torch
+        from trainer import distributed
+        threads = lambda: len(os.listdir("/proc/self/task"))
+        torch.ones(9, 9) @ torch.ones(9, 9)
+        before = threads()
+        distributed.start("gloo")
+        model = torch.nn.Linear(2, 2)
+        runner = torch.nn.parallel.DistributedDataParallel(model)
+        torch.optim.AdamW(model.parameters())
+        runner(torch.ones(1, 2)).sum().backward()
+        during = threads()
+        del runner
+        distributed.end()
+        print(before, during, threads())
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = run("-c", code, cwd=ROOT, OMP_NUM_THREADS="1", **alone)
+    before, during, after = map(int, done.stdout.split())
+    assert before == after < during
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "auto"])
 def test_lower_precision_keeps_fp32_weights(data, tmp_path, dtype):
     train_pretrain.main(flags(data, tmp_path, "pretrain", dtype=dtype, epochs=2))

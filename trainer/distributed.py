@@ -16,6 +16,10 @@ def start(backend):
     """Joins the other processes of a torchrun job. Returns (rank, number of processes)."""
     if "RANK" not in os.environ:
         return 0, 1
+    # AdamW and DDP import this in passing. After the group it would keep the group alive, and a
+    # gloo thread that is still there when Python ends now and then aborts the process.
+    import torch._dynamo  # noqa: F401
+
     dist.init_process_group(backend)
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # the first process speaks for all
