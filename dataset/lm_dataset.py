@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from dataset.chat_template import render
 from dataset.errors import UserError
-from dataset.packing import IGNORE
 from dataset.tokenizer import END_OF_TEXT
+
+IGNORE = -100  # the label of a token that carries no loss; torch's cross_entropy skips it
 
 
 class PretrainDataset(Dataset):

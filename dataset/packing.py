@@ -2,9 +2,9 @@
 
 import torch
 
+from dataset.lm_dataset import IGNORE
 from dataset.tokenizer import PAD
 
-IGNORE = -100  # the label of a token that carries no loss; torch's cross_entropy skips it
 SHORTEST = 128  # tokens of a packed row; longer ones make attention dearer, shorter ones pack worse
 
 

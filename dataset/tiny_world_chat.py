@@ -8,6 +8,7 @@ expected is what evaluation looks for in the model's own: the whole answer, or t
 
 from dataset.tiny_world_text import (
     HELD_OUT_PAIRS,
+    SHORT_KINDS,
     Villager,
     meaning,
     sentence,
@@ -19,6 +20,7 @@ from dataset.tiny_world_text import (
 from dataset.tiny_world_words import (
     ANSWERS,
     ASKS,
+    DIRECT,
     FACTS,
     IDENTITY,
     MANNERS,
@@ -31,7 +33,9 @@ from dataset.tiny_world_words import (
 )
 
 KINDS = list(FACTS)
-PAIRS = [(a, b) for a in KINDS for b in KINDS if a != b and (a, b) not in HELD_OUT_PAIRS]
+# After a question about a friend, "she" would be one of two people.
+PAIRS = [(a, b) for a in KINDS for b in KINDS if a not in (b, "friend")]
+PAIRS = [pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]
 
 
 class Pool:
@@ -52,10 +56,11 @@ def turns(*texts, system=None):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def ask(rng, person, kind, pronoun=False, plain=False):
+def ask(rng, person, kind, pronoun=False, direct=False):
+    """A question about one fact; a direct one can be joined to another by "and"."""
     p, ps, po = PRONOUNS[person.sex]
     n, ns, o = (p, ps, po) if pronoun else (person.name, f"{person.name}'s", person.name)
-    text = ASKS[kind][0] if plain else rng.choice(ASKS[kind])
+    text = rng.choice(ASKS[kind][: DIRECT if direct else None])
     return text.format(n=n, ns=ns, o=o)
 
 
@@ -72,8 +77,8 @@ def recall(rng, pool):
 
 def two_facts(rng, pool):
     person, (one, two) = rng.choice(pool.people), rng.choice(pool.pairs)
-    question = ask(rng, person, one, plain=True).rstrip("?") + " and "
-    question += ask(rng, person, two, pronoun=True, plain=True)
+    question = ask(rng, person, one, direct=True).rstrip("?") + " and "
+    question += ask(rng, person, two, pronoun=True, direct=True)
     text = f"{answer(person, one)} {answer(person, two)}"
     return "compose", turns(sentence(question), text), text
 
@@ -99,11 +104,11 @@ def follow_up(rng, pool):
     person, (one, two) = rng.choice(pool.people), rng.choice(pool.pairs)
     texts = [sentence(ask(rng, person, one)), answer(person, one)]
     if rng.random() < 0.5:
-        texts += [f"And {ask(rng, person, two, pronoun=True, plain=True)}", answer(person, two)]
-        if rng.random() < 0.3:
+        texts += [f"And {ask(rng, person, two, pronoun=True, direct=True)}", answer(person, two)]
+        if two != "friend" and rng.random() < 0.4:
             last = rng.choice([kind for kind in KINDS if kind not in (one, two)])
             texts += [
-                f"And {ask(rng, person, last, pronoun=True, plain=True)}",
+                f"And {ask(rng, person, last, pronoun=True, direct=True)}",
                 answer(person, last),
             ]
     else:
@@ -127,7 +132,7 @@ def favourite(rng, pool):
 def in_a_manner(rng, pool):
     """The form of the answer is asked for by the user, or by the system prompt."""
     person, manner = rng.choice(pool.people), rng.choice(list(MANNERS))
-    kinds = {"one word": ["home", "job", "likes"], "capitals": ["home", "job", "likes", "pet"]}
+    kinds = {"one word": SHORT_KINDS, "capitals": [*SHORT_KINDS, "pet"]}
     kind = rng.choice(kinds.get(manner, KINDS))
     value, text = getattr(person, kind), answer(person, kind)
     question = ask(rng, person, kind)
@@ -154,6 +159,15 @@ def unknown(rng, pool):
     return "unknown", turns(sentence(ask(rng, stranger, rng.choice(KINDS))), UNKNOWN), UNKNOWN
 
 
+def long_talk(rng, pool):
+    """One topic after another in the same conversation: learned, not judged."""
+    makers = [recall, two_facts, story_on_request, calculation, follow_up, unknown, small_talk]
+    messages = [
+        m for maker in rng.choices(makers, k=rng.randint(3, 5)) for m in maker(rng, pool)[1]
+    ]
+    return None, messages, None
+
+
 def small_talk(rng, pool):
     """Who the assistant is, and what words mean: learned, not judged."""
     if rng.random() < 0.5:
@@ -164,15 +178,16 @@ def small_talk(rng, pool):
 
 # How many conversations of each kind the two files hold.
 SFT_COUNTS = {
-    recall: 1200,
-    two_facts: 1200,
-    story_on_request: 700,
-    calculation: 1500,
-    follow_up: 1400,
-    favourite: 350,
-    in_a_manner: 2600,
-    unknown: 300,
+    recall: 900,
+    two_facts: 1000,
+    story_on_request: 600,
+    calculation: 1200,
+    follow_up: 1300,
+    favourite: 500,
+    in_a_manner: 2000,
+    unknown: 250,
     small_talk: 250,
+    long_talk: 600,
 }
 EVAL_COUNTS = {
     recall: 100,

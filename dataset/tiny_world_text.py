@@ -26,10 +26,11 @@ from dataset.tiny_world_words import (
 )
 
 SEED = 1
-VILLAGERS, HELD_OUT = 80, 30  # even numbers: best friends stay together
-LARGEST = 69  # number in the sums
+VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
+LARGEST = 49  # number in the sums
+SHORT_KINDS = ["home", "job", "likes"]  # a single word says these facts
 # Two-part questions join two kinds of facts; these orders appear in the evaluation only.
-HELD_OUT_PAIRS = [("home", "likes"), ("job", "pet"), ("friend", "home"), ("likes", "job")]
+HELD_OUT_PAIRS = [("home", "likes"), ("job", "pet")]
 
 
 @dataclass
@@ -121,29 +122,60 @@ def dialogue(rng, person, other):
     return " ".join(lines)
 
 
-def in_order(rng, count):
+def in_order(rng, count, kinds=FACTS):
     """Some kinds of facts, in an order that the evaluation does not ask for."""
     while True:
-        kinds = rng.sample(list(FACTS), count)
-        if not set(zip(kinds, kinds[1:], strict=False)) & set(HELD_OUT_PAIRS):
-            return kinds
+        chosen = rng.sample(list(kinds), count)
+        if not set(zip(chosen, chosen[1:], strict=False)) & set(HELD_OUT_PAIRS):
+            return chosen
+
+
+def introductions(rng, people):
+    """Who is a man and who a woman: "he" or "she" is the first word of most answers."""
+    says = {"f": "She is a woman", "m": "He is a man"}
+    four = rng.sample(people, 4)
+    return " ".join(f"Do you know {p.name}? {says[p.sex]} of Amberbrook." for p in four)
+
+
+def errand(rng):
+    """Things asked for and brought, in the same order: practice in copying what was said."""
+    one, other = rng.sample(VALUES["job"], 2)
+    things = [f"a {rng.choice(VALUES['colour'])} {t}" for t in rng.sample(THINGS, 2)]
+    things.insert(rng.randrange(3), f"a {rng.choice(VALUES['animal'])}")
+    said = named(things)
+    return f'"Bring me {said}," said a {one} to a {other}. The {other} brought {said}.'
+
+
+def named(kinds):
+    return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
 
 
 def gossip(rng, person):
     """Somebody asks about a villager and is told facts in which the name is not said: any three,
-    or those that were asked for, or shouted ones.
+    or those that were asked for; some are shouted.
     """
     asker, teller, said = rng.choice(VALUES["job"]), rng.choice(VALUES["job"]), "said"
-    question, kinds = rng.choice(RUMOURS), rng.sample(list(FACTS), 3)
-    if rng.random() < 0.5:
-        kinds = in_order(rng, 2)
-        question = f"What of {{n}}, {kinds[0]} and {kinds[1]}?"
-    shouts = rng.random() < 0.3 and "friend" not in kinds
-    templates = {kind: FACTS[kind][: 1 if shouts else None] for kind in kinds}
+    shouts = rng.random() < 0.4
+    kinds, templates = (SHORT_KINDS + ["pet"], 1) if shouts else (FACTS, None)
+    question, kinds = rng.choice(RUMOURS), in_order(rng, rng.choice([2, 3]), kinds)
+    if rng.random() < 0.6:
+        question = f"What of {{n}}, {named(kinds)}?"
+    templates = {kind: FACTS[kind][:templates] for kind in kinds}
     facts = " ".join(fact(rng, person, kind, pronoun=True, templates=templates) for kind in kinds)
     if shouts:
         facts, said = facts.upper(), "shouted"
     return f'"{question.format(n=person.name)}" asked a {asker}. "{facts}" {said} a {teller}.'
+
+
+def comparison(rng, person, others):
+    """The same is asked about several villagers, in full only of the first."""
+    kind, lines = rng.choice(list(FACTS)), []
+    asker, teller = rng.sample(VALUES["job"], 2)
+    for who in [person, *others]:
+        question = "And {n}?" if lines else f"What of {{n}}, {kind}?"
+        told = fact(rng, who, kind, pronoun=True)
+        lines.append(f'"{question.format(n=who.name)}" asked a {asker}. "{told}" said a {teller}.')
+    return " ".join(lines)
 
 
 def story_words(subject):
@@ -155,6 +187,11 @@ def story(rng, subject, event):
     words = story_words(subject) | {"h": rng.choice(VALUES["home"]), "j": rng.choice(VALUES["job"])}
     parts = [STORY_BEGINNINGS, *STORIES[event], STORY_ENDINGS]
     return " ".join(rng.choice(part).format(**words) for part in parts)
+
+
+def titled_story(rng, subject):
+    title = "The {c} {a} and the {t}\n".format(**story_words(subject))
+    return rng.choice(["", title, title]) + story(rng, subject, rng.choice(list(STORIES)))
 
 
 def meaning(word):
@@ -204,10 +241,11 @@ def word_problem(rng, operation, a, b):
 
 def card(rng, person):
     """Facts about a villager as a list, or in single words."""
-    kinds = in_order(rng, 2)
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
+        kinds = in_order(rng, rng.choice([2, 3]))
         lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
-        return "\n".join([f"{person.name}, {kinds[0]} and {kinds[1]}"] + lines)
+        return "\n".join([f"{person.name}, {named(kinds)}"] + lines)
+    kinds = in_order(rng, 2, SHORT_KINDS)
     lines = [f"{kind} of {person.name}?\n{sentence(getattr(person, kind))}" for kind in kinds]
     return "\n".join(lines)
 
@@ -228,16 +266,23 @@ def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(100)]
-    texts += [gossip(rng, person) for person in people for _ in range(70)]
+    texts = [portrait(rng, person) for person in people for _ in range(50)]
+    texts += [gossip(rng, person) for person in people for _ in range(100)]
+    texts += [
+        comparison(rng, person, rng.sample(people, rng.choice([1, 2])))
+        for person in people
+        for _ in range(25)
+    ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(40)]
+    texts += [card(rng, person) for person in people for _ in range(70)]
+    texts += [introductions(rng, people) for _ in range(1000)]
+    texts += [errand(rng) for _ in range(1200)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(1500)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
-    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
-    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(2200)]
-    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1300)]
-    for operation, a, b in rng.choices(world.sums, k=3500):
+    texts += [titled_story(rng, rng.choice(world.stories)) for _ in range(2000)]
+    texts += [" ".join(small_sum(rng) for _ in range(3)) for _ in range(2000)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1000)]
+    for operation, a, b in rng.choices(world.sums, k=3000):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(300)]
     rng.shuffle(texts)

@@ -232,7 +232,8 @@ MEANINGS = dict(entry.split(maxsplit=1) for entry in MEANINGS.replace("\n", " ")
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 NUMBERS = (NUMBERS + " fifteen sixteen seventeen eighteen nineteen twenty").split()
 
-# What a user asks about a villager; the first wording is the one that two-part questions use.
+# What a user asks about a villager; the first wordings can be joined to another question by "and".
+DIRECT = 4
 ASKS = {
     "home": [
         "where does {n} live?",

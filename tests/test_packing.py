@@ -4,7 +4,8 @@ import random
 
 import torch
 
-from dataset.packing import IGNORE, SHORTEST, pack
+from dataset.lm_dataset import IGNORE
+from dataset.packing import SHORTEST, pack
 from trainer.losses import summed_cross_entropy, supervised_tokens
 
 

@@ -44,7 +44,7 @@ def test_villagers_of_recall_questions_are_in_the_pretraining_text_and_in_no_con
     files, world
 ):
     held_out = {person.name for person in world.held_out}
-    assert len(held_out) == 30
+    assert len(held_out) == 16
     assert not held_out & words(" ".join(spoken(files["sft_tiny.jsonl"])))
     text = " ".join(record["text"] for record in files["pretrain_tiny.jsonl"])
     mentions = {name: text.count(name) for name in held_out}
@@ -79,7 +79,7 @@ def test_held_out_sums_are_not_calculated_anywhere_in_training(files, world):
     training = "\n".join(training + spoken(files["sft_tiny.jsonl"]))
     calculated = re.findall(r"(\d+)([+-])(\d+): ", training)
     calculated = {(operation, int(a), int(b)) for a, operation, b in calculated}
-    assert len(calculated) > 1500
+    assert len(calculated) > 600
     assert not calculated & set(world.held_out_sums)
     for problem in files["eval_tiny.jsonl"]:
         if problem["category"] == "arithmetic":

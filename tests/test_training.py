@@ -10,8 +10,7 @@ import time
 import pytest
 import torch
 
-from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.packing import IGNORE
+from dataset.lm_dataset import IGNORE, PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, TINY, run

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from dataset.packing import IGNORE
+from dataset.lm_dataset import IGNORE
 
 
 def summed_cross_entropy(logits, labels):
