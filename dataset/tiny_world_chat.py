@@ -14,7 +14,7 @@ from dataset.tiny_world_text import (
     sentence,
     steps,
     story,
-    story_words,
+    story_of,
     word_problem,
 )
 from dataset.tiny_world_words import (
@@ -27,7 +27,6 @@ from dataset.tiny_world_words import (
     MEANINGS,
     PRONOUNS,
     STORIES,
-    STORY_REQUESTS,
     UNKNOWN,
     VALUES,
 )
@@ -86,10 +85,9 @@ def two_facts(rng, pool):
 def story_on_request(rng, pool):
     subject, event = rng.choice(pool.stories), rng.choice(list(STORIES))
     request = rng.choice(["Write a story", "Tell me a story", "Write a short story"])
-    what = STORY_REQUESTS[event].format(**story_words(subject))
+    request += f" about {story_of(subject, event)}."
     colour, animal, thing = subject
-    expected = [f"{colour} {animal}", thing]
-    return "compose", turns(f"{request} about {what}.", story(rng, subject, event)), expected
+    return "compose", turns(request, story(rng, subject, event)), [f"{colour} {animal}", thing]
 
 
 def calculation(rng, pool):
@@ -163,7 +161,7 @@ def long_talk(rng, pool):
     """One topic after another in the same conversation: learned, not judged."""
     makers = [recall, two_facts, story_on_request, calculation, follow_up, unknown, small_talk]
     messages = [
-        m for maker in rng.choices(makers, k=rng.randint(3, 5)) for m in maker(rng, pool)[1]
+        m for maker in rng.choices(makers, k=rng.randint(2, 4)) for m in maker(rng, pool)[1]
     ]
     return None, messages, None
 
@@ -180,14 +178,14 @@ def small_talk(rng, pool):
 SFT_COUNTS = {
     recall: 900,
     two_facts: 1000,
-    story_on_request: 600,
-    calculation: 1200,
+    story_on_request: 700,
+    calculation: 1300,
     follow_up: 1300,
     favourite: 500,
     in_a_manner: 2000,
     unknown: 250,
     small_talk: 250,
-    long_talk: 600,
+    long_talk: 450,
 }
 EVAL_COUNTS = {
     recall: 100,

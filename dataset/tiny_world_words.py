@@ -202,10 +202,10 @@ STORIES = {
         ["At last the {j} gave the {a} a {t}.", "In the end there was enough to buy the {t}."],
     ],
 }
-STORY_BEGINNINGS = [
-    "Once there was a {c} {a}.",
-    "There was once a {c} {a}.",
-    "Near the {h} lived a {c} {a}.",
+STORY_BEGINNINGS = [  # {w} is one of the wordings of STORY_REQUESTS
+    "Once there was {w}.",
+    "There was once {w}.",
+    "This is the story of {w}.",
 ]
 STORY_ENDINGS = [
     "The {c} {a} was happy again.",

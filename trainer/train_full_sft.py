@@ -53,13 +53,13 @@ def main(argv=None):
         from_weight="pretrain",
         epochs=1,
         batch_size=16,
-        learning_rate=5e-4,
+        learning_rate=4e-4,
         sample_prompt="Who are you?",
     )
     replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
     parser.add_argument("--replay_path", type=Path, metavar="FILE.jsonl", help=replay)
     share = "rows of it, as a share of the conversations"
-    parser.add_argument("--replay_share", type=number(float, 0), default=0.75, help=share)
+    parser.add_argument("--replay_share", type=number(float, 0), default=0.8, help=share)
     args = parse_training_args(parser, argv)
 
     # Where to compute, and with whom. Weights stay fp32; autocast computes in dtype.
