@@ -159,7 +159,8 @@ def unknown(rng, pool):
 
 def long_talk(rng, pool):
     """One topic after another in the same conversation: learned, not judged."""
-    makers = [recall, two_facts, story_on_request, calculation, follow_up, unknown, small_talk]
+    makers = [recall, two_facts, story_on_request, calculation, follow_up, favourite, unknown]
+    makers += [small_talk]
     messages = [
         m for maker in rng.choices(makers, k=rng.randint(2, 4)) for m in maker(rng, pool)[1]
     ]
@@ -181,11 +182,11 @@ SFT_COUNTS = {
     story_on_request: 700,
     calculation: 1300,
     follow_up: 1300,
-    favourite: 500,
+    favourite: 700,
     in_a_manner: 2000,
     unknown: 250,
     small_talk: 250,
-    long_talk: 450,
+    long_talk: 400,
 }
 EVAL_COUNTS = {
     recall: 100,

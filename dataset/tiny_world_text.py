@@ -132,10 +132,15 @@ def in_order(rng, count, kinds=FACTS):
 
 
 def introductions(rng, people):
-    """Who is a man and who a woman: "he" or "she" is the first word of most answers."""
-    says = {"f": "She is a woman", "m": "He is a man"}
-    four = rng.sample(people, 4)
-    return " ".join(f"Do you know {p.name}? {says[p.sex]} of Amberbrook." for p in four)
+    """Who is a man and who a woman ("he" or "she" is the first word of most answers), and who is
+    whose friend: the hardest fact, for its value is a name.
+    """
+    lines = []
+    for who in rng.sample(people, 4):
+        noun = {"f": "She is a woman", "m": "He is a man"}[who.sex]
+        friend = fact(rng, who, "friend", pronoun=True)
+        lines.append(f"Do you know {who.name}? {noun} of Amberbrook. {friend}")
+    return " ".join(lines)
 
 
 def errand(rng):
@@ -266,8 +271,8 @@ def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(40)]
-    texts += [gossip(rng, person) for person in people for _ in range(100)]
+    texts = [portrait(rng, person) for person in people for _ in range(36)]
+    texts += [gossip(rng, person) for person in people for _ in range(95)]
     texts += [
         comparison(rng, person, rng.sample(people, rng.choice([1, 2])))
         for person in people
@@ -277,7 +282,7 @@ def pretraining_text(world, rng):
     texts += [card(rng, person) for person in people for _ in range(70)]
     texts += [introductions(rng, people) for _ in range(700)]
     texts += [errand(rng) for _ in range(1200)]
-    texts += [remembered(rng, rng.choice(people)) for _ in range(1200)]
+    texts += [remembered(rng, rng.choice(people)) for _ in range(1800)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
     texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
     texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(2800)]
