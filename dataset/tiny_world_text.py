@@ -27,7 +27,7 @@ from dataset.tiny_world_words import (
 )
 
 SEED = 1
-VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
+VILLAGERS, HELD_OUT = 40, 14  # even numbers: best friends stay together
 LARGEST = 49  # number in the sums
 SHORT_KINDS = ["home", "job", "likes"]  # a single word says these facts
 # Two-part questions join two kinds of facts; these orders appear in the evaluation only.
@@ -271,21 +271,21 @@ def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(36)]
-    texts += [gossip(rng, person) for person in people for _ in range(95)]
+    texts = [portrait(rng, person) for person in people for _ in range(40)]
+    texts += [gossip(rng, person) for person in people for _ in range(105)]
     texts += [
         comparison(rng, person, rng.sample(people, rng.choice([1, 2])))
         for person in people
         for _ in range(25)
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(70)]
+    texts += [card(rng, person) for person in people for _ in range(80)]
     texts += [introductions(rng, people) for _ in range(700)]
     texts += [errand(rng) for _ in range(1200)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(1800)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
     texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
-    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(2800)]
+    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(3400)]
     texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1000)]
     for operation, a, b in rng.choices(world.sums, k=3300):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
