@@ -2,9 +2,9 @@
 
     python dataset/tiny_world.py            # writes the three files below and prints their figures
 
-pretrain_tiny.jsonl   text about 40 villagers (home, job, friend, pet, what each likes), stories,
+pretrain_tiny.jsonl   text about 48 villagers (home, job, friend, pet, what each likes), stories,
                       dialogues, definitions, counting and sums
-sft_tiny.jsonl        conversations; 14 of the villagers are never mentioned in them
+sft_tiny.jsonl        conversations; 16 of the villagers are never mentioned in them
 eval_tiny.jsonl       held-out prompts with their answers; what keeps them apart from the other two
                       files is decided in `World` (tiny_world_text.py)
 

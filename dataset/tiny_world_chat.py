@@ -179,10 +179,10 @@ def small_talk(rng, pool):
 SFT_COUNTS = {
     recall: 900,
     two_facts: 1000,
-    story_on_request: 700,
-    calculation: 1300,
+    story_on_request: 600,
+    calculation: 1200,
     follow_up: 1300,
-    favourite: 700,
+    favourite: 600,
     in_a_manner: 2000,
     unknown: 250,
     small_talk: 250,

@@ -27,7 +27,7 @@ from dataset.tiny_world_words import (
 )
 
 SEED = 1
-VILLAGERS, HELD_OUT = 40, 14  # even numbers: best friends stay together
+VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
 LARGEST = 49  # number in the sums
 SHORT_KINDS = ["home", "job", "likes"]  # a single word says these facts
 # Two-part questions join two kinds of facts; these orders appear in the evaluation only.
@@ -132,15 +132,10 @@ def in_order(rng, count, kinds=FACTS):
 
 
 def introductions(rng, people):
-    """Who is a man and who a woman ("he" or "she" is the first word of most answers), and who is
-    whose friend: the hardest fact, for its value is a name.
-    """
-    lines = []
-    for who in rng.sample(people, 4):
-        noun = {"f": "She is a woman", "m": "He is a man"}[who.sex]
-        friend = fact(rng, who, "friend", pronoun=True)
-        lines.append(f"Do you know {who.name}? {noun} of Amberbrook. {friend}")
-    return " ".join(lines)
+    """Who is a man and who a woman: "he" or "she" is the first word of most answers."""
+    says = {"f": "She is a woman", "m": "He is a man"}
+    four = rng.sample(people, 4)
+    return " ".join(f"Do you know {p.name}? {says[p.sex]} of Amberbrook." for p in four)
 
 
 def errand(rng):
@@ -161,7 +156,7 @@ def gossip(rng, person):
     or those that were asked for; some are shouted.
     """
     asker, teller, said = rng.choice(VALUES["job"]), rng.choice(VALUES["job"]), "said"
-    shouts = rng.random() < 0.45
+    shouts = rng.random() < 0.4
     kinds, templates = (SHORT_KINDS + ["pet"], 1) if shouts else (FACTS, None)
     question, kinds = rng.choice(RUMOURS), in_order(rng, rng.choice([2, 3]), kinds)
     if rng.random() < 0.6:
@@ -271,23 +266,23 @@ def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(40)]
-    texts += [gossip(rng, person) for person in people for _ in range(105)]
+    texts = [portrait(rng, person) for person in people for _ in range(48)]
+    texts += [gossip(rng, person) for person in people for _ in range(100)]
     texts += [
         comparison(rng, person, rng.sample(people, rng.choice([1, 2])))
         for person in people
         for _ in range(25)
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(80)]
-    texts += [introductions(rng, people) for _ in range(700)]
+    texts += [card(rng, person) for person in people for _ in range(70)]
+    texts += [introductions(rng, people) for _ in range(900)]
     texts += [errand(rng) for _ in range(1200)]
-    texts += [remembered(rng, rng.choice(people)) for _ in range(1800)]
+    texts += [remembered(rng, rng.choice(people)) for _ in range(1500)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
     texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
-    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(3400)]
+    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(2600)]
     texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1000)]
-    for operation, a, b in rng.choices(world.sums, k=3300):
+    for operation, a, b in rng.choices(world.sums, k=3000):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(300)]
     rng.shuffle(texts)

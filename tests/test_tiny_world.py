@@ -44,7 +44,7 @@ def test_villagers_of_recall_questions_are_in_the_pretraining_text_and_in_no_con
     files, world
 ):
     held_out = {person.name for person in world.held_out}
-    assert len(held_out) == 14
+    assert len(held_out) == 16
     assert not held_out & words(" ".join(spoken(files["sft_tiny.jsonl"])))
     text = " ".join(record["text"] for record in files["pretrain_tiny.jsonl"])
     mentions = {name: text.count(name) for name in held_out}
