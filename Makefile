@@ -2,6 +2,7 @@
 # make demo FRESH=1  starts over
 # make test          sets itself up, runs every test
 # make lint          ruff, rules and format
+# make bench DATA=F  what the data side costs, measured on a file of conversations
 PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
 PY := .venv/Scripts/python
@@ -9,7 +10,7 @@ else
 PY := .venv/bin/python
 endif
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: .venv/ready
 	@$(PY) demo.py $(if $(FRESH),--fresh)
@@ -20,6 +21,9 @@ test: .venv/ready-dev
 lint: .venv/ready-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+bench: .venv/ready-dev
+	$(PY) bench/data.py $(DATA)
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed; try make PYTHON=python3.12')"

@@ -35,7 +35,8 @@ def render(messages, tools=None, add_generation_prompt=False, tokenizer=None):
     content, tool calls) and the <|im_end|> that ends its turn. It is 0 for every header, for the
     newline after a turn, and for all that system, user and tool wrote.
 
-    messages               [{"role", "content", "reasoning_content"?, "tool_calls"?, "tools"?}]
+    messages               [{"role", "content", "reasoning_content"?, "tool_calls"?, "tools"?,
+                           "loss_weight"?}]; an assistant's turn of loss_weight 0 is not learned
     tools                  functions that the assistant may call, as a list or its JSON text; they
                            go into the system turn. Default: the `tools` of the first message.
     add_generation_prompt  ends with the header of an assistant's turn, for the model to go on
@@ -43,46 +44,57 @@ def render(messages, tools=None, add_generation_prompt=False, tokenizer=None):
 
     Raises ValueError, naming the message, for what is not such a conversation.
     """
-    encode = (tokenizer or shipped_tokenizer()).encode
-    ids, loss_mask = [], []
+    conversation = pieces(messages, tools, add_generation_prompt)
+    return render_batch([conversation], tokenizer or shipped_tokenizer())[0]
 
-    def write(piece, learn):
-        """Appends text, or one control token by its id."""
-        new = [piece] if isinstance(piece, int) else encode(piece, add_special_tokens=False).ids
-        ids.extend(new)
-        loss_mask.extend([learn] * len(new))
 
+def render_batch(conversations, tokenizer):
+    """What `render` gives for each of many lists of pieces; each distinct text is encoded once,
+    on all cores.
+    """
+    texts = {text for pieces in conversations for text, _ in pieces if isinstance(text, str)}
+    texts = sorted(texts)
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids_of = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
+    rendered = []
+    for pieces in conversations:
+        ids, loss_mask = [], []
+        for piece, learn in pieces:
+            new = [piece] if isinstance(piece, int) else ids_of[piece]
+            ids.extend(new)
+            loss_mask.extend([learn] * len(new))
+        rendered.append((ids, loss_mask))
+    return rendered
+
+
+def pieces(messages, tools=None, add_generation_prompt=False):
+    """A conversation as a list of (piece, learn): a piece is text, or the id of a control token;
+    learn is 1 for what the model is to learn. The arguments are those of `render`.
+    """
     check(messages)
-    tools = as_json(tools or (messages[0].get("tools") if messages else None), "tools")
+    tools = as_json(tools or messages[0].get("tools"), "tools")
     if tools and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": ""}, *messages]
+    written = []
     for index, message in enumerate(messages):
         role, content = message["role"], message["content"] or ""
-        learn = int(role == "assistant")
-        write(IM_START, 0)
-        write(f"{role}\n", 0)
+        learn = int(role == "assistant" and message.get("loss_weight", 1) != 0)
         if index == 0 and tools:
             content = "\n\n".join(filter(None, [content, tools_text(tools)]))
-        if learn and message.get("reasoning_content"):
-            write(THINK, 1)
-            write(f"\n{message['reasoning_content']}\n", 1)
-            write(END_THINK, 1)
-            write("\n\n", 1)
+        written += [(IM_START, 0), (f"{role}\n", 0)]
+        if role == "assistant" and message.get("reasoning_content"):
+            written += [(THINK, learn), (f"\n{message['reasoning_content']}\n", learn)]
+            written += [(END_THINK, learn), ("\n\n", learn)]
         if role == "tool":
-            write(TOOL_RESPONSE, 0)
-        write(content, learn)
-        if role == "tool":
-            write(END_TOOL_RESPONSE, 0)
+            written += [(TOOL_RESPONSE, 0), (content, 0), (END_TOOL_RESPONSE, 0)]
+        elif content:
+            written += [(content, learn)]
         for call in as_json(message.get("tool_calls"), "tool_calls") or []:
-            write(TOOL_CALL, learn)
-            write(call_text(call), learn)
-            write(END_TOOL_CALL, learn)
-        write(IM_END, learn)
-        write("\n", 0)
+            written += [(TOOL_CALL, learn), (call_text(call), learn), (END_TOOL_CALL, learn)]
+        written += [(IM_END, learn), ("\n", 0)]
     if add_generation_prompt:
-        write(IM_START, 0)
-        write("assistant\n", 0)
-    return ids, loss_mask
+        written += [(IM_START, 0), ("assistant\n", 0)]
+    return written
 
 
 def check(messages):

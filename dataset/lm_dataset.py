@@ -1,137 +1,164 @@
-"""From a JSONL file to labelled rows.
+"""From data files to labelled rows.
 
 A row is (input_ids, labels), two int64 tensors of the same length. labels is input_ids where the
 model learns the token and -100 where it does not; the shift by one, so that each position predicts
-the next, happens in the loss. Everything is tokenised once, when the dataset is made.
-"""
+the next, happens in the loss. The way of a line of a file:
 
-import json
-from pathlib import Path
+    formats.py          its JSON -> messages, whatever format it is in
+    chat_template.py    messages -> tokens and their loss mask
+    cache.py            kept for the next start
+    here                tokens -> rows of at most max_length
+"""
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.chat_template import render
+from dataset import formats
+from dataset.cache import tokenised
+from dataset.chat_template import pieces
 from dataset.errors import UserError
-from dataset.tokenizer import END_OF_TEXT
+from dataset.tokenizer import END_OF_TEXT, IM_END
 
 IGNORE = -100  # the label of a token that carries no loss; torch's cross_entropy skips it
 
 
-class PretrainDataset(Dataset):
-    """Documents {"text"}: every token is learned, and <|endoftext|> after the last.
+class TokenDataset(Dataset):
+    """Rows of one or more tokenised files; below are its two kinds.
 
-    A document longer than max_length becomes several rows, so that nothing is lost.
+    files    the Tokens of each
+    rows     (n, 4) int64: of each row its file, its record there, and from where to where it goes
+             in the file's tokens
+    dropped  records, or parts of them, without anything to learn within max_length
     """
 
-    def __init__(self, data_path, tokenizer, max_length=1024, strict=False):
-        self.rows, self.bad_lines = [], []
+    def __init__(self, data_path, tokenizer, max_length=1024, strict=False, **cache):
+        self.files, self.rows, self.dropped, self.cut = [], [], 0, 0
+        paths = data_path if isinstance(data_path, list) else [data_path]
+        for path in paths:
+            options = [type(self).__name__, *self.options]
+            tokens = tokenised(path, tokenizer, self.to_pieces, options, strict, **cache)
+            require_records(tokens.report, path)
+            self.rows.append(self.cut_rows(tokens, max_length, len(self.files)))
+            self.files.append(tokens)
+        self.rows = np.concatenate(self.rows)
+        if not len(self.rows):
+            raise UserError(
+                f"{data_path}: nothing to learn from within --max_seq_len {max_length}; raise it"
+            )
 
-        def encoded(text):
-            if not isinstance(text, str) or not text:
-                raise ValueError(f'"text" is {text!r}, which is not text')
-            return tokenizer.encode(text, add_special_tokens=False).ids + [END_OF_TEXT]
-
-        for ids in records(data_path, "text", encoded, strict, self.bad_lines):
-            for start in range(0, len(ids), max_length):
-                self.rows.append(np.array(ids[start : start + max_length], dtype=np.int32))
-        # A row of one token predicts nothing; such a rest of a cut document is left out.
-        self.rows = [row for row in self.rows if len(row) > 1]
-        self.dropped = 0
-        require_rows(self, data_path)
+    def cut_rows(self, tokens, max_length, file):
+        """The rows of a file: its records as they are, those that are too long cut."""
+        starts, ends = tokens.offsets[:-1], tokens.offsets[1:]
+        records = np.arange(len(starts))
+        fits = (ends - starts <= max_length) & (tokens.supervised > 0)
+        rows = [np.stack([np.full(len(starts), file), records, starts, ends], 1)[fits]]
+        self.dropped += int((tokens.supervised == 0).sum())
+        for record in np.flatnonzero((ends - starts > max_length) & (tokens.supervised > 0)):
+            start, end = int(starts[record]), int(ends[record])
+            mask = tokens.mask[start:end]
+            spans = self.spans(tokens.ids[start:end], mask, max_length)
+            kept = [span for span in spans if mask[span[0] + 1 : span[1]].any()]
+            self.cut += 1
+            self.dropped += not kept
+            rows += [np.array([[file, record, start + a, start + b] for a, b in kept])] * bool(kept)
+        rows = np.concatenate(rows)
+        return rows[np.argsort(rows[:, 2], kind="stable")]
 
     def __len__(self):
         return len(self.rows)
 
-    def length(self, index):
-        return len(self.rows[index])
+    @property
+    def lengths(self):
+        """(n,) tokens of each row."""
+        return self.rows[:, 3] - self.rows[:, 2]
 
     def __getitem__(self, index):
-        input_ids = torch.from_numpy(self.rows[index].astype(np.int64))
-        return input_ids, input_ids.clone()
+        file, _, start, end = self.rows[index]
+        tokens = self.files[file]
+        input_ids = torch.from_numpy(tokens.ids[start:end].astype(np.int64))
+        learned = torch.from_numpy(tokens.mask[start:end] == 1)
+        return input_ids, torch.where(learned, input_ids, IGNORE)
 
 
-class SFTDataset(Dataset):
-    """Conversations {"conversations": [{"role", "content"}]}: only the assistant's words count.
+class PretrainDataset(TokenDataset):
+    """Documents {"text"}: every token is learned, and <|endoftext|> after the last.
 
-    A conversation longer than max_length is cut at its end. One that then has nothing left to
-    learn is dropped and counted in `dropped`.
+    A document longer than max_length becomes several rows. Each begins with the last token of the
+    row before, so that every token but the document's first is predicted once.
     """
 
-    def __init__(self, data_path, tokenizer, max_length=1024, strict=False):
-        self.rows, self.bad_lines, self.dropped = [], [], 0
+    options = ()
 
-        def rendered(messages):
-            return render(messages, tokenizer=tokenizer)
+    def to_pieces(self, record, report):
+        report["format"] = "text"
+        text = formats.to_text(record)
+        if not text:
+            raise ValueError('"text" is empty')
+        return [(text, 1), (END_OF_TEXT, 1)]
 
-        for ids, mask in records(data_path, "conversations", rendered, strict, self.bad_lines):
-            row = np.array([ids[:max_length], mask[:max_length]], dtype=np.int32)  # (2, T)
-            if row[1, 1:].any():  # the first token is never predicted
-                self.rows.append(row)
-            else:
-                self.dropped += 1
-        require_rows(self, data_path)
+    def spans(self, ids, mask, max_length):
+        return [(at, min(at + max_length, len(ids))) for at in range(0, len(ids), max_length - 1)]
+
+
+class SFTDataset(TokenDataset):
+    """Conversations in any format of `formats.py`: only the assistant's words are learned.
+
+    overlong     what happens to a conversation longer than max_length.
+                 truncate: it ends with the last answer that fits, or in the middle of the first;
+                 split: what is left becomes further rows; drop: it is left out
+    keep_think   whose reasoning is kept: that of all answers, of the last one, of none
+    data_format  a name of `formats.py`; default: that of the file's first record
+    """
+
+    def __init__(self, *args, overlong="truncate", keep_think="all", data_format=None, **more):
+        self.overlong, self.options = overlong, (keep_think, data_format)
+        super().__init__(*args, **more)
+
+    def to_pieces(self, record, report):
+        keep_think, given = self.options
+        report["format"] = report["format"] or given or formats.format_of(record)
+        if report["format"] == "text":
+            raise ValueError("it is pretraining text, not a conversation")
+        messages, tools = formats.to_conversation(record, report["format"], report["notes"])
+        answers = [message for message in messages if message["role"] == "assistant"]
+        forgotten = {"all": [], "last": answers[:-1], "none": answers}[keep_think]
+        for message in forgotten:
+            message.pop("reasoning_content", None)
+        return pieces(messages, tools)
+
+    def spans(self, ids, mask, max_length):
+        # An answer ends at an <|im_end|> that is learned. No text can imitate one.
+        ends = np.flatnonzero((ids == IM_END) & (mask == 1)) + 1
+        spans, start = [], 0
+        while start < len(ids) and self.overlong != "drop":
+            whole = ends[(ends > start) & (ends <= start + max_length)]
+            end = int(whole[-1]) if len(whole) else min(start + max_length, len(ids))
+            spans.append((start, end))
+            start = end if self.overlong == "split" else len(ids)
+        return spans
 
     def mix_in(self, documents, share, seed):
         """Adds rows of a PretrainDataset, share * the number of conversations, drawn by the seed;
         returns their numbers. Conversations alone make a model forget what they do not mention.
         """
         first = len(self.rows)
-        count = min(len(documents), round(share * len(self.rows)))
-        for index in np.random.default_rng(seed).permutation(len(documents))[:count]:
-            row = documents.rows[index]
-            self.rows.append(np.stack([row, np.ones_like(row)]))
+        count = min(len(documents), round(share * first))
+        chosen = documents.rows[np.random.default_rng(seed).permutation(len(documents))[:count]]
+        self.rows = np.concatenate([self.rows, chosen + [len(self.files), 0, 0, 0]])
+        self.files = self.files + documents.files
         return range(first, len(self.rows))
 
-    def __len__(self):
-        return len(self.rows)
 
-    def length(self, index):
-        return self.rows[index].shape[1]
-
-    def __getitem__(self, index):
-        input_ids, mask = torch.from_numpy(self.rows[index].astype(np.int64))
-        return input_ids, torch.where(mask == 1, input_ids, IGNORE)
-
-
-def records(data_path, key, convert, strict, bad_lines):
-    """Yields convert(record[key]) for each line; counts in bad_lines what is not such a record."""
-    try:
-        file = Path(data_path).open("rb")
-    except OSError as error:
-        raise UserError(f"--data_path {data_path}: {error.strerror}; give a JSONL file") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(record, dict) or key not in record:
-                    keys = list(record) if isinstance(record, dict) else type(record).__name__
-                    raise ValueError(f'there is no "{key}" in it, only {keys}')
-                yield convert(record[key])
-            except json.JSONDecodeError as error:
-                bad_lines.append((number, f"not JSON: {error.msg}, at character {error.colno}"))
-            except (ValueError, TypeError, RecursionError) as error:
-                bad_lines.append((number, str(error)))
-            if strict and bad_lines:
-                raise UserError(f"{data_path}, line {number}: {bad_lines[0][1]}")
-
-
-def require_rows(dataset, data_path):
+def require_records(report, path):
     """Raises UserError if nothing in the file could be used, with the first reason."""
-    if len(dataset):
+    if report["records"]:
         return
-    if dataset.bad_lines:
-        number, reason = dataset.bad_lines[0]
+    if report["bad"]:
+        number, reason = report["bad_lines"][0]
         raise UserError(
-            f"{data_path}: none of its {len(dataset.bad_lines)} records can be used; "
-            f'line {number}: {reason}. Pretraining reads lines of {{"text": ...}}, SFT lines of '
-            '{"conversations": [{"role": ..., "content": ...}]}'
+            f"{path}: none of its {report['bad']} records can be used; line {number}: {reason}. "
+            'Pretraining reads lines of {"text": ...}, SFT lines of '
+            '{"conversations": [{"role": ..., "content": ...}]} or another of the usual formats'
         )
-    if dataset.dropped:
-        raise UserError(
-            f"{data_path}: no conversation has an assistant's turn within --max_seq_len; raise it"
-        )
-    raise UserError(f"{data_path} is empty; give a JSONL file")
+    raise UserError(f"{path} is empty; give a JSONL file")

@@ -1,4 +1,11 @@
-"""Several short rows side by side in one: padding costs as much as text and teaches nothing."""
+"""Several short documents side by side in one row: padding costs as much as text, teaches nothing.
+
+A packed row has besides its ids the place of each token in its document (position_ids, which start
+anew) and the document's number in the row (document_ids, -1 for padding), so that the model treats
+every document as if it were alone.
+"""
+
+from bisect import bisect_left, insort
 
 import torch
 
@@ -8,30 +15,61 @@ from dataset.tokenizer import PAD
 SHORTEST = 128  # tokens of a packed row; longer ones make attention dearer, shorter ones pack worse
 
 
-def pack(rows):
-    """Rows (input_ids, labels) of different lengths as one batch of few rows, best-fit decreasing.
+def best_fit_decreasing(lengths, row_length):
+    """Which items share a row: a list of rows, each a list of indices into lengths.
 
-    Returns input_ids, labels, position_ids and document_ids, each (B, T). Positions start anew and
-    the id changes with each document, so the model treats it as if it were alone. Its first token
-    has no label: what stands before it is another document. Padding is document -1. T is that of
-    the longest row, or 128. No rows at all give one token without loss, the share of a process that
-    has nothing left to do.
+    From the longest to the shortest, each goes where it leaves the least space. No length may
+    exceed row_length. This is at most 22 % above the fewest rows possible (Johnson, 1973).
     """
-    T = max([SHORTEST, *(len(input_ids) for input_ids, _ in rows)]) if rows else 1
-    bins = []  # [free tokens, its rows]
-    for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
-        fitting = [b for b in bins if b[0] >= len(row[0])]
-        best = min(fitting, key=lambda b: b[0]) if fitting else [T, []]
-        if not fitting:
-            bins.append(best)
-        best[0] -= len(row[0])
-        best[1].append(row)
-    shape = (max(1, len(bins)), T)
+    rows, with_space, spaces = [], [[] for _ in range(row_length + 1)], []  # spaces is sorted
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        at = bisect_left(spaces, lengths[item])
+        if at == len(spaces):
+            row, space = len(rows), row_length
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                spaces.pop(at)
+        rows[row].append(item)
+        space -= lengths[item]
+        if not with_space[space]:
+            insort(spaces, space)
+        with_space[space].append(row)
+    return rows
+
+
+def pack(documents, row_length):
+    """Documents (input_ids, labels) as one batch of rows that hold several.
+
+    Rows are as long as the longest document, where that takes no more tokens than rows of
+    row_length: a token attends to its whole row, and what is not its document is masked out.
+    """
+    lengths = [len(input_ids) for input_ids, _ in documents]
+    shortest = min(row_length, max([SHORTEST, *lengths]))
+    layouts = [(T, best_fit_decreasing(lengths, T)) for T in (shortest, row_length)]
+    T, rows = min(layouts, key=lambda layout: layout[0] * len(layout[1]))
+    return batch([[documents[item] for item in row] for row in rows], T)
+
+
+def pad(documents):
+    """Documents as one batch, each in a row of its own, padded to the longest."""
+    return batch([[d] for d in documents], max((len(ids) for ids, _ in documents), default=0))
+
+
+def batch(rows, T):
+    """Rows of documents as input_ids, labels, position_ids and document_ids, each (B, T).
+
+    A document's first token has no label: what stands before it is another document. No rows at
+    all give one token without loss, the share of a process that has nothing left to do.
+    """
+    shape = (max(1, len(rows)), max(1, T))
     ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
     positions, documents = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    for index, (_, held) in enumerate(bins):
+    for index, row in enumerate(rows):
         start = 0
-        for number, (row_ids, row_labels) in enumerate(held):
+        for number, (row_ids, row_labels) in enumerate(row):
             end = start + len(row_ids)
             ids[index, start:end] = row_ids
             labels[index, start + 1 : end] = row_labels[1:]

@@ -177,13 +177,13 @@ def small_talk(rng, pool):
 
 # How many conversations of each kind the two files hold.
 SFT_COUNTS = {
-    recall: 900,
-    two_facts: 1000,
-    story_on_request: 600,
-    calculation: 1200,
-    follow_up: 1300,
-    favourite: 600,
-    in_a_manner: 2000,
+    recall: 800,
+    two_facts: 900,
+    story_on_request: 400,
+    calculation: 900,
+    follow_up: 900,
+    favourite: 400,
+    in_a_manner: 1700,
     unknown: 250,
     small_talk: 250,
     long_talk: 400,

@@ -123,14 +123,6 @@ def dialogue(rng, person, other):
     return " ".join(lines)
 
 
-def in_order(rng, count, kinds=FACTS):
-    """Some kinds of facts, in an order that the evaluation does not ask for."""
-    while True:
-        chosen = rng.sample(list(kinds), count)
-        if not set(zip(chosen, chosen[1:], strict=False)) & set(HELD_OUT_PAIRS):
-            return chosen
-
-
 def introductions(rng, people):
     """Who is a man and who a woman: "he" or "she" is the first word of most answers."""
     says = {"f": "She is a woman", "m": "He is a man"}
@@ -158,7 +150,7 @@ def gossip(rng, person):
     asker, teller, said = rng.choice(VALUES["job"]), rng.choice(VALUES["job"]), "said"
     shouts = rng.random() < 0.4
     kinds, templates = (SHORT_KINDS + ["pet"], 1) if shouts else (FACTS, None)
-    question, kinds = rng.choice(RUMOURS), in_order(rng, rng.choice([2, 3]), kinds)
+    question, kinds = rng.choice(RUMOURS), rng.sample(list(kinds), rng.choice([2, 3]))
     if rng.random() < 0.6:
         question = f"What of {{n}}, {named(kinds)}?"
     templates = {kind: FACTS[kind][:templates] for kind in kinds}
@@ -214,7 +206,6 @@ def small_sum(rng):
     if rng.random() < 0.2:
         a, b, total = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
         return f"{sentence(a)} and {b} make {total}. Take {b} from {total} and {a} is left."
-    a = rng.randrange(LARGEST)
     return f"{a}+{b}={a + b}, {a + b}-{b}={a}."
 
 
@@ -222,15 +213,15 @@ def steps(operation, a, b):
     """A sum of two two-digit numbers, cut into steps that are each small enough to know by heart.
 
     27+15: 20+10=30, 7+5=12, 30+12=42.
-    42-15: 42-10=32, 32-5=27.
+    42-15: 30-10=20, 12-5=7, 20+7=27.
     """
-    tens, ones = b - b % 10, b % 10
-    if operation == "+":
-        high, low = a - a % 10 + tens, a % 10 + ones
-        parts = f"{a - a % 10}+{tens}={high}, {a % 10}+{ones}={low}, {high}+{low}={a + b}"
-    else:
-        parts = f"{a}-{tens}={a - tens}, {a - tens}-{ones}={a - b}"
-    return f"{a}{operation}{b}: {parts}."
+    tens, ones = a - a % 10, a % 10
+    if operation == "-" and ones < b % 10:
+        tens, ones = tens - 10, ones + 10
+    sign = 1 if operation == "+" else -1
+    high, low = tens + sign * (b - b % 10), ones + sign * (b % 10)
+    parts = f"{tens}{operation}{b - b % 10}={high}, {ones}{operation}{b % 10}={low}"
+    return f"{a}{operation}{b}: {parts}, {high}+{low}={high + low}."
 
 
 def word_problem(rng, operation, a, b):
@@ -242,10 +233,10 @@ def word_problem(rng, operation, a, b):
 def card(rng, person):
     """Facts about a villager as a list, or in single words."""
     if rng.random() < 0.4:
-        kinds = in_order(rng, rng.choice([2, 3]))
+        kinds = rng.sample(list(FACTS), rng.choice([2, 3]))
         lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
         return "\n".join([f"{person.name}, {named(kinds)}"] + lines)
-    kinds = in_order(rng, 2, SHORT_KINDS)
+    kinds = rng.sample(SHORT_KINDS, 2)
     lines = [f"{kind} of {person.name}?\n{sentence(getattr(person, kind))}" for kind in kinds]
     return "\n".join(lines)
 
@@ -266,23 +257,23 @@ def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in VALUES.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(48)]
-    texts += [gossip(rng, person) for person in people for _ in range(100)]
+    texts = [portrait(rng, person) for person in people for _ in range(40)]
+    texts += [gossip(rng, person) for person in people for _ in range(80)]
     texts += [
         comparison(rng, person, rng.sample(people, rng.choice([1, 2])))
         for person in people
-        for _ in range(25)
+        for _ in range(20)
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(70)]
-    texts += [introductions(rng, people) for _ in range(900)]
-    texts += [errand(rng) for _ in range(1200)]
-    texts += [remembered(rng, rng.choice(people)) for _ in range(1500)]
+    texts += [card(rng, person) for person in people for _ in range(60)]
+    texts += [introductions(rng, people) for _ in range(700)]
+    texts += [errand(rng) for _ in range(800)]
+    texts += [remembered(rng, rng.choice(people)) for _ in range(1000)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
-    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(2000)]
-    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(2600)]
-    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1000)]
-    for operation, a, b in rng.choices(world.sums, k=3000):
+    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(1600)]
+    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(2400)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(800)]
+    for operation, a, b in rng.choices(world.sums, k=2500):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(300)]
     rng.shuffle(texts)

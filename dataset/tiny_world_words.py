@@ -69,7 +69,7 @@ FACTS = {
         "{ns} oldest friend is called {v}.",
         "{n} trusts {v} more than anyone.",
         "you will often see {o} with {v}.",
-        "{v} is the friend that {n} likes best.",
+        "nobody is a better friend to {o} than {v}.",
     ],
     "pet": [
         "{n} has a {v}.",

@@ -190,12 +190,18 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if weight.dim() < 2:
+                continue
+            # Embeddings and attention keep the size of what passes through them. With GPT-2's 0.02
+            # a narrow model learns to copy what it read late or never: see docs/4_pretraining.md.
+            std = weight.shape[1] ** -0.5
+            if "mlp" in name:
+                std = 0.02
+            if name.endswith("down_proj.weight"):
                 # 2L results are added to the residual stream; scaled down, their sum keeps its
                 # size however deep the model (the GPT-2 paper, section 2.3).
-                nn.init.normal_(weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
+                std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
+            nn.init.normal_(weight, std=std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -58,7 +58,7 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """A save_dir that holds tiny pretrain_32 and full_sft_32 weights."""
     out = tmp_path_factory.mktemp("out")
-    common = ["--save_dir", out, "--batch_size", 8, "--log_interval", 1]
+    common = ["--save_dir", out, "--batch_size", 2, "--max_seq_len", 96, "--log_interval", 1]
     for script, name, more in (
         ("train_pretrain.py", "pretrain.jsonl", TINY),
         ("train_full_sft.py", "sft.jsonl", ["--dtype", "fp32", "--device", "cpu"]),

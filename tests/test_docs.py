@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from dataset.tokenizer import SHIPPED_TOKENIZER
 from tests.conftest import ROOT, TINY, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,7 +27,12 @@ COMMANDS = commands()
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_command_runs(line, data, trained, tmp_path):
-    words = COMMANDS[line]
+    files = {"mine.jsonl": data / "sft.jsonl", "out/mine.jsonl": data / "sft.jsonl"}
+    files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
+    files |= {"out/mine.json": SHIPPED_TOKENIZER}
+    if "pretrain" in line:
+        files["mine.jsonl"] = data / "pretrain.jsonl"
+    words = [str(files.get(word, word)) for word in COMMANDS[line]]
     script = words[0]
     if script == "demo.py":
         pytest.skip("minutes long; each of its stages is a command of its own")
@@ -35,10 +41,18 @@ def test_the_command_runs(line, data, trained, tmp_path):
         given = ["--data_path", data / name] if "--data_path" not in words else []
         scratch = "pretrain.py" in script or "none" in words
         out = trained if "--from_resume" in words else tmp_path
-        words += [*given, "--save_dir", out, "--batch_size", 8, *(TINY if scratch else [])]
+        words += [
+            *given,
+            "--save_dir",
+            out,
+            "--batch_size",
+            2,
+            "--max_seq_len",
+            96,
+            *(TINY if scratch else []),
+        ]
         if not scratch and "--from_resume" not in words:
             words += ["--from_weight", trained / "pretrain_32.pth"]
-        words = [data / name if word == "mine.jsonl" else word for word in words]
     elif script == "dataset/tiny_world.py":
         words += ["--out", tmp_path]
     elif script == "trainer/train_tokenizer.py":
@@ -46,6 +60,10 @@ def test_the_command_runs(line, data, trained, tmp_path):
     elif script in ("eval_llm.py", "evaluation/run_eval.py"):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words = ["full_sft" if word == "sft_scratch" else word for word in words]
+    elif script == "-c":
+        words = [word.replace("out/", f"{tmp_path.as_posix()}/") for word in words]
+    elif "split" in words:
+        words += ["--out", tmp_path]
     done = run(*words)
     assert done.returncode == 0, done.stderr
     if script == "-c":

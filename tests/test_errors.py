@@ -99,7 +99,7 @@ def test_bad_lines_among_good_ones_are_counted_with_their_numbers(tmp_path):
     path.write_bytes(b"\n".join(lines))
     dataset = SFTDataset(path, load_tokenizer())
     assert len(dataset) == 3
-    assert [number for number, _ in dataset.bad_lines] == [2, 5, 6]
+    assert [number for number, _ in dataset.files[0].report["bad_lines"]] == [2, 5, 6]
     with pytest.raises(UserError, match="mixed.jsonl, line 2: not JSON"):
         SFTDataset(path, load_tokenizer(), strict=True)
 
@@ -118,7 +118,10 @@ def test_a_long_document_is_split_and_nothing_is_lost(tmp_path):
     tokenizer, text = load_tokenizer(), "one two three four five " * 40
     path = write_jsonl(tmp_path / "x.jsonl", [{"text": text}])
     dataset = PretrainDataset(path, tokenizer, max_length=32)
-    ids = torch.cat([dataset[i][0] for i in range(len(dataset))]).tolist()
+    rows = [dataset[i][0] for i in range(len(dataset))]
+    for row, following in zip(rows, rows[1:], strict=False):
+        assert row[-1] == following[0]  # is seen again, so that what follows it is predicted
+    ids = torch.cat([rows[0], *(row[1:] for row in rows[1:])]).tolist()
     assert ids == tokenizer.encode(text).ids + [0] and len(dataset) > 3
 
 

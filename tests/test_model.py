@@ -1,5 +1,7 @@
 """The model against transformers: same weights, same logits, same loss, same gradients."""
 
+import math
+
 import pytest
 import torch
 
@@ -153,7 +155,8 @@ def test_the_first_loss_is_near_that_of_guessing(input_ids):
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
     )
-    assert abs(loss.item() - torch.tensor(128.0).log().item()) < 0.3
+    # Logits of variance 1 cost half a nat more than equal ones: E[exp(x)] = exp(1/2).
+    assert abs(loss.item() - math.log(128) - 0.5) < 0.2
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from dataset.lm_dataset import IGNORE, PretrainDataset, SFTDataset
+from dataset.plan import Source, epoch_plan, mix, split_rows
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from tests.conftest import ROOT, TINY, run
+from tests.conftest import ROOT, TINY, chat, run, write_jsonl
 from trainer import checkpoint, train_full_sft, train_pretrain, trainer_utils
 from trainer.arguments import parse_training_args, training_parser
-from trainer.trainer_utils import epoch_plan, learning_rate, split_rows
+from trainer.trainer_utils import learning_rate
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
 FLAGS = [*TINY, "--from_weight", "none", "--log_interval", "1", "--eval_interval", "4"]
@@ -24,7 +25,7 @@ FLAGS = [*TINY, "--from_weight", "none", "--log_interval", "1", "--eval_interval
 
 def flags(data, out, stage="full_sft", **more):
     name = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl"}[stage]
-    more = {"data_path": data / name, "save_dir": out, "batch_size": 8, **more}
+    more = {"data_path": data / name, "save_dir": out, "batch_size": 8, "packing": 0, **more}
     return FLAGS + [str(part) for k, v in more.items() for part in (f"--{k}", v)]
 
 
@@ -96,11 +97,13 @@ class StopAt:
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-@pytest.mark.parametrize("use_moe", [0, 1])
-def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, stage, use_moe):
+@pytest.mark.parametrize("use_moe, packing", [(0, 0), (0, 1), (1, 1)])
+def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, stage, use_moe, packing):
     main = SCRIPTS[stage].main
     more = {"epochs": 2, "dropout": 0.1, "accumulation_steps": 2, "batch_size": 4}
-    more |= {"stage": stage, "use_moe": use_moe}
+    more |= {"stage": stage, "use_moe": use_moe, "packing": packing}
+    if packing:
+        more |= {"max_seq_len": 96, "batch_size": 2 if stage == "full_sft" else 1}
     main(flags(data, tmp_path / "whole", **more))
     for stops in (3, 2, 3):  # in the first epoch, near its end, in the second
         with monkeypatch.context() as patch:
@@ -144,8 +147,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     assert 0 < resume["step"] < 2000 * 5
 
 
-def test_two_processes_end_in_the_weights_of_one(data, tmp_path):
-    shared = {"epochs": 2, "eval_interval": 3}
+@pytest.mark.parametrize("packing", [0, 1])
+def test_two_processes_end_in_the_weights_of_one(data, tmp_path, packing):
+    shared = {"epochs": 2, "eval_interval": 3, "packing": packing, "max_seq_len": 96}
     train_full_sft.main(flags(data, tmp_path / "one", batch_size=8, **shared))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     script = ROOT / "trainer/train_full_sft.py"
@@ -240,23 +244,54 @@ def test_the_schedule_rises_peaks_and_ends_on_its_floor():
     assert learning_rate(0, 1, args) == 0.5 and learning_rate(1, 2, args) > 0
 
 
+@pytest.mark.parametrize("packing", [0, 1])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(world_size):
-    rows = range(5, 50)
-    args = args_of(batch_size=2, accumulation_steps=6 // world_size, seed=3)
-    plans = [epoch_plan(rows, args, 1, rank, world_size) for rank in range(world_size)]
-    single = epoch_plan(rows, args_of(batch_size=12, seed=3), 1)
+def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(data, world_size, packing):
+    dataset = SFTDataset(data / "sft.jsonl", load_tokenizer())
+    rows = range(5, 35)
+    shared = {"seed": 3, "packing": packing, "max_seq_len": 96}
+    args = args_of(batch_size=2, accumulation_steps=6 // world_size, **shared)
+    plans = [epoch_plan(dataset, rows, args, 1, rank, world_size) for rank in range(world_size)]
+    single = epoch_plan(dataset, rows, args_of(batch_size=12, **shared), 1)
     for steps, (reference,) in zip(zip(*plans, strict=True), single, strict=True):
         assert len({len(micro_batches) for micro_batches in steps}) == 1  # no process waits
         taken = [row for micro_batches in steps for rows in micro_batches for row in rows]
         assert sorted(taken) == sorted(reference)
     assert sorted(row for (step,) in single for row in step) == list(rows)
-    assert epoch_plan(rows, args, 2) != epoch_plan(rows, args, 1)
+    assert epoch_plan(dataset, rows, args, 2) != epoch_plan(dataset, rows, args, 1)
 
 
-def test_the_validation_split_stays_when_the_data_grows():
-    small, large = split_rows(range(100), 0.1, 1)[1], split_rows(range(150), 0.1, 1)[1]
-    assert small == [row for row in large if row < 100] and 3 < len(small) < 25
+def test_the_validation_split_stays_when_the_data_grows(tmp_path):
+    def held_out(count):
+        records = [chat(f"What is {i}?", f"It is {i}. " * (1 + i % 9)) for i in range(count)]
+        path = write_jsonl(tmp_path / f"{count}.jsonl", records)
+        # Long ones are split into several rows, which stay on the same side.
+        dataset = SFTDataset(path, load_tokenizer(), max_length=24, overlong="split")
+        train, held = split_rows(dataset, 0.1, 1)
+        records = [{int(dataset.rows[row, 1]) for row in rows} for rows in (train, held)]
+        assert not records[0] & records[1] and sorted(train + held) == list(range(len(dataset)))
+        return records[1]
+
+    small, large = held_out(100), held_out(150)
+    assert small == {record for record in large if record < 100} and 3 < len(small) < 25
+
+
+def test_sources_are_mixed_by_weight_repeated_and_joined(data, tmp_path):
+    paths = [data / "sft.jsonl", tmp_path / "other.jsonl"]
+    write_jsonl(paths[1], [chat("Hello?", "Hello!")] * 10)
+    dataset = SFTDataset(paths, load_tokenizer())
+    count = {}
+    for name, (one, other) in {
+        "joined": ((None, 1), (None, 1)),
+        "copies": ((None, 1), (None, 3)),
+        "weights": ((0.5, 1), (1.5, 1)),
+    }.items():
+        sources = [Source(paths[0], *one), Source(paths[1], *other)]
+        rows = mix(range(50), dataset, sources, seed=1)
+        count[name] = [sum(row < 40 for row in rows), sum(row >= 40 for row in rows)]
+        assert set(range(40, 50)) <= set(rows)
+    # 50 rows in all, a quarter of them from the first file.
+    assert count == {"joined": [40, 10], "copies": [40, 30], "weights": [12, 38]}
 
 
 def test_the_folder_that_it_is_started_from_does_not_matter(data, tmp_path):

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
 
 from dataset.errors import UserError
+from dataset.plan import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 # Flags that decide the model's shape. Their default is None: those of ModelConfig for a new model,
@@ -61,8 +63,9 @@ def training_parser(description, **defaults):
     count, positive = number(int, 0), number(int, 1)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE.toml", help="flags from a file; the command line wins")
-    add("--data_path", type=Path, help="JSONL to train on; default: the Tiny World data")
-    add("--eval_data_path", type=Path, help="JSONL to validate on; default: a part of the data")
+    files = "files to train on, each with :0.7 for its share or *3 for copies; default: Tiny World"
+    add("--data_path", type=source, nargs="+", metavar="FILE", help=files)
+    add("--eval_data_path", type=Path, help="a file to validate on; default: a part of the data")
     add("--eval_split", type=number(float, 0, 0.5), default=0.01, help="how large that part is")
     add("--tokenizer_path", type=Path, help="default: the weights' own, or model/tokenizer.json")
     add("--save_dir", type=Path, default=ROOT / "out", help="weights, checkpoints, logs")
@@ -77,7 +80,11 @@ def training_parser(description, **defaults):
     add("--warmup_steps", type=count, default=50, help="steps in which it rises")
     add("--weight_decay", type=number(float, 0), default=0.1, help="of the matrices")
     add("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
-    add("--max_seq_len", type=number(int, 2), default=512, help="tokens of a row at most")
+    add("--max_seq_len", type=number(int, 2), help="tokens of a row at most")
+    packed = "1: rows of several documents; 0: each has its own, padded to the longest"
+    add("--packing", type=switch, default=True, help=packed)
+    add("--cache_dir", type=Path, help="for the tokenised data; default: cache/ in --save_dir")
+    add("--rebuild_cache", type=switch, default=False, help="1: tokenise anew")
     add("--dropout", type=number(float, 0, 0.9), default=0.0)
     for name in SHAPE:
         kind = switch if name == "use_moe" else positive
@@ -97,6 +104,29 @@ def training_parser(description, **defaults):
     return parser
 
 
+def source(text):
+    """An argparse type: a file, or one with its share (a.jsonl:0.7) or its copies (a.jsonl*3)."""
+    match = re.fullmatch(r"(.+?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
+    path, weight, copies = match.groups() if not Path(text).is_file() else (text, None, None)
+    if not Path(path).is_file():
+        return Problem(f"{path}: there is no such file; give a path from here")
+    weight = number(float, 1e-9)(weight) if weight else None
+    copies = number(int, 1)(copies) if copies else 1
+    problem = next((part for part in (weight, copies) if isinstance(part, Problem)), None)
+    # The same file, wherever the run is resumed from.
+    return problem or Source(Path(path).resolve(), weight, copies)
+
+
+def reading(args):
+    """The flags that say how a dataset reads its files, as its arguments."""
+    return {
+        "max_length": args.max_seq_len,
+        "strict": args.strict_data,
+        "cache_dir": args.cache_dir or args.save_dir / "cache",
+        "rebuild": args.rebuild_cache,
+    }
+
+
 def parse_training_args(parser, argv=None):
     """The flags as a namespace; defaults < --config < command line.
 
@@ -112,7 +142,11 @@ def parse_training_args(parser, argv=None):
         parser.set_defaults(**{k: v for k, v in values.items() if k in known})
     args = parser.parse_args(argv)
     problems += [f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, Problem)]
-    for name in ("data_path", "eval_data_path", "tokenizer_path", "replay_path"):
+    sources = args.data_path or []
+    problems += [f"--data_path {s}" for s in sources if isinstance(s, Problem)]
+    if len({isinstance(s, Source) and s.weight is None for s in sources}) > 1:
+        problems.append("--data_path: give every file a share, or none")
+    for name in ("eval_data_path", "tokenizer_path", "replay_path"):
         path = getattr(args, name, None)
         if path is not None and not path.is_file():
             problems.append(f"--{name} {path}: there is no such file; give a path from here")

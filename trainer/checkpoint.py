@@ -147,6 +147,7 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
 
 # A run whose data or steps are cut differently is another run: its place in the data means nothing.
 SAME_RUN = ("batch_size", "accumulation_steps", "max_seq_len", "eval_split", "seed", "data_path")
+SAME_RUN += ("packing",)
 
 
 def require_same_run(resume, args, rows, world_size):

@@ -7,6 +7,7 @@ there is one process, and everything here does nothing.
 import io
 import os
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,18 @@ def add_up(*values, device="cpu"):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+@contextmanager
+def first_process_first():
+    """The first process does what is inside before the others do: they find its files."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and dist.get_rank() == 0:
+            dist.barrier()
 
 
 def wait_for_all():

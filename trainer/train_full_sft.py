@@ -22,18 +22,17 @@ from tqdm import tqdm
 from dataset.chat_template import render
 from dataset.errors import mistakes_in_plain_words
 from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tiny_world import PRETRAIN, SFT, write_missing
 from model.generation import complete
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import number, parse_training_args, training_parser
+from trainer.arguments import number, one_of, parse_training_args, reading, training_parser
 from trainer.losses import summed_cross_entropy, supervised_tokens
 from trainer.trainer_utils import (
     MetricsLog,
     StopSignal,
-    batches,
     describe,
-    epoch_plan,
     init_model,
     keep_freed_memory,
     learning_rate,
@@ -41,7 +40,6 @@ from trainer.trainer_utils import (
     pick_device,
     pick_dtype,
     seed_step,
-    split_rows,
     validation_loss,
 )
 
@@ -52,7 +50,8 @@ def main(argv=None):
         save_weight="full_sft",
         from_weight="pretrain",
         epochs=1,
-        batch_size=16,
+        batch_size=3,
+        max_seq_len=256,
         learning_rate=4e-4,
         sample_prompt="Who are you?",
     )
@@ -60,6 +59,12 @@ def main(argv=None):
     parser.add_argument("--replay_path", type=Path, metavar="FILE.jsonl", help=replay)
     share = "rows of it, as a share of the conversations"
     parser.add_argument("--replay_share", type=number(float, 0), default=0.8, help=share)
+    add = parser.add_argument
+    add("--data_format", help="of --data_path; default: that of its first record")
+    overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
+    add("--overlong", type=one_of("truncate", "drop", "split"), default="truncate", help=overlong)
+    think = "whose reasoning is kept: that of all answers, the last, or none"
+    add("--keep_think", type=one_of("all", "last", "none"), default="all", help=think)
     args = parse_training_args(parser, argv)
 
     # Where to compute, and with whom. Weights stay fp32; autocast computes in dtype.
@@ -73,22 +78,22 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # What to learn from.
-    data_path = args.data_path or SFT
+    sources = args.data_path or [Source(SFT)]
     replay_path = args.replay_path or (None if args.data_path else PRETRAIN)
-    if rank == 0:
-        write_missing(data_path)
-        write_missing(replay_path)
-    distributed.wait_for_all()
-    data = SFTDataset(data_path, tokenizer, args.max_seq_len, args.strict_data)
-    train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
-    eval_data = data
-    if args.eval_data_path:
-        eval_data = SFTDataset(args.eval_data_path, tokenizer, args.max_seq_len)
-        train_rows, eval_rows = range(len(data)), range(len(eval_data))
-    if replay_path and args.replay_share:
-        documents = PretrainDataset(replay_path, tokenizer, args.max_seq_len, args.strict_data)
-        train_rows = [*train_rows, *data.mix_in(documents, args.replay_share, args.seed)]
-    describe(data, train_rows, eval_rows)
+    how = {"overlong": args.overlong, "keep_think": args.keep_think, **reading(args)}
+    how["data_format"] = args.data_format
+    with distributed.first_process_first():
+        paths = [write_missing(source.path) for source in sources]
+        data = eval_data = SFTDataset(paths, tokenizer, **how)
+        train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
+        if args.eval_data_path:
+            eval_data = SFTDataset(args.eval_data_path, tokenizer, **how)
+            train_rows, eval_rows = range(len(data)), range(len(eval_data))
+        train_rows = mix(train_rows, data, sources, args.seed)
+        if replay_path and args.replay_share:
+            documents = PretrainDataset(write_missing(replay_path), tokenizer, **reading(args))
+            train_rows += data.mix_in(documents, args.replay_share, args.seed)
+    describe(data, train_rows, eval_rows, args)
 
     # What learns, and how far it is.
     optimizer = make_optimizer(model, args)
@@ -102,8 +107,7 @@ def main(argv=None):
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
         step, tokens_seen = resume["step"], resume["tokens"]
-    rows_of_step = args.batch_size * args.accumulation_steps * world_size
-    steps_per_epoch = math.ceil(len(train_rows) / rows_of_step)
+    steps_per_epoch = len(epoch_plan(data, train_rows, args, 0, rank, world_size))
     total_steps = steps_per_epoch * args.epochs
     if step >= total_steps:
         print(f"This run is finished: {step} of {total_steps} steps. More --epochs would go on.")
@@ -115,7 +119,7 @@ def main(argv=None):
     start, start_tokens, data_wait, stopped = time.perf_counter(), tokens_seen, 0.0, False
     model.train()
     for epoch in range(step // steps_per_epoch, args.epochs):
-        plan = epoch_plan(train_rows, args, epoch, rank, world_size)
+        plan = epoch_plan(data, train_rows, args, epoch, rank, world_size)
         plan = plan[step - epoch * steps_per_epoch :]
         loader = iter(batches(data, [rows for rows_of_step in plan for rows in rows_of_step], args))
         for micro_batches in plan:
@@ -129,7 +133,7 @@ def main(argv=None):
             fetched = [next(loader) for _ in micro_batches]
             data_wait += time.perf_counter() - began
             supervised = sum(supervised_tokens(labels) for _, labels, *_ in fetched)
-            tokens = sum(data.length(row) for rows in micro_batches for row in rows)
+            tokens = sum(int(data.lengths[rows].sum()) for rows in micro_batches)
             supervised, tokens = distributed.add_up(supervised, tokens, device=device)
 
             loss = 0.0
@@ -167,8 +171,10 @@ def main(argv=None):
                 speed = (tokens_seen - start_tokens) / (time.perf_counter() - start)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:.0f}")
                 if step == 1:
-                    guess = math.log(model.config.vocab_size)
-                    tqdm.write(f"first loss {loss:.2f}; pure guessing gives ln V = {guess:.2f}")
+                    new = math.log(model.config.vocab_size) + 0.5
+                    tqdm.write(
+                        f"first loss {loss:.2f}; new weights start near ln V + 1/2 = {new:.2f}"
+                    )
                 val_loss = None
                 if evaluate:
                     val_loss = validation_loss(

@@ -21,18 +21,17 @@ from tqdm import tqdm
 
 from dataset.errors import mistakes_in_plain_words
 from dataset.lm_dataset import PretrainDataset
+from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tiny_world import PRETRAIN, write_missing
 from model.generation import complete
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import parse_training_args, training_parser
+from trainer.arguments import parse_training_args, reading, training_parser
 from trainer.losses import summed_cross_entropy, supervised_tokens
 from trainer.trainer_utils import (
     MetricsLog,
     StopSignal,
-    batches,
     describe,
-    epoch_plan,
     init_model,
     keep_freed_memory,
     learning_rate,
@@ -40,7 +39,6 @@ from trainer.trainer_utils import (
     pick_device,
     pick_dtype,
     seed_step,
-    split_rows,
     validation_loss,
 )
 
@@ -51,7 +49,8 @@ def main(argv=None):
         save_weight="pretrain",
         from_weight="none",
         epochs=1,
-        batch_size=16,
+        batch_size=3,
+        max_seq_len=256,
         learning_rate=7e-4,
         sample_prompt="Once there was",
     )
@@ -68,17 +67,16 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # What to learn from.
-    data_path = args.data_path or PRETRAIN
-    if rank == 0:
-        write_missing(data_path)
-    distributed.wait_for_all()
-    data = PretrainDataset(data_path, tokenizer, args.max_seq_len, args.strict_data)
-    train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
-    eval_data = data
-    if args.eval_data_path:
-        eval_data = PretrainDataset(args.eval_data_path, tokenizer, args.max_seq_len)
-        train_rows, eval_rows = range(len(data)), range(len(eval_data))
-    describe(data, train_rows, eval_rows)
+    sources = args.data_path or [Source(PRETRAIN)]
+    with distributed.first_process_first():
+        paths = [write_missing(source.path) for source in sources]
+        data = eval_data = PretrainDataset(paths, tokenizer, **reading(args))
+        train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
+        if args.eval_data_path:
+            eval_data = PretrainDataset(args.eval_data_path, tokenizer, **reading(args))
+            train_rows, eval_rows = range(len(data)), range(len(eval_data))
+    train_rows = mix(train_rows, data, sources, args.seed)
+    describe(data, train_rows, eval_rows, args)
 
     # What learns, and how far it is.
     optimizer = make_optimizer(model, args)
@@ -92,8 +90,7 @@ def main(argv=None):
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
         step, tokens_seen = resume["step"], resume["tokens"]
-    rows_of_step = args.batch_size * args.accumulation_steps * world_size
-    steps_per_epoch = math.ceil(len(train_rows) / rows_of_step)
+    steps_per_epoch = len(epoch_plan(data, train_rows, args, 0, rank, world_size))
     total_steps = steps_per_epoch * args.epochs
     if step >= total_steps:
         print(f"This run is finished: {step} of {total_steps} steps. More --epochs would go on.")
@@ -105,7 +102,7 @@ def main(argv=None):
     start, start_tokens, data_wait, stopped = time.perf_counter(), tokens_seen, 0.0, False
     model.train()
     for epoch in range(step // steps_per_epoch, args.epochs):
-        plan = epoch_plan(train_rows, args, epoch, rank, world_size)
+        plan = epoch_plan(data, train_rows, args, epoch, rank, world_size)
         plan = plan[step - epoch * steps_per_epoch :]
         loader = iter(batches(data, [rows for rows_of_step in plan for rows in rows_of_step], args))
         for micro_batches in plan:
@@ -119,7 +116,7 @@ def main(argv=None):
             fetched = [next(loader) for _ in micro_batches]
             data_wait += time.perf_counter() - began
             supervised = sum(supervised_tokens(labels) for _, labels, *_ in fetched)
-            tokens = sum(data.length(row) for rows in micro_batches for row in rows)
+            tokens = sum(int(data.lengths[rows].sum()) for rows in micro_batches)
             supervised, tokens = distributed.add_up(supervised, tokens, device=device)
 
             loss = 0.0
@@ -157,8 +154,10 @@ def main(argv=None):
                 speed = (tokens_seen - start_tokens) / (time.perf_counter() - start)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:.0f}")
                 if step == 1:
-                    guess = math.log(model.config.vocab_size)
-                    tqdm.write(f"first loss {loss:.2f}; pure guessing gives ln V = {guess:.2f}")
+                    new = math.log(model.config.vocab_size) + 0.5
+                    tqdm.write(
+                        f"first loss {loss:.2f}; new weights start near ln V + 1/2 = {new:.2f}"
+                    )
                 val_loss = None
                 if evaluate:
                     val_loss = validation_loss(

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from dataset.errors import UserError
-from dataset.packing import pack
+from dataset.plan import batches, epoch_plan
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from trainer import checkpoint
@@ -157,61 +156,22 @@ def learning_rate(step, total_steps, args):
     return floor + (highest - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def epoch_plan(rows, args, epoch, rank=0, world_size=1):
-    """Which of the rows each step of an epoch takes: a list of steps, a step being a list of
-    micro-batches of this process, a micro-batch a list of row numbers.
-
-    A pure function of its arguments, so a run can go on in the middle of it. The rows of a step are
-    the same however they are split into micro-batches and processes. Every process gets as many
-    micro-batches as the others; one that has none left gets empty ones.
-    """
-    order = np.random.default_rng([args.seed, epoch]).permutation(rows).tolist()
-    rows_of_step = args.batch_size * args.accumulation_steps * world_size
-    plan = []
-    for start in range(0, len(order), rows_of_step):
-        micro_batches = cut(order[start : start + rows_of_step], args.batch_size)
-        micro_batches += [[]] * (-len(micro_batches) % world_size)
-        plan.append(micro_batches[rank::world_size])
-    return plan
-
-
-def describe(data, train_rows, eval_rows):
-    """A line of figures on the data, and one on what could not be used of it."""
-    tokens = sum(map(data.length, train_rows))
+def describe(data, train_rows, eval_rows, args):
+    """A line of figures on the data, and one on each thing that could not be used of it."""
+    tokens = int(data.lengths[train_rows].sum())
     print(f"{len(train_rows)} rows of {tokens / len(train_rows):.0f} tokens to train on,", end=" ")
     print(f"{len(eval_rows)} to validate on")
+    if data.cut:
+        print(f"{data.cut} records are longer than --max_seq_len {args.max_seq_len}")
     if data.dropped:
-        print(f"{data.dropped} conversations dropped: nothing to learn within --max_seq_len")
-    if data.bad_lines:
-        print(f"{len(data.bad_lines)} bad lines left out (--strict_data 1 stops at them):")
-        for number, reason in data.bad_lines[:5]:
-            print(f"  line {number}: {reason}")
-
-
-def split_rows(dataset, part, seed):
-    """(rows to train on, rows to validate on), as lists of row numbers; at least one to validate.
-
-    Row i is drawn by the i-th random number of the seed, so the split stays when a file grows.
-    """
-    held_out = np.random.default_rng(seed).random(len(dataset)) < part
-    if held_out.all() or (part > 0 and not held_out.any()):  # the first row decides tiny cases
-        held_out[0] = len(dataset) > 1 and not held_out[0]
-    return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
-
-
-def cut(rows, size):
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def batches(dataset, micro_batches, args):
-    """A DataLoader over lists of row numbers: what `pack` returns, four tensors (B, T)."""
-    return DataLoader(
-        dataset,
-        batch_sampler=micro_batches,
-        collate_fn=pack,
-        num_workers=args.num_workers,
-        generator=torch.Generator(),  # its own, so that it draws nothing from the global one
-    )
+        print(f"{data.dropped} records dropped: nothing to learn within --max_seq_len")
+    for file in data.files:
+        for note, count in file.report["notes"].items():
+            print(f"{count} {note}")
+        if file.report["bad"]:
+            print(f"{file.report['bad']} bad records left out (--strict_data 1 stops at them):")
+            for number, reason in file.report["bad_lines"][:5]:
+                print(f"  line {number}: {reason}")
 
 
 def seed_step(args, step, rank):
@@ -224,7 +184,8 @@ def seed_step(args, step, rank):
 @torch.no_grad()
 def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_size=1):
     """Mean loss per supervised token over the given rows, in nats; each process does its share."""
-    micro_batches = cut(rows, args.batch_size)[rank::world_size]
+    plan = epoch_plan(dataset, rows, args, 0, rank, world_size)
+    micro_batches = [rows_of_batch for step in plan for rows_of_batch in step]
     total, count = 0.0, 0
     model.eval()
     for batch in batches(dataset, micro_batches, args):

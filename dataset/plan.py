@@ -1,0 +1,96 @@
+"""Which rows of a dataset are trained on and which validate, how often, and in what order.
+
+Everything here is a pure function of the data, the flags and the seed: it is the same in every
+process, and a run that was stopped finds its place again.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.packing import best_fit_decreasing, pack, pad
+
+
+class Source(NamedTuple):
+    """A file of --data_path: a.jsonl, a.jsonl:0.7 (its share of all rows), a.jsonl*3 (copies)."""
+
+    path: Path
+    weight: float | None = None
+    copies: int = 1
+
+
+def split_rows(dataset, part, seed):
+    """(rows to train on, rows to validate on), as lists of row numbers; at least one to validate.
+
+    Record i of file f is drawn by the i-th random number of (seed, f): the split stays when a file
+    grows at its end, and no record is on both sides.
+    """
+    held_out = np.zeros(len(dataset), bool)
+    for number, file in enumerate(dataset.files):
+        drawn = np.random.default_rng([seed, number]).random(len(file.supervised)) < part
+        mine = dataset.rows[:, 0] == number
+        held_out[mine] = drawn[dataset.rows[mine, 1]]
+    if held_out.all() or (part > 0 and not held_out.any()):  # the first row decides tiny cases
+        held_out[0] = len(dataset) > 1 and not held_out[0]
+    return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
+
+
+def mix(rows, dataset, sources, seed):
+    """The rows with each source's copies, or in the proportion of the weights.
+
+    With weights there are as many rows as before; a source with too few gives some again.
+    """
+    rows = np.asarray(rows)
+    file_of = dataset.rows[rows, 0]
+    total = sum(source.weight or 0 for source in sources)
+    mixed = []
+    for number, source in enumerate(sources):
+        own = rows[file_of == number]
+        count = len(own) * source.copies
+        if total:
+            count = round(source.weight / total * len(rows)) if len(own) else 0
+        copies, rest = divmod(count, max(1, len(own)))
+        drawn = np.random.default_rng([seed, number]).permutation(own)[:rest]
+        mixed += own.tolist() * copies + drawn.tolist()
+    return mixed
+
+
+def epoch_plan(dataset, rows, args, epoch, rank=0, world_size=1):
+    """Which of the rows each step of an epoch takes: a list of steps, a step being a list of
+    micro-batches of this process, a micro-batch a list of row numbers.
+
+    With args.packing a micro-batch fills batch_size packed rows of max_seq_len tokens, else it is
+    batch_size rows. A step takes the same however it is split into micro-batches and processes.
+    Every process gets as many micro-batches as the others; one that has none left gets empty ones.
+    """
+    rng = np.random.default_rng([args.seed, epoch])
+    order = rng.permutation(np.asarray(rows, np.int64)).tolist()
+    bins = [[row] for row in order]
+    if args.packing:
+        packed = best_fit_decreasing(dataset.lengths[order].tolist(), args.max_seq_len)
+        bins = [[order[item] for item in packed[index]] for index in rng.permutation(len(packed))]
+    plan = []
+    for bins_of_step in cut(bins, args.batch_size * args.accumulation_steps * world_size):
+        micro_batches = [sum(part, []) for part in cut(bins_of_step, args.batch_size)]
+        micro_batches += [[]] * (-len(micro_batches) % world_size)
+        plan.append(micro_batches[rank::world_size])
+    return plan
+
+
+def cut(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def batches(dataset, micro_batches, args):
+    """A DataLoader over lists of row numbers; a batch is what `pack` or `pad` returns."""
+    return DataLoader(
+        dataset,
+        batch_sampler=micro_batches,
+        collate_fn=partial(pack, row_length=args.max_seq_len) if args.packing else pad,
+        num_workers=args.num_workers,
+        generator=torch.Generator(),  # its own, so that it draws nothing from the global one
+    )

@@ -1,0 +1,117 @@
+"""The cache of tokenised files: the same rows, made once, whole or not there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dataset import cache
+from dataset.errors import UserError
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.tokenizer import load_tokenizer
+from tests.conftest import ROOT, chat, run, write_jsonl
+
+
+def rows_of(dataset):
+    return [[part.tolist() for part in dataset[i]] for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize(
+    "kind, name", [(SFTDataset, "sft.jsonl"), (PretrainDataset, "pretrain.jsonl")]
+)
+def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
+    data, tmp_path, monkeypatch, kind, name
+):
+    plain = kind(data / name, load_tokenizer(), 40)
+    first = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
+    monkeypatch.setattr(cache, "render_batch", None)  # tokenises nothing from here on
+    again = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
+    assert rows_of(plain) == rows_of(first) == rows_of(again)
+    assert len({path.name for path in tmp_path.iterdir()}) == 1
+    with pytest.raises(TypeError):
+        kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path, rebuild=True)
+    assert not list(tmp_path.iterdir())  # nothing half-made is left
+
+
+def test_other_content_options_or_tokenizer_are_another_cache(data, tmp_path):
+    for options in ({}, {"keep_think": "none"}, {"data_format": "conversations"}):
+        SFTDataset(data / "sft.jsonl", load_tokenizer(), cache_dir=tmp_path, **options)
+    other = load_tokenizer()
+    other.add_tokens(["What"])
+    SFTDataset(data / "sft.jsonl", other, cache_dir=tmp_path)
+    text = (data / "sft.jsonl").read_text(encoding="utf-8")
+    copy = tmp_path / "renamed.txt"
+    copy.write_text(text, encoding="utf-8")
+    SFTDataset(copy, load_tokenizer(), cache_dir=tmp_path)  # the same content: the same cache
+    copy.write_text(text + json.dumps(chat("More?", "More.")), encoding="utf-8")
+    SFTDataset(copy, load_tokenizer(), cache_dir=tmp_path)
+    copy.unlink()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_bad_records_and_notes_are_remembered(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(chat("Hi", "Ho")) + "\n{\n", encoding="utf-8")
+    for _ in range(2):
+        dataset = SFTDataset(path, load_tokenizer(), cache_dir=tmp_path / "cache")
+        assert dataset.files[0].report["bad_lines"][0][0] == 2
+    with pytest.raises(UserError, match="line 2"):
+        SFTDataset(path, load_tokenizer(), cache_dir=tmp_path / "cache", strict=True)
+
+
+BUILD = """
+import sys
+from dataset.lm_dataset import SFTDataset
+from dataset.tokenizer import load_tokenizer
+print(len(SFTDataset(sys.argv[1], load_tokenizer(), cache_dir=sys.argv[2])))
+"""
+
+
+@pytest.fixture
+def many(tmp_path):
+    records = [chat(f"What is {i}?", f"The number {i * i}. " * 20) for i in range(20000)]
+    return write_jsonl(tmp_path / "many.jsonl", records)
+
+
+def test_two_processes_that_build_the_same_cache_do_not_harm_each_other(many, tmp_path):
+    command = [sys.executable, "-c", BUILD, many, tmp_path / "cache"]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in both] == ["20000\n"] * 2
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert not folder.name.startswith(".")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(many, tmp_path):
+    folder = tmp_path / "cache"
+    process = subprocess.Popen([sys.executable, "-c", BUILD, many, folder], cwd=ROOT)
+    while not list(folder.glob(".*/ids.bin")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
+    done = run("-c", BUILD, many, folder, cwd=ROOT)
+    assert done.stdout == "20000\n"
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_a_sentence(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --cache_dir"):
+        SFTDataset(data / "sft.jsonl", load_tokenizer(), cache_dir=tmp_path / "file" / "cache")
+
+
+def test_an_endless_document_and_many_short_ones_are_the_same_tokens(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "one two " * n} for n in (1, 400, 2)])
+    dataset = PretrainDataset(path, load_tokenizer(), 16, cache_dir=tmp_path / "cache")
+    seen = torch.cat([dataset[i][0][1:] for i in range(len(dataset))]).tolist()
+    tokenizer = load_tokenizer()
+    expected = [tokenizer.encode("one two " * n).ids[1:] + [0] for n in (1, 400, 2)]
+    assert seen == sum(expected, [])

@@ -1,0 +1,214 @@
+"""Every usual format becomes the same conversation; what cannot be meant is a bad record."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from dataset.chat_template import as_json, call_text, render, tools_text
+from dataset.formats import format_of, read_records, to_conversation
+from dataset.lm_dataset import SFTDataset
+from dataset.tokenizer import load_tokenizer
+from tests.conftest import ROOT, write_jsonl
+
+SHARED = ROOT.parent / "shared" / "data"
+ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+SYSTEM = {"role": "system", "content": "Be kind."}
+CALL = {"name": "add", "arguments": {"a": 1}}
+
+
+def converted(record):
+    notes = Counter()
+    messages, tools = to_conversation(record, format_of(record), notes)
+    return messages, tools, dict(notes)
+
+
+def sharegpt(*turns, **more):
+    return {"conversations": [{"from": f, "value": v} for f, v in turns], **more}
+
+
+PARTS = [{"type": "text", "text": "Be "}, {"type": "text", "value": "kind."}]
+ALPACA = {"instruction": "Say", "input": "hi", "output": "Hello.", "system": "Be kind."}
+ORCA = {"question": "Hi", "response": "Hello."}
+
+
+@pytest.mark.parametrize(
+    "name, record, messages",
+    [
+        ("conversations", {"conversations": ASKED}, ASKED),
+        ("sharegpt", sharegpt(("Human", "Hi"), ("GPT", "Hello.")), ASKED),
+        (
+            "sharegpt",
+            sharegpt(("user", "Hi"), ("bard", "Hello."), system="Be kind."),
+            [SYSTEM, *ASKED],
+        ),
+        ("openai", {"prompt": "unused", "messages": ASKED}, ASKED),
+        (
+            "openai",
+            {"messages": [{"role": "developer", "content": PARTS}, *ASKED]},
+            [SYSTEM, *ASKED],
+        ),
+        ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello."}, ASKED),
+        (
+            "alpaca",
+            {**ALPACA, "history": [["Hi", "Hello."]]},
+            [SYSTEM, *ASKED, {"role": "user", "content": "Say\nhi"}, ASKED[1]],
+        ),
+        ("openorca", {"system_prompt": "Be kind.", **ORCA}, [SYSTEM, *ASKED]),
+        ("openorca", {"system_prompt": "", **ORCA}, ASKED),
+        ("qa", {"question": "Hi", "answer": "Hello."}, ASKED),
+        ("prompt", {"prompt": "Hi", "completion": "Hello."}, ASKED),
+        ("math", {"problem": "Hi", "level": "1", "solution": "Hello."}, ASKED),
+    ],
+)
+def test_a_record_of_each_format_becomes_a_conversation(name, record, messages):
+    assert format_of(record) == name
+    assert converted(record) == (messages, None, {})
+
+
+def test_tool_calls_in_all_their_spellings_are_the_same_tokens():
+    text = json.dumps(CALL)
+    wrapped = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        {"from": "function_call", "value": text},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": f"[{text}]"},
+        {"role": "assistant", "content": None, "function_call": CALL},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": text}]},
+        {"role": "assistant", "content": None, "tool_calls": [wrapped]},
+    ]
+    rendered = []
+    for turn in turns:
+        user = {"from": "human", "value": "Hi"} if "from" in turn else ASKED[0]
+        tool = {"from": "observation", "value": "2"}
+        answer = tool if "from" in turn else {"role": "tool", "content": "2"}
+        messages, tools, _ = converted({"conversations": [user, turn, answer]})
+        rendered.append(render(messages, tools))
+    assert all(one == rendered[0] for one in rendered)
+    assert 5 in rendered[0][0] and sum(rendered[0][1]) > 3
+
+
+def test_the_turns_that_are_left_out_are_counted():
+    empty = {"role": "assistant", "content": " "}
+    messages, _, notes = converted(
+        {"messages": [SYSTEM, ASKED[1], ASKED[0], ASKED[0], empty, ASKED[1], ASKED[0]]}
+    )
+    assert messages == [SYSTEM, ASKED[0], ASKED[0], ASKED[1], ASKED[0]]
+    assert notes == {"leading assistant turns left out": 1, "empty assistant turns left out": 1}
+    ids, mask = render(messages)
+    assert mask[-1] == 0 and ids[-2] == 2  # the user's last turn is there, and not learned
+
+
+def test_a_turn_of_loss_weight_0_is_not_learned():
+    unlearned = {**ASKED[1], "loss_weight": 0}
+    ids, mask = render(converted({"messages": [*ASKED, ASKED[0], unlearned]})[0])
+    whole, both = render([*ASKED, *ASKED])
+    assert ids == whole and sum(mask) * 2 == sum(both) and not any(mask[len(mask) // 2 :])
+
+
+@pytest.mark.parametrize(
+    "turn, says",
+    [
+        ({"role": "narrator", "content": "x"}, "message 2 has role 'narrator'"),
+        ({"from": None, "value": "x"}, "message 2 has role None"),
+        ({"role": "user", "content": None}, "message 2: content is None"),
+        ({"role": "user", "content": 7}, "content is 7"),
+        ({"role": "user", "content": "\ud83d"}, "half a character"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url'"),
+        ({"role": "assistant", "content": "", "tool_calls": "{"}, "not JSON"),
+        ("Hi", "message 2 is not"),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error_and_never_silently_a_user(turn, says):
+    with pytest.raises(ValueError, match=says):
+        to_conversation({"messages": [ASKED[0], turn]}, "openai", Counter())
+
+
+def test_a_json_array_is_read_piece_by_piece_with_line_numbers(tmp_path):
+    records = [{"text": "zwölf\u2028" * n, "n": [{"}": "]"}]} for n in range(40)]
+    for indent in (None, 2):
+        for start in (b"", b"\xef\xbb\xbf\r\n "):
+            path = tmp_path / "a.json"
+            path.write_bytes(
+                start + json.dumps(records, indent=indent, ensure_ascii=False).encode()
+            )
+            assert [record for _, record in read_records(path)] == records
+    text = path.read_bytes().decode("utf-8-sig").split("\n")
+    for number, record in list(read_records(path))[:5]:
+        assert (
+            text[number - 1].strip() == "{"
+            and f'"text": {json.dumps(record["text"], ensure_ascii=False)}' in text[number]
+        )
+    path.write_text('[{"text": "a"}, {"text": ', encoding="utf-8")
+    (_, good), (_, bad) = read_records(path)
+    assert good == {"text": "a"} and isinstance(bad, ValueError)
+    path.write_bytes(b'[{"text": "a"}, {"text": "\xff"}, 7, {"text": "c"}]')
+    found = [record for _, record in read_records(path)]
+    assert found[0] == {"text": "a"} and found[3] == {"text": "c"}
+    assert isinstance(found[2], ValueError) and found[1]["text"] == "\udcff"
+
+
+@pytest.mark.parametrize("keep_think, kept", [("all", [1, 1]), ("last", [0, 1]), ("none", [0, 0])])
+def test_keep_think_says_whose_reasoning_is_kept(tmp_path, keep_think, kept):
+    thoughtful = {**ASKED[1], "reasoning_content": "Hm."}
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [ASKED[0], thoughtful] * 2}])
+    ids = SFTDataset(path, load_tokenizer(), keep_think=keep_think)[0][0].tolist()
+    turns = " ".join(map(str, ids)).split(" 1 ")  # an <|im_start|> is token 1, <think> token 3
+    assert [int("3" in turn.split()) for turn in turns[1::2]] == kept
+
+
+@pytest.mark.parametrize("overlong, rows", [("truncate", 1), ("drop", 0), ("split", 3)])
+def test_overlong_conversations_are_cut_between_turns(tmp_path, overlong, rows):
+    turn = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]
+    tokenizer = load_tokenizer()
+    length = len(render(turn * 2)[0])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": turn * 6}, {"messages": turn}])
+    dataset = SFTDataset(path, tokenizer, max_length=length + 5, overlong=overlong)
+    assert len(dataset) == rows + 1 and dataset.cut == 1 and dataset.dropped == (rows == 0)
+    for input_ids, labels in [dataset[i] for i in range(len(dataset))]:
+        assert len(input_ids) <= length + 5 and 2 in labels
+        assert input_ids[-1] == 2 or input_ids[-2] == 2  # ends with a whole answer
+    learned = [label for i in range(rows) for label in dataset[i][1].tolist() if label != -100]
+    once = [i for i, m in zip(*render(turn), strict=True) if m]
+    assert learned == once * {"truncate": 2, "drop": 0, "split": 6}[overlong]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+@pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "formats/glaive_toolcall_en_demo.json"])
+def test_masks_are_those_of_transformers_with_the_same_template(name):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, compared = load_tokenizer(), 0
+    judge = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()))
+    judge.chat_template = TEMPLATE
+    for _, record in read_records(SHARED / name):
+        messages, tools = to_conversation(record, format_of(record), Counter())
+        ids, mask = render(messages, tools, tokenizer=tokenizer)
+        if tools := as_json(tools, "tools"):
+            messages = [{"role": "system", "content": tools_text(tools)}, *messages]
+        for message in messages:
+            message["calls"] = [call_text(call) for call in message.get("tool_calls", [])]
+        theirs = judge.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert theirs["input_ids"] == ids and theirs["assistant_masks"] == mask
+        compared += 1
+    assert compared >= 300
+
+
+TEMPLATE = """{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' -%}
+{%- generation -%}
+{{- m.content -}}
+{%- for call in m.calls -%}{{- '<tool_call>' + call + '</tool_call>' -}}{%- endfor -%}
+{{- '<|im_end|>' -}}
+{%- endgeneration -%}
+{%- elif m.role == 'tool' -%}
+{{- '<tool_response>' + m.content + '</tool_response><|im_end|>' -}}
+{%- else -%}
+{{- m.content + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}"""
