@@ -44,7 +44,9 @@ class TokenDataset(Dataset):
         self.rows = np.concatenate(self.rows)
         if not len(self.rows):
             raise UserError(
-                f"{data_path}: nothing to learn from within --max_seq_len {max_length}; raise it"
+                f"{', '.join(map(str, paths))}: nothing to learn from, say an assistant's turn, "
+                f"within --max_seq_len {max_length}; raise it, or look at the data with "
+                "dataset/prepare.py check"
             )
 
     def cut_rows(self, tokens, max_length, file):

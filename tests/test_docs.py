@@ -30,7 +30,7 @@ def test_the_command_runs(line, data, trained, tmp_path):
     files = {"mine.jsonl": data / "sft.jsonl", "out/mine.jsonl": data / "sft.jsonl"}
     files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
     files |= {"out/mine.json": SHIPPED_TOKENIZER}
-    if "pretrain" in line:
+    if "train_pretrain" in line:
         files["mine.jsonl"] = data / "pretrain.jsonl"
     words = [str(files.get(word, word)) for word in COMMANDS[line]]
     script = words[0]

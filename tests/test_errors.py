@@ -77,11 +77,11 @@ def test_the_config_file_sets_defaults_and_its_errors_are_named(tmp_path, data):
     ("content", "says"),
     [
         (b"", "is empty"),
-        (b'{"text": "wrong stage"}\n', 'no "conversations" in it'),
+        (b'{"text": "wrong stage"}\n', "it is pretraining text, not a conversation"),
         (b'{"conversations": [{"role": "user", "content"', "line 1: not JSON"),
         (b"\xff\xfe\x00", "line 1: "),
         (b'{"conversations": [{"role": "user", "content": "alone"}]}\n', "an assistant's turn"),
-        (b'["a list"]\n', "only list"),
+        (b'["a list"]\n', "not a record in braces, but str"),
     ],
 )
 def test_unusable_data(tmp_path, content, says):
@@ -151,7 +151,7 @@ def test_another_vocabulary_is_named(trained, data, tmp_path):
 def test_another_run_cannot_be_resumed(trained, data):
     flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--from_resume", "1"]
     refused(
-        run("trainer/train_full_sft.py", *flags, "--batch_size", "4"), "batch_size is 4 and was 8"
+        run("trainer/train_full_sft.py", *flags, "--batch_size", "4"), "batch_size is 4 and was 2"
     )
 
 
