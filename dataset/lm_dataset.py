@@ -133,11 +133,13 @@ class SFTDataset(TokenDataset):
         # An answer ends at an <|im_end|> that is learned. No text can imitate one.
         ends = np.flatnonzero((ids == IM_END) & (mask == 1)) + 1
         spans, start = [], 0
-        while start < len(ids) and self.overlong != "drop":
-            whole = ends[(ends > start) & (ends <= start + max_length)]
-            end = int(whole[-1]) if len(whole) else min(start + max_length, len(ids))
+        while self.overlong != "drop":
+            fitting = ends[(ends > start) & (ends <= start + max_length)]
+            end = int(fitting[-1]) if len(fitting) else min(start + max_length, len(ids))
             spans.append((start, end))
-            start = end if self.overlong == "split" else len(ids)
+            if end == len(ids) or self.overlong == "truncate":
+                break
+            start = end if len(fitting) else end - 1  # seen again, as in a cut document
         return spans
 
     def mix_in(self, documents, share, seed):

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 
 from dataset.lm_dataset import IGNORE, PretrainDataset, SFTDataset
-from dataset.plan import Source, epoch_plan, mix, split_rows
+from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, TINY, chat, run, write_jsonl
@@ -259,6 +260,23 @@ def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(data, world_si
         assert sorted(taken) == sorted(reference)
     assert sorted(row for (step,) in single for row in step) == list(rows)
     assert epoch_plan(dataset, rows, args, 2) != epoch_plan(dataset, rows, args, 1)
+
+
+@pytest.mark.parametrize("max_seq_len", [30, 96])
+@pytest.mark.parametrize("kind, name", [(SFTDataset, "sft"), (PretrainDataset, "pretrain")])
+def test_every_supervised_token_is_trained_once_per_epoch(data, kind, name, max_seq_len):
+    """Counted over an epoch's batches, against the whole documents; none is cut but at its end."""
+    more = {"overlong": "split"} if kind is SFTDataset else {}
+    dataset = kind(data / f"{name}.jsonl", load_tokenizer(), max_seq_len, **more)
+    whole = kind(data / f"{name}.jsonl", load_tokenizer(), 10_000)
+    expected = Counter(t for i in range(len(whole)) for t in whole[i][1][1:].tolist() if t != -100)
+    args = args_of(batch_size=2, max_seq_len=max_seq_len)
+    for epoch in range(2):
+        plan = epoch_plan(dataset, range(len(dataset)), args, epoch)
+        trained = Counter()
+        for _, labels, *_ in batches(dataset, [rows for step in plan for rows in step], args):
+            trained.update(label for label in labels.flatten().tolist() if label != -100)
+        assert trained == expected
 
 
 def test_the_validation_split_stays_when_the_data_grows(tmp_path):

@@ -117,13 +117,13 @@ def source(text):
     return problem or Source(Path(path).resolve(), weight, copies)
 
 
-def reading(args):
-    """The flags that say how a dataset reads its files, as its arguments."""
+def reading(args, rank):
+    """The flags that say how a dataset reads its files, as its arguments; rank is the process."""
     return {
         "max_length": args.max_seq_len,
         "strict": args.strict_data,
         "cache_dir": args.cache_dir or args.save_dir / "cache",
-        "rebuild": args.rebuild_cache,
+        "rebuild": args.rebuild_cache and rank == 0,
     }
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dataset.chat_template import render
 from dataset.errors import mistakes_in_plain_words
+from dataset.formats import KEYS
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tiny_world import PRETRAIN, SFT, write_missing
@@ -60,7 +61,8 @@ def main(argv=None):
     share = "rows of it, as a share of the conversations"
     parser.add_argument("--replay_share", type=number(float, 0), default=0.8, help=share)
     add = parser.add_argument
-    add("--data_format", help="of --data_path; default: that of its first record")
+    form = "of the data: conversations|openai|sharegpt|...; default: that of a file's first record"
+    add("--data_format", type=one_of(*KEYS), help=form)
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
     add("--overlong", type=one_of("truncate", "drop", "split"), default="truncate", help=overlong)
     think = "whose reasoning is kept: that of all answers, the last, or none"
@@ -80,7 +82,7 @@ def main(argv=None):
     # What to learn from.
     sources = args.data_path or [Source(SFT)]
     replay_path = args.replay_path or (None if args.data_path else PRETRAIN)
-    how = {"overlong": args.overlong, "keep_think": args.keep_think, **reading(args)}
+    how = {"overlong": args.overlong, "keep_think": args.keep_think, **reading(args, rank)}
     how["data_format"] = args.data_format
     with distributed.first_process_first():
         paths = [write_missing(source.path) for source in sources]
@@ -91,7 +93,7 @@ def main(argv=None):
             train_rows, eval_rows = range(len(data)), range(len(eval_data))
         train_rows = mix(train_rows, data, sources, args.seed)
         if replay_path and args.replay_share:
-            documents = PretrainDataset(write_missing(replay_path), tokenizer, **reading(args))
+            documents = PretrainDataset(write_missing(replay_path), tokenizer, **reading(args, rank))
             train_rows += data.mix_in(documents, args.replay_share, args.seed)
     describe(data, train_rows, eval_rows, args)
 

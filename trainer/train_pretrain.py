@@ -70,10 +70,10 @@ def main(argv=None):
     sources = args.data_path or [Source(PRETRAIN)]
     with distributed.first_process_first():
         paths = [write_missing(source.path) for source in sources]
-        data = eval_data = PretrainDataset(paths, tokenizer, **reading(args))
+        data = eval_data = PretrainDataset(paths, tokenizer, **reading(args, rank))
         train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
         if args.eval_data_path:
-            eval_data = PretrainDataset(args.eval_data_path, tokenizer, **reading(args))
+            eval_data = PretrainDataset(args.eval_data_path, tokenizer, **reading(args, rank))
             train_rows, eval_rows = range(len(data)), range(len(eval_data))
     train_rows = mix(train_rows, data, sources, args.seed)
     describe(data, train_rows, eval_rows, args)

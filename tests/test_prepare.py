@@ -1,0 +1,111 @@
+"""dataset/prepare.py: what it says of data is what stands in it."""
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+
+from dataset.chat_template import render
+from dataset.formats import read_records
+from tests.conftest import chat, run, write_jsonl
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Ten good records, one of them twice; two bad ones; an answer that nobody asked for."""
+    path = tmp_path / "mixed.jsonl"
+    talks = [chat(f"What is {i}?", f"It is {i}.", "Sure?", "Yes.") for i in range(8)]
+    unasked = {"conversations": [{"role": "assistant", "content": "Hello."}, *talks[0]["conversations"]]}
+    lines = [*map(json.dumps, talks), "{", json.dumps(talks[3]), '{"conversations": [7]}']
+    path.write_text("\n".join([*lines, json.dumps(unasked)]), encoding="utf-8")
+    return path
+
+
+def test_check_reports_what_is_in_the_file(mixed):
+    done = run("dataset/prepare.py", "check", "--data_path", mixed, "--json")
+    assert done.returncode == 1, done.stderr  # for there are bad records
+    (table,) = json.loads(done.stdout)
+    assert (table["format"], table["records"], table["bad"]) == ("conversations", 10, 2)
+    assert [number for number, _ in table["bad_lines"]] == [9, 11]
+    assert table["duplicates"] == [10]
+    assert table["notes"] == {"leading assistant turns left out": 1}
+    assert table["roles"] == {"user": 20, "assistant": 20}
+    assert table["answers_per_conversation"] == {"2": 10}
+    talks = [talk for _, talk in read_records(mixed) if isinstance(talk, dict)]
+    rendered = [render(t["conversations"][-4:]) for t in talks if t["conversations"] != [7]]
+    assert table["tokens"] == sum(len(ids) for ids, _ in rendered)
+    learned, tokens = (sum(sum(mask) for _, mask in rendered), table["tokens"])
+    assert table["supervised"] == pytest.approx(learned / tokens)
+    assert sum(count for *_, count in table["length_histogram"]) == 10
+
+
+def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
+    done = run("dataset/prepare.py", "check", "--data_path", data / "sft.jsonl", data / "pretrain.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "conversations: 40 records, 0 bad" in done.stdout
+    assert "text: 60 records, 0 bad" in done.stdout
+    assert re.search(r"packed +\d+ rows, \d+\.\d% full", done.stdout)
+
+
+def test_show_colours_what_is_learned(data):
+    done = run("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
+    green = "".join(re.findall(r"\033\[32m(?:\033\[4m)?(.*?)\033\[0m", done.stdout, re.DOTALL))
+    assert green == "It is a number. <|im_end|>"
+    plain = re.sub(r"\033\[\d+m", "", done.stdout)
+    assert "<|im_start|>user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n" in plain
+
+
+def test_show_writes_a_page_that_is_whole_and_escaped(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [chat("<script>alert(1)</script> für", "é & <b>")])
+    page = tmp_path / "page.html"
+    flags = ["--data_path", path, "--html", page, "--ids", "--packing", 1]
+    assert run("dataset/prepare.py", "show", *flags).returncode == 0
+
+    class Tags(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.text = Counter(), ""
+
+        def handle_starttag(self, tag, attributes):
+            self.seen[tag] += 1
+            assert not {"src", "href"} & {name for name, _ in attributes}  # needs nothing else
+
+        def handle_data(self, text):
+            self.text += text
+
+    tags = Tags()
+    tags.feed(page.read_text(encoding="utf-8"))
+    assert tags.seen["script"] == 0 and tags.seen["section"] == 1
+    assert "alert" in re.sub(r"\d", "", tags.text) and "é" in tags.text
+
+
+def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
+    records = [{"text": f"é {i}", "kind": "rare" if i % 5 == 0 else "common"} for i in range(100)]
+    path = write_jsonl(tmp_path / "x.jsonl", records)
+    command = ["dataset/prepare.py", "split", "--stratify", "kind", path, "--out"]
+    for name in ("a", "b"):
+        assert run(*command, tmp_path / name).returncode == 0
+    parts = {}
+    for name in ("train", "valid", "test"):
+        file = tmp_path / "a" / f"{name}.jsonl"
+        assert file.read_bytes() == (tmp_path / "b" / f"{name}.jsonl").read_bytes()
+        parts[name] = [record for _, record in read_records(file)]
+    assert {name: len(part) for name, part in parts.items()} == {"train": 80, "valid": 10, "test": 10}
+    assert all(sum(r["kind"] == "rare" for r in part) * 5 == len(part) for part in parts.values())
+    assert sorted(r["text"] for part in parts.values() for r in part) == sorted(
+        record["text"] for record in records
+    )
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["files"]["valid.jsonl"]["records"] == 10 and manifest["seed"] == 1
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path, data):
+    for command, says in (
+        (["check", "--data_path", tmp_path / "no.jsonl"], "no.jsonl"),
+        (["split", "--ratios", "8:x", data / "sft.jsonl", "--out", tmp_path], "--ratios 8:x"),
+        (["split", "--stratify", "no", data / "sft.jsonl", "--out", tmp_path], "line 1"),
+    ):
+        done = run("dataset/prepare.py", *command)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
