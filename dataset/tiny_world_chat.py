@@ -7,7 +7,6 @@ expected is what evaluation looks for in the model's own: the whole answer, or t
 """
 
 from dataset.tiny_world_text import (
-    HELD_OUT_PAIRS,
     SHORT_KINDS,
     Villager,
     meaning,
@@ -32,9 +31,6 @@ from dataset.tiny_world_words import (
 )
 
 KINDS = list(FACTS)
-# After a question about a friend, "she" would be one of two people.
-PAIRS = [(a, b) for a in KINDS for b in KINDS if a not in (b, "friend")]
-PAIRS = [pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]
 
 
 class Pool:
@@ -44,7 +40,7 @@ class Pool:
         self.people = world.held_out if held_out else world.known
         self.strangers = world.held_out_strangers if held_out else world.strangers
         self.sums = list(world.held_out_sums) if held_out else world.sums
-        self.pairs = HELD_OUT_PAIRS if held_out else PAIRS
+        self.pairs = list(world.held_out_pairs) if held_out else world.pairs
         self.stories = list(world.held_out_stories) if held_out else world.stories
 
 
@@ -55,12 +51,11 @@ def turns(*texts, system=None):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def ask(rng, person, kind, pronoun=False, direct=False):
-    """A question about one fact; a direct one can be joined to another by "and"."""
+def ask(rng, person, kind, pronoun=False, wording=None):
+    """A question about one fact, in the given wording or in any."""
     p, ps, po = PRONOUNS[person.sex]
     n, ns, o = (p, ps, po) if pronoun else (person.name, f"{person.name}'s", person.name)
-    text = rng.choice(ASKS[kind][: DIRECT if direct else None])
-    return text.format(n=n, ns=ns, o=o)
+    return (wording or rng.choice(ASKS[kind])).format(n=n, ns=ns, o=o)
 
 
 def answer(person, kind):
@@ -75,9 +70,9 @@ def recall(rng, pool):
 
 
 def two_facts(rng, pool):
-    person, (one, two) = rng.choice(pool.people), rng.choice(pool.pairs)
-    question = ask(rng, person, one, direct=True).rstrip("?") + " and "
-    question += ask(rng, person, two, pronoun=True, direct=True)
+    person, ((one, first), (two, second)) = rng.choice(pool.people), rng.choice(pool.pairs)
+    question = ask(rng, person, one, wording=first).rstrip("?") + " and "
+    question += ask(rng, person, two, pronoun=True, wording=second)
     text = f"{answer(person, one)} {answer(person, two)}"
     return "compose", turns(sentence(question), text), text
 
@@ -99,14 +94,18 @@ def calculation(rng, pool):
 
 def follow_up(rng, pool):
     """The second question says "she", or names another villager and leaves the rest out."""
-    person, (one, two) = rng.choice(pool.people), rng.choice(pool.pairs)
+    person, ((one, _), (two, wording)) = rng.choice(pool.people), rng.choice(pool.pairs)
     texts = [sentence(ask(rng, person, one)), answer(person, one)]
     if rng.random() < 0.5:
-        texts += [f"And {ask(rng, person, two, pronoun=True, direct=True)}", answer(person, two)]
+        texts += [
+            f"And {ask(rng, person, two, pronoun=True, wording=wording)}",
+            answer(person, two),
+        ]
         if two != "friend" and rng.random() < 0.4:
             last = rng.choice([kind for kind in KINDS if kind not in (one, two)])
+            wording = rng.choice(ASKS[last][:DIRECT])
             texts += [
-                f"And {ask(rng, person, last, pronoun=True, direct=True)}",
+                f"And {ask(rng, person, last, pronoun=True, wording=wording)}",
                 answer(person, last),
             ]
     else:
@@ -180,10 +179,10 @@ SFT_COUNTS = {
     recall: 800,
     two_facts: 900,
     story_on_request: 400,
-    calculation: 900,
+    calculation: 1100,
     follow_up: 900,
     favourite: 400,
-    in_a_manner: 1700,
+    in_a_manner: 1900,
     unknown: 250,
     small_talk: 250,
     long_talk: 400,

@@ -17,7 +17,9 @@ def mixed(tmp_path):
     """Ten good records, one of them twice; two bad ones; an answer that nobody asked for."""
     path = tmp_path / "mixed.jsonl"
     talks = [chat(f"What is {i}?", f"It is {i}.", "Sure?", "Yes.") for i in range(8)]
-    unasked = {"conversations": [{"role": "assistant", "content": "Hello."}, *talks[0]["conversations"]]}
+    unasked = {
+        "conversations": [{"role": "assistant", "content": "Hello."}, *talks[0]["conversations"]]
+    }
     lines = [*map(json.dumps, talks), "{", json.dumps(talks[3]), '{"conversations": [7]}']
     path.write_text("\n".join([*lines, json.dumps(unasked)]), encoding="utf-8")
     return path
@@ -42,7 +44,9 @@ def test_check_reports_what_is_in_the_file(mixed):
 
 
 def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
-    done = run("dataset/prepare.py", "check", "--data_path", data / "sft.jsonl", data / "pretrain.jsonl")
+    done = run(
+        "dataset/prepare.py", "check", "--data_path", data / "sft.jsonl", data / "pretrain.jsonl"
+    )
     assert done.returncode == 0, done.stderr
     assert "conversations: 40 records, 0 bad" in done.stdout
     assert "text: 60 records, 0 bad" in done.stdout
@@ -92,7 +96,11 @@ def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
         file = tmp_path / "a" / f"{name}.jsonl"
         assert file.read_bytes() == (tmp_path / "b" / f"{name}.jsonl").read_bytes()
         parts[name] = [record for _, record in read_records(file)]
-    assert {name: len(part) for name, part in parts.items()} == {"train": 80, "valid": 10, "test": 10}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 80,
+        "valid": 10,
+        "test": 10,
+    }
     assert all(sum(r["kind"] == "rare" for r in part) * 5 == len(part) for part in parts.values())
     assert sorted(r["text"] for part in parts.values() for r in part) == sorted(
         record["text"] for record in records

@@ -99,6 +99,24 @@ def test_held_out_stories_are_told_nowhere_in_training(files, world):
     assert sum("story" in p["conversations"][-1]["content"] for p in asked) == 30
 
 
+def test_two_part_questions_join_wordings_that_were_never_joined_in_training(files, world):
+    names = "|".join(person.name for person in world.people)
+
+    def form(question):
+        """The question without its villager: only the wordings are left."""
+        return re.sub(rf"\b(?:{names}|he|she|his|her|him)\b", "_", question)
+
+    trained = {
+        form(message["content"])
+        for record in files["sft_tiny.jsonl"]
+        for message in record["conversations"]
+        if message["role"] == "user"
+    }
+    asked = [p["conversations"][-1]["content"] for p in files["eval_tiny.jsonl"]]
+    two_part = {form(text) for text in asked if re.search(r"\band (what|wh|at|how)", text)}
+    assert 10 < len(two_part) and not two_part & trained
+
+
 def test_no_held_out_question_was_trained_on_and_none_is_asked_twice(files):
     questions = [json.dumps(problem["conversations"]) for problem in files["eval_tiny.jsonl"]]
     assert len(questions) == len(set(questions)) == 400

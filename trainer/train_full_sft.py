@@ -93,7 +93,9 @@ def main(argv=None):
             train_rows, eval_rows = range(len(data)), range(len(eval_data))
         train_rows = mix(train_rows, data, sources, args.seed)
         if replay_path and args.replay_share:
-            documents = PretrainDataset(write_missing(replay_path), tokenizer, **reading(args, rank))
+            documents = PretrainDataset(
+                write_missing(replay_path), tokenizer, **reading(args, rank)
+            )
             train_rows += data.mix_in(documents, args.replay_share, args.seed)
     describe(data, train_rows, eval_rows, args)
 
