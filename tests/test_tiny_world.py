@@ -114,7 +114,7 @@ def test_two_part_questions_join_wordings_that_were_never_joined_in_training(fil
     }
     asked = [p["conversations"][-1]["content"] for p in files["eval_tiny.jsonl"]]
     two_part = {form(text) for text in asked if re.search(r"\band (what|wh|at|how)", text)}
-    assert 10 < len(two_part) and not two_part & trained
+    assert len(two_part) > 10 and not two_part & trained
 
 
 def test_no_held_out_question_was_trained_on_and_none_is_asked_twice(files):

@@ -1,0 +1,78 @@
+"""What a large file costs: a JSONL file of --gigabytes is made, tokenised, and read from its cache.
+
+    python bench/memory.py --gigabytes 1            # on Linux or macOS; needs twice that on disk
+
+Prints the seconds and the most resident memory of each process, beside that of one that only loads
+the code, and how long it takes from the second start to the first batch.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+READ = """
+import resource, sys, time
+from types import SimpleNamespace
+from dataset.lm_dataset import PretrainDataset
+from dataset.plan import batches, epoch_plan
+from dataset.tokenizer import load_tokenizer
+began = time.perf_counter()
+tokenizer = load_tokenizer()
+if len(sys.argv) > 2:
+    data = PretrainDataset(sys.argv[1], tokenizer, 512, cache_dir=sys.argv[2])
+    opened = f"opened in {time.perf_counter() - began:.1f} s"
+    print(f"{len(data):,} rows, {data.lengths.sum():,} tokens; {opened}")
+if len(sys.argv) > 3:
+    args = SimpleNamespace(seed=1, packing=True, max_seq_len=512, batch_size=16)
+    args.num_workers, args.accumulation_steps = 0, 1
+    plan = epoch_plan(data, range(len(data)), args, 0)
+    loader = iter(batches(data, [rows for step in plan for rows in step], args))
+    next(loader)
+    print(f"first batch after {time.perf_counter() - began:.1f} s; {len(plan):,} steps an epoch")
+    for _ in range(500):
+        next(loader)
+unit = 2**20 if sys.platform == "darwin" else 2**10
+print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit} MB")
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from dataset.tiny_world_text import World, portrait
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, cache, rng = Path(folder) / "large.jsonl", Path(folder) / "cache", random.Random(0)
+        people = World(1).people
+        lines = [
+            json.dumps({"text": " ".join(portrait(rng, rng.choice(people)) for _ in range(8))})
+            + "\n"
+            for _ in range(2000)
+        ]
+        size = 0
+        with path.open("w", encoding="utf-8") as file:
+            while size < args.gigabytes * 1e9:
+                size += file.write(rng.choice(lines))
+        print(f"{size / 1e9:.2f} GB, {size // (sum(map(len, lines)) // len(lines)):,} documents")
+        for name, more in (("code alone", []), ("prepare", [cache]), ("train from it", [cache, 1])):
+            began = time.perf_counter()
+            command = [sys.executable, "-c", READ, path, *more]
+            done = subprocess.run(
+                list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True
+            )
+            print(
+                f"{name:>14}: {time.perf_counter() - began:6.1f} s;",
+                "; ".join(done.stdout.split("\n")),
+            )
+
+
+if __name__ == "__main__":
+    main()
