@@ -185,7 +185,8 @@ def show(args):
             rows = best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
         for number, row in enumerate(rows[: args.n], 1):
             tokens = [token for index in row for token in tokens_of(data[index], tokenizer)]
-            title = f"{path} row {number}: {len(row)} documents" if args.packing else None
+            plural = "s" * (len(row) > 1)
+            title = f"{path} row {number}: {len(row)} document{plural}" if args.packing else None
             record = int(data.rows[row[0], 1]) + 1
             title = title or f"{path} record {record}"
             written.append(

@@ -12,6 +12,8 @@ from dataset.tokenizer import load_tokenizer
 from tests.conftest import ROOT, write_jsonl
 
 SHARED = ROOT.parent / "shared" / "data"
+SETS = ["gsm8k/train.jsonl", "gsm8k/test.jsonl"]
+SETS += [f"formats/glaive_toolcall_{language}_demo.json" for language in ("en", "zh")]
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 SYSTEM = {"role": "system", "content": "Be kind."}
 CALL = {"name": "add", "arguments": {"a": 1}}
@@ -174,7 +176,7 @@ def test_overlong_conversations_are_cut_between_turns(tmp_path, overlong, rows):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
-@pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "formats/glaive_toolcall_en_demo.json"])
+@pytest.mark.parametrize("name", SETS)
 def test_masks_are_those_of_transformers_with_the_same_template(name):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
