@@ -7,6 +7,7 @@ every document as if it were alone.
 
 from bisect import bisect_left, insort
 
+import numpy as np
 import torch
 
 from dataset.lm_dataset import IGNORE
@@ -22,7 +23,8 @@ def best_fit_decreasing(lengths, row_length):
     exceed row_length. This is at most 22 % above the fewest rows possible (Johnson, 1973).
     """
     rows, with_space, spaces = [], [[] for _ in range(row_length + 1)], []  # spaces is sorted
-    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+    for item in order:
         at = bisect_left(spaces, lengths[item])
         if at == len(spaces):
             row, space = len(rows), row_length

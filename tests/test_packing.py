@@ -61,6 +61,17 @@ def test_best_fit_decreasing_fills_rows_as_the_textbook_does():
         assert filled == plain_best_fit_decreasing(lengths, row_length)
 
 
+def test_best_fit_decreasing_needs_as_many_rows_as_trl():
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    rng = random.Random(4)
+    for _ in range(30):
+        row_length = rng.choice([64, 512, 1024])
+        lengths = [rng.randint(1, row_length) for _ in range(rng.randint(1, 800))]
+        rows = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+        theirs = trl.pack_dataset(rows, row_length, strategy="bfd")
+        assert len(theirs) == len(best_fit_decreasing(lengths, row_length))
+
+
 def test_short_rows_waste_little_and_are_short():
     rng = random.Random(1)
     ids, *_, documents = pack(random_rows(rng, 64, 60), 512)
