@@ -2,8 +2,8 @@
 
     out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  report.json
 
-The key is a hash of all that decides the tokens: the file's content, the tokenizer, the code of the
-chat template and of the formats, the options. A folder appears under its key when it is complete.
+The key is a hash of all that decides the tokens: the file's content, the tokenizer, the code
+between them, the options. A folder appears under its key when it is complete.
 """
 
 import hashlib
@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset import chat_template, formats
+from dataset import formats
 from dataset.chat_template import render_batch
 from dataset.errors import UserError
 
+CODE = ("formats", "chat_template", "lm_dataset", "cache")  # a change of these makes it anew
 CHARACTERS = 1_000_000  # are tokenised at once
 REASONS = 1000  # bad records that are kept with their reason; all are counted
 
@@ -49,7 +50,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     """The Tokens of a file, from the cache if it is there; without a cache_dir, in memory.
 
     to_pieces(record, report) gives the record's [(piece, learn)], or raises ValueError if it is a
-    bad one. options is a dict of whatever else decides what to_pieces gives.
+    bad one. options is a list of whatever else decides what to_pieces gives.
     Raises UserError for a missing file, a full disk, and with strict at the first bad record.
     """
     path = Path(path)
@@ -91,10 +92,9 @@ def cache_key(path, tokenizer, options):
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"--data_path {path}: {error.strerror}; give a JSONL file") from None
-    code = [
-        Path(module.__file__).read_text(encoding="utf-8") for module in (chat_template, formats)
-    ]
-    parts = json.dumps([content, tokenizer.to_str(), code, options, __doc__], sort_keys=True)
+    modules = [Path(__file__).with_name(f"{name}.py") for name in CODE]
+    code = [module.read_text(encoding="utf-8") for module in modules]
+    parts = json.dumps([content, tokenizer.to_str(), code, options])
     return hashlib.sha256(parts.encode("utf-8")).hexdigest()[:32]
 
 

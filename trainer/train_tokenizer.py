@@ -7,8 +7,8 @@ The same data and vocabulary size give the same file, byte for byte.
 """
 
 import argparse
-import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing
+from dataset.formats import format_of, read_records, to_conversation, to_text
 from dataset.tiny_world import PRETRAIN, SFT, write_missing
 from dataset.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
@@ -47,19 +48,19 @@ def train(texts, vocab_size):
 
 
 def texts_of(path):
-    """What is written in a JSONL file: its "text", or the contents of its conversations."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data_path {path}: {error}; give a JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    """What is written in a file of any format: its texts, or the contents of its messages."""
+    name = None
+    for number, record in read_records(path):
         try:
-            record = json.loads(line)
-            messages = record.get("conversations", [])
-            yield from [record["text"]] if "text" in record else [m["content"] for m in messages]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if isinstance(record, ValueError):
+                raise record
+            name = name or format_of(record)
+            if name == "text":
+                yield to_text(record)
+            else:
+                messages, _ = to_conversation(record, name, Counter())
+                yield from [message["content"] for message in messages]
+        except ValueError as error:
             raise UserError(f"{path}, line {number} is no text or conversation: {error}") from None
 
 
