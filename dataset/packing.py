@@ -42,16 +42,20 @@ def best_fit_decreasing(lengths, row_length):
     return rows
 
 
-def pack(documents, row_length):
-    """Documents (input_ids, labels) as one batch of rows that hold several.
+def layout(lengths, row_length):
+    """(tokens of a row, the rows) for a batch of documents; the rows are lists of indices.
 
     Rows are as long as the longest document, where that takes no more tokens than rows of
     row_length: a token attends to its whole row, and what is not its document is masked out.
     """
-    lengths = [len(input_ids) for input_ids, _ in documents]
     shortest = min(row_length, max([SHORTEST, *lengths]))
     layouts = [(T, best_fit_decreasing(lengths, T)) for T in (shortest, row_length)]
-    T, rows = min(layouts, key=lambda layout: layout[0] * len(layout[1]))
+    return min(layouts, key=lambda layout: layout[0] * len(layout[1]))
+
+
+def pack(documents, row_length):
+    """Documents (input_ids, labels) as one batch of rows that hold several."""
+    T, rows = layout([len(input_ids) for input_ids, _ in documents], row_length)
     return batch([[documents[item] for item in row] for row in rows], T)
 
 

@@ -21,7 +21,8 @@ from dataset import formats
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.packing import best_fit_decreasing
+from dataset.packing import best_fit_decreasing, layout
+from dataset.plan import cut
 from dataset.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
 
@@ -72,7 +73,11 @@ def table_of(path, args):
                 continue
             roles.update(message["role"] for message in messages)
             turns[sum(message["role"] == "assistant" for message in messages)] += 1
-    packed = len(best_fit_decreasing(data.lengths.tolist(), args.max_seq_len))
+    rows = best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
+    packed, computed = len(rows), 0
+    for step in cut(np.random.default_rng(0).permutation(packed).tolist(), args.batch_size):
+        T, laid = layout([data.lengths[i] for row in step for i in rows[row]], args.max_seq_len)
+        computed += T * len(laid)
     drawn = np.random.default_rng(0).permutation(data.lengths)
     groups = [drawn[at : at + args.batch_size] for at in range(0, len(drawn), args.batch_size)]
     padded = int(sum(group.max() * len(group) for group in groups))
@@ -97,7 +102,7 @@ def table_of(path, args):
         "rows": len(data),
         "packed_rows": packed,
         "packing_efficiency": tokens / (packed * args.max_seq_len),
-        "padding_saved": 1 - packed * args.max_seq_len / padded,
+        "padding_saved": 1 - computed / padded,
         "batch_size": args.batch_size,
         "steps_per_epoch": -(-packed // args.batch_size),
     }
