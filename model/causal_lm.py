@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
+from model import packed_attention
 from model.moe import MoE
 
 
@@ -122,7 +124,9 @@ class Attention(nn.Module):
             k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # -> (B, H, S, d)
         # Without a mask, T > 1 tokens are the row's first; a single token may see all before it.
         causal = mask is None and T > 1
-        if x.device.type == "cpu":  # where this one operation is slower in bf16 than in fp32
+        if isinstance(mask, BlockMask):
+            x = packed_attention.attend(q, k, v, mask)
+        elif x.device.type == "cpu":  # where this one operation is slower in bf16 than in fp32
             with torch.autocast("cpu", enabled=False):
                 q, k, v = q.float(), k.float(), v.float()
                 x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
@@ -223,9 +227,12 @@ class CausalLM(nn.Module):
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
         if kv_cache is not None:
             document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
-        mask = None
-        if document_ids is not None or (past > 0 and T > 1):
-            mask = visible(past, T, document_ids, input_ids.device)
+        mask, device = None, input_ids.device
+        packed = document_ids is not None and kv_cache is None
+        if packed and packed_attention.available(device, self.config.head_dim):
+            mask = packed_attention.document_blocks(document_ids)
+        elif document_ids is not None or (past > 0 and T > 1):
+            mask = visible(past, T, document_ids, device)
         return self.lm_head(self.model(input_ids, rotary, mask, kv_cache))
 
 

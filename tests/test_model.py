@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model import packed_attention
 from model.causal_lm import CausalLM, KVCache, ModelConfig
 
 transformers = pytest.importorskip("transformers")
@@ -147,6 +148,25 @@ def test_a_document_in_a_packed_row_has_the_logits_that_it_has_alone(input_ids):
         packed = ours(row, position_ids=positions, document_ids=documents)
         alone = torch.cat([ours(part) for part in row.split([15, 5, 20], dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_blocks_of_documents_see_what_the_plain_mask_sees(monkeypatch):
+    """The GPU's way, whose forward pass also runs, uncompiled, on a CPU."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(vocab_size=99, hidden_size=32, num_attention_heads=2))
+    input_ids = torch.randint(3, 99, (3, 300))
+    document_ids = torch.randint(-1, 5, (3, 300)).sort(dim=1).values
+    with torch.no_grad():
+        expected = model(input_ids, document_ids=document_ids)
+        monkeypatch.setattr(packed_attention, "available", lambda device, head_dim: True)
+        monkeypatch.setattr(
+            packed_attention, "compile_once", lambda function: calls.append(function) or function
+        )
+        calls = []
+        found = model(input_ids, document_ids=document_ids)
+    assert len(calls) == 1 + model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_loss_is_near_that_of_guessing(input_ids):
