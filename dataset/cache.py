@@ -1,6 +1,6 @@
 """Tokenised files: each is tokenised once, in batches, and then read where it lies on disk.
 
-    out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  report.json
+    out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  lines.npy  report.json
 
 The key is a hash of all that decides the tokens: the file's content, the tokenizer, the code
 between them, the options. A folder appears under its key when it is complete.
@@ -24,6 +24,7 @@ from dataset.chat_template import render_batch
 from dataset.errors import UserError
 
 CODE = ("formats", "chat_template", "lm_dataset", "cache")  # a change of these makes it anew
+ARRAYS = ("offsets", "supervised", "lines")
 CHARACTERS = 1_000_000  # are tokenised at once
 REASONS = 1000  # bad records that are kept with their reason; all are counted
 
@@ -36,14 +37,19 @@ class Tokens:
     mask        (N,) uint8, 1 where the token is to be learned
     offsets     (R + 1,) int64; record r is ids[offsets[r] : offsets[r + 1]]
     supervised  (R,) int64, how many of a record's tokens are learned; its first never is
+    lines       (R,) int64, the line of the file (or its place in a JSON array) of each record
     report      {"format", "records", "bad", "bad_lines": [[line, reason]], "characters", "notes"}
+    content     the hash of the file
     """
 
     ids: np.ndarray
     mask: np.ndarray
     offsets: np.ndarray
     supervised: np.ndarray
+    lines: np.ndarray
     report: dict
+    path: Path
+    content: str
 
 
 def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None, rebuild=False):
@@ -53,15 +59,14 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     bad one. options is a list of whatever else decides what to_pieces gives.
     Raises UserError for a missing file, a full disk, and with strict at the first bad record.
     """
-    path = Path(path)
+    path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     if cache_dir is None:
         ids, mask = io.BytesIO(), io.BytesIO()
         rest = write_tokens(path, tokenizer, to_pieces, strict, dtype, ids, mask)
-        return Tokens(
-            np.frombuffer(ids.getbuffer(), dtype), np.frombuffer(mask.getbuffer(), "u1"), *rest
-        )
-    folder = Path(cache_dir) / cache_key(path, tokenizer, options)
+        arrays = np.frombuffer(ids.getbuffer(), dtype), np.frombuffer(mask.getbuffer(), "u1")
+        return Tokens(*arrays, *rest, path, content)
+    folder = Path(cache_dir) / cache_key(content, tokenizer, options)
     try:
         if rebuild:
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,9 +75,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         if strict and report["bad"]:
             raise bad_record(path, *report["bad_lines"][0])
-        offsets, supervised = (
-            np.load(folder / f"{name}.npy") for name in ("offsets", "supervised")
-        )
+        offsets, *more = (np.load(folder / f"{name}.npy") for name in ARRAYS)
         ids, mask = (
             np.memmap(folder / name, kind, "r") if offsets[-1] else np.empty(0, kind)
             for name, kind in (("ids.bin", dtype), ("mask.bin", "u1"))
@@ -82,16 +85,19 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
             f"the cache {folder} cannot be used: {error.strerror or error}. Make room, or choose "
             "another --cache_dir"
         ) from None
-    return Tokens(ids, mask, offsets, supervised, report)
+    return Tokens(ids, mask, offsets, *more, report, path, content)
 
 
-def cache_key(path, tokenizer, options):
-    """A name for what comes out: the same for the same input, whatever the file is called."""
+def content_hash(path):
     try:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"--data_path {path}: {error.strerror}; give a JSONL file") from None
+
+
+def cache_key(content, tokenizer, options):
+    """A name for what comes out: the same for the same input, whatever the file is called."""
     modules = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     code = [module.read_text(encoding="utf-8") for module in modules]
     parts = json.dumps([content, tokenizer.to_str(), code, options])
@@ -108,7 +114,7 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
             for file in (ids, mask):
                 file.flush()
                 os.fsync(file.fileno())
-        for name, array in zip(("offsets", "supervised"), arrays, strict=True):
+        for name, array in zip(ARRAYS, arrays, strict=True):
             np.save(part / f"{name}.npy", array)
         (part / "report.json").write_text(json.dumps(report), encoding="utf-8")
         try:
@@ -122,7 +128,7 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
 
 def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file):
     """Tokenises a file into two open ones; returns the rest of its Tokens."""
-    lengths, supervised, waiting, size = [], [], [], 0
+    lengths, supervised, lines, waiting, size = [], [], [], [], 0
     report = {"format": None, "records": 0, "bad": 0, "bad_lines": [], "characters": 0}
     report["notes"] = Counter()
 
@@ -148,6 +154,7 @@ def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file)
                 report["bad_lines"].append([number, str(error)])
             continue
         report["records"] += 1
+        lines.append(number)
         waiting.append(pieces)
         characters = sum(len(piece) for piece, _ in pieces if isinstance(piece, str))
         report["characters"] += characters
@@ -156,7 +163,8 @@ def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file)
             write_waiting()
             size = 0
     write_waiting()
-    return np.cumsum([0, *lengths], dtype=np.int64), np.array(supervised, np.int64), report
+    counts = (np.array(numbers, np.int64) for numbers in (supervised, lines))
+    return np.cumsum([0, *lengths], dtype=np.int64), *counts, report
 
 
 def bad_record(path, number, reason):

@@ -75,6 +75,18 @@ class TokenDataset(Dataset):
         """(n,) tokens of each row."""
         return self.rows[:, 3] - self.rows[:, 2]
 
+    @property
+    def content(self):
+        """The hash of each file."""
+        return [file.content for file in self.files]
+
+    def where(self, rows):
+        """The files and lines that rows come from, in words."""
+        lines = {}
+        for file, record, *_ in self.rows[rows].tolist():
+            lines.setdefault(self.files[file].path, set()).add(int(self.files[file].lines[record]))
+        return "; ".join(f"{path}, lines {sorted(found)}" for path, found in lines.items())
+
     def __getitem__(self, index):
         file, _, start, end = self.rows[index]
         tokens = self.files[file]

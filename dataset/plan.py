@@ -4,6 +4,9 @@ Everything here is a pure function of the data, the flags and the seed: it is th
 process, and a run that was stopped finds its place again.
 """
 
+import signal
+import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,11 +89,43 @@ def cut(items, size):
 
 
 def batches(dataset, micro_batches, args):
-    """A DataLoader over lists of row numbers; a batch is what `pack` or `pad` returns."""
-    return DataLoader(
-        dataset,
-        batch_sampler=micro_batches,
-        collate_fn=partial(pack, row_length=args.max_seq_len) if args.packing else pad,
-        num_workers=args.num_workers,
-        generator=torch.Generator(),  # its own, so that it draws nothing from the global one
-    )
+    """Yields a batch for each list of row numbers: what `pack` or `pad` returns.
+
+    args.num_workers processes prepare them ahead. When one of those dies, the rest is prepared
+    here: slower, and the same.
+    """
+    collate = partial(pack, row_length=args.max_seq_len) if args.packing else pad
+    done = 0
+    with own_handler_of_dead_children():
+        loader = iter(
+            DataLoader(
+                dataset,
+                batch_sampler=micro_batches,
+                collate_fn=collate,
+                num_workers=args.num_workers,
+                generator=torch.Generator(),  # its own: it draws nothing from the global one
+            )
+        )
+    try:
+        for batch in loader:
+            yield batch
+            done += 1
+        return
+    except RuntimeError as error:
+        if not args.num_workers or "worker" not in str(error):
+            raise
+        print(f"warning: {error}. The batches are prepared by the training process from here on")
+    for rows in micro_batches[done:]:
+        yield collate([dataset[row] for row in rows])
+
+
+@contextmanager
+def own_handler_of_dead_children():
+    """A DataLoader has a signal raise an error wherever the program is when a worker dies, maybe
+    in the middle of an optimizer step. Without it, the next batch raises it.
+    """
+    number = getattr(signal, "SIGCHLD", None)
+    before = signal.getsignal(number) if number else None
+    yield
+    if number and threading.current_thread() is threading.main_thread():
+        signal.signal(number, before or signal.SIG_DFL)

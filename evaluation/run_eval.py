@@ -42,23 +42,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     model, tokenizer, _ = init_model(args, pick_device(args.device))
-    problems = read(write_missing(args.data_path))
-    prompts = [
-        render(problem["conversations"], add_generation_prompt=True, tokenizer=tokenizer)[0]
-        for problem in problems
-    ]
-    # Prompts of similar length go together: less padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = {}
     start = time.perf_counter()
-    for first in tqdm(range(0, len(order), args.batch_size), unit="batch", disable=None):
-        chosen = order[first : first + args.batch_size]
-        batch = [prompts[i] for i in chosen]
-        written = complete(model, batch, max_new_tokens=args.max_new_tokens, temperature=0)
-        answers |= dict(zip(chosen, map(tokenizer.decode, written), strict=True))
+    problems = read(write_missing(args.data_path))
+    answer_all(problems, model, tokenizer, args.batch_size, args.max_new_tokens)
     verdicts = defaultdict(list)
-    for i, problem in enumerate(problems):
-        problem |= {"answer": answers[i], "correct": is_correct(answers[i], problem["expected"])}
+    for problem in problems:
         verdicts[problem["category"]].append(problem["correct"])
     scores = {"overall": sum(problem["correct"] for problem in problems) / len(problems)}
     scores |= {category: sum(marks) / len(marks) for category, marks in verdicts.items()}
@@ -76,6 +64,30 @@ def main(argv=None):
         file.write(text.encode("utf-8"))
     print(f"every answer: {path}")
     return scores
+
+
+def answer_all(problems, model, tokenizer, batch_size=50, max_new_tokens=120):
+    """Adds to each problem the model's "answer", and whether it is "correct"."""
+    prompts = [
+        render(problem["conversations"], add_generation_prompt=True, tokenizer=tokenizer)[0]
+        for problem in problems
+    ]
+    # Prompts of similar length go together: less padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in tqdm(range(0, len(order), batch_size), unit="batch", leave=False, disable=None):
+        chosen = order[first : first + batch_size]
+        batch = [prompts[i] for i in chosen]
+        written = complete(model, batch, max_new_tokens=max_new_tokens, temperature=0)
+        for i, answer in zip(chosen, map(tokenizer.decode, written), strict=True):
+            correct = is_correct(answer, problems[i]["expected"])
+            problems[i] |= {"answer": answer, "correct": correct}
+
+
+def accuracy(task, model, tokenizer):
+    """The share of a task's held-out questions that a model answers right."""
+    problems = read(write_missing({"tiny_world": EVAL}[task]))
+    answer_all(problems, model, tokenizer)
+    return sum(problem["correct"] for problem in problems) / len(problems)
 
 
 def read(path):

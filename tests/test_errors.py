@@ -149,10 +149,13 @@ def test_another_vocabulary_is_named(trained, data, tmp_path):
 
 
 def test_another_run_cannot_be_resumed(trained, data):
-    flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--from_resume", "1"]
-    refused(
-        run("trainer/train_full_sft.py", *flags, "--batch_size", "4"), "batch_size is 4 and was 2"
-    )
+    flags = ["--save_dir", trained, "--from_resume", "1", "--batch_size", "4", "--epochs", "9"]
+    done = run("trainer/train_full_sft.py", *flags, "--max_seq_len", "64")
+    said = refused(done, "a step takes 4 rows", "and took 2", "max_seq_len is 64 and was 96")
+    assert "epochs" not in said
+    data = ["--data_path", data / "pretrain.jsonl"]
+    done = run("trainer/train_pretrain.py", *flags[:4], *data, "--learning_rate", 0.5, "--seed", 3)
+    refused(done, "learning_rate is 0.5 and was 0.0007", "seed is 3 and was 1")
 
 
 def break_weights(path, how):
@@ -216,7 +219,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="a file size limit is a Unix thing")
 def test_a_full_disk_while_saving(trained, data):
     """A limit on the size of files stands in for a full disk: writing fails in the middle."""
-    before = (trained / "full_sft_32.pth").read_bytes()
+    files = sorted(trained.rglob("*.pth"))
+    before = [path.read_bytes() for path in files]
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
@@ -228,6 +232,6 @@ def test_a_full_disk_while_saving(trained, data):
     flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--device", "cpu"]
     command = [sys.executable, "-c", script, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    refused(done, "full_sft_32.pth cannot be written", "ake room")
-    assert (trained / "full_sft_32.pth").read_bytes() == before
+    refused(done, "full_sft_32_best.pth cannot be written", "ake room")
+    assert [path.read_bytes() for path in sorted(trained.rglob("*.pth"))] == before
     assert not list(trained.rglob("*.part"))

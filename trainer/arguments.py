@@ -9,12 +9,22 @@ from pathlib import Path
 
 from dataset.errors import UserError
 from dataset.plan import Source
+from trainer.checkpoint import load_latest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Flags that decide the model's shape. Their default is None: those of ModelConfig for a new model,
 # and of the file for weights that are loaded.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPE += ("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok")
+# What a resumed run does not take over from the one before.
+OF_THE_COMMAND = (
+    "from_resume",
+    "force_resume",
+    "rebuild_cache",
+    "config",
+    "save_dir",
+    "save_weight",
+)
 
 
 class Problem(str):
@@ -72,6 +82,7 @@ def training_parser(description, **defaults):
     add("--save_weight", help="name of the weights file")
     add("--from_weight", help="weights to start from: a name, a path, or none")
     add("--from_resume", type=switch, default=False, help="1: go on where the last run stopped")
+    add("--force_resume", type=switch, default=False, help="1: even if flags or data are others")
     add("--epochs", type=positive, help="times that the data is gone through")
     add("--batch_size", type=positive, help="rows of one forward pass, per process")
     add("--accumulation_steps", type=positive, default=1, help="forward passes per step")
@@ -94,9 +105,18 @@ def training_parser(description, **defaults):
     add("--num_workers", type=count, default=0, help="processes that prepare batches")
     add("--log_interval", type=positive, default=10, help="steps between lines of the log")
     add("--save_interval", type=positive, default=500, help="steps between checkpoints")
+    add("--keep_checkpoints", type=count, default=1, help="earlier ones that stay")
     add("--eval_interval", type=positive, default=100, help="steps between validations")
+    patience = "stop after this many validations without a better one; 0: never"
+    add("--early_stop_patience", type=count, default=0, help=patience)
+    add("--save_best_at_end", type=switch, default=False, help="1: the best weights, not the last")
+    bad = "stop after so many steps in a row without a finite gradient"
+    add("--max_bad_steps", type=positive, default=10, help=bad)
     add("--sample_interval", type=count, default=0, help="steps between sample answers; 0: none")
     add("--sample_prompt", help="what the samples answer or continue")
+    several = "how several processes share the work: ddp, or fsdp, which shards the model"
+    add("--parallel", type=one_of("ddp", "fsdp"), default="ddp", help=several)
+    add("--deterministic", type=switch, default=False, help="1: to the bit on a GPU too, slower")
     add("--use_compile", type=switch, default=False, help="1: torch.compile")
     add("--strict_data", type=switch, default=False, help="1: stop at the first bad line")
     add("--seed", type=count, default=1)
@@ -128,10 +148,25 @@ def reading(args, rank):
 
 
 def parse_training_args(parser, argv=None):
-    """The flags as a namespace; defaults < --config < command line.
+    """(flags as a namespace, what `load_latest` returns or None).
 
+    Defaults < the flags of the run that is resumed < --config < command line.
     Exits with code 2 and every problem, one a line, if there are any.
     """
+    args = parse_once(parser, argv)
+    if not args.from_resume:
+        return args, None
+    resume = load_latest(args)
+    saved = {k: v for k, v in resume[1]["arguments"].items() if k not in OF_THE_COMMAND}
+    for name in ("data_path", "eval_data_path", "replay_path"):
+        if isinstance(saved.get(name), list):
+            saved[name] = [Source(Path(path), *how) for path, *how in saved[name]]
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
+    return parse_once(parser, argv), resume
+
+
+def parse_once(parser, argv):
     config = parser.parse_known_args(argv)[0].config
     problems = []
     if config is not None:

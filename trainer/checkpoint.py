@@ -1,12 +1,19 @@
 """Weights and checkpoints on disk: a dict of plain values and tensors, nothing that runs code.
 
-weights   {"format", "stage", "config", "tokenizer", "model", "training"}
-resume    the same, with "optimizer", "scaler", "step", "tokens", "arguments", "world_size"
+out/NAME.pth                         weights {"format", "stage", "config", "tokenizer", "model",
+                                     "training"}
+out/checkpoints/NAME_resume.pth      the latest checkpoint: "optimizer", "scaler", "run" and
+                                     "arguments" instead of "training"
+out/checkpoints/NAME_step000500.pth  an earlier one
+out/checkpoints/NAME_best.pth        the weights that did best in validation
 """
 
 import dataclasses
+import math
 import pickle
 import re
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +22,19 @@ from dataset.errors import UserError
 from dataset.files import replacing
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from trainer.distributed import is_first, load_optimizer, whole
 
 FORMAT = 1
+EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
+# Flags that a resumed run may change: the weights come out the same, or, with another device,
+# nearly the same.
+FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir rebuild_cache
+    device num_workers use_compile parallel deterministic log_interval save_interval eval_interval
+    sample_interval sample_prompt strict_data keep_checkpoints best_metric early_stop_patience
+    save_best_at_end max_bad_steps""".split()
+FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
+FREE += ["data_path", "eval_data_path", "replay_path"]  # the content of the files is compared
+QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ
 MAKE = {
     "pretrain": "make it with: python trainer/train_pretrain.py",
     "full_sft": "make it with: python trainer/train_full_sft.py",
@@ -28,21 +46,25 @@ def file_name(name, config):
     return f"{name}_{config.hidden_size}{'_moe' if config.use_moe else ''}"
 
 
-def save(path, model, tokenizer, stage, **more):
-    """Writes a weights or resume file; model is the plain one, not its compiled or DDP wrapper."""
+def save(path, model_state, config, tokenizer, stage, **more):
+    """Writes a weights or resume file."""
     content = {
         "format": FORMAT,
         "stage": stage,
-        "config": dataclasses.asdict(model.config),
+        "config": dataclasses.asdict(config),
         "tokenizer": tokenizer.to_str(),
-        "model": model.state_dict(),
+        "model": model_state,
         **more,
     }
     try:
         with replacing(path) as file:
             torch.save(content, file)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise UserError(f"{path} cannot be written: {error}. Make room and go on") from None
+    except RuntimeError as error:  # what torch makes of a full disk's OSError
+        reason = getattr(error.__context__, "strerror", None) or error
+        raise UserError(
+            f"{path} cannot be written: {reason}. Nothing that was there before is lost; make "
+            "room, and go on from the last checkpoint with --from_resume 1"
+        ) from None
 
 
 def load(path):
@@ -51,6 +73,11 @@ def load(path):
     Raises UserError if it is missing, damaged, of another program, or would run code.
     """
     try:
+        if zipfile.is_zipfile(path):  # as torch.save writes it, with a checksum of every part
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
@@ -59,7 +86,7 @@ def load(path):
             f"{path} holds more than plain values and tensors, or is damaged; it is not opened, "
             "because it could run any code. Train anew, or get the file again"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # the readers of zip and pickle raise nearly anything on any bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason}); train anew, or get it again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -67,29 +94,70 @@ def load(path):
     return content
 
 
-def find(folder, name, hidden_size=None, use_moe=None, ending=""):
-    """The file {name}_{hidden_size}[_moe]{ending}.pth; the newest where that leaves a choice.
+def find(folder, name, hidden_size=None, use_moe=None):
+    """The weights file {name}_{hidden_size}[_moe].pth; the newest where that leaves a choice.
 
     A name that is a path to a file is taken as it is. Raises UserError if there is none.
     """
     if Path(name).suffix == ".pth":
         return Path(name)
-    pattern = re.compile(rf"{re.escape(name)}_(\d+)(_moe)?{ending}\.pth")
-    found = []
+    found = matching(folder, name, hidden_size, use_moe)
+    if not found:
+        wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
+        remedy = MAKE.get(name, "name other weights, or give the path of a .pth file")
+        raise UserError(f"there is no {wanted}; {remedy}")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    if len(found) > 1:
+        print(f"{len(found)} files match {name}; taking the newest, {newest}")
+    return newest
+
+
+def matching(folder, name, hidden_size=None, use_moe=None, ending=""):
+    """Files {name}_{hidden_size}[_moe]{ending}.pth of a folder; ending is a pattern."""
+    pattern, found = re.compile(rf"{re.escape(name)}_(\d+)(_moe)?{ending}\.pth"), []
     for path in sorted(Path(folder).glob("*.pth")):
         match = pattern.fullmatch(path.name)
         sized = match and hidden_size in (None, int(match[1]))
         if sized and use_moe in (None, match[2] is not None):
             found.append(path)
+    return found
+
+
+def step_of(path):
+    """The step in a checkpoint's name; that of the latest is above all."""
+    match = re.search(r"_step(\d+)$", path.stem)
+    return int(match[1]) if match else math.inf
+
+
+def load_latest(args):
+    """(path, content) of the latest checkpoint of a run that is not damaged.
+
+    Raises UserError if there is none.
+    """
+    folder, name = args.save_dir / "checkpoints", args.save_weight
+    found = matching(folder, name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
     if not found:
-        size = hidden_size or "*"
-        remedy = MAKE.get(name, "name other weights, or give the path of a .pth file")
-        remedy = "start the run without --from_resume 1" if ending else remedy
-        raise UserError(f"there is no {Path(folder) / f'{name}_{size}{ending}.pth'}; {remedy}")
+        size = args.hidden_size or "*"
+        raise UserError(
+            f"there is no {folder / f'{name}_{size}_resume.pth'}; start the run without "
+            "--from_resume 1"
+        )
+    # Of several models under one name the newest; of its checkpoints the latest, then backwards.
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    if len(found) > 1:
-        print(f"{len(found)} files match {name}; taking the newest, {newest}")
-    return newest
+    run_name, failed = newest.name.rpartition("_")[0], None
+    ours = [path for path in found if path.name.rpartition("_")[0] == run_name]
+    for path in sorted(ours, key=step_of, reverse=True):
+        try:
+            content = load(path)
+            if "run" not in content:
+                raise UserError(f"{path} is no checkpoint of this version; start the run anew")
+        except UserError as error:
+            failed = failed or error
+            continue
+        if failed:
+            print(f"warning: {failed}. Going on from the one before, {path}")
+        return path, content
+    raise failed
 
 
 def build(content, path, dropout=0.0):
@@ -126,40 +194,126 @@ def build(content, path, dropout=0.0):
     return model, tokenizer
 
 
+@dataclass
+class Run:
+    """Where a run is. Random numbers and the learning rate follow from the step and the flags."""
+
+    data: list  # the hash of each file
+    rows: int
+    rows_per_step: int
+    processes: int
+    step: int = 0
+    tokens: int = 0  # trained on
+    bad_steps: int = 0  # the last ones, left out because their gradients were not finite
+    log_bytes: int = 0  # of the metrics log
+    saved_step: int | None = None  # that of the latest checkpoint
+    best_score: float | None = None
+    evaluations_since_best: int = 0
+
+    def judge(self, score):
+        """Takes note of a validation (higher is better); returns whether it is the best so far."""
+        best = self.best_score is None or score > self.best_score
+        best = best and not math.isnan(score)
+        self.best_score = score if best else self.best_score
+        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
+        return best
+
+    def stalled(self, patience):
+        """Whether the last `patience` validations found nothing better; with 0, never."""
+        return 0 < patience <= self.evaluations_since_best
+
+
+def plain(value):
+    """A flag's value as weights_only=True may load it."""
+    if isinstance(value, list):
+        return [tuple(map(plain, source)) for source in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def save_weights(path, args, model, tokenizer, stage, run):
+    """Writes a weights file. Every process must call this; the first one writes."""
+    state, flags = whole(model.state_dict()), {k: plain(v) for k, v in vars(args).items()}
+    if is_first():
+        training = dataclasses.asdict(run) | flags
+        save(path, state, model.config, tokenizer, stage, training=training)
+
+
 def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
-    """Writes the weights so far, and beside them all that it takes to go on; run is a dict of
-    plain values, where the run is: step, tokens, rows.
+    """Writes all that it takes to go on, and the weights so far. Every process must call this.
+
+    What was the latest checkpoint becomes an earlier one when the new one is complete;
+    args.keep_checkpoints of those stay.
     """
-    name = file_name(args.save_weight, model.config)
-    flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
-    save(args.save_dir / f"{name}.pth", model, tokenizer, stage, training=run | flags)
-    save(
-        args.save_dir / "checkpoints" / f"{name}_resume.pth",
-        model,
-        tokenizer,
-        stage,
-        optimizer=optimizer.state_dict(),
-        scaler=scaler.state_dict(),
-        arguments=flags,
-        **run,
-    )
+    name, folder = file_name(args.save_weight, model.config), args.save_dir / "checkpoints"
+    more = {"optimizer": whole(optimizer.state_dict()), "scaler": scaler.state_dict()}
+    state, before, run.saved_step = whole(model.state_dict()), run.saved_step, run.step
+    if is_first():
+        more["run"] = dataclasses.asdict(run)
+        more["arguments"] = {k: plain(v) for k, v in vars(args).items()}
+        new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
+        save(new, state, model.config, tokenizer, stage, **more)
+        earlier = sorted(folder.glob(f"{name}_step*.pth"), key=step_of)
+        if before is None:  # this run did not begin with them: it replaces another one
+            for path in earlier:
+                path.unlink()
+        else:
+            place = folder / f"{name}_step{before:06d}.pth"
+            if latest.exists() and place not in earlier:  # there: the latest was damaged
+                latest.replace(place)
+                earlier.append(place)
+            for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
+                path.unlink()
+        new.replace(latest)
+    save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run)
 
 
-# A run whose data or steps are cut differently is another run: its place in the data means nothing.
-SAME_RUN = ("batch_size", "accumulation_steps", "max_seq_len", "eval_split", "seed", "data_path")
-SAME_RUN += ("packing",)
+def put_best_in_place(args, name):
+    """Makes the weights that did best in validation those of the run."""
+    content = load(args.save_dir / "checkpoints" / f"{name}_best.pth")
+    with replacing(args.save_dir / f"{name}.pth") as file:
+        torch.save(content, file)
 
 
-def require_same_run(resume, args, rows, world_size):
-    """Raises UserError with every flag that makes the resumed run another one."""
-    now = {**{name: getattr(args, name) for name in SAME_RUN}, "rows of data": rows}
-    before = {**resume["arguments"], "rows of data": resume["rows"]}
-    differ = [
-        f"{name} is {value} and was {before[name]}"
+def go_on(run, resume, args, optimizer, scaler):
+    """The Run of a checkpoint, and its state for optimizer and scaler; run holds what is known of
+    this one before its first step.
+
+    Prints which flags differ. Raises UserError with all that make it another run, unless
+    args.force_resume.
+    """
+    path, content = resume
+    before, saved = content["arguments"], Run(**content["run"])
+    now = {name: plain(value) for name, value in vars(args).items()}
+    differ = {
+        name: f"{name} is {value} and was {before.get(name)}"
         for name, value in now.items()
-        if str(value) != str(before[name])
-    ]
-    if world_size != resume["world_size"]:
-        differ.append(f"processes are {world_size} and were {resume['world_size']}")
-    if differ:
-        raise UserError(f"--from_resume 1 goes on with the same run, but {'; '.join(differ)}")
+        if value != before.get(name)
+    }
+    free = [name for name in FREE if name in differ]
+    if "epochs" in differ and now["epochs"] > before["epochs"]:
+        free.append("epochs")
+    harm = [text for name, text in differ.items() if name not in free]
+    if (run.data, run.rows) != (saved.data, saved.rows):
+        harm.append("the data is not what it was when the run began")
+    if run.rows_per_step != saved.rows_per_step:
+        harm.append(
+            f"a step takes {run.rows_per_step} rows (batch_size x accumulation_steps x processes) "
+            f"and took {saved.rows_per_step}"
+        )
+    elif run.processes != saved.processes:
+        print(
+            f"{run.processes} processes go on where {saved.processes} stopped: a step takes "
+            f"{run.rows_per_step} rows as before, so none is repeated or left out"
+        )
+    print("".join(f"{differ[name]}\n" for name in free if name not in QUIET), end="")
+    if harm and not args.force_resume:
+        raise UserError(
+            f"--from_resume 1 goes on with the run of {path}, but {'; '.join(harm)}. "
+            "Give what it was, or --force_resume 1"
+        )
+    for text in harm:
+        print(f"warning: {text}")
+    load_optimizer(optimizer, content["optimizer"])
+    scaler.load_state_dict(content["scaler"])
+    now_known = ("data", "rows", "rows_per_step", "processes")
+    return dataclasses.replace(saved, **{name: getattr(run, name) for name in now_known})

@@ -6,11 +6,15 @@ there is one process, and everything here does nothing.
 
 import io
 import os
+import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dataset.errors import UserError
 
 
 def start(backend):
@@ -37,6 +41,10 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def add_up(*values, device="cpu"):
     """Each number summed over all processes, as floats."""
     if not dist.is_initialized():
@@ -61,3 +69,72 @@ def first_process_first():
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def lost_peers_in_plain_words():
+    """Around a script's main(): a process that waits in vain for another says so and ends."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search(
+            "gloo|nccl|peer|timed? ?out", str(error), re.I
+        ):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"process {dist.get_rank()} lost another one of this job ({reason}). See what that one "
+            "says; go on from the last checkpoint with --from_resume 1"
+        ) from None
+
+
+def parallelise(model, mode, dtype):
+    """The model as the processes of a job run it together.
+
+    ddp    every process holds all of it, and gradients are averaged (torch's DDP)
+    fsdp   each holds a slice of the weights, their gradients and the optimizer's state, and
+           gathers a layer when it computes it (arXiv:2304.11277; torch's `fully_shard`)
+    """
+    if not dist.is_initialized():
+        return model
+    if mode == "ddp":
+        return DistributedDataParallel(model)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+    )
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def adding_gradients(runner, now):
+    """Whether the processes add up their gradients in this backward pass: in a step's last one."""
+    if hasattr(runner, "set_requires_gradient_sync"):
+        runner.set_requires_gradient_sync(now)
+    elif not now and hasattr(runner, "no_sync"):
+        return runner.no_sync()
+    return nullcontext()
+
+
+def whole(state):
+    """A state dict with every sharded tensor gathered; all processes must call this together."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+
+def load_optimizer(optimizer, state):
+    """Gives an optimizer its whole state, of which each process takes what it shards."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        like = parameters[index]
+        for key, value in values.items():
+            if hasattr(like, "full_tensor") and value.shape == like.shape:
+                from torch.distributed.tensor import distribute_tensor
+
+                values[key] = distribute_tensor(
+                    value.to(like.device), like.device_mesh, like.placements
+                )
+    optimizer.load_state_dict(state)

@@ -10,13 +10,11 @@ Compare with train_pretrain.py: only the data differs, and what of it carries a 
 import math
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset.chat_template import render
@@ -25,14 +23,15 @@ from dataset.formats import KEYS
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tiny_world import PRETRAIN, SFT, write_missing
+from evaluation.run_eval import accuracy
 from model.generation import complete
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import number, one_of, parse_training_args, reading, training_parser
 from trainer.losses import summed_cross_entropy, supervised_tokens
+from trainer.metrics import MetricsLog
+from trainer.stopping import RunLock, StopSignal, report_end
 from trainer.trainer_utils import (
-    MetricsLog,
-    StopSignal,
     describe,
     init_model,
     keep_freed_memory,
@@ -65,17 +64,23 @@ def main(argv=None):
     add("--data_format", type=one_of(*KEYS), help=form)
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
     add("--overlong", type=one_of("truncate", "drop", "split"), default="truncate", help=overlong)
+    best = "what makes weights the best: val_loss, or a task's score: tiny_world"
+    add("--best_metric", type=one_of("val_loss", "tiny_world"), default="val_loss", help=best)
     think = "whose reasoning is kept: that of all answers, the last, or none"
     add("--keep_think", type=one_of("all", "last", "none"), default="all", help=think)
-    args = parse_training_args(parser, argv)
+    args, resume = parse_training_args(parser, argv)
 
     # Where to compute, and with whom. Weights stay fp32; autocast computes in dtype.
     keep_freed_memory()
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.deterministic)
     rank, world_size = distributed.start("nccl" if device.type == "cuda" else "gloo")
-    model, tokenizer, loaded = init_model(args, device)
-    resume = loaded if args.from_resume else None
-    dtype = pick_dtype(args, device, resume)
+    model, tokenizer, _ = init_model(args, device, resume)
+    name, folder = (
+        checkpoint.file_name(args.save_weight, model.config),
+        args.save_dir / "checkpoints",
+    )
+    lock = RunLock(folder / f"{name}.lock") if rank == 0 else None
+    dtype = pick_dtype(args, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -100,35 +105,33 @@ def main(argv=None):
     describe(data, train_rows, eval_rows, args)
 
     # What learns, and how far it is.
+    runner = distributed.parallelise(model, args.parallel, dtype)
+    runner = torch.compile(runner) if args.use_compile else runner
     optimizer = make_optimizer(model, args)
-    runner = torch.compile(model) if args.use_compile else model
-    if world_size > 1:
-        runner = DistributedDataParallel(runner)
-    name = checkpoint.file_name(args.save_weight, model.config)
-    step, tokens_seen = 0, 0
+    rows_per_step = args.batch_size * args.accumulation_steps * world_size
+    run = checkpoint.Run(
+        data.content + eval_data.content, len(train_rows), rows_per_step, world_size
+    )
     if resume:
-        checkpoint.require_same_run(resume, args, len(train_rows), world_size)
-        optimizer.load_state_dict(resume["optimizer"])
-        scaler.load_state_dict(resume["scaler"])
-        step, tokens_seen = resume["step"], resume["tokens"]
+        run = checkpoint.go_on(run, resume, args, optimizer, scaler)
     steps_per_epoch = len(epoch_plan(data, train_rows, args, 0, rank, world_size))
     total_steps = steps_per_epoch * args.epochs
-    if step >= total_steps:
-        print(f"This run is finished: {step} of {total_steps} steps. More --epochs would go on.")
+    if run.step >= total_steps or run.stalled(args.early_stop_patience):
+        print(f"This run is finished: {run.step} of {total_steps} steps. More --epochs go on.")
         return
 
-    log = MetricsLog(args.save_dir / "logs" / f"{name}.jsonl", step, silent=rank > 0)
+    log = MetricsLog(args.save_dir / "logs" / f"{name}.jsonl", run.log_bytes, silent=rank > 0)
     stop = StopSignal()
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if rank == 0 else True)
-    start, start_tokens, data_wait, stopped = time.perf_counter(), tokens_seen, 0.0, False
+    bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=rank > 0 or None)
+    start, start_tokens, data_wait, ended = time.perf_counter(), run.tokens, 0.0, False
     model.train()
-    for epoch in range(step // steps_per_epoch, args.epochs):
+    for epoch in range(run.step // steps_per_epoch, args.epochs):
         plan = epoch_plan(data, train_rows, args, epoch, rank, world_size)
-        plan = plan[step - epoch * steps_per_epoch :]
-        loader = iter(batches(data, [rows for rows_of_step in plan for rows in rows_of_step], args))
+        plan = plan[run.step - epoch * steps_per_epoch :]
+        loader = batches(data, [rows for rows_of_step in plan for rows in rows_of_step], args)
         for micro_batches in plan:
-            seed_step(args, step, rank)
-            rate = learning_rate(step, total_steps, args)
+            seed_step(args, run.step, rank)
+            rate = learning_rate(run.step, total_steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
@@ -143,8 +146,7 @@ def main(argv=None):
             loss = 0.0
             for index, batch in enumerate(fetched):
                 input_ids, labels, *where = (part.to(device) for part in batch)
-                waiting = world_size > 1 and index < len(fetched) - 1
-                with runner.no_sync() if waiting else nullcontext():
+                with distributed.adding_gradients(runner, index == len(fetched) - 1):
                     with autocast:
                         logits = runner(input_ids, *where)  # (B, T, V)
                     share = summed_cross_entropy(logits, labels) / supervised
@@ -152,29 +154,32 @@ def main(argv=None):
                     if model.config.use_moe:
                         balance = load_balance_loss(model) / (len(fetched) * world_size)
                         objective = share + model.config.router_aux_loss_coef * balance
-                    # DDP takes the mean over the processes; the sum is wanted.
+                    # The processes take the mean of their gradients; the sum is wanted.
                     scaler.scale(objective * world_size).backward()
                 loss = loss + share.detach()
 
             scaler.unscale_(optimizer)
             longest = args.grad_clip or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest)
+            grad_norm = distributed.whole(grad_norm).item()
+            run.step, run.tokens = run.step + 1, run.tokens + int(tokens)
             if math.isfinite(grad_norm):
                 scaler.step(optimizer)
+                run.bad_steps = 0
             else:
-                tqdm.write(f"step {step + 1} is left out: its gradient is {grad_norm}")
+                tqdm.write(f"step {run.step} is left out: its gradient is {grad_norm}")
+                run.bad_steps += 1
             scaler.update()
             optimizer.zero_grad()
-            step, tokens_seen = step + 1, tokens_seen + int(tokens)
 
             # Log, validate, show, save: whatever is due at this step.
-            last = step == total_steps
-            evaluate = (step % args.eval_interval == 0 or last) and eval_rows
-            if evaluate or last or step % args.log_interval == 0 or step == 1:
+            last = run.step == total_steps
+            evaluate = (run.step % args.eval_interval == 0 or last) and eval_rows
+            if evaluate or last or run.step % args.log_interval == 0 or run.step == 1:
                 (loss,) = distributed.add_up(loss, device=device)
-                speed = (tokens_seen - start_tokens) / (time.perf_counter() - start)
+                speed = (run.tokens - start_tokens) / (time.perf_counter() - start)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:.0f}")
-                if step == 1:
+                if run.step == 1:
                     new = math.log(model.config.vocab_size) + 0.5
                     tqdm.write(
                         f"first loss {loss:.2f}; new weights start near ln V + 1/2 = {new:.2f}"
@@ -184,12 +189,19 @@ def main(argv=None):
                     val_loss = validation_loss(
                         model, eval_data, eval_rows, args, device, autocast, rank, world_size
                     )
-                    tqdm.write(f"step {step} of {total_steps}: loss {loss:.3f}, ", end="")
+                    tqdm.write(f"step {run.step} of {total_steps}: loss {loss:.3f}, ", end="")
                     tqdm.write(f"validation {val_loss:.3f}, {speed:,.0f} tokens/s")
-                log.write(
-                    step=step,
+                    score = -val_loss
+                    if args.best_metric != "val_loss":
+                        score = accuracy(args.best_metric, model, tokenizer)
+                        tqdm.write(f"  {args.best_metric} {score:.1%}")
+                    if run.judge(score):
+                        best = folder / f"{name}_best.pth"
+                        checkpoint.save_weights(best, args, model, tokenizer, "full_sft", run)
+                run.log_bytes = log.write(
+                    step=run.step,
                     epoch=epoch,
-                    tokens=tokens_seen,
+                    tokens=run.tokens,
                     loss=loss,
                     val_loss=val_loss,
                     lr=rate,
@@ -197,34 +209,36 @@ def main(argv=None):
                     tokens_per_s=speed,
                     data_wait_s=data_wait,
                 )
-            if args.sample_interval and step % args.sample_interval == 0:
+            if args.sample_interval and run.step % args.sample_interval == 0:
                 question = [{"role": "user", "content": args.sample_prompt}]
                 prompt, _ = render(question, add_generation_prompt=True, tokenizer=tokenizer)
                 (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
                 tqdm.write(f"  {args.sample_prompt} -> {tokenizer.decode(answer)}")
-            stopped = distributed.add_up(stop.received, device=device)[0] > 0
-            if rank == 0 and (last or stopped or step % args.save_interval == 0):
-                run = {"step": step, "tokens": tokens_seen}
-                run |= {"rows": len(train_rows), "world_size": world_size}
+            asked = distributed.add_up(stop.received, device=device)[0] > 0
+            hopeless = run.bad_steps >= args.max_bad_steps
+            done = last or run.stalled(args.early_stop_patience)
+            ended = done or asked or hopeless
+            if ended or run.step % args.save_interval == 0:
                 checkpoint.save_run(args, model, tokenizer, "full_sft", optimizer, scaler, run)
             bar.update()
-            if stopped:
+            if ended:
                 break
-        if stopped:
+        if ended:
             break
     bar.close()
     del runner, loader  # DDP holds on to the group of processes that now ends
     distributed.wait_for_all()
     distributed.end()
-    weights = args.save_dir / f"{name}.pth"
-    if stopped:
-        print(f"Stopped at step {step} of {total_steps}, saved. Go on with --from_resume 1.")
-        sys.exit(130)
-    if rank == 0:
-        print(f"weights: {weights}\nloss curve: {log.draw()}")
-        print("next: python eval_llm.py")
+    if rank > 0:
+        return
+    lock.release()
+    report_end(args, run, total_steps, data.where(sum(micro_batches, [])))
+    if args.save_best_at_end and run.best_score is not None:
+        checkpoint.put_best_in_place(args, name)
+    print(f"weights: {args.save_dir / name}.pth\nloss curve: {log.draw()}")
+    print("next: python eval_llm.py")
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with mistakes_in_plain_words(), distributed.lost_peers_in_plain_words():
         main()

@@ -3,13 +3,10 @@ learning rate, the order of the data, validation, the log. Each is called; none 
 """
 
 import ctypes
-import json
 import math
 import os
-import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,11 +21,11 @@ from trainer.distributed import add_up, local_rank
 from trainer.losses import summed_cross_entropy, supervised_tokens
 
 
-def init_model(args, device="cpu"):
+def init_model(args, device="cpu", resume=None):
     """The model to go on with: returns (model on device, tokenizer, what its file holds or None).
 
     Three cases, each printed:
-      args.from_resume         the checkpoint of this run
+      resume                   the checkpoint of this run, (path, content)
       args.from_weight NAME    the weights of another stage, out/NAME_*.pth or a path
       neither, or "none"       from scratch: random weights, drawn from args.seed
 
@@ -37,15 +34,13 @@ def init_model(args, device="cpu"):
     """
     shape = {name: getattr(args, name, None) for name in SHAPE}
     shape = {name: value for name, value in shape.items() if value is not None}
-    size, moe = shape.get("hidden_size"), shape.get("use_moe")
     dropout, longest = getattr(args, "dropout", 0.0), getattr(args, "max_seq_len", 0)
     content = None
-    if getattr(args, "from_resume", False):
-        folder = args.save_dir / "checkpoints"
-        path = checkpoint.find(folder, args.save_weight, size, moe, ending="_resume")
-        content = checkpoint.load(path)
-        how = f"resuming {path} at step {content['step']}"
+    if resume:
+        path, content = resume
+        how = f"resuming {path} at step {content['run']['step']}"
     elif args.from_weight not in (None, "none"):
+        size, moe = shape.get("hidden_size"), shape.get("use_moe")
         path = checkpoint.find(args.save_dir, args.from_weight, size, moe)
         content = checkpoint.load(path)
         how = f"starting from the {content['stage']} weights {path}"
@@ -82,8 +77,13 @@ def init_model(args, device="cpu"):
     return model.to(device), tokenizer, content
 
 
-def pick_device(name):
-    """The torch.device of --device; auto takes a GPU of NVIDIA's or Apple's where there is one."""
+def pick_device(name, deterministic=False):
+    """The torch.device of --device; auto takes a GPU of NVIDIA's or Apple's where there is one.
+    A CPU computes the same bits each time; a GPU does so when asked.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if name == "auto":
         if torch.cuda.is_available():
             name = f"cuda:{local_rank()}"
@@ -100,13 +100,11 @@ def pick_device(name):
     return device
 
 
-def pick_dtype(args, device, resume=None):
+def pick_dtype(args, device):
     """The torch.dtype to compute in; weights stay fp32. auto takes bf16 where it is faster, and
     what it took stands in args.dtype, so that a resumed run computes as it began.
     """
-    if args.dtype == "auto" and resume:
-        args.dtype = resume["arguments"]["dtype"]
-    elif args.dtype == "auto" and device.type == "cuda":
+    if args.dtype == "auto" and device.type == "cuda":
         args.dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     elif args.dtype == "auto":
         faster = seconds_of_product(torch.bfloat16) * 1.3 < seconds_of_product(torch.float32)
@@ -197,61 +195,3 @@ def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_
     model.train()
     total, count = add_up(total, count, device=device)
     return total / max(1, count)
-
-
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps. A second Ctrl-C
-    stops at once.
-    """
-
-    def __init__(self):
-        self.received = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.receive)
-
-    def receive(self, number, frame):
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-class MetricsLog:
-    """out/logs/NAME.jsonl, one JSON object a line, and its picture beside it at the end."""
-
-    def __init__(self, path, resumed_at=0, silent=False):
-        self.path, self.silent, lines = Path(path), silent, []
-        if silent:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resumed_at and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            lines = [line for line in lines if json.loads(line)["step"] <= resumed_at]
-        self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-    def write(self, **values):
-        if self.silent:
-            return
-        for key, value in values.items():
-            if isinstance(value, float):  # JSON knows no NaN
-                values[key] = float(f"{value:.6g}") if math.isfinite(value) else None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def draw(self):
-        """The loss curve as a PNG; returns its path, or the log's own where matplotlib is not."""
-        os.environ.setdefault("MPLBACKEND", "Agg")
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            return self.path
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for key, label in (("loss", "training"), ("val_loss", "validation")):
-            points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), label=label) if points else None
-        axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=self.path.stem)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        path = self.path.with_name(f"{self.path.stem}_loss.png")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-        return path

@@ -1,0 +1,60 @@
+"""out/logs/NAME.jsonl, one JSON object a line, and its picture beside it at the end."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from dataset.errors import UserError
+
+
+class MetricsLog:
+    """Writes the log. A resumed run cuts off what came after its checkpoint, and goes on there."""
+
+    def __init__(self, path, kept_bytes=0, silent=False):
+        self.path, self.silent = Path(path), silent
+        if silent:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.truncate(min(kept_bytes, file.tell()))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+    def write(self, **values):
+        """Adds a line; returns how many bytes the log has now."""
+        if self.silent:
+            return 0
+        for key, value in values.items():
+            if isinstance(value, float):  # JSON knows no NaN
+                values[key] = float(f"{value:.6g}") if math.isfinite(value) else None
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(values).encode() + b"\n")
+                return file.tell()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Make room, and go on from the "
+                "last checkpoint with --from_resume 1"
+            ) from None
+
+    def draw(self):
+        """The loss curve as a PNG; returns its path, or the log's own where matplotlib is not."""
+        os.environ.setdefault("MPLBACKEND", "Agg")
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            return self.path
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for key, label in (("loss", "training"), ("val_loss", "validation")):
+            points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
+            axes.plot(*zip(*points, strict=True), label=label) if points else None
+        axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=self.path.stem)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = self.path.with_name(f"{self.path.stem}_loss.png")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        return path

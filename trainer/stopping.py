@@ -1,0 +1,119 @@
+"""What can happen to a run from outside: signals, a reader of its output that goes away, a second
+run under the same name.
+"""
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from dataset.errors import UserError
+
+
+class StopSignal:
+    """Turns Ctrl-C, SIGTERM (a cluster takes the machine back), SIGHUP (the terminal is gone) and
+    SIGPIPE (so is the reader of our output) into a flag that the loop reads between two steps. A
+    second Ctrl-C stops at once.
+    """
+
+    def __init__(self):
+        self.received = False
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"):
+            number = getattr(signal, name, None)
+            # nohup has SIGHUP ignored, and means it; so does Python SIGPIPE, to raise an error.
+            if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self.receive)
+        sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+
+    def receive(self, number, frame):
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Unbreakable:
+    """A text stream that goes silent when nobody can read it any more."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *values):
+        try:
+            return action(*values)
+        except OSError:
+            # What is left in its buffer would raise the error again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+class RunLock:
+    """Keeps a second run from writing the same files. The system lets go of it when the process
+    ends, in whatever way, so no stale lock is left.
+
+    Raises UserError with the owner if another run holds it.
+    """
+
+    FAR = 2**30  # Windows locks bytes against reading too; those of the owner's name stay readable
+
+    def __init__(self, path):
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}; choose another place (--save_dir)"
+            ) from None
+        try:
+            self.acquire()
+        except OSError:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "another process"
+            raise UserError(
+                f"{owner} is training under this name, and holds {path}; wait for it, stop it, or "
+                "choose another --save_weight or --save_dir"
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+
+    def acquire(self):
+        if sys.platform == "win32":
+            import msvcrt
+
+            self.file.seek(self.FAR)
+            msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def release(self):
+        self.file.close()
+
+
+def report_end(args, run, total_steps, batch):
+    """Says why a run ended before its last step, and how to go on; batch is where the last step's
+    rows came from. Ends the program unless the run is done.
+    """
+    if run.bad_steps >= args.max_bad_steps:
+        raise UserError(
+            f"{run.bad_steps} steps in a row had no finite gradient; saved at step {run.step}. The "
+            f"last one was trained on {batch}. Look at these, or lower --learning_rate and start "
+            "anew; --from_resume 1 goes on"
+        )
+    if run.stalled(args.early_stop_patience):
+        print(
+            f"Stopped at step {run.step}: {args.early_stop_patience} validations without a better"
+        )
+    elif run.step < total_steps:
+        print(f"Stopped at step {run.step} of {total_steps}, saved. Go on with --from_resume 1.")
+        sys.exit(130)
