@@ -94,6 +94,10 @@ def pieces(messages, tools=None, add_generation_prompt=False):
         written += [(IM_END, learn), ("\n", 0)]
     if add_generation_prompt:
         written += [(IM_START, 0), ("assistant\n", 0)]
+    try:
+        "".join(piece for piece, _ in written if isinstance(piece, str)).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it has half a character (a lone surrogate): {error}") from None
     return written
 
 

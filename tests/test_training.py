@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from collections import Counter
 import pytest
 import torch
 
+from dataset.errors import UserError
 from dataset.lm_dataset import IGNORE, PretrainDataset, SFTDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tokenizer import load_tokenizer
@@ -120,6 +124,46 @@ def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, stage,
     assert log(tmp_path / "whole", name)[-1]["epoch"] == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process there at once")
+@pytest.mark.parametrize("micro_batch", [5, 6])  # the first and the last of the third step's two
+def test_sigterm_within_a_step_stops_after_it_and_nothing_is_lost(
+    data, tmp_path, monkeypatch, micro_batch
+):
+    more = {"accumulation_steps": 2, "batch_size": 4, "dropout": 0.1}
+    train_full_sft.main(flags(data, tmp_path / "whole", **more))
+    calls = []
+
+    def loss(logits, labels):
+        calls.append(1)
+        if len(calls) == micro_batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trainer_utils.summed_cross_entropy(logits, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_full_sft, "summed_cross_entropy", loss)
+        with pytest.raises(SystemExit) as stopped:
+            train_full_sft.main(flags(data, tmp_path / "parts", **more))
+    assert stopped.value.code == 130 and log(tmp_path / "parts")[-1]["step"] == 3
+    train_full_sft.main([*flags(data, tmp_path / "parts", **more), "--from_resume", "1"])
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert log(tmp_path / "whole") == log(tmp_path / "parts")
+
+
+def test_a_resumed_run_takes_over_the_flags_that_are_not_given(data, tmp_path, monkeypatch, capsys):
+    more = {"epochs": 2, "dropout": 0.1, "learning_rate": 0.003, "eval_split": 0.1, "seed": 5}
+    train_full_sft.main(flags(data, tmp_path / "whole", **more))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_full_sft, "StopSignal", StopAt(3))
+        with pytest.raises(SystemExit):
+            train_full_sft.main(flags(data, tmp_path / "parts", **more))
+    capsys.readouterr()
+    train_full_sft.main(
+        ["--save_dir", str(tmp_path / "parts"), "--from_resume", "1", "--save_interval", "7"]
+    )
+    assert "save_interval is 7 and was 500\n" in capsys.readouterr().out
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
 def test_a_finished_run_resumed_does_nothing_and_says_so(data, tmp_path, capsys):
     train_full_sft.main(flags(data, tmp_path))
     before = weights(tmp_path)
@@ -148,21 +192,56 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     assert 0 < resume["run"]["step"] < 2000 * 5
 
 
-@pytest.mark.parametrize("packing", [0, 1])
-def test_two_processes_end_in_the_weights_of_one(data, tmp_path, packing):
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+@pytest.mark.parametrize(
+    "processes, parallel, packing", [(2, "ddp", 0), (3, "ddp", 1), (2, "fsdp", 1)]
+)
+def test_several_processes_end_in_the_weights_of_one(data, tmp_path, processes, parallel, packing):
     shared = {"epochs": 2, "eval_interval": 3, "packing": packing, "max_seq_len": 96}
-    train_full_sft.main(flags(data, tmp_path / "one", batch_size=8, **shared))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    more = {"batch_size": 1, "accumulation_steps": 2, "parallel": parallel}
+    train_full_sft.main(flags(data, tmp_path / "one", batch_size=2 * processes, **shared))
     script = ROOT / "trainer/train_full_sft.py"
-    two = flags(data, tmp_path / "two", batch_size=4, **shared)
-    done = run(*torchrun, script, *two, cwd=tmp_path, OMP_NUM_THREADS="1")
+    several = flags(data, tmp_path / "several", **(shared | more))
+    done = run(*TORCHRUN, processes, script, *several, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("starting from scratch") == 1  # one process speaks
-    assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-5, rtol=1e-4)
-    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert one["tokens"] == two["tokens"]
-        assert abs(one["loss"] - two["loss"]) < 1e-5 * (1 + one["loss"])
-        assert (one["val_loss"] is None) == (two["val_loss"] is None)
+    assert_equal(weights(tmp_path / "one"), weights(tmp_path / "several"), atol=2e-5, rtol=1e-4)
+    for one, other in zip(log(tmp_path / "one"), log(tmp_path / "several"), strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert abs(one["loss"] - other["loss"]) < 1e-5 * (1 + one["loss"])
+        assert (one["val_loss"] is None) == (other["val_loss"] is None)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tmp_path, parallel):
+    shared = {"epochs": 2, "max_seq_len": 96, "packing": 1}
+    (tmp_path / "stop.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.test_training import StopAt\n"
+        "from trainer import train_full_sft as train\n"
+        "train.StopSignal = StopAt(int(sys.argv.pop(1))); train.main()\n",
+        encoding="utf-8",
+    )
+
+    def two(out, steps, *more):
+        command = flags(data, tmp_path / out, batch_size=2, parallel=parallel, **shared)
+        stop = [tmp_path / "stop.py", steps, *command, *more]
+        return run(*TORCHRUN, 2, *stop, OMP_NUM_THREADS="1")
+
+    assert two("whole", -1).returncode == 0
+    stopped = two("two", 4)
+    assert "Stopped at step 4" in stopped.stdout, stopped.stderr
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    resumed = two("two", -1, "--from_resume", 1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "two"))
+    assert log(tmp_path / "whole") == log(tmp_path / "two")
+    one = flags(data, tmp_path / "one", batch_size=4, **shared)
+    done = run(ROOT / "trainer/train_full_sft.py", *one, "--from_resume", 1)
+    assert "1 processes go on where 2 stopped" in done.stdout, done.stderr
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "one"), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
@@ -213,6 +292,58 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(data, tmp_path, mon
     assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
 
 
+def test_too_many_bad_steps_in_a_row_save_point_at_the_data_and_stop(data, tmp_path, monkeypatch):
+    calls = []
+
+    def nan_from_the_third(logits, labels):
+        calls.append(1)
+        loss = trainer_utils.summed_cross_entropy(logits, labels)
+        return loss * math.nan if len(calls) > 2 else loss
+
+    monkeypatch.setattr(train_full_sft, "summed_cross_entropy", nan_from_the_third)
+    with pytest.raises(
+        UserError, match=r"2 steps in a row .* at step 4.*sft.jsonl, lines"
+    ) as error:
+        train_full_sft.main(flags(data, tmp_path, max_bad_steps=2, epochs=2))
+    lines = [int(n) for n in re.findall(r"\d+", str(error.value).split("lines [")[1].split("]")[0])]
+    assert len(lines) == 8 and all(1 <= line <= 40 for line in lines)
+    saved = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    assert saved["run"]["step"] == 4
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_rolling_and_best_checkpoints(data, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, math.nan, 2.6, 1.0, 0.5])
+    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: next(losses))
+    more = {"epochs": 3, "eval_interval": 2, "save_interval": 2, "keep_checkpoints": 2}
+    more |= {"early_stop_patience": 3, "save_best_at_end": 1}
+    train_full_sft.main(flags(data, tmp_path, **more))  # 15 steps, were it not for the patience
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pth"))
+    assert names == [
+        "full_sft_32_best.pth",
+        "full_sft_32_resume.pth",
+        "full_sft_32_step000006.pth",
+        "full_sft_32_step000008.pth",
+    ]
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.load(folder / names[1])["run"]["step"] == 10
+    assert checkpoint.load(folder / names[2])["run"]["step"] == 6
+    best = checkpoint.load(folder / names[0])
+    assert best["training"]["step"] == 4 and best["stage"] == "full_sft"
+    assert_equal(best["model"], weights(tmp_path))
+    train_full_sft.main([*flags(data, tmp_path, **more), "--from_resume", "1"])  # does nothing
+    assert_equal(best["model"], weights(tmp_path))
+
+
+def test_the_best_weights_can_be_those_that_answer_best(data, tmp_path, monkeypatch):
+    scores = iter([0.2, 0.6, 0.4])
+    monkeypatch.setattr(train_full_sft, "accuracy", lambda task, *_: next(scores))
+    more = {"eval_interval": 2, "best_metric": "tiny_world"}
+    train_full_sft.main(flags(data, tmp_path, **more))
+    best = checkpoint.load(tmp_path / "checkpoints/full_sft_32_best.pth")
+    assert best["training"]["step"] == 4 and best["training"]["best_score"] == 0.6
+
+
 def test_metrics_have_their_documented_keys_and_the_loss_falls(trained):
     lines = (trained / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
     keys = "step epoch tokens loss val_loss lr grad_norm tokens_per_s data_wait_s".split()
@@ -232,7 +363,9 @@ def test_sft_starts_from_the_pretrained_weights_and_not_from_its_flags(trained):
 
 def args_of(**values):
     line = [str(part) for k, v in values.items() for part in (f"--{k}", v)]
-    return parse_training_args(training_parser("", save_weight="x", batch_size=4, epochs=1), line)[0]
+    return parse_training_args(training_parser("", save_weight="x", batch_size=4, epochs=1), line)[
+        0
+    ]
 
 
 def test_the_schedule_rises_peaks_and_ends_on_its_floor():

@@ -1,0 +1,153 @@
+"""Feeds damaged files to every reader: each must give a value or one clear error, and soon.
+
+    python bench/fuzz.py --seconds 60
+
+Prints a row for each reader, and ends with code 1 at the first other outcome, whose file it keeps.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.errors import UserError
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.tokenizer import load_tokenizer
+from evaluation import run_eval
+from model.causal_lm import CausalLM, ModelConfig
+from trainer import checkpoint
+from trainer.arguments import parse_training_args, training_parser
+
+TOKENIZER = load_tokenizer()
+CALL = {"name": "add", "arguments": {"a": 1, "b": [2, None]}}
+TURNS = [
+    {"role": "system", "content": "Be kind.", "tools": json.dumps([{"name": "add"}])},
+    {"role": "user", "content": "One and two?"},
+    {"role": "assistant", "content": "", "reasoning_content": "Add.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "Three \u2028 \U0001f600."},
+]
+VALUE = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+RECORDS = [
+    {"conversations": TURNS},
+    {"conversations": VALUE, "system": "x", "tools": None},
+    {"messages": TURNS[1:2] + [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
+    {"instruction": "Say", "input": "x", "output": "y", "history": [["a", "b"]]},
+    {"question": "1 + 1?", "answer": "2 #### 2"},
+]
+
+
+def lines(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def weights():
+    config = ModelConfig(TOKENIZER.get_vocab_size(), hidden_size=8, num_hidden_layers=1)
+    file = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "w.pth"
+        checkpoint.save(path, CausalLM(config).state_dict(), config, TOKENIZER, "full_sft")
+        file.write(path.read_bytes())
+    return file.getvalue()
+
+
+def read_flags(path):
+    parse_training_args(training_parser("", save_weight="x"), ["--config", str(path)])
+
+
+QUESTIONS = [{"category": "x", "conversations": TURNS[:2], "expected": "Three"}]
+FLAGS = b'hidden_size = 48\n[data]\ndata_path = "x.jsonl"\npacking = true\nlearning_rate = 1e-3\n'
+READERS = {  # name: (what reads a path, a sample of what it reads)
+    "conversations, JSONL": (lambda path: SFTDataset(path, TOKENIZER), lines(RECORDS)),
+    "conversations, JSON": (lambda path: SFTDataset(path, TOKENIZER), json.dumps(RECORDS).encode()),
+    "text, JSONL": (lambda path: PretrainDataset(path, TOKENIZER), lines([{"text": "a b"}] * 5)),
+    "questions, JSONL": (run_eval.read, lines(QUESTIONS)),
+    "flags, TOML": (read_flags, FLAGS),
+    "tokenizer, JSON": (lambda path: load_tokenizer(path), TOKENIZER.to_str().encode()),
+    "weights, .pth": (lambda path: checkpoint.build(checkpoint.load(path), path), weights()),
+}
+
+
+def damaged(content, rng):
+    """The content with random bytes in some places, cut, doubled; or with other JSON values."""
+    kind = rng.randrange(6)
+    if kind == 0:
+        return rng.randbytes(rng.randrange(400))
+    if kind == 1:
+        return content[: rng.randrange(len(content))]
+    if kind == 2:
+        with contextlib.suppress(ValueError):
+            return b"\n".join(other_values(line, rng) for line in content.splitlines())
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 3, 20])):
+        at = rng.randrange(len(content))
+        if kind == 3:
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == 4:
+            content[at : at + rng.randrange(9)] = rng.randbytes(rng.randrange(9))
+        else:
+            content[at:at] = content[at : at + rng.randrange(200)]
+    return bytes(content)
+
+
+def other_values(line, rng):
+    """A line of JSON with one value in a hundred or so replaced by one of another type."""
+
+    def change(value):
+        if rng.random() < 0.1:
+            return rng.choice([None, 0, -1, 1e308, "", "\ud800", [], {}, [[]], True, "a" * 999])
+        if isinstance(value, dict):
+            return {key: change(inner) for key, inner in value.items() if rng.random() > 0.02}
+        return [change(inner) for inner in value] if isinstance(value, list) else value
+
+    return json.dumps(change(json.loads(line))).encode()
+
+
+def outcome(read, path):
+    """What a reader makes of a file: value, error, or a traceback that should not be."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            read(path)
+        return "value"
+    except UserError as error:
+        return "error" if str(error) else "an error without words"
+    except SystemExit as end:
+        return "error" if end.code == 2 and said.getvalue() else f"exit code {end.code}"
+    except BaseException:  # a panic of the tokenizers library is no Exception
+        return traceback.format_exc()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, folder = random.Random(args.seed), Path(tempfile.mkdtemp())
+    print(f"{'reader':22}{'files':>8}{'values':>8}{'errors':>8}{'slowest':>9}")
+    for name, (read, sample) in READERS.items():
+        counts, slowest = {"value": 0, "error": 0}, 0.0
+        end = time.perf_counter() + args.seconds / len(READERS)
+        while (began := time.perf_counter()) < end:
+            path = folder / "file"
+            path.write_bytes(damaged(sample, rng))
+            found = outcome(read, path)
+            if found not in counts:
+                print(f"{name}: {path} gives {found}")
+                sys.exit(1)
+            counts[found] += 1
+            slowest = max(slowest, time.perf_counter() - began)
+        print(f"{name:22}{sum(counts.values()):8}", end="")
+        print(f"{counts['value']:8}{counts['error']:8}{slowest:7.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What goes wrong around a run: each fault is said in a sentence, and nothing is lost."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.fuzz import READERS, damaged, outcome
+from tests.conftest import ROOT, run
+from tests.test_errors import refused
+from tests.test_training import StopAt, assert_equal, flags, log, weights
+from trainer import checkpoint, train_full_sft, trainer_utils
+from trainer.stopping import RunLock
+
+SCRIPT = ROOT / "trainer/train_full_sft.py"
+LOCK = "checkpoints/full_sft_32.lock"
+unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of Unix")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The weights of an uninterrupted run of ten steps."""
+    out = tmp_path_factory.mktemp("whole")
+    train_full_sft.main(flags(data, out, **MORE))
+    return weights(out)
+
+
+MORE = {"epochs": 2, "dropout": 0.1, "save_interval": 2}
+
+
+def stopped_at(steps, data, out, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_full_sft, "StopSignal", StopAt(steps))
+        with pytest.raises(SystemExit):
+            train_full_sft.main(flags(data, out, **MORE))
+
+
+def resume(out, *more):
+    train_full_sft.main(["--save_dir", str(out), "--from_resume", "1", *map(str, more)])
+
+
+def start_long(data, out, **options):
+    """A run of many steps in a process of its own, after its first ones."""
+    command = [sys.executable, str(SCRIPT), *flags(data, out, epochs=5000)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    process = subprocess.Popen(command, **pipes)
+    await_log(out, process.poll)
+    return process
+
+
+def await_log(out, poll):
+    deadline = time.monotonic() + 60
+    while not (out / "logs/full_sft_32.jsonl").exists() and time.monotonic() < deadline:
+        assert poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    data, tmp_path, monkeypatch, capsys, whole, damage
+):
+    stopped_at(5, data, tmp_path, monkeypatch)
+    damage(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    capsys.readouterr()
+    resume(tmp_path)
+    said = capsys.readouterr().out
+    assert "full_sft_32_step000004.pth at step 4" in said
+    assert ("resume.pth is damaged" in said) == (damage is not Path.unlink)
+    assert_equal(whole, weights(tmp_path))
+
+
+def test_no_checkpoint_that_can_be_read_is_said(data, tmp_path, monkeypatch):
+    stopped_at(5, data, tmp_path, monkeypatch)
+    for path in (tmp_path / "checkpoints").glob("*.pth"):
+        flip_a_bit(path)
+    refused(run(SCRIPT, "--save_dir", tmp_path, "--from_resume", 1), "resume.pth is damaged")
+
+
+def test_a_second_run_under_the_same_name_is_refused_and_a_dead_ones_lock_is_not(data, tmp_path):
+    lock = RunLock(tmp_path / LOCK)
+    owner = f"process {os.getpid()} on "
+    refused(run(SCRIPT, *flags(data, tmp_path)), owner, "is training under this name", LOCK)
+    assert not list(tmp_path.rglob("*.pth"))
+    lock.release()  # as the system does when a process dies
+    assert (tmp_path / LOCK).read_text(encoding="utf-8").startswith(owner)
+    assert run(SCRIPT, *flags(data, tmp_path)).returncode == 0
+
+
+@unix
+def test_a_killed_run_leaves_no_lock(data, tmp_path):
+    process = start_long(data, tmp_path)
+    refused(run(SCRIPT, *flags(data, tmp_path)), f"process {process.pid} on ")
+    process.kill()
+    process.communicate()
+    assert run(SCRIPT, *flags(data, tmp_path)).returncode == 0
+
+
+@unix
+def test_a_worker_that_is_killed_is_replaced_by_the_training_process(
+    data, tmp_path, monkeypatch, capsys, whole
+):
+    steps = []
+
+    def loss(logits, labels):
+        steps.append(1)
+        if len(steps) == 2:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+        return trainer_utils.summed_cross_entropy(logits, labels)
+
+    monkeypatch.setattr(train_full_sft, "summed_cross_entropy", loss)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    train_full_sft.main(flags(data, tmp_path, num_workers=1, eval_split=0, **MORE))
+    train_full_sft.main(flags(data, tmp_path / "none", eval_split=0, **MORE))
+    assert "The batches are prepared by the training process" in capsys.readouterr().out
+    assert_equal(weights(tmp_path / "none"), weights(tmp_path))
+
+
+def test_data_that_changed_under_a_stopped_run_is_named(data, tmp_path, monkeypatch, capsys, whole):
+    path = tmp_path / "sft.jsonl"
+    original = (data / "sft.jsonl").read_text(encoding="utf-8")
+    path.write_text(original, encoding="utf-8")
+    stopped_at(5, tmp_path, tmp_path, monkeypatch)
+    path.write_text(original.replace("What is 7", "What was 7"), encoding="utf-8")
+    command = ["--save_dir", tmp_path, "--from_resume", 1]
+    refused(run(SCRIPT, *command), "the data is not what it was", "--force_resume 1")
+    done = run(SCRIPT, *command, "--force_resume", 1)
+    assert done.returncode == 0 and "warning: the data is not" in done.stdout
+    assert log(tmp_path)[-1]["step"] == 10
+
+
+def test_the_same_data_at_another_place_goes_on(data, tmp_path, monkeypatch, whole):
+    stopped_at(5, data, tmp_path, monkeypatch)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes((data / "sft.jsonl").read_bytes())
+    resume(tmp_path, "--data_path", moved)
+    assert_equal(whole, weights(tmp_path))
+
+
+def test_a_clock_that_jumps_changes_nothing(data, tmp_path, monkeypatch, whole):
+    now = iter(range(10**9, 0, -(10**6)))  # goes backwards by days
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    stopped_at(5, data, tmp_path, monkeypatch)
+    os.utime(tmp_path / "checkpoints/full_sft_32_resume.pth", (0, 0))
+    resume(tmp_path)
+    assert_equal(whole, weights(tmp_path))
+
+
+@unix
+def test_a_terminal_that_goes_away_stops_the_run_saved(data, tmp_path):
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(SCRIPT), *flags(data, tmp_path, epochs=5000)])
+    await_log(tmp_path, lambda: None)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    saved = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    assert 0 < saved["run"]["step"] < 25000
+
+
+@unix
+def test_a_reader_that_goes_away_stops_the_run_saved(data, tmp_path):
+    """As in `python trainer/train_full_sft.py | head -n 1`."""
+    process = start_long(data, tmp_path)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "Traceback" not in said and "BrokenPipe" not in said
+    saved = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    assert 0 < saved["run"]["step"] < 25000
+
+
+@unix
+def test_ctrl_c_twice_stops_at_once_with_a_sentence(data, tmp_path):
+    process = start_long(data, tmp_path)
+    for _ in range(100):
+        process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@unix
+def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o555)
+    command = [sys.executable, str(SCRIPT), *flags(data, out)]
+    if os.geteuid() == 0:  # may write anywhere, unless it gives that right up
+        code = "import os, sys; os.setuid(65534); sys.argv.pop(0); import runpy;"
+        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", code, *command[1:]]
+        for folder in [data, *data.parents[:-1], *out.parents[:-1]]:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    refused(done, "cannot be written: Permission denied", "--save_dir")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_give_a_value_or_a_clear_error(name, tmp_path):
+    """bench/fuzz.py does this for as long as one likes."""
+    rng, path = random.Random(0), tmp_path / "file"
+    read, sample = READERS[name]
+    path.write_bytes(sample)
+    assert outcome(read, path) == ("error" if "flags" in name else "value")  # no such data file
+    for _ in range(40):
+        path.write_bytes(damaged(sample, rng))
+        assert outcome(read, path) in ("value", "error")
