@@ -205,15 +205,24 @@ def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data, tmp
     out = tmp_path / "out"
     out.mkdir()
     out.chmod(0o555)
-    command = [sys.executable, str(SCRIPT), *flags(data, out)]
-    if os.geteuid() == 0:  # may write anywhere, unless it gives that right up
-        code = "import os, sys; os.setuid(65534); sys.argv.pop(0); import runpy;"
-        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-        command = [sys.executable, "-c", code, *command[1:]]
-        for folder in [data, *data.parents[:-1], *out.parents[:-1]]:
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from dataset.errors import mistakes_in_plain_words\n"
+        "from trainer.train_full_sft import main\n"
+        "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere, nobody may not
+        "with mistakes_in_plain_words(): main()"
+    )
+    for folder in [data, *data.parents[:-1], *out.parents[:-1]]:
+        if os.geteuid() == 0:
             folder.chmod(folder.stat().st_mode | 0o055)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run("-c", code, *flags(data, out))
     refused(done, "cannot be written: Permission denied", "--save_dir")
+
+
+@unix
+def test_runs_that_are_killed_end_as_if_they_had_not_been():
+    done = run("bench/faults.py", "--kills", 4, timeout=300)
+    assert done.returncode == 0 and "4/4 identical" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", READERS)
