@@ -98,7 +98,7 @@ def parallelise(model, mode, dtype):
     if not dist.is_initialized():
         return model
     if mode == "ddp":
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(

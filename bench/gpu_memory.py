@@ -1,0 +1,92 @@
+"""How much memory each GPU needs for the shipped configs, with ddp and with fsdp.
+
+    python bench/gpu_memory.py --processes 1 2 4 8
+
+State is counted: weights, gradients and AdamW's two moments in fp32, 4 bytes each. What a forward
+pass keeps for the backward one is measured, for one layer and a few tokens on this machine, and
+multiplied; a GPU's attention keeps less, so it is an upper bound.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from model.causal_lm import CausalLM, ModelConfig
+from trainer.arguments import ROOT, SHAPE, read_toml
+
+GIB = 2**30
+TOKENS = 256  # of the measured pass
+
+
+def kept(config):
+    """Bytes that autograd keeps after a bf16 forward pass over TOKENS tokens, weights aside."""
+    model, seen = CausalLM(config), {}
+    for weight in model.parameters():
+        seen[weight.untyped_storage().data_ptr()] = 0
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        seen.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    input_ids = torch.randint(config.vocab_size, (1, TOKENS))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids)
+        loss = torch.nn.functional.cross_entropy(logits[0].float(), input_ids[0])
+    casts = 2 * sum(weight.numel() for name, weight in model.named_parameters() if weight.dim() > 1)
+    del loss
+    return sum(seen.values()) - casts  # autocast's bf16 copies of the matrices
+
+
+def measure(values, vocab_size):
+    """(parameters, those of one layer, bytes kept per token of a layer, and of the rest)."""
+    shape = {name: int(values[name]) for name in SHAPE if name in values}
+
+    def of(layers):
+        return ModelConfig(vocab_size, **(shape | {"num_hidden_layers": layers}))
+
+    with torch.device("meta"):
+        count = [sum(w.numel() for w in CausalLM(of(layers)).parameters()) for layers in (0, 1)]
+    layers = shape["num_hidden_layers"]
+    layer = count[1] - count[0]
+    one, two = kept(of(1)), kept(of(2))
+    return count[0] + layers * layer, layer, (two - one) / TOKENS, (2 * one - two) / TOKENS
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--vocab_size", type=int, default=32000)
+    args = parser.parse_args()
+    print(f"GiB per GPU, bf16, vocabulary {args.vocab_size}")
+    print(f"{'config':10}{'parameters':>11}{'rows':>14}{'kept':>7}  {'mode':6}", end="")
+    print("".join(f"{f'{n} GPU' + 's' * (n > 1):>9}" for n in args.processes))
+    configs = {path.stem: read_toml(path) for path in ROOT.glob("trainer/configs/*.toml")}
+    for stem, values in sorted(configs.items(), key=lambda item: int(item[1]["hidden_size"])):
+        total, layer, per_layer, rest = measure(values, args.vocab_size)
+        rows, length = int(values["batch_size"]), int(values["max_seq_len"])
+        activations = rows * length * (int(values["num_hidden_layers"]) * per_layer + rest)
+        for mode in ("ddp", "fsdp"):
+            if mode == "ddp":
+                head = f"{stem:10}{total / 1e6:9.0f} M{f'{rows} x {length}':>14}"
+                print(f"{head}{activations / GIB:7.1f}", end="")
+            else:
+                print(" " * 42, end="")
+            print(f"  {mode:6}", end="")
+            for processes in args.processes:
+                # AdamW's moments, weights, gradients: 16 bytes; the bf16 copy that computes: 2.
+                state = 18 * total
+                if mode == "fsdp":
+                    outside = total - int(values["num_hidden_layers"]) * layer
+                    state = 16 * total / processes + 2 * (outside + 2 * layer)
+                print(f"{(state + activations) / GIB:9.1f}", end="")
+            print()
+
+
+if __name__ == "__main__":
+    main()
