@@ -22,6 +22,7 @@ def commands():
     return found
 
 
+TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
 COMMANDS = commands()
 
 
@@ -85,5 +86,5 @@ def test_links_and_named_flags_exist(page):
     code = "".join(
         p.read_text(encoding="utf-8") for p in ROOT.glob("**/*.py") if ".venv" not in p.parts
     )
-    for flag in set(re.findall(r"--([a-z_]+)\b", text)) - {"nproc_per_node"}:
+    for flag in set(re.findall(r"--([a-z_]+)\b", text)) - TORCHRUN:
         assert f"--{flag}" in code or f'"{flag}' in code, flag
