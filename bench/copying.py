@@ -16,12 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.lm_dataset import IGNORE
 from dataset.packing import pack
 from dataset.tiny_world_words import THINGS, VALUES
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.losses import summed_cross_entropy, supervised_tokens
+from model.loss import IGNORE, supervised_tokens
 from trainer.trainer_utils import keep_freed_memory
 
 STEPS, EVERY, RATE = 600, 100, 1e-3
@@ -45,8 +44,7 @@ def rows(rng, tokenizer, count, second_only=False):
 def loss_of(model, documents):
     ids, labels, *where = pack(documents, 256)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(ids, *where)
-    return summed_cross_entropy(logits, labels) / supervised_tokens(labels)
+        return model(ids, *where, labels=labels) / supervised_tokens(labels)
 
 
 def train(tokenizer, std, seed=1):

@@ -25,7 +25,6 @@ from dataset.lm_dataset import SFTDataset
 from dataset.packing import best_fit_decreasing, pack, pad
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.losses import summed_cross_entropy
 from trainer.trainer_utils import keep_freed_memory, seconds_of_product
 
 TEMPLATE = (
@@ -105,7 +104,7 @@ def train(args, tokenizer, row_length=512, batch_size=8):
     def steps(name, batches):
         for ids, labels, *where in batches:
             with torch.autocast("cpu", dtype, enabled=faster):
-                loss = summed_cross_entropy(model(ids, *where), labels)
+                loss = model(ids, *where, labels=labels)
             loss.backward()
             model.zero_grad()
             tokens[name] += int((where[1] >= 0).sum())

@@ -19,8 +19,7 @@ from dataset.cache import tokenised
 from dataset.chat_template import pieces
 from dataset.errors import UserError
 from dataset.tokenizer import END_OF_TEXT, IM_END
-
-IGNORE = -100  # the label of a token that carries no loss; torch's cross_entropy skips it
+from model.loss import IGNORE
 
 
 class TokenDataset(Dataset):

@@ -10,8 +10,8 @@ from bisect import bisect_left, insort
 import numpy as np
 import torch
 
-from dataset.lm_dataset import IGNORE
 from dataset.tokenizer import PAD
+from model.loss import IGNORE
 
 SHORTEST = 128  # tokens of a packed row; longer ones make attention dearer, shorter ones pack worse
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
-from model import packed_attention
+from model import attention
+from model.loss import summed_cross_entropy
 from model.moe import MoE
 
 
@@ -76,19 +76,19 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(position_ids, head_dim, theta):
-    """cos and sin of every position's angles, (B, T) -> two of (B, 1, T, d), in fp32.
+    """cos and sin of every position's angles, (B, T) -> two of (B, T, 1, d), in fp32.
 
     RoPE (arXiv:2104.09864) turns pair i of a head's values by position * theta^(-2i/d), so that
     the product of a query and a key depends on their distance alone.
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angle = position_ids[:, None, :, None].float() * (theta**-exponent)  # (B, 1, T, d/2)
+    angle = position_ids[:, :, None, None].float() * (theta**-exponent)  # (B, T, 1, d/2)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns x (B, H, T, d); a pair is (i, i + d/2), as in Llama's and Qwen's checkpoints."""
+    """Turns x (B, T, H, d); a pair is (i, i + d/2), as in Llama's and Qwen's checkpoints."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
 
@@ -110,28 +110,17 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask, kv_cache, layer):
         B, T, _ = x.shape
-        H, K, d = self.q_proj.out_features, self.k_proj.out_features, self.config.head_dim
+        d = self.config.head_dim
         q = self.q_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, H, d)
         k = self.k_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, K, d)
         v = self.v_proj(x).view(B, T, -1, d)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
         if kv_cache is not None:
             k, v = kv_cache.append(layer, k, v)  # (B, K, T, d) -> (B, K, S, d)
-        if H != K:
-            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # -> (B, H, S, d)
-        # Without a mask, T > 1 tokens are the row's first; a single token may see all before it.
-        causal = mask is None and T > 1
-        if isinstance(mask, BlockMask):
-            x = packed_attention.attend(q, k, v, mask)
-        elif x.device.type == "cpu":  # where this one operation is slower in bf16 than in fp32
-            with torch.autocast("cpu", enabled=False):
-                q, k, v = q.float(), k.float(), v.float()
-                x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        x = attention.attend(q, k, v, mask)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, d) -> (B, T, D)
 
 
@@ -209,8 +198,8 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):
-        """Scores every vocabulary entry as the token after each position.
+    def forward(self, input_ids, position_ids=None, document_ids=None, kv_cache=None, labels=None):
+        """Scores every vocabulary entry as the token after each position, or sums up the loss.
 
         input_ids     (B, T) int64
         position_ids  (B, T) int64, each token's place in its document; default: 0, 1, 2 ... after
@@ -218,7 +207,9 @@ class CausalLM(nn.Module):
         document_ids  (B, T) int64; a token sees only earlier tokens of the same id. For rows that
                       hold several documents, and for padding on the left. Default: one document.
         kv_cache      a KVCache, which then also holds this call's keys and values
-        returns       logits (B, T, V), in the dtype of the weights or of autocast
+        labels        (B, T) int64, not shifted, -100 = no loss
+        returns       logits (B, T, V), in the dtype of the weights or of autocast; with labels, the
+                      summed cross-entropy, as `loss.py` has it
         """
         T = input_ids.shape[1]
         past = kv_cache.length if kv_cache is not None else 0
@@ -229,20 +220,14 @@ class CausalLM(nn.Module):
             document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
         mask, device = None, input_ids.device
         packed = document_ids is not None and kv_cache is None
-        if packed and packed_attention.available(device, self.config.head_dim):
-            mask = packed_attention.document_blocks(document_ids)
+        if packed and attention.blocks_available(device, self.config.head_dim):
+            mask = attention.document_blocks(document_ids)
         elif document_ids is not None or (past > 0 and T > 1):
-            mask = visible(past, T, document_ids, device)
-        return self.lm_head(self.model(input_ids, rotary, mask, kv_cache))
-
-
-def visible(past, T, document_ids, device):
-    """Which of S = past + T keys each of the T last tokens may see: bool (1 or B, 1, T, S)."""
-    key = torch.arange(past + T, device=device)
-    mask = (key[past:, None] >= key[None, :])[None, None]
-    if document_ids is not None:  # (B, S)
-        mask = mask & (document_ids[:, None, past:, None] == document_ids[:, None, None, :])
-    return mask
+            mask = attention.visible(past, T, document_ids, device)
+        x = self.model(input_ids, rotary, mask, kv_cache)  # (B, T, D)
+        if labels is not None:
+            return summed_cross_entropy(x, self.lm_head.weight, labels)
+        return self.lm_head(x)
 
 
 class KVCache:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from bench.fuzz import READERS, damaged, outcome
+from model import causal_lm
+from model import loss as model_loss
 from tests.conftest import ROOT, run
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
-from trainer import checkpoint, train_full_sft, trainer_utils
+from trainer import checkpoint, train_full_sft
 from trainer.stopping import RunLock
 
 SCRIPT = ROOT / "trainer/train_full_sft.py"
@@ -118,14 +120,14 @@ def test_a_worker_that_is_killed_is_replaced_by_the_training_process(
 ):
     steps = []
 
-    def loss(logits, labels):
+    def loss(x, weight, labels):
         steps.append(1)
         if len(steps) == 2:
             (worker,) = multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGKILL)
-        return trainer_utils.summed_cross_entropy(logits, labels)
+        return model_loss.summed_cross_entropy(x, weight, labels)
 
-    monkeypatch.setattr(train_full_sft, "summed_cross_entropy", loss)
+    monkeypatch.setattr(causal_lm, "summed_cross_entropy", loss)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     train_full_sft.main(flags(data, tmp_path, num_workers=1, eval_split=0, **MORE))
     train_full_sft.main(flags(data, tmp_path / "none", eval_split=0, **MORE))

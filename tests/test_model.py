@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import packed_attention
+from model import attention, loss
 from model.causal_lm import CausalLM, KVCache, ModelConfig
 
 transformers = pytest.importorskip("transformers")
@@ -63,9 +63,9 @@ def test_logits_loss_and_gradients_equal_transformers(kind, tie, input_ids):
     expected = theirs(input_ids, labels=labels)
     logits = ours(input_ids)
     torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
-    loss.backward()
+    mean = ours(input_ids, labels=labels) / loss.supervised_tokens(labels)
+    torch.testing.assert_close(mean, expected.loss, atol=1e-5, rtol=0)
+    mean.backward()
     expected.loss.backward()
     gradients = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
@@ -150,6 +150,29 @@ def test_a_document_in_a_packed_row_has_the_logits_that_it_has_alone(input_ids):
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+def test_the_loss_in_chunks_is_torchs_and_so_are_its_gradients(monkeypatch, chunk):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 9, 16), torch.randn(40, 16)
+    labels = torch.randint(40, (3, 9)).masked_fill(torch.rand(3, 9) < 0.3, loss.IGNORE)
+    results = []
+    for summed in (
+        loss.summed_cross_entropy,
+        lambda x, weight, labels: torch.nn.functional.cross_entropy(
+            (x @ weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        ),
+    ):
+        own = [t.clone().requires_grad_() for t in (x, weight)]
+        value = summed(*own, labels)
+        (value * 0.7).backward()
+        results.append([value, *(t.grad for t in own)])
+        with torch.no_grad():
+            torch.testing.assert_close(summed(*own, labels), value)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_blocks_of_documents_see_what_the_plain_mask_sees(monkeypatch):
     """The GPU's way, whose forward pass also runs, uncompiled, on a CPU."""
@@ -159,9 +182,9 @@ def test_blocks_of_documents_see_what_the_plain_mask_sees(monkeypatch):
     document_ids = torch.randint(-1, 5, (3, 300)).sort(dim=1).values
     with torch.no_grad():
         expected = model(input_ids, document_ids=document_ids)
-        monkeypatch.setattr(packed_attention, "available", lambda device, head_dim: True)
+        monkeypatch.setattr(attention, "blocks_available", lambda device, head_dim: True)
         monkeypatch.setattr(
-            packed_attention, "compile_once", lambda function: calls.append(function) or function
+            attention, "compile_once", lambda function: calls.append(function) or function
         )
         calls = []
         found = model(input_ids, document_ids=document_ids)

@@ -5,10 +5,9 @@ import random
 import pytest
 import torch
 
-from dataset.lm_dataset import IGNORE
 from dataset.packing import SHORTEST, best_fit_decreasing, pack, pad
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.losses import summed_cross_entropy, supervised_tokens
+from model.loss import IGNORE, summed_cross_entropy, supervised_tokens
 
 
 def random_rows(rng, count, longest):
@@ -107,7 +106,11 @@ def test_a_packed_document_has_the_losses_that_it_has_alone_and_no_influence_on_
 @pytest.mark.parametrize("collate", [lambda rows: pack(rows, 300), pad])
 def test_no_rows_give_a_batch_without_loss(collate):
     ids, labels, *_ = collate([])
-    logits = torch.randn(*ids.shape, 7, requires_grad=True)
-    loss = summed_cross_entropy(logits, labels)
+    x, weight = (
+        torch.randn(*ids.shape, 5, requires_grad=True),
+        torch.randn(7, 5, requires_grad=True),
+    )
+    loss = summed_cross_entropy(x, weight, labels)
     loss.backward()
-    assert loss.item() == 0 and supervised_tokens(labels) == 0 and not logits.grad.any()
+    assert loss.item() == 0 and supervised_tokens(labels) == 0
+    assert not x.grad.any() and not weight.grad.any()

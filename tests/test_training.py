@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from dataset.errors import UserError
-from dataset.lm_dataset import IGNORE, PretrainDataset, SFTDataset
+from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tokenizer import load_tokenizer
+from model import causal_lm
+from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
+from model.loss import IGNORE
 from tests.conftest import ROOT, TINY, chat, run, write_jsonl
-from trainer import checkpoint, train_full_sft, train_pretrain, trainer_utils
+from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import parse_training_args, training_parser
 from trainer.trainer_utils import learning_rate
 
@@ -133,14 +136,14 @@ def test_sigterm_within_a_step_stops_after_it_and_nothing_is_lost(
     train_full_sft.main(flags(data, tmp_path / "whole", **more))
     calls = []
 
-    def loss(logits, labels):
+    def loss(x, weight, labels):
         calls.append(1)
         if len(calls) == micro_batch:
             os.kill(os.getpid(), signal.SIGTERM)
-        return trainer_utils.summed_cross_entropy(logits, labels)
+        return model_loss.summed_cross_entropy(x, weight, labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_full_sft, "summed_cross_entropy", loss)
+        patch.setattr(causal_lm, "summed_cross_entropy", loss)
         with pytest.raises(SystemExit) as stopped:
             train_full_sft.main(flags(data, tmp_path / "parts", **more))
     assert stopped.value.code == 130 and log(tmp_path / "parts")[-1]["step"] == 3
@@ -281,12 +284,12 @@ def test_lower_precision_keeps_fp32_weights(data, tmp_path, dtype):
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(data, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def sometimes_nan(logits, labels):
+    def sometimes_nan(x, weight, labels):
         calls.append(1)
-        loss = trainer_utils.summed_cross_entropy(logits, labels)
+        loss = model_loss.summed_cross_entropy(x, weight, labels)
         return loss * math.nan if len(calls) == 2 else loss
 
-    monkeypatch.setattr(train_full_sft, "summed_cross_entropy", sometimes_nan)
+    monkeypatch.setattr(causal_lm, "summed_cross_entropy", sometimes_nan)
     train_full_sft.main(flags(data, tmp_path))
     assert "step 2 is left out" in capsys.readouterr().out
     assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
@@ -295,12 +298,12 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(data, tmp_path, mon
 def test_too_many_bad_steps_in_a_row_save_point_at_the_data_and_stop(data, tmp_path, monkeypatch):
     calls = []
 
-    def nan_from_the_third(logits, labels):
+    def nan_from_the_third(x, weight, labels):
         calls.append(1)
-        loss = trainer_utils.summed_cross_entropy(logits, labels)
+        loss = model_loss.summed_cross_entropy(x, weight, labels)
         return loss * math.nan if len(calls) > 2 else loss
 
-    monkeypatch.setattr(train_full_sft, "summed_cross_entropy", nan_from_the_third)
+    monkeypatch.setattr(causal_lm, "summed_cross_entropy", nan_from_the_third)
     with pytest.raises(
         UserError, match=r"2 steps in a row .* at step 4.*sft.jsonl, lines"
     ) as error:

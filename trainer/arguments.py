@@ -117,7 +117,12 @@ def training_parser(description, **defaults):
     several = "how several processes share the work: ddp, or fsdp, which shards the model"
     add("--parallel", type=one_of("ddp", "fsdp"), default="ddp", help=several)
     add("--deterministic", type=switch, default=False, help="1: to the bit on a GPU too, slower")
-    add("--use_compile", type=switch, default=False, help="1: torch.compile")
+    add(
+        "--use_compile",
+        type=switch,
+        default=False,
+        help="1: fuse small operations; needs a C++ compiler",
+    )
     add("--strict_data", type=switch, default=False, help="1: stop at the first bad line")
     add("--seed", type=count, default=1)
     parser.set_defaults(**defaults)

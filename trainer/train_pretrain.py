@@ -22,13 +22,14 @@ from dataset.lm_dataset import PretrainDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tiny_world import PRETRAIN, write_missing
 from model.generation import complete
+from model.loss import supervised_tokens
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import parse_training_args, reading, training_parser
-from trainer.losses import summed_cross_entropy, supervised_tokens
 from trainer.metrics import MetricsLog
 from trainer.stopping import RunLock, StopSignal, report_end
 from trainer.trainer_utils import (
+    compile_layers,
     describe,
     init_model,
     keep_freed_memory,
@@ -81,8 +82,9 @@ def main(argv=None):
     describe(data, train_rows, eval_rows, args)
 
     # What learns, and how far it is.
+    if args.use_compile:
+        compile_layers(model)
     runner = distributed.parallelise(model, args.parallel, dtype)
-    runner = torch.compile(runner) if args.use_compile else runner
     optimizer = make_optimizer(model, args)
     rows_per_step = args.batch_size * args.accumulation_steps * world_size
     run = checkpoint.Run(
@@ -124,8 +126,7 @@ def main(argv=None):
                 input_ids, labels, *where = (part.to(device) for part in batch)
                 with distributed.adding_gradients(runner, index == len(fetched) - 1):
                     with autocast:
-                        logits = runner(input_ids, *where)  # (B, T, V)
-                    share = summed_cross_entropy(logits, labels) / supervised
+                        share = runner(input_ids, *where, labels=labels) / supervised
                     objective = share
                     if model.config.use_moe:
                         balance = load_balance_loss(model) / (len(fetched) * world_size)

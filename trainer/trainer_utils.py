@@ -15,10 +15,10 @@ from dataset.errors import UserError
 from dataset.plan import batches, epoch_plan
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.loss import supervised_tokens
 from trainer import checkpoint
 from trainer.arguments import SHAPE
 from trainer.distributed import add_up, local_rank
-from trainer.losses import summed_cross_entropy, supervised_tokens
 
 
 def init_model(args, device="cpu", resume=None):
@@ -133,6 +133,14 @@ def keep_freed_memory():
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def compile_layers(model):
+    """Has torch fuse each layer's small operations. The layers are alike, so the first one's code
+    serves all; that takes half a minute at the first step, and less when it is found in the cache.
+    """
+    for layer in model.model.layers:
+        layer.compile()
+
+
 def make_optimizer(model, args):
     """AdamW (arXiv:1711.05101); the decay pulls on matrices only, not on the scales of norms."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
@@ -189,8 +197,7 @@ def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_
     for batch in batches(dataset, micro_batches, args):
         input_ids, labels, *where = (part.to(device) for part in batch)
         with autocast:
-            logits = model(input_ids, *where)
-        total += summed_cross_entropy(logits, labels).item()
+            total += model(input_ids, *where, labels=labels).item()
         count += supervised_tokens(labels)
     model.train()
     total, count = add_up(total, count, device=device)

@@ -1,0 +1,94 @@
+"""Attention proper, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762), in the way that is quick on the
+device at hand; and what a token may see.
+
+Shapes: B rows, H heads, K key and value heads, G = H / K, T queries, S keys, d head size.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+BLOCK = 128  # queries at once on a CPU: larger ones score more of the future, in vain
+
+
+def visible(past, T, document_ids, device):
+    """Which of S = past + T keys each of the T last tokens may see: bool (1 or B, 1, T, S)."""
+    key = torch.arange(past + T, device=device)
+    mask = (key[past:, None] >= key[None, :])[None, None]
+    if document_ids is not None:  # (B, S)
+        mask = mask & (document_ids[:, None, past:, None] == document_ids[:, None, None, :])
+    return mask
+
+
+def attend(q, k, v, mask):
+    """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
+
+    mask is what `visible` or `document_blocks` gives. None: each token sees those before it, and
+    the T queries are the last of the S tokens.
+    """
+    if q.device.type == "cpu" and not isinstance(mask, BlockMask):
+        return attend_in_blocks(q, k, v, mask)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if isinstance(mask, BlockMask):
+        return compiled(flex_attention)(q, k, v, block_mask=mask)
+    # A single query may see all keys; more than one without a mask are all there is.
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1)
+
+
+def attend_in_blocks(q, k, v, mask):
+    """The formula as it stands, for a block of queries after the other: what lies after a block is
+    not computed. On a CPU this takes a third of the time of torch's fused kernel in bf16, and two
+    thirds in fp32. The G heads that share a key make one larger product.
+    """
+    (B, H, T, d), K, S = q.shape, k.shape[1], k.shape[2]
+    q, results = q.reshape(B, K, H // K, T, d) * d**-0.5, []
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, T, BLOCK):
+            end = min(start + BLOCK, T)
+            t, seen = end - start, S - T + end
+            block = q[:, :, :, start:end].reshape(B, K, -1, d)  # (B, K, G * t, d)
+            scores = block @ k[:, :, :seen].transpose(-1, -2)  # (B, K, G * t, seen)
+            scores = scores.view(B, K, -1, t, seen)
+            if mask is not None:
+                hidden = ~mask[:, :, None, start:end, :seen]
+                scores = scores.masked_fill(hidden, -torch.inf)
+            elif t > 1:
+                future = torch.ones(t, t, dtype=torch.bool).triu(1)
+                scores[..., seen - t :].masked_fill_(future, -torch.inf)
+            weights = scores.softmax(dim=-1).view(B, K, -1, seen)
+            results.append((weights @ v[:, :, :seen]).view(B, K, -1, t, d))
+    return torch.cat(results, dim=3).reshape(B, H, T, d)
+
+
+def blocks_available(device, head_dim):
+    """Whether torch can compile FlexAttention: it takes CUDA, Triton and a power of two."""
+    return device.type == "cuda" and head_dim in (16, 32, 64, 128, 256) and find_spec("triton")
+
+
+def document_blocks(document_ids):
+    """document_ids (B, T) -> the BlockMask with which a token sees its document up to itself.
+
+    On a GPU, FlexAttention (arXiv:2412.05496) computes only those blocks of the T x T scores in
+    which some query may see some key: packed rows cost what their documents cost.
+    """
+    B, T = document_ids.shape
+
+    def same_document(row, head, query, key):
+        same = document_ids[row, query] == document_ids[row, key]
+        return same & (query >= key)
+
+    device = document_ids.device
+    return compiled(create_block_mask)(same_document, B, None, T, T, device=device)
+
+
+def compiled(function):
+    """The function as one fused kernel; inside a compiled model that happens anyway."""
+    return function if torch.compiler.is_compiling() else compile_once(function)
+
+
+@cache
+def compile_once(function):
+    return torch.compile(function)

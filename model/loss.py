@@ -1,0 +1,61 @@
+"""The loss of next-token prediction, without ever holding a score for every token and every entry
+of the vocabulary at once.
+
+Shapes: B batch, T time, D hidden, V vocabulary, N labelled tokens, n those of a chunk.
+"""
+
+import torch
+
+IGNORE = -100  # the label of a token that carries no loss
+CHUNK = 512  # tokens whose scores are held at once
+
+
+def summed_cross_entropy(x, weight, labels):
+    """The sum of -log p(token) over the labelled tokens, each predicted by the position before it.
+
+    x (B, T, D), what the decoder says of each position; weight (V, D) of the output layer; labels
+    (B, T), -100 = no loss. Returns an fp32 scalar, not divided: a step's sum over all micro-batches
+    and processes is divided once, by its number of labelled tokens.
+    """
+    labelled = labels[:, 1:] != IGNORE
+    x, targets = x[:, :-1][labelled], labels[:, 1:][labelled]  # (B, T, D) -> (N, D); (N,)
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return ChunkedCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled())
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradients are made together with the loss, while a chunk's scores are at hand: that of a
+    score is its probability, less 1 for the token that came. Products are made in dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_gradients):
+        total = torch.zeros((), device=x.device)
+        x, matrix = x.to(dtype), weight.to(dtype)
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), CHUNK):
+            part, target = x[start : start + CHUNK], targets[start : start + CHUNK, None]
+            scores = (part @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
+            log_sum = scores.logsumexp(dim=-1, keepdim=True)
+            total += (log_sum - scores.gather(1, target)).sum()
+            if with_gradients:
+                grad = scores.sub_(log_sum).exp_()
+                grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+                grad = grad.to(dtype)
+                x_grad[start : start + CHUNK] = grad @ matrix  # (n, V) @ (V, D) -> (n, D)
+                weight_grad += grad.T @ part  # (V, n) @ (n, D) -> (V, D)
+        ctx.save_for_backward(x_grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad.float() * grad_output, weight_grad * grad_output, None, None, None
+
+
+def supervised_tokens(labels):
+    """How many terms the sum above has."""
+    return int((labels[:, 1:] != IGNORE).sum())
