@@ -45,10 +45,11 @@ def best_fit_decreasing(lengths, row_length):
 def layout(lengths, row_length):
     """(tokens of a row, the rows) for a batch of documents; the rows are lists of indices.
 
-    Rows are as long as the longest document, where that takes no more tokens than rows of
+    Rows are about as long as the longest document, where that takes no more tokens than rows of
     row_length: a token attends to its whole row, and what is not its document is masked out.
+    About, because a CPU keeps compiled code for each size of product that it meets.
     """
-    shortest = min(row_length, max([SHORTEST, *lengths]))
+    shortest = min(row_length, -max([SHORTEST, *lengths]) // 64 * -64)
     layouts = [(T, best_fit_decreasing(lengths, T)) for T in (shortest, row_length)]
     return min(layouts, key=lambda layout: layout[0] * len(layout[1]))
 
