@@ -72,7 +72,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).type_as(x)
+        weight = self.weight.float()  # fp32 already, but in a model that was cast to generate
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
 def rotary_table(position_ids, head_dim, theta):
