@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model import attention
 from model.loss import summed_cross_entropy
@@ -169,11 +170,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+        self.grad_checkpoint = False
 
     def forward(self, input_ids, rotary, mask, kv_cache):
         x = self.dropout(self.embed_tokens(input_ids))  # (B, T) -> (B, T, D)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, kv_cache, index)
+            if self.grad_checkpoint and self.training:  # keep x alone, compute the rest once more
+                x = checkpoint(layer, x, rotary, mask, kv_cache, index, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, kv_cache, index)
         return self.norm(x)
 
 

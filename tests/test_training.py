@@ -347,6 +347,23 @@ def test_the_best_weights_can_be_those_that_answer_best(data, tmp_path, monkeypa
     assert best["training"]["step"] == 4 and best["training"]["best_score"] == 0.6
 
 
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_computing_layers_twice_to_save_memory_changes_no_bit(data, tmp_path, use_moe):
+    for checkpointed in (0, 1):
+        more = {"dropout": 0.1, "use_moe": use_moe, "grad_checkpoint": checkpointed}
+        train_full_sft.main(flags(data, tmp_path / str(checkpointed), **more))
+    name = f"full_sft_32{'_moe' if use_moe else ''}"
+    assert_equal(weights(tmp_path / "0", name), weights(tmp_path / "1", name))
+
+
+def test_the_profile_names_what_took_longest_and_changes_no_bit(data, tmp_path, capsys):
+    for profile in (0, 1):
+        train_full_sft.main(flags(data, tmp_path / str(profile), profile=profile, epochs=2))
+    assert re.search(r"aten::\w*mm .*%", capsys.readouterr().out)
+    assert json.loads((tmp_path / "1/logs/full_sft_32_trace.json").read_text(encoding="utf-8"))
+    assert_equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
+
+
 def test_metrics_have_their_documented_keys_and_the_loss_falls(trained):
     lines = (trained / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
     keys = "step epoch tokens loss val_loss lr grad_norm tokens_per_s data_wait_s".split()

@@ -123,6 +123,9 @@ def training_parser(description, **defaults):
         default=False,
         help="1: fuse small operations; needs a C++ compiler",
     )
+    less = "1: keep one tensor per layer for the backward pass and compute the rest again"
+    add("--grad_checkpoint", type=switch, default=False, help=less)
+    add("--profile", type=switch, default=False, help="1: see where the time of a few steps goes")
     add("--strict_data", type=switch, default=False, help="1: stop at the first bad line")
     add("--seed", type=count, default=1)
     parser.set_defaults(**defaults)

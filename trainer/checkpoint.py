@@ -29,9 +29,9 @@ EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
 # Flags that a resumed run may change: the weights come out the same, or, with another device,
 # nearly the same.
 FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir rebuild_cache
-    device num_workers use_compile parallel deterministic log_interval save_interval eval_interval
-    sample_interval sample_prompt strict_data keep_checkpoints best_metric early_stop_patience
-    save_best_at_end max_bad_steps""".split()
+    device num_workers use_compile grad_checkpoint profile parallel deterministic log_interval
+    save_interval eval_interval sample_interval sample_prompt strict_data keep_checkpoints
+    best_metric early_stop_patience save_best_at_end max_bad_steps""".split()
 FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
 FREE += ["data_path", "eval_data_path", "replay_path"]  # the content of the files is compared
 QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ

@@ -26,7 +26,7 @@ from model.loss import supervised_tokens
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import parse_training_args, reading, training_parser
-from trainer.metrics import MetricsLog
+from trainer.metrics import MetricsLog, step_profiler
 from trainer.stopping import RunLock, StopSignal, report_end
 from trainer.trainer_utils import (
     compile_layers,
@@ -82,6 +82,7 @@ def main(argv=None):
     describe(data, train_rows, eval_rows, args)
 
     # What learns, and how far it is.
+    model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
     runner = distributed.parallelise(model, args.parallel, dtype)
@@ -99,6 +100,7 @@ def main(argv=None):
         return
 
     log = MetricsLog(args.save_dir / "logs" / f"{name}.jsonl", run.log_bytes, silent=rank > 0)
+    profiler = step_profiler(log.path.with_name(f"{name}_trace.json"), args.profile)
     stop = StopSignal()
     bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=rank > 0 or None)
     start, start_tokens, data_wait, ended = time.perf_counter(), run.tokens, 0.0, False
@@ -193,6 +195,7 @@ def main(argv=None):
             if ended or run.step % args.save_interval == 0:
                 checkpoint.save_run(args, model, tokenizer, "pretrain", optimizer, scaler, run)
             bar.update()
+            profiler.step()
             if ended:
                 break
         if ended:
