@@ -2,7 +2,7 @@
 # make demo FRESH=1  starts over
 # make test          sets itself up, runs every test
 # make lint          ruff, rules and format
-# make bench DATA=F  what the data side costs, measured on a file of conversations
+# make bench DATA=F  training, generation, data: side by side with others; F is GSM8K's training file
 PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
 PY := .venv/Scripts/python
@@ -23,7 +23,9 @@ lint: .venv/ready-dev
 	$(PY) -m ruff format --check .
 
 bench: .venv/ready-dev
-	$(PY) bench/data.py $(DATA)
+	$(PY) -m pip install --disable-pip-version-check -q -r bench/requirements.txt -c constraints.txt
+	$(PY) bench/speed.py $(if $(DATA),--data $(DATA))
+	$(if $(DATA),$(PY) bench/data.py $(DATA))
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed; try make PYTHON=python3.12')"
