@@ -217,9 +217,10 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a file size limit is a Unix thing")
-def test_a_full_disk_while_saving(trained, data):
+def test_a_full_disk_while_saving(trained, data, tmp_path):
     """A limit on the size of files stands in for a full disk: writing fails in the middle."""
-    files = sorted(trained.rglob("*.pth"))
+    out = shutil.copytree(trained, tmp_path / "out")
+    files = sorted(out.rglob("*.pth"))
     before = [path.read_bytes() for path in files]
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -229,9 +230,9 @@ def test_a_full_disk_while_saving(trained, data):
         "from trainer.train_full_sft import main\n"
         "with m(): main(sys.argv[1:])"
     )
-    flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--device", "cpu"]
+    flags = ["--save_dir", out, "--data_path", data / "sft.jsonl", "--device", "cpu"]
     command = [sys.executable, "-c", script, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     refused(done, "full_sft_32_best.pth cannot be written", "ake room")
-    assert [path.read_bytes() for path in sorted(trained.rglob("*.pth"))] == before
-    assert not list(trained.rglob("*.part"))
+    assert [path.read_bytes() for path in sorted(out.rglob("*.pth"))] == before
+    assert not list(out.rglob("*.part"))
