@@ -1,5 +1,6 @@
 """The two loops: exact gradients however a step is split, exact resume, several processes."""
 
+import copy
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from model.loss import IGNORE
 from tests.conftest import ROOT, TINY, chat, run, write_jsonl
 from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import parse_training_args, training_parser
+from trainer.optimizer import make_optimizer
 from trainer.trainer_utils import learning_rate
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
@@ -345,6 +347,36 @@ def test_the_best_weights_can_be_those_that_answer_best(data, tmp_path, monkeypa
     train_full_sft.main(flags(data, tmp_path, **more))
     best = checkpoint.load(tmp_path / "checkpoints/full_sft_32_best.pth")
     assert best["training"]["step"] == 4 and best["training"]["best_score"] == 0.6
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="comes with torch 2.9")
+def test_muon_moves_the_layers_matrices_and_resumes_to_the_bit(data, tmp_path, monkeypatch):
+    more = {"optimizer": "muon", "epochs": 2, "weight_decay": 0, "learning_rate": 0.01}
+    train_full_sft.main(flags(data, tmp_path / "whole", **more))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_full_sft, "StopSignal", StopAt(3))
+        with pytest.raises(SystemExit):
+            train_full_sft.main(flags(data, tmp_path / "parts", **more))
+    train_full_sft.main(["--save_dir", str(tmp_path / "parts"), "--from_resume", "1"])
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    saved = checkpoint.load(tmp_path / "parts/checkpoints/full_sft_32_resume.pth")["optimizer"]
+    assert len(saved["muon"]["state"]) == 2 * 7  # two layers: q, k, v, o, gate, up, down
+
+    # But for its size, the first step of a matrix has most singular values near 1.
+    start = CausalLM(ModelConfig(**checkpoint.load(tmp_path / "whole/full_sft_32.pth")["config"]))
+    model = copy.deepcopy(start)
+    args = args_of(**(more | {"learning_rate": 1.0}))
+    ids = torch.randint(2048, (4, 50))
+    model(ids, labels=ids).backward()
+    make_optimizer(model, args).step()
+    moved = [
+        weight - before
+        for (name, weight), before in zip(model.named_parameters(), start.parameters(), strict=True)
+        if "proj" in name
+    ]
+    for step in moved:
+        sizes = torch.linalg.svdvals(step.detach()) / (0.2 * max(step.shape) ** 0.5)
+        assert sizes.max() < 1.4 and sizes.median() > 0.6
 
 
 @pytest.mark.parametrize("use_moe", [0, 1])

@@ -90,6 +90,8 @@ def training_parser(description, **defaults):
     add("--min_lr_ratio", type=number(float, 0, 1), default=0.1, help="its last, as a share")
     add("--warmup_steps", type=count, default=50, help="steps in which it rises")
     add("--weight_decay", type=number(float, 0), default=0.1, help="of the matrices")
+    muon = "adamw, or muon for the matrices of the layers and adamw for the rest"
+    add("--optimizer", type=one_of("adamw", "muon"), default="adamw", help=muon)
     add("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
     add("--max_seq_len", type=number(int, 2), help="tokens of a row at most")
     packed = "1: rows of several documents; 0: each has its own, padded to the longest"

@@ -127,6 +127,10 @@ def whole(state):
 
 def load_optimizer(optimizer, state):
     """Gives an optimizer its whole state, of which each process takes what it shards."""
+    if hasattr(optimizer, "parts"):
+        for name, part in optimizer.parts.items():
+            load_optimizer(part, state[name])
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         like = parameters[index]

@@ -27,6 +27,7 @@ from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import parse_training_args, reading, training_parser
 from trainer.metrics import MetricsLog, step_profiler
+from trainer.optimizer import make_optimizer
 from trainer.stopping import RunLock, StopSignal, report_end
 from trainer.trainer_utils import (
     compile_layers,
@@ -34,7 +35,6 @@ from trainer.trainer_utils import (
     init_model,
     keep_freed_memory,
     learning_rate,
-    make_optimizer,
     pick_device,
     pick_dtype,
     seed_step,

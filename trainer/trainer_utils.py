@@ -141,15 +141,6 @@ def compile_layers(model):
         layer.compile()
 
 
-def make_optimizer(model, args):
-    """AdamW (arXiv:1711.05101); the decay pulls on matrices only, not on the scales of norms."""
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    scales = [weight for weight in model.parameters() if weight.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}]
-    groups += [{"params": scales, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
 def learning_rate(step, total_steps, args):
     """Of the given step, counted from 0: a linear rise to --learning_rate over --warmup_steps, then
     half a cosine down to --min_lr_ratio of it at the last step.
