@@ -24,7 +24,9 @@ class StopSignal:
             # nohup has SIGHUP ignored, and means it; so does Python SIGPIPE, to raise an error.
             if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
                 signal.signal(number, self.receive)
-        sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+        for name in ("stdout", "stderr"):
+            if not isinstance(getattr(sys, name), Unbreakable):
+                setattr(sys, name, Unbreakable(getattr(sys, name)))
 
     def receive(self, number, frame):
         self.received = True

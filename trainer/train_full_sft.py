@@ -196,7 +196,8 @@ def main(argv=None):
                     tqdm.write(f"validation {val_loss:.3f}, {speed:,.0f} tokens/s")
                     score = -val_loss
                     if args.best_metric != "val_loss":
-                        score = accuracy(args.best_metric, model, tokenizer)
+                        score = accuracy(args.best_metric, model, tokenizer) / world_size
+                        (score,) = distributed.add_up(score, device=device)  # all agree on it
                         tqdm.write(f"  {args.best_metric} {score:.1%}")
                     if run.judge(score):
                         best = folder / f"{name}_best.pth"
