@@ -8,12 +8,13 @@ import pytest
 from dataset.chat_template import as_json, call_text, render, tools_text
 from dataset.formats import format_of, read_records, to_conversation
 from dataset.lm_dataset import SFTDataset
-from dataset.tokenizer import load_tokenizer
+from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from tests.conftest import ROOT, write_jsonl
 
 SHARED = ROOT.parent / "shared" / "data"
 SETS = ["gsm8k/train.jsonl", "gsm8k/test.jsonl"]
 SETS += [f"formats/glaive_toolcall_{language}_demo.json" for language in ("en", "zh")]
+SETS += ["formats/reason_tool_use_demo_50.jsonl"]
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 SYSTEM = {"role": "system", "content": "Be kind."}
 CALL = {"name": "add", "arguments": {"a": 1}}
@@ -188,21 +189,30 @@ def test_masks_are_those_of_transformers_with_the_same_template(name):
         messages, tools = to_conversation(record, format_of(record), Counter())
         ids, mask = render(messages, tools, tokenizer=tokenizer)
         if tools := as_json(tools, "tools"):
-            messages = [{"role": "system", "content": tools_text(tools)}, *messages]
+            if messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": ""}, *messages]
+            said = [messages[0]["content"], tools_text(tools)]
+            messages[0]["content"] = "\n\n".join(filter(None, said))
         for message in messages:
             message["calls"] = [call_text(call) for call in message.get("tool_calls", [])]
+        if any(token in json.dumps(messages) for token in CONTROL_TOKENS):
+            continue  # text that looks like a control token becomes one there, and not here
         theirs = judge.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         assert theirs["input_ids"] == ids and theirs["assistant_masks"] == mask
         compared += 1
-    assert compared >= 300
+    print(f"{name}: {compared} compared")
+    assert compared >= 40
 
 
 TEMPLATE = """{%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\\n' -}}
 {%- if m.role == 'assistant' -%}
 {%- generation -%}
+{%- if m.reasoning_content -%}
+{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' -}}
+{%- endif -%}
 {{- m.content -}}
 {%- for call in m.calls -%}{{- '<tool_call>' + call + '</tool_call>' -}}{%- endfor -%}
 {{- '<|im_end|>' -}}
