@@ -67,10 +67,10 @@ def main():
         rate = args.learning_rate * min(1.0, (steps + 1) / 20, 1.2 * (1 - done))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        starts = torch.randint(len(train) - T - 1, (args.batch_size,), generator=generator)
-        ids = torch.stack([train[start : start + T + 1] for start in starts])
+        starts = torch.randint(len(train) - T, (args.batch_size,), generator=generator)
+        ids = torch.stack([train[start : start + T] for start in starts])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(ids, labels=ids) / (args.batch_size * T)
+            loss = model(ids, labels=ids) / (args.batch_size * (T - 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
