@@ -38,7 +38,7 @@ def main():
     add("--num_hidden_layers", type=int, default=6)
     add("--max_seq_len", type=int, default=256)
     add("--batch_size", type=int, default=8)
-    add("--learning_rate", type=float, default=4e-3)
+    add("--learning_rate", type=float, default=1.2e-2)
     add("--optimizer", default="muon")
     add("--dropout", type=float, default=0.0)
     add("--weight_decay", type=float, default=0.1)

@@ -35,7 +35,7 @@ def test_the_command_runs(line, data, trained, tmp_path):
         files["mine.jsonl"] = data / "pretrain.jsonl"
     words = [str(files.get(word, word)) for word in COMMANDS[line]]
     script = words[0]
-    if script in ("demo.py", "bench/faults.py", "bench/speed.py"):
+    if script in ("demo.py", "bench/faults.py", "bench/speed.py", "bench/shakespeare.py"):
         pytest.skip("minutes long; its parts are tested on their own")
     if script == "bench/fuzz.py":
         words[-1] = "1"
