@@ -76,17 +76,18 @@ def generate(
 def matrices_laid_out(model, batch_size):
     """Inside, the model is in eval mode and, on a CPU with oneDNN, reads copies of its matrices in
     the order in which the processor takes them. A new token needs every weight once, so the time
-    that it takes is the time to read them: about half as long that way.
+    that it takes is the time to read them.
     """
     was_training, linears = model.training, []
     model.eval()
     lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    if lay_out and model.lm_head.weight.device.type == "cpu" and not model.config.use_moe:
+    weight = model.lm_head.weight
+    whole = weight.device.type == "cpu" and not hasattr(weight, "full_tensor")  # fsdp shards it
+    if lay_out and whole and not model.config.use_moe:
         linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     try:
         for linear in linears:
-            weight = lay_out(linear.weight.detach(), batch_size)
-            linear.forward = partial(multiply, weight)
+            linear.forward = partial(multiply, lay_out(linear.weight.detach(), batch_size))
         yield
     finally:
         for linear in linears:

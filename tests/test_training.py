@@ -205,7 +205,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 )
 def test_several_processes_end_in_the_weights_of_one(data, tmp_path, processes, parallel, packing):
     shared = {"epochs": 2, "eval_interval": 3, "packing": packing, "max_seq_len": 96}
-    more = {"batch_size": 1, "accumulation_steps": 2, "parallel": parallel}
+    more = {"batch_size": 1, "accumulation_steps": 2, "parallel": parallel, "sample_interval": 3}
     train_full_sft.main(flags(data, tmp_path / "one", batch_size=2 * processes, **shared))
     script = ROOT / "trainer/train_full_sft.py"
     several = flags(data, tmp_path / "several", **(shared | more))
