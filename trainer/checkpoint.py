@@ -12,6 +12,7 @@ import dataclasses
 import math
 import pickle
 import re
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,18 +224,22 @@ class Run:
         return 0 < patience <= self.evaluations_since_best
 
 
-def plain(value):
-    """A flag's value as weights_only=True may load it."""
-    if isinstance(value, list):
-        return [tuple(map(plain, source)) for source in value]
-    return str(value) if isinstance(value, Path) else value
+def flags_of(args):
+    """The flags as weights_only=True may load them."""
+
+    def plain(value):
+        if isinstance(value, list):
+            return [tuple(map(plain, source)) for source in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(args).items()}
 
 
 def save_weights(path, args, model, tokenizer, stage, run):
     """Writes a weights file. Every process must call this; the first one writes."""
-    state, flags = whole(model.state_dict()), {k: plain(v) for k, v in vars(args).items()}
+    state = whole(model.state_dict())
     if is_first():
-        training = dataclasses.asdict(run) | flags
+        training = dataclasses.asdict(run) | flags_of(args)
         save(path, state, model.config, tokenizer, stage, training=training)
 
 
@@ -248,8 +253,7 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
     more = {"optimizer": whole(optimizer.state_dict()), "scaler": scaler.state_dict()}
     state, before, run.saved_step = whole(model.state_dict()), run.saved_step, run.step
     if is_first():
-        more["run"] = dataclasses.asdict(run)
-        more["arguments"] = {k: plain(v) for k, v in vars(args).items()}
+        more["run"], more["arguments"] = dataclasses.asdict(run), flags_of(args)
         new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
         save(new, state, model.config, tokenizer, stage, **more)
         earlier = sorted(folder.glob(f"{name}_step*.pth"), key=step_of)
@@ -264,14 +268,17 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
             for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
                 path.unlink()
         new.replace(latest)
-    save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run)
+        training = more["run"] | more["arguments"]
+        weights = args.save_dir / f"{name}.pth"
+        save(weights, state, model.config, tokenizer, stage, training=training)
 
 
 def put_best_in_place(args, name):
     """Makes the weights that did best in validation those of the run."""
-    content = load(args.save_dir / "checkpoints" / f"{name}_best.pth")
-    with replacing(args.save_dir / f"{name}.pth") as file:
-        torch.save(content, file)
+    best = args.save_dir / "checkpoints" / f"{name}_best.pth"
+    load(best)  # raises an error if it is damaged
+    with best.open("rb") as source, replacing(args.save_dir / f"{name}.pth") as file:
+        shutil.copyfileobj(source, file)
 
 
 def go_on(run, resume, args, optimizer, scaler):
@@ -283,7 +290,7 @@ def go_on(run, resume, args, optimizer, scaler):
     """
     path, content = resume
     before, saved = content["arguments"], Run(**content["run"])
-    now = {name: plain(value) for name, value in vars(args).items()}
+    now = flags_of(args)
     differ = {
         name: f"{name} is {value} and was {before.get(name)}"
         for name, value in now.items()

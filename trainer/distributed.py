@@ -57,13 +57,13 @@ def add_up(*values, device="cpu"):
 @contextmanager
 def first_process_first():
     """The first process does what is inside before the others do: they find its files."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
+    if not is_first():
+        wait_for_all()
     try:
         yield
     finally:
-        if dist.is_initialized() and dist.get_rank() == 0:
-            dist.barrier()
+        if is_first():
+            wait_for_all()
 
 
 def wait_for_all():
