@@ -64,14 +64,17 @@ class MetricsLog:
         return path
 
 
-def step_profiler(path, enabled):
+def step_profiler(log_path, enabled):
     """What the loop calls step() of after each training step: a torch profiler that leaves out four
-    steps, looks at three, prints what took longest, and writes a trace for chrome://tracing.
+    steps, looks at three, prints what took longest, and writes a trace for chrome://tracing beside
+    the log.
     """
     if not enabled:
         return SimpleNamespace(step=lambda: None)
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     kinds = kinds[: 1 + torch.cuda.is_available()]
+
+    path = log_path.with_name(f"{log_path.stem}_trace.json")
 
     def report(profiler):
         order = "self_cuda_time_total" if len(kinds) > 1 else "self_cpu_time_total"

@@ -124,7 +124,7 @@ def main(argv=None):
         return
 
     log = MetricsLog(args.save_dir / "logs" / f"{name}.jsonl", run.log_bytes, silent=rank > 0)
-    profiler = step_profiler(log.path.with_name(f"{name}_trace.json"), args.profile)
+    profiler = step_profiler(log.path, args.profile and rank == 0)
     stop = StopSignal()
     bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=rank > 0 or None)
     start, start_tokens, data_wait, ended = time.perf_counter(), run.tokens, 0.0, False
