@@ -10,14 +10,11 @@ out/bench.json: a list of {"name", "ours", "other", "other_name", "ratio", "unit
 
 import argparse
 import json
-import logging
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -249,9 +246,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=["pretraining", "sft", "generation", "start"])
     args = parser.parse_args()
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     keep_freed_memory()
     torch.manual_seed(0)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

@@ -135,7 +135,7 @@ def keep_freed_memory():
 
 def compile_layers(model):
     """Has torch fuse each layer's small operations. The layers are alike, so the first one's code
-    serves all; that takes half a minute at the first step, and less when it is found in the cache.
+    serves all: the wait at the first step is that of one layer.
     """
     for layer in model.model.layers:
         layer.compile()
