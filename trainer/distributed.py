@@ -21,10 +21,6 @@ def start(backend):
     """Joins the other processes of a torchrun job. Returns (rank, number of processes)."""
     if "RANK" not in os.environ:
         return 0, 1
-    # AdamW and DDP import this in passing. After the group it would keep the group alive, and a
-    # gloo thread that is still there when Python ends now and then aborts the process.
-    import torch._dynamo  # noqa: F401
-
     dist.init_process_group(backend)
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # the first process speaks for all
@@ -72,10 +68,15 @@ def wait_for_all():
 
 
 @contextmanager
-def lost_peers_in_plain_words():
-    """Around a script's main(): a process that waits in vain for another says so and ends."""
+def ending_in_plain_words():
+    """Around a script's main(): a process that waits in vain for another says so and ends, and one
+    that has done its part leaves at once.
+    """
+    code = 0
     try:
         yield
+    except SystemExit as end:
+        code = end.code
     except RuntimeError as error:
         if not dist.is_initialized() or not re.search(
             "gloo|nccl|peer|timed? ?out", str(error), re.I
@@ -86,6 +87,14 @@ def lost_peers_in_plain_words():
             f"process {dist.get_rank()} lost another one of this job ({reason}). See what that one "
             "says; go on from the last checkpoint with --from_resume 1"
         ) from None
+    if "RANK" in os.environ:
+        # DDP and fully_shard keep a reference to the group in places that outlive it. A gloo
+        # thread that is still there while Python takes itself apart now and then aborts.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def parallelise(model, mode, dtype):

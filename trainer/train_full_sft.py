@@ -231,7 +231,6 @@ def main(argv=None):
         if ended:
             break
     bar.close()
-    del runner, loader  # DDP holds on to the group of processes that now ends
     distributed.wait_for_all()
     distributed.end()
     if rank > 0:
@@ -245,5 +244,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words(), distributed.lost_peers_in_plain_words():
+    with mistakes_in_plain_words(), distributed.ending_in_plain_words():
         main()
