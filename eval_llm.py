@@ -54,6 +54,9 @@ def parse(argv):
     add("--prompt", help="answer this and end")
     add("--system", default="", help="system prompt")
     add("--device", default="auto")
+    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
+    fuse = "1: fuse the step to the next token, in half a minute; needs a C++ compiler"
+    add("--use_compile", type=int, choices=[0, 1], default=0, help=fuse)
     for name, (_, default, text) in SAMPLING.items():
         add(f"--{name}", default=default, help=text)
     args = parser.parse_args(argv)
@@ -67,10 +70,14 @@ class Chat:
 
     def __init__(self, args):
         # Here and not above: torch takes seconds to load, and --help need not wait for it.
-        from trainer.trainer_utils import init_model, pick_device
+        from trainer.trainer_utils import init_model, pick_device, pick_dtype, require_compiler
 
         self.settings = {name: getattr(args, name) for name in SAMPLING}
-        self.model, self.tokenizer, loaded = init_model(args, pick_device(args.device))
+        self.use_compile, device = bool(args.use_compile), pick_device(args.device)
+        if self.use_compile:
+            require_compiler(device)
+        self.model, self.tokenizer, loaded = init_model(args, device)
+        self.model.to(pick_dtype(args, device))
         self.continues = loaded["stage"] == "pretrain"
         self.start_over(args.system)
 
@@ -107,7 +114,8 @@ class Chat:
         interrupted, start = False, time.perf_counter()
         old_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            for (token,) in generate(self.model, [ids], **self.settings):
+            options = self.settings | {"use_compile": self.use_compile}
+            for (token,) in generate(self.model, [ids], **options):
                 if token in STOP:
                     break
                 new.append(token)

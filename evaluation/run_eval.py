@@ -23,7 +23,7 @@ from dataset.tiny_world import EVAL, write_missing
 from evaluation.tiny_world import is_correct
 from model.generation import complete
 from trainer.arguments import ROOT
-from trainer.trainer_utils import init_model, pick_device
+from trainer.trainer_utils import init_model, pick_device, pick_dtype, require_compiler
 
 
 def main(argv=None):
@@ -39,12 +39,19 @@ def main(argv=None):
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--max_new_tokens", type=int, default=120)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--use_compile", type=int, choices=[0, 1], default=0)
     args = parser.parse_args(argv)
 
-    model, tokenizer, _ = init_model(args, pick_device(args.device))
+    device = pick_device(args.device)
+    if args.use_compile:
+        require_compiler(device)
+    model, tokenizer, _ = init_model(args, device)
+    model.to(pick_dtype(args, device))
     start = time.perf_counter()
     problems = read(write_missing(args.data_path))
-    answer_all(problems, model, tokenizer, args.batch_size, args.max_new_tokens)
+    options = {"max_new_tokens": args.max_new_tokens, "use_compile": bool(args.use_compile)}
+    answer_all(problems, model, tokenizer, args.batch_size, **options)
     verdicts = defaultdict(list)
     for problem in problems:
         verdicts[problem["category"]].append(problem["correct"])
@@ -66,8 +73,9 @@ def main(argv=None):
     return scores
 
 
-def answer_all(problems, model, tokenizer, batch_size=50, max_new_tokens=120):
+def answer_all(problems, model, tokenizer, batch_size=50, max_new_tokens=120, use_compile=False):
     """Adds to each problem the model's "answer", and whether it is "correct"."""
+    options = {"max_new_tokens": max_new_tokens, "temperature": 0, "use_compile": use_compile}
     prompts = [
         render(problem["conversations"], add_generation_prompt=True, tokenizer=tokenizer)[0]
         for problem in problems
@@ -77,7 +85,7 @@ def answer_all(problems, model, tokenizer, batch_size=50, max_new_tokens=120):
     for first in tqdm(range(0, len(order), batch_size), unit="batch", leave=False, disable=None):
         chosen = order[first : first + batch_size]
         batch = [prompts[i] for i in chosen]
-        written = complete(model, batch, max_new_tokens=max_new_tokens, temperature=0)
+        written = complete(model, batch, **options)
         for i, answer in zip(chosen, map(tokenizer.decode, written), strict=True):
             correct = is_correct(answer, problems[i]["expected"])
             problems[i] |= {"answer": answer, "correct": correct}

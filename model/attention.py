@@ -29,19 +29,25 @@ def attend(q, k, v, mask):
     mask is what `visible` or `document_blocks` gives. None: each token sees those before it, and
     the T queries are the last of the S tokens.
     """
+    if q.shape[2] == 1:
+        return attend_from_one(q, k, v, mask)
     if q.device.type == "cpu" and not isinstance(mask, BlockMask):
-        way = attend_in_blocks if q.shape[2] > 1 else attend_from_one
-        return way(q.to(k.dtype), k, v, mask).to(q.dtype)
+        return attend_in_blocks(q, k, v, mask)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if isinstance(mask, BlockMask):
         return compiled(flex_attention)(q, k, v, block_mask=mask)
-    # A single query may see all keys; more than one without a mask are all there is.
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1)
+    # Without a mask, the queries are all there are.
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 
 def attend_from_one(q, k, v, mask):
-    """The next token's query. On a CPU, torch's kernel is quick at this, in fp32."""
-    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, enable_gqa=True)
+    """The next token's query sees all keys. So the G heads that share a key can be what torch's
+    kernel takes for G queries of one head, and each key is read once.
+    """
+    B, H, _, d = q.shape
+    together = q.reshape(B, k.shape[1], -1, d).to(k.dtype)  # (B, H, 1, d) -> (B, K, G, d)
+    x = F.scaled_dot_product_attention(together, k, v, mask)
+    return x.reshape(B, H, 1, d).to(q.dtype)
 
 
 def attend_in_blocks(q, k, v, mask):
@@ -49,8 +55,8 @@ def attend_in_blocks(q, k, v, mask):
     not computed. On a CPU this is quicker than torch's fused kernel, most of all in bf16. The G
     heads that share a key make one larger product.
     """
-    (B, H, T, d), K, S = q.shape, k.shape[1], k.shape[2]
-    q, results = q.reshape(B, K, H // K, T, d) * d**-0.5, []
+    (B, H, T, d), K, S, dtype = q.shape, k.shape[1], k.shape[2], q.dtype
+    q, results = q.to(k.dtype).reshape(B, K, H // K, T, d) * d**-0.5, []
     with torch.autocast("cpu", enabled=False):
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
@@ -66,7 +72,7 @@ def attend_in_blocks(q, k, v, mask):
                 scores[..., seen - t :].masked_fill_(future, -torch.inf)
             weights = scores.softmax(dim=-1).view(B, K, -1, seen)
             results.append((weights @ v[:, :, :seen]).view(B, K, -1, t, d))
-    return torch.cat(results, dim=3).reshape(B, H, T, d)
+    return torch.cat(results, dim=3).reshape(B, H, T, d).to(dtype)
 
 
 def blocks_available(device, head_dim):

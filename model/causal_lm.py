@@ -244,10 +244,15 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device=None, dtype=torch.float32):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads)
-        shape += (max_length, config.head_dim)  # (L, B, K, S, d)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        shape = (
+            batch_size,
+            config.num_key_value_heads,
+            max_length,
+            config.head_dim,
+        )  # (B, K, S, d)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]  # (B, K, S, d)
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.document_ids = torch.zeros(batch_size, max_length, device=device, dtype=torch.long)
         self.has_documents = False
         self.max_length = max_length
@@ -255,17 +260,18 @@ class KVCache:
 
     def extend(self, shape, document_ids):
         """Makes place for (B, T) tokens; returns all document ids so far (B, S), or None."""
-        self.start, self.length = self.length, self.length + shape[1]
+        start, self.length = self.length, self.length + shape[1]
         if self.length > self.max_length:
             raise ValueError(f"{self.length} tokens do not fit a KV cache of {self.max_length}")
+        self.columns = torch.arange(start, self.length, device=self.document_ids.device)
         self.has_documents = self.has_documents or document_ids is not None
         if not self.has_documents:
             return None
-        self.document_ids[:, self.start : self.length] = document_ids
+        self.document_ids.index_copy_(1, self.columns, document_ids)
         return self.document_ids[:, : self.length]
 
     def append(self, layer, keys, values):
         """Stores one layer's new (B, K, T, d) pair; returns all of that layer's, (B, K, S, d)."""
-        self.keys[layer, :, :, self.start : self.length] = keys
-        self.values[layer, :, :, self.start : self.length] = values
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            store.index_copy_(2, self.columns, new.to(store.dtype))
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]

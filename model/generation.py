@@ -1,7 +1,9 @@
 """Writing text: one token after the other, each drawn from what the model thinks may come next."""
 
+import copy
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,6 +24,7 @@ def generate(
     repetition_penalty=1.0,
     stop_ids=STOP,
     seed=None,
+    use_compile=False,
 ):
     """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
 
@@ -33,6 +36,8 @@ def generate(
     repetition_penalty  above 1 makes tokens of prompt and answer less likely (arXiv:1909.05858)
     stop_ids            a row that draws one of these is finished; it is yielded, then None
     seed                of the draws; None: another each time
+    use_compile         torch fuses the step from one token to the next; the first answer of a
+                        model waits for that
 
     Ends when all rows are finished, after max_new_tokens steps, or when the longest row fills the
     model's context. Raises ValueError for an empty prompt or one longer than the context.
@@ -56,9 +61,10 @@ def generate(
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     stops = torch.tensor(stop_ids, device=device)
     seen, new, positions = ids, ids, (column - pads).clamp(min=0)
+    forward, forward_one = model, fused(model, len(prompts)) if use_compile else model
     with matrices_laid_out(model, len(prompts)):
         for _ in range(steps):
-            logits = model(new, positions, documents, cache)[:, -1].float()  # (B, V)
+            logits = forward(new, positions, documents, cache)[:, -1].float()  # (B, V)
             if repetition_penalty != 1.0:
                 logits = penalise(logits, seen, pads, repetition_penalty)
             new = choose(logits, temperature, top_k, top_p, generator)  # (B, 1)
@@ -69,7 +75,7 @@ def generate(
                 return
             positions = positions[:, -1:] + 1
             documents = torch.zeros_like(new) if documents is not None else None
-            seen = torch.cat([seen, new], dim=1)
+            seen, forward = torch.cat([seen, new], dim=1), forward_one
 
 
 @contextmanager
@@ -97,6 +103,38 @@ def matrices_laid_out(model, batch_size):
 
 def multiply(weight, x):
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def fused(model, batch_size):
+    """The model, compiled for the step to the next token and kept for the next answer.
+
+    On a CPU, a matrix times a single row is written as products and a sum: compiled, that reads bf16
+    weights as fast as the memory gives them. For several rows, the compiler lays the matrices out
+    (it calls that freezing) and takes them for constants, so changed ones are compiled again.
+    """
+    from torch._inductor import config as compiler
+
+    weights = list(model.parameters())
+    key = batch_size > 1, weights[0].dtype, sum(weight._version for weight in weights)
+    if FUSED.get(model, (None,))[0] != key:
+        if model in FUSED:
+            torch.compiler.reset()  # the code for the old weights would be taken for the new ones
+        twin = copy.deepcopy(model, {id(weight): weight for weight in weights}).eval()
+        on_cpu = weights[0].device.type == "cpu"
+        for module in twin.modules():
+            if isinstance(module, torch.nn.Linear) and on_cpu and batch_size == 1:
+                module.__class__ = OneRow
+        laid_out = compiler.patch(freezing=on_cpu and batch_size > 1)
+        FUSED[model] = key, laid_out(torch.compile(twin, dynamic=True))
+    return FUSED[model][1]
+
+
+FUSED = WeakKeyDictionary()
+
+
+class OneRow(torch.nn.Linear):
+    def forward(self, x):
+        return (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1).to(x.dtype)
 
 
 def complete(model, prompts, **options):

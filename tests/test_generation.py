@@ -1,5 +1,7 @@
 """Generation against transformers: the same greedy tokens, the same filters."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -31,6 +33,18 @@ def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone():
     alone = [complete(ours, [p], max_new_tokens=20, temperature=0)[0] for p in PROMPTS]
     assert complete(ours, PROMPTS, max_new_tokens=20, temperature=0) == alone
     assert len(set(map(tuple, alone))) > 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_the_fused_step_writes_the_same_and_knows_new_weights(prompts):
+    ours, _ = pair("qwen3")
+    first = complete(ours, prompts, max_new_tokens=12, temperature=0)
+    assert complete(ours, prompts, max_new_tokens=12, temperature=0, use_compile=True) == first
+    randomised(ours, seed=5)
+    second = complete(ours, prompts, max_new_tokens=12, temperature=0)
+    assert complete(ours, prompts, max_new_tokens=12, temperature=0, use_compile=True) == second
+    assert first != second
 
 
 def test_a_row_that_stops_is_finished_and_the_others_go_on():
