@@ -2,7 +2,7 @@
 # make demo FRESH=1  starts over
 # make test          sets itself up, runs every test
 # make lint          ruff, rules and format
-# make bench DATA=F  training, generation, data: side by side with others; F is GSM8K's training file
+# make bench DATA=F TEXT=G  speed, side by side with others; F: GSM8K's training file, G: Tiny Shakespeare
 PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
 PY := .venv/Scripts/python
@@ -24,7 +24,7 @@ lint: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(PY) -m pip install --disable-pip-version-check -q -r bench/requirements.txt -c constraints.txt
-	$(PY) bench/speed.py $(if $(DATA),--data $(DATA))
+	$(PY) bench/speed.py $(if $(DATA),--data $(DATA)) $(if $(TEXT),--text $(TEXT))
 	$(if $(DATA),$(PY) bench/data.py $(DATA))
 
 .venv/ready: requirements.txt constraints.txt

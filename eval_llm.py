@@ -70,7 +70,8 @@ class Chat:
 
     def __init__(self, args):
         # Here and not above: torch takes seconds to load, and --help need not wait for it.
-        from trainer.trainer_utils import init_model, pick_device, pick_dtype, require_compiler
+        from trainer.compiling import require_compiler
+        from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
         self.settings = {name: getattr(args, name) for name in SAMPLING}
         self.use_compile, device = bool(args.use_compile), pick_device(args.device)

@@ -1,11 +1,14 @@
 """Tiny Shakespeare against the clock: how well is the last tenth predicted after N seconds?
 
     python bench/shakespeare.py --text tinyshakespeare.txt --seconds 100
+    python bench/shakespeare.py --text tinyshakespeare.txt --seconds 100 --recipe nanogpt
 
-The first 90 % of the characters train, the last 10 % validate, as in nanoGPT. The tokenizer is
-trained on the first part, within the time, and so is everything else but the import of torch. Ends
-with a line of JSON: {"seconds", "nats_per_char", "tokens"}; the nats of all validation tokens, each
-predicted with real context, divided by the characters.
+The first 90 % of the characters train, the last 10 % validate, as in nanoGPT. Everything but the
+import of torch is within the time, training the tokenizer and compiling too. Ends with a line of
+JSON: {"seconds", "nats_per_char", "tokens"}; the nats of all validation tokens, each predicted with
+real context, divided by the characters. The shape and the optimizer's flags are those of
+trainer/configs/shakespeare_cpu.toml. The recipe nanogpt is the one for processors of nanoGPT's
+README, with transformers' GPT-2, by the same clock.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import json
 import math
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from model.causal_lm import CausalLM, ModelConfig
+from trainer.arguments import ROOT
+from trainer.compiling import compile_layers
 from trainer.optimizer import make_optimizer
 from trainer.train_tokenizer import train as train_tokenizer
 from trainer.trainer_utils import keep_freed_memory
@@ -30,72 +36,112 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    config = tomllib.loads((ROOT / "trainer/configs/shakespeare_cpu.toml").read_text("utf-8"))
     add = parser.add_argument
     add("--text", type=Path, required=True)
     add("--seconds", type=float, default=100)
+    add("--recipe", choices=["seedling", "nanogpt"], default="seedling")
     add("--vocab_size", type=int, default=1024)
-    add("--hidden_size", type=int, default=256)
-    add("--num_hidden_layers", type=int, default=6)
-    add("--max_seq_len", type=int, default=256)
-    add("--batch_size", type=int, default=8)
-    add("--learning_rate", type=float, default=1.2e-2)
-    add("--optimizer", default="muon")
+    for name, value in (config["model"] | config["training"]).items():
+        add(f"--{name}", type=type(value), default=value)
     add("--dropout", type=float, default=0.0)
     add("--weight_decay", type=float, default=0.1)
+    add("--use_compile", type=int, choices=[0, 1], default=0)
     add("--seed", type=int, default=1)
     args = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(args.seed)
+    if args.recipe == "nanogpt":
+        import transformers  # noqa: F401, its import is not in the time, as torch's is not
     began = time.perf_counter()
 
     text = args.text.read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
-    tokenizer = train_tokenizer([text[:cut]], args.vocab_size)
-    train = torch.tensor(tokenizer.encode(text[:cut]).ids)
-    held_out = torch.tensor(tokenizer.encode(text[cut:]).ids)
-    config = ModelConfig(
-        tokenizer.get_vocab_size(), args.hidden_size, args.num_hidden_layers, dropout=args.dropout
-    )
-    model = CausalLM(config)
-    optimizer = make_optimizer(model, SimpleNamespace(parallel="ddp", **vars(args)))
+    make = nanogpt if args.recipe == "nanogpt" else seedling
+    model, loss_of, optimizer, train, held_out = make(args, text[:cut], text[cut:])
     weights = sum(weight.numel() for weight in model.parameters())
     print(f"{weights / 1e6:.1f} M parameters, {len(train)} tokens to train on", file=sys.stderr)
 
-    T, tokens, steps, generator = args.max_seq_len, 0, 0, torch.Generator().manual_seed(args.seed)
+    B, T = args.batch_size, args.max_seq_len
+    tokens, steps, generator = 0, 0, torch.Generator().manual_seed(args.seed)
     while (done := (time.perf_counter() - began) / args.seconds) < 1:
-        # A short rise, then a straight line to 0 at the end of the time.
-        rate = args.learning_rate * min(1.0, (steps + 1) / 20, 1.2 * (1 - done))
+        if args.recipe == "nanogpt":  # a cosine down to a tenth
+            shape = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+        else:  # level, then a straight line to 0
+            shape = min(1.0, 1.2 * (1 - done))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        starts = torch.randint(len(train) - T, (args.batch_size,), generator=generator)
+            group["lr"] = args.learning_rate * min((steps + 1) / args.warmup_steps, shape)
+        starts = torch.randint(len(train) - T, (B,), generator=generator)
         ids = torch.stack([train[start : start + T] for start in starts])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(ids, labels=ids) / (args.batch_size * (T - 1))
-        loss.backward()
+        (loss_of(ids, ids) / (B * (T - 1))).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        steps, tokens = steps + 1, tokens + args.batch_size * T
-        if steps % 50 == 0:
-            print(f"step {steps}: {loss.item():.3f} nats per token", file=sys.stderr)
+        steps, tokens = steps + 1, tokens + B * T
     seconds = time.perf_counter() - began
 
-    nats = total_nats(model, train[-T // 2 :], held_out, T)
+    model.eval()
+    nats = total_nats(loss_of, train[-T // 2 :], held_out, T)
     result = {"seconds": round(seconds, 1), "nats_per_char": round(nats / (len(text) - cut), 4)}
     print(json.dumps(result | {"tokens": tokens}))
 
 
+def seedling(args, text, held_out):
+    tokenizer = train_tokenizer([text], args.vocab_size)
+    shape = (tokenizer.get_vocab_size(), args.hidden_size, args.num_hidden_layers)
+    model = CausalLM(ModelConfig(*shape, dropout=args.dropout))
+    optimizer = make_optimizer(model, SimpleNamespace(parallel="ddp", **vars(args)))
+    if args.use_compile:
+        compile_layers(model)
+
+    def loss_of(ids, labels):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(ids, labels=labels)
+
+    return (
+        model,
+        loss_of,
+        optimizer,
+        *(torch.tensor(tokenizer.encode(t).ids) for t in (text, held_out)),
+    )
+
+
+def nanogpt(args, text, held_out):
+    """Sets its hyperparameters in args: characters, 4 layers, 128 wide, 12 rows of 64."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    args.max_seq_len, args.batch_size, args.learning_rate, args.warmup_steps = 64, 12, 1e-3, 100
+    characters = {c: i for i, c in enumerate(sorted(set(text + held_out)))}
+    none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(
+        GPT2Config(len(characters), n_positions=64, n_embd=128, n_layer=4, n_head=4, **none)
+    )
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+
+    def loss_of(ids, labels):
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+
+    return (
+        model,
+        loss_of,
+        optimizer,
+        *(torch.tensor([characters[c] for c in t]) for t in (text, held_out)),
+    )
+
+
 @torch.no_grad()
-def total_nats(model, before, held_out, T):
+def total_nats(loss_of, before, held_out, T):
     """The nats of all held-out tokens; each is predicted from at least T / 2 tokens before it."""
-    model.eval()
     ids, half, total = torch.cat([before, held_out]), T // 2, 0.0
     for start in range(0, len(held_out), half):
         window = ids[start : start + T]
         labels = window.clone()
         labels[:half] = -100
-        with torch.autocast("cpu", torch.bfloat16):
-            total += model(window[None], labels=labels[None]).item()
+        total += loss_of(window[None], labels[None]).item()
     assert math.isfinite(total)
     return total
 

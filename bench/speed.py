@@ -2,6 +2,7 @@
 
     python bench/speed.py                         # needs transformers; a few minutes
     python bench/speed.py --data GSM8K.jsonl      # SFT against trl too, see bench/requirements.txt
+    python bench/speed.py --text shakespeare.txt  # what 20 and 100 seconds of training reach
 
 Both sides of each row run in turn on this machine, several times; the medians count. Leaves
 out/bench.json: a list of {"name", "ours", "other", "other_name", "ratio", "unit",
@@ -14,18 +15,28 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from dataset.files import replacing
+from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
+from trainer import checkpoint
 from trainer.arguments import ROOT
-from trainer.trainer_utils import compile_layers, keep_freed_memory
+from trainer.compiling import compile_layers
+from trainer.trainer_utils import keep_freed_memory
 
 SHAPE = dict(vocab_size=6400, hidden_size=512, num_hidden_layers=8, intermediate_size=1600)
 ROWS = []
@@ -84,16 +95,20 @@ def transformers_twin(model):
 def pretraining(rounds):
     """A step of 8 rows of 512 tokens, in bf16 with fp32 weights, AdamW and clipping."""
     B, T = 8, 512
-    input_ids = torch.randint(SHAPE["vocab_size"], (B, T))
-    parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+    stream = torch.randint(SHAPE["vocab_size"], (2**20,))
+    parts = dict.fromkeys(("data", "forward", "backward", "optimizer", "log"), 0.0)
+    log = (ROOT / "out" / "bench.log").open("w", encoding="utf-8")
 
     def stepper(model, loss_of, parts=None):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step():
             times = [time.perf_counter()]
+            starts = torch.randint(len(stream) - T, (B,))
+            input_ids = torch.stack([stream[start : start + T] for start in starts])
+            times.append(time.perf_counter())
             with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_of(model)
+                loss = loss_of(model, input_ids)
             times.append(time.perf_counter())
             loss.backward()
             times.append(time.perf_counter())
@@ -101,22 +116,30 @@ def pretraining(rounds):
             optimizer.step()
             optimizer.zero_grad()
             times.append(time.perf_counter())
+            print(json.dumps({"loss": loss.item()}), file=log, flush=True)
+            times.append(time.perf_counter())
             if parts is not None:
                 for name, a, b in zip(parts, times, times[1:], strict=False):
                     parts[name] += b - a
 
         return step
 
-    def own(model):
+    def own(model, input_ids):
         return model(input_ids, labels=input_ids) / (B * (T - 1))
 
     eager, fused = CausalLM(ModelConfig(**SHAPE)), CausalLM(ModelConfig(**SHAPE))
+    eager_step = stepper(eager, own, parts)
+    if resource:
+        eager_step()
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        print(f"(an eager step of ours takes {most / unit:.1f} GiB at most, torch included)")
     compile_layers(fused)
     theirs = transformers_twin(eager)
     steps = {
-        "eager": stepper(eager, own, parts),
+        "eager": eager_step,
         "compiled": stepper(fused, own),
-        "theirs": stepper(theirs, lambda m: m(input_ids, labels=input_ids, use_cache=False).loss),
+        "theirs": stepper(theirs, lambda m, ids: m(ids, labels=ids, use_cache=False).loss),
     }
     began = time.perf_counter()
     steps["compiled"]()
@@ -139,7 +162,7 @@ def pretraining(rounds):
             flops / seconds[name] / peak,
         )
     total = sum(parts.values())
-    print("  of a step: " + ", ".join(f"{name} {part / total:.0%}" for name, part in parts.items()))
+    print("  of a step: " + ", ".join(f"{name} {part / total:.1%}" for name, part in parts.items()))
 
 
 def generation(rounds, new=256):
@@ -151,8 +174,8 @@ def generation(rounds, new=256):
         for batch in (1, 16):
             prompts = torch.randint(9, SHAPE["vocab_size"], (batch, 32))
 
-            def ours(model=model, prompts=prompts):
-                options = {"max_new_tokens": new, "temperature": 0, "stop_ids": ()}
+            def ours(model=model, prompts=prompts, **more):
+                options = {"max_new_tokens": new, "temperature": 0, "stop_ids": ()} | more
                 assert {len(a) for a in complete(model, prompts.tolist(), **options)} == {new}
 
             def other(theirs=theirs, prompts=prompts):
@@ -162,14 +185,20 @@ def generation(rounds, new=256):
                         attention_mask=torch.ones_like(prompts), pad_token_id=0,
                     )  # fmt: skip
 
-            seconds = alternate(rounds, ours=ours, theirs=other)
-            row(
-                f"generation, batch {batch}, {str(dtype)[6:]}",
-                batch * new / seconds["ours"],
-                batch * new / seconds["theirs"],
-                "transformers generate",
-                "tokens/s",
+            began = time.perf_counter()
+            ours(use_compile=True)
+            print(f"(the first compiled answer took {time.perf_counter() - began:.0f} s)")
+            seconds = alternate(
+                rounds, eager=ours, compiled=partial(ours, use_compile=True), theirs=other
             )
+            for way in ("eager", "compiled"):
+                row(
+                    f"generation, batch {batch}, {str(dtype)[6:]}, {way}",
+                    batch * new / seconds[way],
+                    batch * new / seconds["theirs"],
+                    "transformers generate",
+                    "tokens/s",
+                )
 
 
 def sft(path, rounds, rows=160):
@@ -184,7 +213,8 @@ def sft(path, rounds, rows=160):
 
     tokenizer = trained_on(path, SHAPE["vocab_size"])
     data = SFTDataset(path, tokenizer, max_length=512)
-    model = CausalLM(ModelConfig(**SHAPE))
+    model, fused = CausalLM(ModelConfig(**SHAPE)), CausalLM(ModelConfig(**SHAPE))
+    compile_layers(fused)
     theirs = transformers_twin(model)
     lengths = data.lengths[:rows].tolist()
     bins = best_fit_decreasing(lengths, 512)
@@ -192,16 +222,20 @@ def sft(path, rounds, rows=160):
         pack([data[i] for row in bins[at : at + 8] for i in row], 512)
         for at in range(0, len(bins), 8)
     ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
-    def ours():
-        for ids, labels, *where in batches:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(ids, *where, labels=labels)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    def trains(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+        def epoch():
+            for ids, labels, *where in batches:
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(ids, *where, labels=labels)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return epoch
 
     judge = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>"
@@ -222,10 +256,11 @@ def sft(path, rounds, rows=160):
         model=theirs, args=config, processing_class=judge,
         train_dataset=Dataset.from_list([{"messages": m} for m in messages]),
     )  # fmt: skip
-    seconds = alternate(rounds, ours=ours, theirs=trainer.train)
+    seconds = alternate(rounds, eager=trains(model), compiled=trains(fused), theirs=trainer.train)
     real = sum(lengths)
-    row("SFT on GSM8K, 512 x 8, eager", real / seconds["ours"], real / seconds["theirs"],
-        "trl SFTTrainer bf16", "tokens/s")  # fmt: skip
+    for way in ("eager", "compiled"):
+        row(f"SFT on GSM8K, 512 x 8, {way}", real / seconds[way], real / seconds["theirs"],
+            "trl SFTTrainer bf16", "tokens/s")  # fmt: skip
 
 
 def start(rounds):
@@ -240,21 +275,56 @@ def start(rounds):
         "import of transformers", "s", higher=False)  # fmt: skip
 
 
+def first_token(rounds):
+    """From the start of eval_llm.py to the first token of an answer, with untrained weights."""
+    model, tokenizer = CausalLM(ModelConfig(**SHAPE)), load_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "full_sft_512.pth"
+        checkpoint.save(path, model.state_dict(), model.config, tokenizer, "full_sft")
+        command = [sys.executable, str(ROOT / "eval_llm.py"), "--weight", str(path)]
+        command += ["--prompt", "Hello", "--max_new_tokens", "1"]
+        seconds = alternate(
+            rounds, ours=lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        )
+    row("start: first token of an answer", seconds["ours"], None, "", "s", higher=False)
+
+
+def shakespeare(path):
+    """One run each, of our recipe and of nanoGPT's."""
+    script = [sys.executable, str(ROOT / "bench/shakespeare.py"), "--text", str(path)]
+    for seconds in (20, 100):
+        reached = []
+        for recipe in ("seedling", "nanogpt"):
+            done = subprocess.run(
+                [*script, "--seconds", str(seconds), "--recipe", recipe],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            reached.append(json.loads(done.stdout.splitlines()[-1])["nats_per_char"])
+        row(f"Tiny Shakespeare after {seconds} s", *reached, "nanoGPT's recipe", "nats/char",
+            higher=False)  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="GSM8K's training file, for the row against trl")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", default=["pretraining", "sft", "generation", "start"])
+    parser.add_argument("--text", type=Path, help="Tiny Shakespeare, for the rows on it")
+    names = ["pretraining", "sft", "generation", "start", "first_token", "shakespeare"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
     rooms = {"pretraining": pretraining, "generation": generation, "start": start}
-    rooms["sft"] = lambda rounds: sft(args.data, rounds)
+    rooms |= {"first_token": first_token, "sft": lambda rounds: sft(args.data, rounds)}
+    rooms["shakespeare"] = lambda rounds: shakespeare(args.text)
     for name in args.only:
         if name == "sft" and args.data is None:
             print("SFT against trl: not measured, give GSM8K's training file with --data")
+            continue
+        if name == "shakespeare" and args.text is None:
+            print("Tiny Shakespeare: not measured, give the text with --text")
             continue
         try:
             rooms[name](args.rounds)

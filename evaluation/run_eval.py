@@ -23,7 +23,8 @@ from dataset.tiny_world import EVAL, write_missing
 from evaluation.tiny_world import is_correct
 from model.generation import complete
 from trainer.arguments import ROOT
-from trainer.trainer_utils import init_model, pick_device, pick_dtype, require_compiler
+from trainer.compiling import require_compiler
+from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
 
 def main(argv=None):

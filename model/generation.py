@@ -108,9 +108,9 @@ def multiply(weight, x):
 def fused(model, batch_size):
     """The model, compiled for the step to the next token and kept for the next answer.
 
-    On a CPU, a matrix times a single row is written as products and a sum: compiled, that reads bf16
-    weights as fast as the memory gives them. For several rows, the compiler lays the matrices out
-    (it calls that freezing) and takes them for constants, so changed ones are compiled again.
+    On a CPU, a matrix times a single row is written as products and a sum: compiled, that reads
+    bf16 weights as fast as the memory gives them. For several rows, the compiler lays the matrices
+    out (it calls that freezing) and takes them for constants, so new ones are compiled again.
     """
     from torch._inductor import config as compiler
 

@@ -1,5 +1,6 @@
 """Every command printed in README and docs runs, at toy scale; every link leads somewhere."""
 
+import json
 import re
 import shlex
 
@@ -35,7 +36,16 @@ def test_the_command_runs(line, data, trained, tmp_path):
         files["mine.jsonl"] = data / "pretrain.jsonl"
     words = [str(files.get(word, word)) for word in COMMANDS[line]]
     script = words[0]
-    if script in ("demo.py", "bench/faults.py", "bench/speed.py", "bench/shakespeare.py"):
+    if script == "bench/shakespeare.py":
+        text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        words = [str(tmp_path / "text.txt") if w == "tinyshakespeare.txt" else w for w in words]
+        done = run(*words, "--seconds", 1)
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert set(result) == {"seconds", "nats_per_char", "tokens"}, done.stderr
+        assert 1 < result["nats_per_char"] < 6
+        return
+    if script in ("demo.py", "bench/faults.py", "bench/speed.py"):
         pytest.skip("minutes long; its parts are tested on their own")
     if script == "bench/fuzz.py":
         words[-1] = "1"

@@ -26,11 +26,11 @@ from model.loss import supervised_tokens
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import parse_training_args, reading, training_parser
+from trainer.compiling import compile_layers
 from trainer.metrics import MetricsLog, step_profiler
 from trainer.optimizer import make_optimizer
 from trainer.stopping import RunLock, StopSignal, report_end
 from trainer.trainer_utils import (
-    compile_layers,
     describe,
     init_model,
     keep_freed_memory,
@@ -60,10 +60,8 @@ def main(argv=None):
     device = pick_device(args.device, args.deterministic)
     rank, world_size = distributed.start("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer, _ = init_model(args, device, resume)
-    name, folder = (
-        checkpoint.file_name(args.save_weight, model.config),
-        args.save_dir / "checkpoints",
-    )
+    name = checkpoint.file_name(args.save_weight, model.config)
+    folder = args.save_dir / "checkpoints"
     lock = RunLock(folder / f"{name}.lock") if rank == 0 else None
     dtype = pick_dtype(args, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -103,7 +101,8 @@ def main(argv=None):
     profiler = step_profiler(log.path, args.profile and rank == 0)
     stop = StopSignal()
     bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=rank > 0 or None)
-    start, start_tokens, data_wait, ended = time.perf_counter(), run.tokens, 0.0, False
+    start, start_tokens, data_wait = time.perf_counter(), run.tokens, 0.0
+    warm, ended = not args.use_compile, False
     model.train()
     for epoch in range(run.step // steps_per_epoch, args.epochs):
         plan = epoch_plan(data, train_rows, args, epoch, rank, world_size)
@@ -150,6 +149,9 @@ def main(argv=None):
                 run.bad_steps += 1
             scaler.update()
             optimizer.zero_grad()
+            if not warm:
+                tqdm.write(f"the first step, compiling, took {time.perf_counter() - start:.0f} s")
+                start, start_tokens, warm = time.perf_counter(), run.tokens, True
 
             # Log, validate, show, save: whatever is due at this step.
             last = run.step == total_steps
@@ -160,9 +162,7 @@ def main(argv=None):
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:.0f}")
                 if run.step == 1:
                     new = math.log(model.config.vocab_size) + 0.5
-                    tqdm.write(
-                        f"first loss {loss:.2f}; new weights start near ln V + 1/2 = {new:.2f}"
-                    )
+                    tqdm.write(f"first loss {loss:.2f}; new weights: near ln V + 1/2 = {new:.2f}")
                 val_loss = None
                 if evaluate:
                     val_loss = validation_loss(

@@ -5,7 +5,6 @@ learning rate, the order of the data, validation, the log. Each is called; none 
 import ctypes
 import math
 import os
-import shutil
 import sys
 import time
 
@@ -132,25 +131,6 @@ def keep_freed_memory():
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def require_compiler(device):
-    """Raises UserError where torch.compile has nothing to compile with."""
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError(
-            "--use_compile 1 needs a C++ compiler, and none is on the PATH: install g++ (Linux), "
-            "the command line tools (macOS) or Visual Studio's (Windows), or leave the flag out"
-        )
-
-
-def compile_layers(model):
-    """Has torch fuse each layer's small operations. The layers are alike, so the first one's code
-    serves all: the wait at the first step is that of one layer.
-    """
-    require_compiler(model.lm_head.weight.device)
-    for layer in model.model.layers:
-        layer.compile()
 
 
 def learning_rate(step, total_steps, args):
