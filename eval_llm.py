@@ -73,9 +73,9 @@ class Chat:
         from trainer.compiling import require_compiler
         from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
-        self.settings = {name: getattr(args, name) for name in SAMPLING}
-        self.use_compile, device = bool(args.use_compile), pick_device(args.device)
-        if self.use_compile:
+        self.settings = {name: getattr(args, name) for name in [*SAMPLING, "use_compile"]}
+        device = pick_device(args.device)
+        if args.use_compile:
             require_compiler(device)
         self.model, self.tokenizer, loaded = init_model(args, device)
         self.model.to(pick_dtype(args, device))
@@ -115,8 +115,7 @@ class Chat:
         interrupted, start = False, time.perf_counter()
         old_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            options = self.settings | {"use_compile": self.use_compile}
-            for (token,) in generate(self.model, [ids], **options):
+            for (token,) in generate(self.model, [ids], **self.settings):
                 if token in STOP:
                     break
                 new.append(token)

@@ -48,6 +48,10 @@ def main():
     add("--weight_decay", type=float, default=0.1)
     add("--use_compile", type=int, choices=[0, 1], default=0)
     add("--seed", type=int, default=1)
+    if parser.parse_known_args()[0].seconds >= 200:
+        # Time for one layer more, and for so many rounds that the text is learned by heart without.
+        layers = config["model"]["num_hidden_layers"] + 1
+        parser.set_defaults(dropout=0.2, num_hidden_layers=layers)
     args = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -112,10 +116,9 @@ def nanogpt(args, text, held_out):
 
     args.max_seq_len, args.batch_size, args.learning_rate, args.warmup_steps = 64, 12, 1e-3, 100
     characters = {c: i for i, c in enumerate(sorted(set(text + held_out)))}
+    shape = dict(vocab_size=len(characters), n_positions=64, n_embd=128, n_layer=4, n_head=4)
     none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model = GPT2LMHeadModel(
-        GPT2Config(len(characters), n_positions=64, n_embd=128, n_layer=4, n_head=4, **none)
-    )
+    model = GPT2LMHeadModel(GPT2Config(**shape, **none))
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
