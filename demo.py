@@ -72,14 +72,14 @@ def compare(before, after):
         print(f"{category:16}{score:12.1%}{after['scores'][category]:12.1%}")
     shown = set()
     for old, new in zip(before["problems"], after["problems"], strict=True):
-        if old["category"] in shown:
+        if old["type"] in shown:
             continue
-        shown.add(old["category"])
+        shown.add(old["type"])
         print()
-        for message in old["conversations"]:
+        for message in old["prompt"]:
             print(f"  {message['role']:12}{message['content']}")
         for name, problem in (("pretrained", old), ("after SFT", new)):
-            answer = " ".join(problem["answer"].split())
+            answer = " ".join(problem["output"].split())
             print(f"  {name:12}{textwrap.shorten(answer, 300, placeholder=' ...')}")
 
 

@@ -1,13 +1,13 @@
-"""Look at data before training on it.
+"""Look at data before training on it, and get it into shape.
 
 python dataset/prepare.py check --data_path mine.jsonl          # is it all right, how long is it
 python dataset/prepare.py show --data_path mine.jsonl -n 3      # its tokens, in colour
 python dataset/prepare.py split --ratios 8:1:1 --out parts mine.jsonl
+python dataset/prepare.py gsm8k --raw FOLDER --out out/gsm8k    # the official files; math, too
 """
 
 import argparse
 import hashlib
-import html
 import json
 import sys
 from collections import Counter
@@ -18,29 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dataset import formats
-from dataset.errors import UserError, mistakes_in_plain_words
-from dataset.files import replacing
-from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.errors import mistakes_in_plain_words
 from dataset.packing import best_fit_decreasing, layout
 from dataset.plan import cut
-from dataset.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
-
-
-def open_data(path, args, **more):
-    """(dataset, stage) of a file: its first record in a known format says which it is."""
-    stage = "sft"
-    for _, record in formats.read_records(path):
-        if isinstance(record, dict) and any(
-            set(keys) <= set(record) for keys in formats.KEYS.values()
-        ):
-            stage = "pretrain" if formats.format_of(record) == "text" else "sft"
-            break
-    kind = SFTDataset if stage == "sft" else PretrainDataset
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    return kind(path, tokenizer, args.max_seq_len, **more), stage, tokenizer
-
-
-# ------------------------------------------------------------------------------------------ check
+from dataset.show import open_data, show
+from dataset.split import split
+from dataset.tasks import RECORD_OF, prepare
+from dataset.tokenizer import SHIPPED_TOKENIZER
 
 
 def check(args):
@@ -155,152 +139,6 @@ def lines_of(numbers):
     return f" (line {shown})" if numbers else ""
 
 
-# ------------------------------------------------------------------------------------------- show
-
-STYLES = {"supervised": "\033[32m", "not": "\033[90m", "control": "\033[35m"}
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Tokens</title>
-<style>
-:root {{ color-scheme: light dark; --text: #222; --page: #fff; --learn: #cdeccf; --mark: #e3d3f5 }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --text: #ddd; --page: #181818; --learn: #1e4d26; --mark: #47306b }} }}
-body {{ font: 15px/1.7 ui-monospace, monospace; color: var(--text); background: var(--page);
-  max-width: 60rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }}
-section {{ white-space: pre-wrap; border-top: 1px solid #8888; padding: 1rem 0 }}
-span {{ border-right: 1px solid #8884 }}
-.supervised {{ background: var(--learn) }} .not {{ opacity: .75 }}
-.control {{ background: var(--mark) }} .control.supervised {{ background: var(--learn);
-  outline: 1px solid var(--mark) }} sub {{ opacity: .6 }}
-</style>
-<h1>Tokens</h1>
-<p>{legend}</p>
-{rows}
-</html>
-"""
-
-
-def show(args):
-    """Prints rows as tokens in colour, or writes them as a page; returns 0."""
-    written = []
-    for path in args.data_path:
-        data, _, tokenizer = open_data(path, args)
-        rows = [[index] for index in range(len(data))]
-        if args.packing:
-            rows = best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
-        for number, row in enumerate(rows[: args.n], 1):
-            tokens = [token for index in row for token in tokens_of(data[index], tokenizer)]
-            plural = "s" * (len(row) > 1)
-            title = f"{path} row {number}: {len(row)} document{plural}" if args.packing else None
-            record = int(data.rows[row[0], 1]) + 1
-            title = title or f"{path} record {record}"
-            written.append(
-                (f"{title}, {len(tokens)} tokens", tokens, [len(data[i][0]) for i in row])
-            )
-    if args.html:
-        legend = " ".join(
-            f'<span class="{kind}">{kind}</span>' for kind in ("supervised", "not", "control")
-        )
-        rows = "\n".join(section(args, *row) for row in written)
-        with replacing(args.html) as file:
-            file.write(
-                PAGE.format(legend=legend.replace(">not<", ">not supervised<"), rows=rows).encode()
-            )
-        print(f"page: {args.html}")
-        return 0
-    for title, tokens, lengths in written:
-        print(f"\n{title}")
-        ends = set(np.cumsum(lengths).tolist())
-        for place, (text, kinds, number) in enumerate(tokens, 1):
-            colour = STYLES["control" if "control" in kinds and "not" in kinds else kinds[0]]
-            shown = text + (f"[{number}]" if args.ids else "")
-            underline = "\033[4m" if "control" in kinds else ""
-            print(
-                f"{colour}{underline}{shown}\033[0m",
-                end="\n--\n" if args.packing and place in ends else "",
-            )
-        print()
-    return 0
-
-
-def section(args, title, tokens, lengths):
-    """A row as HTML; a rule between its documents."""
-    ends, spans = set(np.cumsum(lengths).tolist()), [f"<section><b>{html.escape(title)}</b>\n"]
-    for place, (text, kinds, number) in enumerate(tokens, 1):
-        sub = f"<sub>{number}</sub>" if args.ids else ""
-        spans.append(f'<span class="{" ".join(kinds)}">{html.escape(text)}{sub}</span>')
-        spans.append("<hr>" if args.packing and place in ends else "")
-    return "".join(spans) + "</section>"
-
-
-def tokens_of(row, tokenizer):
-    """(text, kinds, id) of each token; a character that spans several tokens is shown by the last.
-
-    A token is never predicted if it is the first of its row.
-    """
-    input_ids, labels = (part.tolist() for part in row)
-    found, begun = [], []
-    for place, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
-        kinds = ["supervised" if label == token and place else "not"]
-        if token < NAMED_CONTROL_TOKENS:
-            kinds.append("control")
-            text = tokenizer.id_to_token(token)
-        else:
-            begun.append(token)
-            text = tokenizer.decode(begun)
-            if text.endswith("\N{REPLACEMENT CHARACTER}") and len(begun) < 4:
-                text = ""
-            else:
-                begun = []
-        found.append((text, kinds, token))
-    return found
-
-
-# ------------------------------------------------------------------------------------------ split
-
-
-def split(args):
-    """Writes train, valid and test files and a manifest; returns 0."""
-    try:
-        ratios = [float(ratio) for ratio in args.ratios.split(":")]
-    except ValueError:
-        ratios = []
-    if not 2 <= len(ratios) <= 3 or min(ratios) < 0 or sum(ratios) <= 0:
-        raise UserError(f"--ratios {args.ratios}: give two or three numbers, as 8:1:1")
-    names = ["train", "valid", "test"] if len(ratios) == 3 else ["train", "test"]
-    groups = {}
-    for index, (number, record) in enumerate(formats.read_records(args.file)):
-        if isinstance(record, ValueError):
-            raise UserError(f"{args.file}, line {number}: {record}. Mend it, and split again")
-        if args.stratify and args.stratify not in record:
-            raise UserError(f"{args.file}, line {number}: there is no {args.stratify!r} in it")
-        groups.setdefault(str(record.get(args.stratify)) if args.stratify else "", []).append(index)
-    if not groups:
-        raise UserError(f"{args.file} is empty; give a JSONL file")
-    part_of, rng = {}, np.random.default_rng(args.seed)
-    for _, indices in sorted(groups.items()):
-        ends = np.round(np.cumsum(ratios) / sum(ratios) * len(indices)).astype(int)
-        for place, index in enumerate(rng.permutation(indices).tolist()):
-            part_of[index] = names[int(np.searchsorted(ends, place, side="right"))]
-    manifest = {"source": str(args.file), "seed": args.seed, "ratios": args.ratios}
-    manifest |= {"stratify": args.stratify, "files": {}}
-    for name in names:
-        path, count, digest = args.out / f"{name}.jsonl", 0, hashlib.sha256()
-        with replacing(path) as file:
-            for index, (_, record) in enumerate(formats.read_records(args.file)):
-                if part_of[index] == name:
-                    line = json.dumps(record, ensure_ascii=False)
-                    line = line.encode("utf-8", "backslashreplace") + b"\n"
-                    file.write(line)
-                    digest.update(line)
-                    count += 1
-        manifest["files"][path.name] = {"records": count, "sha256": digest.hexdigest()}
-        print(f"{path}: {count} records")
-    with replacing(args.out / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8"))
-    return 0
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True)
@@ -330,6 +168,17 @@ def main(argv=None):
     part.add_argument("--stratify", metavar="FIELD", help="keeps the shares of this field's values")
     part.add_argument("--out", type=Path, required=True, help="folder")
     part.set_defaults(run=split)
+    for task in RECORD_OF:
+        text = f"writes {task}'s official files as conversations with their final answers"
+        part = parts.add_parser(task, help=text, description=text)
+        part.add_argument("--raw", type=Path, required=True, help="folder of the official files")
+        part.add_argument("--out", type=Path, required=True, help="folder")
+        part.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
+        notes = "of notes like <<3*4=12>> (%(default)s)"
+        part.add_argument("--calculator", choices=["strip", "keep"], default="strip", help=notes)
+        levels = "1: the shares of level and type stay (%(default)s)"
+        part.add_argument("--stratify", type=int, choices=[0, 1], default=1, help=levels)
+        part.set_defaults(run=prepare, task=task)
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -1,119 +1,257 @@
-"""Asks a model every held-out question and prints how many it got right, by category.
+"""Asks a model every problem of a task and reports how many it solved.
 
     python evaluation/run_eval.py --task tiny_world --weight full_sft
+    python evaluation/run_eval.py --task gsm8k --data_path out/gsm8k/test.jsonl --limit 200
+    python evaluation/run_eval.py --rescore out/eval/gsm8k/full_sft.json      # judges again
+    python evaluation/run_eval.py --compare A.json B.json                     # what flipped
 
-Every prompt, answer and verdict goes to out/eval/tiny_world/NAME.json.
+Every prompt, answer and verdict goes to out/eval/TASK/RUN.json, a report beside it. A run that was
+stopped goes on where it was when the same command is given again.
 """
 
 import argparse
+import hashlib
 import json
+import shlex
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from tqdm import tqdm
 
 from dataset.chat_template import render
 from dataset.errors import UserError, mistakes_in_plain_words
-from dataset.files import replacing
-from dataset.tiny_world import EVAL, write_missing
-from evaluation.tiny_world import is_correct
-from model.generation import complete
+from dataset.tiny_world import EVAL
+from evaluation import report
+from evaluation.tasks import PROMPTS, TASKS, judge, read_problems, same_answer
+from model.generation import STOP, generate
+from trainer import checkpoint
 from trainer.arguments import ROOT
 from trainer.compiling import require_compiler
 from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--task", choices=["tiny_world"], default="tiny_world")
-    parser.add_argument(
-        "--weight", dest="from_weight", default="full_sft", help="name in --save_dir, or a path"
-    )
-    parser.add_argument("--data_path", type=Path, default=EVAL)
-    parser.add_argument("--save_dir", type=Path, default=ROOT / "out")
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--max_new_tokens", type=int, default=120)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--use_compile", type=int, choices=[0, 1], default=0)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="tiny_world")
+    add("--weight", dest="from_weight", default="full_sft", help="name in --save_dir, or a path")
+    add("--hidden_size", type=int, help="only where several sizes have the name")
+    add("--data_path", type=Path, help="problems, official or prepared; default: Tiny World's")
+    add("--limit", type=count, default=0, help="the first so many problems; 0: all")
+    add("--prompt_style", default="zero_shot", help=f"a table of evaluation/{PROMPTS.name}")
+    add("--shots_path", type=Path, help="solved problems, for few_shot")
+    add("--batch_size", type=positive, default=16, help="answers written at once")
+    add("--max_new_tokens", type=positive, default=512, help="longest answer")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--num_samples", type=positive, default=1, help="answers to each problem")
+    add("--seed", type=int, default=1, help="of the draws, above temperature 0")
+    add("--save_dir", type=Path, default=ROOT / "out", help="of weights and results")
+    add("--run", help="name of the result; default: that of the weights, and what is unusual")
+    add("--device", default="auto")
+    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    add("--use_compile", type=int, choices=[0, 1], default=0)
+    add("--rescore", type=Path, metavar="FILE", help="judge a stored run again, without the model")
+    two = {"nargs": 2, "type": Path, "metavar": ("OLD", "NEW")}
+    add("--compare", **two, help="what flipped between two stored runs")
     args = parser.parse_args(argv)
+    if args.temperature < 0 or (args.num_samples > 1 and args.temperature == 0):
+        parser.error(f"--temperature {args.temperature}: several samples need one above 0")
+    return args
+
+
+def count(text, low=0):
+    if not text.isdigit() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from {low} up")
+    return int(text)
+
+
+def positive(text):
+    return count(text, 1)
+
+
+def main(argv=None):
+    args, typed = parse(argv), list(map(str, sys.argv[1:] if argv is None else argv))
+    if args.compare:
+        print("\n".join(report.compare(*map(read_result, args.compare))))
+        return None
+    if args.rescore:
+        return finish(read_result(args.rescore), args.rescore)
 
     device = pick_device(args.device)
     if args.use_compile:
         require_compiler(device)
+    problems = read_problems(args.task, args.data_path, args.prompt_style, args.shots_path)
+    problems = problems[: args.limit or None]
     model, tokenizer, _ = init_model(args, device)
     model.to(pick_dtype(args, device))
-    start = time.perf_counter()
-    problems = read(write_missing(args.data_path))
-    options = {"max_new_tokens": args.max_new_tokens, "use_compile": bool(args.use_compile)}
-    answer_all(problems, model, tokenizer, args.batch_size, **options)
-    verdicts = defaultdict(list)
-    for problem in problems:
-        verdicts[problem["category"]].append(problem["correct"])
-    scores = {"overall": sum(problem["correct"] for problem in problems) / len(problems)}
-    scores |= {category: sum(marks) / len(marks) for category, marks in verdicts.items()}
-
-    counts = {category: len(marks) for category, marks in verdicts.items()}
-    for category, score in scores.items():
-        print(f"{category:12} {score:6.1%} of {counts.get(category, len(problems)):4}")
-    path = args.save_dir / "eval" / args.task / f"{Path(args.from_weight).stem}.json"
-    with replacing(path) as file:
-        seconds = round(time.perf_counter() - start, 1)
-        params = sum(weight.numel() for weight in model.parameters())
-        result = {"weight": args.from_weight, "params": params, "seconds": seconds}
-        result |= {"scores": scores}
-        text = json.dumps(result | {"problems": problems}, ensure_ascii=False, indent=1)
-        file.write(text.encode("utf-8"))
-    print(f"every answer: {path}")
+    weights = checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)
+    data = args.data_path or EVAL
+    how = ("prompt_style", "num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
+    result = {
+        "task": args.task,
+        "run": args.run or run_name(args),
+        "command": shlex.join(["python", "evaluation/run_eval.py", *typed]),
+        "weights": str(weights),
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "data": str(data),
+        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "params": sum(weight.numel() for weight in model.parameters()),
+        "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
+    }
+    path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
+    rows = answer_all(problems, model, tokenizer, args, Part(path.with_suffix(".part"), result))
+    result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
+    scores = finish(result | {"problems": rows}, path)
+    path.with_suffix(".part").unlink()
     return scores
 
 
-def answer_all(problems, model, tokenizer, batch_size=50, max_new_tokens=120, use_compile=False):
-    """Adds to each problem the model's "answer", and whether it is "correct"."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": 0, "use_compile": use_compile}
+def run_name(args):
+    """Of the weights, with what sets this run apart from the usual one of theirs."""
+    unusual = [args.prompt_style] if args.prompt_style != "zero_shot" else []
+    unusual += [f"{args.num_samples}_samples"] if args.num_samples > 1 else []
+    unusual += [f"temperature_{args.temperature:g}"] if args.temperature else []
+    return "_".join([Path(args.from_weight).stem, *unusual])
+
+
+def finish(result, path):
+    """Judges all rows of a result, writes it with its report to path, and prints its scores."""
+    task, rows = result["task"], result["problems"]
+    for row in rows:
+        row |= judge(task, row["output"], row["gold"], row["truncated"])
+    found = report.totals(rows, lambda a, b: same_answer(task, a, b))
+    scores = {"overall": found["accuracy"]}
+    scores |= {kind: right / n for kind, (right, n) in found["by_type"].items()}
+    report.write(path, result | {"totals": found, "scores": scores, "problems": rows})
+
+    counts = {kind: n for kind, (_, n) in found["by_type"].items()}
+    for kind, score in scores.items():
+        print(f"{kind:24} {score:6.1%} of {counts.get(kind, len(rows)):4}")
+    interval = report.percent(found["accuracy"], found["accuracy_95"])
+    print(f"lenient {interval}, strict {found['strict_accuracy']:.1%}; 95 % intervals")
+    for k, share in found.get("pass_at", {}).items():
+        print(f"pass@{k:19} {share:6.1%}")
+    if "majority" in found:
+        print(f"{'majority vote':24} {found['majority']:6.1%}")
+    print(f"report: {path.with_suffix('.md')}\nevery answer: {path}")
+    return scores
+
+
+def read_result(path):
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["task"], result["totals"], result["problems"][0]["output"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is no result of run_eval.py: {error}") from None
+    return result
+
+
+class Part:
+    """The answers of a run so far, a line each, kept beside where its result will be."""
+
+    def __init__(self, path, run):
+        self.path, self.rows = path, []
+        first = {key: value for key, value in run.items() if key != "command"}
+        first = json.loads(json.dumps(first))
+        try:
+            head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            if json.loads(head) == first:
+                self.rows = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            pass  # no such file, or one that a machine left in pieces: from the beginning
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.write([first, *self.rows], "w")
+
+    def write(self, lines, mode="a"):
+        with self.path.open(mode, encoding="utf-8", newline="\n") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def answer_all(problems, model, tokenizer, args, part=None):
+    """A row for each sample of each problem: {"problem", "sample", "output", "truncated", "tokens",
+    "seconds"} and what the problem holds. part: where they are kept on the way.
+
+    seconds: an even share of its batch's.
+    """
     prompts = [
-        render(problem["conversations"], add_generation_prompt=True, tokenizer=tokenizer)[0]
+        render(problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer)[0]
         for problem in problems
     ]
+    room = model.config.max_position_embeddings
+    for index, prompt in enumerate(prompts):
+        if len(prompt) >= room:
+            raise UserError(
+                f"problem {index} has {len(prompt)} tokens, and the model's context is {room}; "
+                "leave it out, or show fewer examples"
+            )
     # Prompts of similar length go together: less padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in tqdm(range(0, len(order), batch_size), unit="batch", leave=False, disable=None):
-        chosen = order[first : first + batch_size]
-        batch = [prompts[i] for i in chosen]
-        written = complete(model, batch, **options)
-        for i, answer in zip(chosen, map(tokenizer.decode, written), strict=True):
-            correct = is_correct(answer, problems[i]["expected"])
-            problems[i] |= {"answer": answer, "correct": correct}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    asked = [(index, sample) for index in order for sample in range(args.num_samples)]
+    rows = part.rows[: len(part.rows) // args.batch_size * args.batch_size] if part else []
+    starts = range(0, len(asked), args.batch_size)
+    bar = tqdm(starts, unit="batch", leave=False, disable=None, initial=0)
+    for first in bar:
+        if first < len(rows):
+            continue
+        chosen = asked[first : first + args.batch_size]
+        began = time.perf_counter()
+        batch = write_answers([prompts[index] for index, _ in chosen], first, model, args)
+        seconds = round((time.perf_counter() - began) / len(chosen), 3)
+        new = [
+            {
+                "problem": index,
+                "sample": sample,
+                "output": tokenizer.decode(ids),
+                "truncated": not ended,
+                "tokens": len(ids),
+                "seconds": seconds,
+            }
+            for (index, sample), (ids, ended) in zip(chosen, batch, strict=True)
+        ]
+        rows += new
+        if part:
+            part.write(new)
+    rows = sorted(rows, key=lambda row: (row["problem"], row["sample"]))
+    return [{**problems[row["problem"]], **row} for row in rows]
 
 
-def accuracy(task, model, tokenizer):
-    """The share of a task's held-out questions that a model answers right."""
-    problems = read(write_missing({"tiny_world": EVAL}[task]))
-    answer_all(problems, model, tokenizer)
-    return sum(problem["correct"] for problem in problems) / len(problems)
+def write_answers(prompts, first, model, args):
+    """(ids, whether it came to an end) of the answer to each prompt."""
+    seed = int(np.random.SeedSequence([args.seed, first]).generate_state(1)[0])
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    answers, ended = [[] for _ in prompts], [False] * len(prompts)
+    use_compile = bool(args.use_compile)
+    for step in generate(model, prompts, **options, seed=seed, use_compile=use_compile):
+        for place, token in enumerate(step):
+            if token in STOP:
+                ended[place] = True
+            elif token is not None:
+                answers[place].append(token)
+    return list(zip(answers, ended, strict=True))
 
 
-def read(path):
-    """The problems of a JSONL file: {"category", "conversations", "expected"} each."""
-    problems = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                problems.append(json.loads(line))
-                missing = {"category", "conversations", "expected"} - set(problems[-1])
-                if missing:
-                    raise UserError(f"{path}, line {number}: {', '.join(missing)} is missing")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--data_path {path} cannot be used: {error}") from None
-    if not problems:
-        raise UserError(f"--data_path {path} is empty")
-    return problems
+class Exam:
+    """A task's problems, to score a model on while it is trained: all of Tiny World's, else the
+    first 200 of a file. Raises UserError if there is no such file.
+    """
+
+    def __init__(self, task, path):
+        self.task, tiny = task, task == "tiny_world"
+        limits = ["--batch_size", "50", "--max_new_tokens", "120" if tiny else "256"]
+        self.args = parse(["--task", task, *limits])
+        self.problems = read_problems(task, None if tiny else path)[: None if tiny else 200]
+
+    def score(self, model, tokenizer):
+        """The share of the problems that a model solves."""
+        rows = answer_all(self.problems, model, tokenizer, self.args)
+        verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
+        return sum(verdict["verdict"] == "correct" for verdict in verdicts) / len(rows)
 
 
 if __name__ == "__main__":

@@ -39,17 +39,18 @@ def generate(
     use_compile         torch fuses the step from one token to the next; the first answer of a
                         model waits for that
 
-    Ends when all rows are finished, after max_new_tokens steps, or when the longest row fills the
-    model's context. Raises ValueError for an empty prompt or one longer than the context.
+    Ends when all rows are finished, or after max_new_tokens steps. A row that fills the model's
+    context is finished, too. Raises ValueError for an empty prompt or one longer than the context.
     """
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    longest, room = max(map(len, prompts)), model.config.max_position_embeddings
-    if min(map(len, prompts)) == 0 or longest > room:
+    lengths, room = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
+    longest, shortest = max(lengths), min(lengths)
+    if shortest == 0 or longest > room:
         raise ValueError(f"a prompt needs from 1 to {room} tokens")
-    steps = min(max_new_tokens, room - longest)
+    steps = min(max_new_tokens, room - shortest)
     # Shorter prompts are padded on the left, so that all rows go on at the same column. Padding is
     # a document of its own, -1, which no real token sees.
-    pads = [longest - len(prompt) for prompt in prompts]
+    pads = [longest - length for length in lengths]
     ids = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts, strict=True)])
     ids, pads = ids.to(device), torch.tensor(pads, device=device)[:, None]
     column = torch.arange(longest, device=device)
@@ -58,7 +59,7 @@ def generate(
         dtype = torch.float32  # in which attention is quickest there
     cache = KVCache(model.config, len(prompts), longest + steps, device, dtype)
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    finished = torch.tensor([length == room for length in lengths], device=device)
     stops = torch.tensor(stop_ids, device=device)
     seen, new, positions = ids, ids, (column - pads).clamp(min=0)
     forward, forward_one = model, fused(model, len(prompts)) if use_compile else model
@@ -70,10 +71,10 @@ def generate(
             new = choose(logits, temperature, top_k, top_p, generator)  # (B, 1)
             row_done, row_new = finished.tolist(), new[:, 0].tolist()
             yield [None if d else i for d, i in zip(row_done, row_new, strict=True)]
-            finished |= torch.isin(new[:, 0], stops)
+            finished |= torch.isin(new[:, 0], stops) | (positions[:, -1] >= room - 2)
             if finished.all():
                 return
-            positions = positions[:, -1:] + 1
+            positions = (positions[:, -1:] + 1).clamp(max=room - 1)
             documents = torch.zeros_like(new) if documents is not None else None
             seen, forward = torch.cat([seen, new], dim=1), forward_one
 

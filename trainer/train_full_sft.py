@@ -23,7 +23,7 @@ from dataset.formats import KEYS
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tiny_world import PRETRAIN, SFT, write_missing
-from evaluation.run_eval import accuracy
+from evaluation.run_eval import TASKS, Exam
 from model.generation import complete
 from model.loss import supervised_tokens
 from model.moe import load_balance_loss
@@ -65,8 +65,8 @@ def main(argv=None):
     add("--data_format", type=one_of(*KEYS), help=form)
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
     add("--overlong", type=one_of("truncate", "drop", "split"), default="truncate", help=overlong)
-    best = "what makes weights the best: val_loss, or a task's score: tiny_world"
-    add("--best_metric", type=one_of("val_loss", "tiny_world"), default="val_loss", help=best)
+    best = "what makes weights the best: val_loss, or a score: tiny_world|gsm8k|math"
+    add("--best_metric", type=one_of("val_loss", *TASKS), default="val_loss", help=best)
     think = "whose reasoning is kept: that of all answers, the last, or none"
     add("--keep_think", type=one_of("all", "last", "none"), default="all", help=think)
     args, resume = parse_training_args(parser, argv)
@@ -101,6 +101,7 @@ def main(argv=None):
                 write_missing(replay_path), tokenizer, **reading(args, rank)
             )
             train_rows += data.mix_in(documents, args.replay_share, args.seed)
+    exam = args.best_metric != "val_loss" and Exam(args.best_metric, args.eval_data_path)
     describe(data, train_rows, eval_rows, args)
 
     # What learns, and how far it is.
@@ -195,8 +196,8 @@ def main(argv=None):
                     tqdm.write(f"step {run.step} of {total_steps}: loss {loss:.3f}, ", end="")
                     tqdm.write(f"validation {val_loss:.3f}, {speed:,.0f} tokens/s")
                     score = -val_loss
-                    if args.best_metric != "val_loss":
-                        score = accuracy(args.best_metric, model, tokenizer) / world_size
+                    if exam:
+                        score = exam.score(model, tokenizer) / world_size
                         (score,) = distributed.add_up(score, device=device)  # all agree on it
                         tqdm.write(f"  {args.best_metric} {score:.1%}")
                     if run.judge(score):

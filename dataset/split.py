@@ -1,0 +1,74 @@
+"""Files cut into train, valid and test, with a manifest that says how."""
+
+import hashlib
+import json
+
+import numpy as np
+
+from dataset import formats
+from dataset.errors import UserError
+from dataset.files import replacing
+
+
+def split(args):
+    """Writes train, valid and test files and a manifest; returns 0."""
+    try:
+        ratios = [float(ratio) for ratio in args.ratios.split(":")]
+    except ValueError:
+        ratios = []
+    if not 2 <= len(ratios) <= 3 or min(ratios) < 0 or sum(ratios) <= 0:
+        raise UserError(f"--ratios {args.ratios}: give two or three numbers, as 8:1:1")
+    names = ["train", "valid", "test"] if len(ratios) == 3 else ["train", "test"]
+    groups = []
+    for number, record in formats.read_records(args.file):
+        if isinstance(record, ValueError):
+            raise UserError(f"{args.file}, line {number}: {record}. Mend it, and split again")
+        if args.stratify and args.stratify not in record:
+            raise UserError(f"{args.file}, line {number}: there is no {args.stratify!r} in it")
+        groups.append(str(record.get(args.stratify)) if args.stratify else "")
+    if not groups:
+        raise UserError(f"{args.file} is empty; give a JSONL file")
+    part_of = shares(groups, ratios, args.seed)
+
+    def records(part):
+        for index, (_, record) in enumerate(formats.read_records(args.file)):
+            if part_of[index] == part:
+                yield record
+
+    how = {"source": str(args.file), "ratios": args.ratios, "stratify": args.stratify}
+    parts = {f"{name}.jsonl": records(part) for part, name in enumerate(names)}
+    write_parts(args.out, parts, how | {"seed": args.seed})
+    return 0
+
+
+def shares(groups, ratios, seed):
+    """For each record the number of the part that it is drawn into. Records of the same group are
+    spread over the parts as the ratios say.
+    """
+    members = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    part_of, rng = [0] * len(groups), np.random.default_rng(seed)
+    for _, indices in sorted(members.items()):
+        ends = np.round(np.cumsum(ratios) / sum(ratios) * len(indices)).astype(int)
+        for place, index in enumerate(rng.permutation(indices).tolist()):
+            part_of[index] = int(np.searchsorted(ends, place, side="right"))
+    return part_of
+
+
+def write_parts(folder, parts, manifest):
+    """Writes {file name: records} as JSONL, and manifest.json with their counts and hashes."""
+    manifest = manifest | {"files": {}}
+    for name, records in parts.items():
+        count, digest = 0, hashlib.sha256()
+        with replacing(folder / name) as file:
+            for record in records:
+                line = json.dumps(record, ensure_ascii=False)
+                line = line.encode("utf-8", "backslashreplace") + b"\n"
+                file.write(line)
+                digest.update(line)
+                count += 1
+        manifest["files"][name] = {"records": count, "sha256": digest.hexdigest()}
+        print(f"{folder / name}: {count} records")
+    with replacing(folder / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8"))

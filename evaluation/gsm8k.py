@@ -1,0 +1,80 @@
+"""The judge of GSM8K, whose answers are numbers.
+
+Strict: the official rule (github.com/openai/grade-school-math): the number after the first "####",
+commas removed, must be the same text. Lenient: what models really write, and the same value.
+"""
+
+import re
+
+from evaluation.expressions import same_value
+
+OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)])[-−]\s?)?(?:[$€£](?P<inner>-)?)?"
+    r"(?P<digits>(?:(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)|(?<!\d)\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?P<power>e[+-]?\d{1,3}\b)?(?P<over>\s?/\s?\d+(?![\d/]))?"
+)
+ANSWER = re.compile(
+    r"\banswer(?:\s+[a-z]+){0,4}?\s*(?:\bis\b|\bare\b|=|:)+|(?<![\w])A:", re.IGNORECASE
+)
+SPELLINGS = (
+    (r"\{,\}", ","),
+    (r"\\[,!;]|\*\*", ""),
+    (r"\\[dt]?frac\{(-?\d{1,20})\}\{(\d{1,20})\}", r"\1/\2"),
+    (r"\s?(?:\\times|×|\*|x)\s?10\s?\^\s?\{?(-?\d{1,3})\}?", r"e\1"),
+    (  # 2 1/2 is 5/2
+        r"(?<![\d/.])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/])",
+        lambda mixed: f"{int(mixed[1]) * int(mixed[3]) + int(mixed[2])}/{mixed[3]}",
+    ),
+)
+LONGEST = 20_000
+
+
+def extract_answer(text, strict=False):
+    """The final number of a solution as text, without commas, currency and units; None if there is
+    none. A fraction stays one: "3/4".
+    """
+    if strict:
+        found = OFFICIAL.search(text)
+        return found[1].strip().replace(",", "") if found else None
+    text = plain(text[-LONGEST:])
+    for place in places(text):
+        numbers = list(NUMBER.finditer(place.rpartition("=")[2])) or list(NUMBER.finditer(place))
+        if numbers:
+            return written(numbers[0])
+    numbers = list(NUMBER.finditer(text))
+    return written(numbers[-1]) if numbers else None
+
+
+def is_correct(answer, gold, strict=False):
+    """Whether the final number of answer is that of gold, which is a whole solution or a number."""
+    expected = extract_answer(gold, strict) or extract_answer(f"#### {gold}", strict)
+    given = extract_answer(answer, strict)
+    if given is None or expected is None:
+        return False
+    return given == expected or (not strict and same_value(given, expected))
+
+
+def plain(text):
+    """LaTeX's and people's spellings of numbers, as one."""
+    for spelling, replacement in SPELLINGS:
+        text = re.sub(spelling, replacement, text)
+    return text.replace("\\$", "$")
+
+
+def places(text):
+    """Where a solution tells its answer, the surest first."""
+    if "####" in text:
+        yield text.rpartition("####")[2].strip().partition("\n")[0]
+    boxed = text.rfind("\\boxed")
+    if boxed >= 0:
+        yield text[boxed + 6 :].partition("\n")[0].partition("}")[0]
+    told = list(ANSWER.finditer(text))
+    if told:
+        yield re.split(r"\.\s|\n", text[told[-1].end() :].lstrip(), maxsplit=1)[0]
+
+
+def written(number):
+    minus = "-" if number["sign"] or number["inner"] else ""
+    over = (number["over"] or "").replace(" ", "")
+    return minus + number["digits"].replace(",", "") + (number["power"] or "") + over

@@ -1,0 +1,332 @@
+"""Evaluation: the same result whatever the batch size and however often it was killed; gold answers
+are all right; the figures against their definitions."""
+
+import csv
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evaluation import report, run_eval
+from evaluation.tasks import judge, read_problems
+from tests.conftest import ROOT, run, write_jsonl
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def gsm8k_raw(tmp_path_factory):
+    """A folder like the official one: 45 problems to train on, 12 to test with."""
+    folder = tmp_path_factory.mktemp("raw")
+    for name, numbers in (("train", range(45)), ("test", range(45, 57))):
+        records = [
+            {
+                "question": f"Tom has {i} eggs and buys {i % 5} more. How many?" + " Hm?" * (i % 4),
+                "answer": f"Tom has {i}+{i % 5}=<<{i}+{i % 5}={i + i % 5}>>{i + i % 5} eggs.\n"
+                + "That is all.\n" * (i % 2)
+                + f"#### {i + i % 5:,}",
+            }
+            for i in numbers
+        ]
+        write_jsonl(folder / f"{name}.jsonl", records)
+    write_jsonl(folder / "test_socratic.jsonl", [{"question": "?", "answer": "#### 1"}])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gsm8k(gsm8k_raw, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gsm8k")
+    done = run("dataset/prepare.py", "gsm8k", "--raw", gsm8k_raw, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def evaluate(trained, data, out, *flags, **how):
+    weight = trained / "full_sft_32.pth"
+    common = ["--data_path", data, "--save_dir", out, "--max_new_tokens", 20, "--device", "cpu"]
+    return run("evaluation/run_eval.py", "--weight", weight, *common, *flags, **how)
+
+
+def without_times(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for row in [result, *result["problems"]]:
+        row.pop("seconds")
+    return result
+
+
+# ---------------------------------------------------------------------------------------- prepare
+
+
+def test_gsm8k_is_prepared(gsm8k, gsm8k_raw, tmp_path):
+    train, valid, test, text = (read(gsm8k / f"{n}.jsonl") for n in "train valid test text".split())
+    assert (len(train), len(valid), len(test), len(text)) == (40, 5, 12, 40)
+    official = read(gsm8k_raw / "test.jsonl")
+    assert [record["question"] for record in test] == [record["question"] for record in official]
+    asked = {record["question"] for record in train + valid}
+    assert asked == {record["question"] for record in read(gsm8k_raw / "train.jsonl")}
+    assert test[0] == {
+        "conversations": [
+            {"role": "user", "content": official[0]["question"]},
+            {"role": "assistant", "content": "Tom has 45+0=45 eggs.\nThat is all.\n#### 45"},
+        ],
+        "question": official[0]["question"],
+        "rationale": "Tom has 45+0=45 eggs.\nThat is all.",
+        "final_answer": "45",
+        "level": "2 steps",
+        "type": "arithmetic",
+        "source": "gsm8k",
+    }
+    steps = [sum(r["level"] == "2 steps" for r in part) / len(part) for part in (train, valid)]
+    assert steps == pytest.approx([22 / 45, 22 / 45], abs=0.1)  # stratified
+    manifest = json.loads((gsm8k / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["files"]["valid.jsonl"]["records"] == 5 and manifest["task"] == "gsm8k"
+
+    flags = ["--raw", gsm8k_raw, "--out", tmp_path, "--calculator", "keep"]
+    assert run("dataset/prepare.py", "gsm8k", *flags).returncode == 0
+    assert "<<45+0=45>>45" in read(tmp_path / "test.jsonl")[0]["rationale"]
+
+
+def test_math_is_prepared_from_folders_too(tmp_path):
+    for i, part in enumerate(["train/algebra"] * 9 + ["test/geometry"] * 2):
+        folder = tmp_path / "raw" / part
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = {"problem": f"What is ${i}$?", "level": "Level 1", "type": part.split("/")[1]}
+        problem["solution"] = rf"It is $\boxed{{\frac{{{i}}}{{7}}}}$."
+        (folder / f"{i}.json").write_text(json.dumps(problem, indent=1), encoding="utf-8")
+    flags = ["--raw", tmp_path / "raw", "--out", tmp_path / "out"]
+    done = run("dataset/prepare.py", "math", *flags)
+    assert done.returncode == 0, done.stderr
+    parts = {name: read(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "valid", "test")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 8, "valid": 1, "test": 2}
+    assert [r["final_answer"] for r in parts["test"]] == [r"\frac{9}{7}", r"\frac{10}{7}"]
+    assert parts["test"][0]["type"] == "geometry" and parts["test"][0]["level"] == "Level 1"
+
+
+def test_the_rest_is_split_in_three_without_an_official_test(gsm8k_raw, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "all.jsonl").write_bytes((gsm8k_raw / "train.jsonl").read_bytes())
+    flags = ["--raw", tmp_path / "raw", "--out", tmp_path, "--stratify", 0]
+    assert run("dataset/prepare.py", "gsm8k", *flags).returncode == 0
+    sizes = [len(read(tmp_path / f"{name}.jsonl")) for name in ("train", "valid", "test")]
+    assert sum(sizes) == 45 and sizes[1] in (4, 5) and sizes[2] in (4, 5)
+
+
+def test_a_record_of_something_else_is_named(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"question": "What?", "answer": "It is 3."}])
+    done = run("dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "line 1" in done.stderr and "####" in done.stderr
+    done = run("dataset/prepare.py", "gsm8k", "--raw", tmp_path / "no", "--out", tmp_path)
+    assert done.returncode == 2 and "no such folder" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_and_its_report(trained, gsm8k, tmp_path):
+    done = evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k", "--limit", 7)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "eval" / "gsm8k"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".json", ".md"]
+    result = json.loads((folder / "full_sft_32.json").read_text(encoding="utf-8"))
+    rows = result["problems"]
+    assert [row["problem"] for row in rows] == list(range(7))
+    assert result["totals"]["problems"] == 7 and result["scores"]["overall"] <= 1
+    for row, record in zip(rows, read(gsm8k / "test.jsonl"), strict=False):
+        assert row["prompt"] == [{"role": "user", "content": record["question"]}]
+        assert row["gold"] == record["final_answer"]
+        said = judge("gsm8k", row["output"], row["gold"], row["truncated"])
+        assert said.items() <= row.items()
+        assert row["tokens"] <= 20 and row["truncated"] == (row["tokens"] == 20)
+    table = list(csv.DictReader((folder / "full_sft_32.csv").open(encoding="utf-8")))
+    assert [line["verdict"] for line in table] == [row["verdict"] for row in rows]
+    text = (folder / "full_sft_32.md").read_text(encoding="utf-8")
+    assert result["weights_sha256"][:16] in text and result["command"] in text
+    assert "python evaluation/run_eval.py --weight" in text and "--limit 7" in text
+
+
+def test_greedy_answers_are_the_same_whatever_the_batch_size(trained, gsm8k, tmp_path):
+    rows = []
+    for size in (1, 5, 12):
+        flags = ["--task", "gsm8k", "--batch_size", size]
+        assert evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags).returncode == 0
+        result = without_times(tmp_path / "eval" / "gsm8k" / "full_sft_32.json")
+        rows.append(result["problems"])
+    assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8, "--num_samples", 3)])
+def test_a_run_killed_on_the_way_ends_in_the_same_result(trained, gsm8k, tmp_path, sampling):
+    flags = ["--task", "gsm8k", "--batch_size", 2, "--run", "it", *sampling]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert evaluate(trained, gsm8k / "test.jsonl", whole, *flags).returncode == 0
+    weight = trained / "full_sft_32.pth"
+    flags += ["--weight", weight, "--data_path", gsm8k / "test.jsonl", "--save_dir", killed]
+    flags += ["--max_new_tokens", 20, "--device", "cpu"]
+    command = [sys.executable, ROOT / "evaluation" / "run_eval.py", *flags]
+    part = killed / "eval" / "gsm8k" / "it.part"
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        if part.exists() and part.read_bytes().count(b"\n") > 4:
+            process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+            break
+        time.sleep(0.005)
+    process.wait()
+    if part.exists():  # and a line that was only begun, as a machine that goes off may leave it
+        with part.open("ab") as file:
+            file.write(b'{"problem": 3, "sam')
+    before = part.read_bytes() if part.exists() else b""
+    done = run(*command[1:])
+    assert done.returncode == 0, done.stderr
+    name = "eval/gsm8k/it.json"
+    one, other = without_times(whole / name), without_times(killed / name)
+    assert one.pop("command") != other.pop("command")
+    assert one == other
+    assert not part.exists()
+    assert before, "the run was over before it was killed; nothing was tested"
+
+
+def test_an_unfinished_run_with_other_flags_is_not_gone_on_with(trained, gsm8k, tmp_path):
+    part = tmp_path / "it.part"
+    first = run_eval.Part(part, {"weights_sha256": "a", "command": "x"})
+    first.write([{"problem": 1}])
+    assert run_eval.Part(part, {"weights_sha256": "a", "command": "y"}).rows == [{"problem": 1}]
+    assert run_eval.Part(part, {"weights_sha256": "b", "command": "x"}).rows == []
+
+
+@pytest.mark.parametrize("task", ["tiny_world", "gsm8k", "math"])
+def test_gold_answers_are_all_right(task, gsm8k, tmp_path):
+    """With their own solutions in the place of the model's."""
+    path = {"gsm8k": gsm8k / "test.jsonl", "math": SHARED / "math" / "test.jsonl"}.get(task)
+    if task == "math" and not path.exists():
+        solution = {"problem": "?", "solution": r"so $\boxed{\frac{1}{2}}$", "level": "1"}
+        path = write_jsonl(tmp_path / "test.jsonl", [solution])
+    solutions = (
+        [r.get("solution") or r["conversations"][-1]["content"] for r in read(path)]
+        if path
+        else None
+    )
+    for index, problem in enumerate(read_problems(task, path)):
+        gold = problem["gold"]
+        output = (
+            solutions[index] if solutions else gold if isinstance(gold, str) else " ".join(gold)
+        )
+        said = judge(task, output, gold, truncated=False)
+        assert said["verdict"] == said["strict_verdict"] == "correct" and said["error"] is None
+
+
+def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path):
+    assert evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k").returncode == 0
+    path = tmp_path / "eval" / "gsm8k" / "full_sft_32.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for row in result["problems"]:
+        row["output"], row["verdict"] = f"The answer is {row['gold']}.", "wrong"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    done = run("evaluation/run_eval.py", "--rescore", path)
+    assert done.returncode == 0, done.stderr
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again["totals"]["accuracy"] == 1 and again["totals"]["strict_accuracy"] == 0
+    assert "lenient 100.0%" in done.stdout
+
+
+def test_compare_shows_what_flipped(tmp_path):
+    paths = []
+    for name, verdicts in (("a", "RRWWWW"), ("b", "RWRRRW")):
+        rows = [
+            {
+                "problem": i,
+                "sample": 0,
+                "prompt": [{"role": "user", "content": f"{i}?"}],
+                "verdict": "correct" if mark == "R" else "wrong",
+                "extracted": mark,
+                "gold": "g",
+                "output": "",
+            }
+            for i, mark in enumerate(verdicts)
+        ]
+        result = {"task": "gsm8k", "run": name, "totals": {"accuracy": 0.5}, "problems": rows}
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(result), encoding="utf-8")
+    done = run("evaluation/run_eval.py", "--compare", *paths)
+    assert done.returncode == 0, done.stderr
+    assert "3 became right, 1 wrong; p = 0.625" in done.stdout  # 2 (1 + 4) / 16
+    assert [line for line in done.stdout.splitlines() if line[0] in "+-"] == [
+        *(f"+ problem {i}: 'W' -> 'R', gold 'g'" for i in (2, 3, 4)),
+        "- problem 1: 'R' -> 'W', gold 'g'",
+    ]
+
+
+def test_few_shot_prompts_show_the_same_solved_problems(gsm8k):
+    shots = gsm8k / "train.jsonl"
+    problems = read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", shots)
+    solved = {r["question"]: r["conversations"][-1]["content"] for r in read(shots)}
+    for problem in problems:
+        *turns, last = problem["prompt"]
+        assert len(turns) == 8 and turns == problems[0]["prompt"][:-1]
+        asked, answered = turns[::2], turns[1::2]
+        for question, answer in zip(asked, answered, strict=True):
+            assert solved[question["content"]] == answer["content"]
+        assert last["role"] == "user"
+
+
+def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path):
+    test = gsm8k / "test.jsonl"
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    for data, flags, says in (
+        (test, ["--task", "gsm8k", "--prompt_style", "no"], "few_shot"),
+        (test, ["--task", "gsm8k", "--prompt_style", "few_shot"], "--shots_path"),
+        (test, ["--task", "gsm8k", "--num_samples", 3], "--temperature"),
+        (test, ["--task", "gsm8k", "--batch_size", 0], "from 1 up"),
+        (test, ["--task", "math"], "line 1: its source is gsm8k"),
+        (test, ["--task", "tiny_world"], "line 1"),
+        (tmp_path / "empty.jsonl", ["--task", "gsm8k"], "is empty"),
+        (tmp_path / "no.jsonl", ["--task", "gsm8k"], "no.jsonl"),
+        (test, ["--rescore", test], "no result of run_eval.py"),
+    ):
+        done = evaluate(trained, data, tmp_path, *flags)
+        assert done.returncode == 2, (flags, done.stderr)
+        assert says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def test_wilson_against_the_equation_that_defines_it():
+    """Its ends are the shares from which the one seen is 1.96 standard errors away."""
+    for right, n in ((0, 10), (1, 10), (5, 10), (10, 10), (137, 200)):
+        for end in report.wilson(right, n):
+            error = (end * (1 - end) / n) ** 0.5
+            assert abs(right / n - end) == pytest.approx(1.96 * error, abs=1e-9)
+
+
+def test_pass_at_k_against_counting():
+    marks = [True, True, False, False, False]
+    for k in range(1, 6):
+        draws = list(itertools.combinations(marks, k))
+        share = sum(map(any, draws)) / len(draws)
+        assert report.pass_at(k, 5, 2) == pytest.approx(share)
+
+
+def test_totals_of_several_samples():
+    def row(problem, sample, extracted, gold="1"):
+        verdict = "correct" if extracted == gold else "wrong"
+        more = {"error": None if verdict == "correct" else "wrong", "truncated": False}
+        more |= {"strict_verdict": verdict, "tokens": 10, "level": None, "type": None}
+        said = {"extracted": extracted, "verdict": verdict}
+        return {"problem": problem, "sample": sample} | said | more
+
+    rows = [row(0, i, answer) for i, answer in enumerate("1221")]  # a tie: the earliest wins
+    rows += [row(1, i, answer) for i, answer in enumerate("1222")]
+    rows += [row(2, i, answer) for i, answer in enumerate("1131")]
+    found = report.totals(rows, lambda a, b: a == b)
+    assert found["accuracy"] == 6 / 12 and found["problems"] == 3
+    assert found["majority"] == 2 / 3
+    assert found["pass_at"]["4"] == 1 and found["pass_at"]["1"] == pytest.approx(0.5)
+    assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 3 / 6 + 6 / 6) / 3)

@@ -1,0 +1,338 @@
+"""The judges of GSM8K and MATH: the official rules, what models really write, no false "equal"."""
+
+import json
+import random
+import time
+
+import pytest
+
+from evaluation import competition_math, gsm8k
+from evaluation.competition_math import is_equiv
+from evaluation.expressions import same_value
+from tests.conftest import ROOT
+
+SHARED = ROOT.parent / "shared" / "data"
+HOSTILE = (
+    "9^{9^{9^{9^9}}}",
+    "(" * 5000,
+    "{" * 5000 + "}" * 5000,
+    "\\frac" * 3000,
+    "\\sqrt{" * 2000,
+    "1," * 4000,
+    "1,234" * 4000,
+    "answer is " * 4000,
+    "answer a a a a " * 3000,
+    "-" * 5000,
+    "1/" * 5000,
+    "\\text{" * 3000,
+    "((((((((((9!)!)!)!)!)!)!)!)!)!)",
+    "\\boxed{" * 3000,
+    " " * 20000,
+    "1 " * 9000,
+    "\\begin{pmatrix}" + "1&" * 5000,
+    "$" * 9999,
+    "x_{" * 3000,
+    "9" * 20000,
+    "0." + "1e9" * 50,
+    "2^" * 150 + "2",
+    "|" * 300,
+    "1 abc " * 160,
+    "\\cup 1" * 140,
+    "{1," * 300,
+    "12 \\frac{1}{2}" * 60,
+)
+
+
+# ------------------------------------------------------------------------------------------ GSM8K
+
+
+@pytest.mark.parametrize(
+    ("text", "official"),
+    [
+        ("so 3*6=18.\n#### 18", "18"),
+        ("#### 1,234,567", "1234567"),
+        ("#### -5", "-5"),
+        ("#### 3.50", "3.50"),
+        ("#### 18.", "18."),  # it keeps the point, so this is not 18
+        ("#### 5 and later #### 6", "5"),
+        ("#### $18", None),
+        ("####18", None),
+        ("The answer is 18", None),
+        ("", None),
+    ],
+)
+def test_the_official_rule_of_gsm8k(text, official):
+    assert gsm8k.extract_answer(text, strict=True) == official
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so 3*6=18.\n#### 18", "18"),
+        ("####18.", "18"),
+        ("#### $1,234.50 per year", "1234.50"),
+        ("The answer is 18.", "18"),
+        ("The answer is: **$18**. She sold 3 of 20.", "18"),
+        ("A: 18", "18"),
+        ("Final answer = 18 apples, in 2 baskets", "18"),
+        ("The final answer is 3 + 4 = 7 eggs.", "7"),
+        (r"Therefore \boxed{1{,}234}.", "1234"),
+        (r"Therefore \boxed{x = 5} is it", "5"),
+        ("She has 7 apples, and he has 12.", "12"),
+        ("It fell to −4 degrees", "-4"),
+        ("She owes -$5", "-5"),
+        ("from 5-3", "3"),
+        (r"That is \frac{3}{4}", "3/4"),
+        ("The answer is 3/4 of it", "3/4"),
+        ("She drank 2 1/2", "5/2"),
+        ("50%", "50"),
+        ("about 1.5e3", "1.5e3"),
+        (r"1.5 \times 10^{3}", "1.5e3"),
+        ("it costs .75", ".75"),
+        ("I do not know", None),
+        ("", None),
+    ],
+)
+def test_what_models_write_of_gsm8k(text, answer):
+    assert gsm8k.extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("#### 18.0", "#### 18", True),
+        ("$1,000", "1000", True),
+        ("1/2", "0.5", True),
+        ("The answer is 0.333333", "1/3", True),
+        ("12", "1,2", False),
+        ("-18", "18", False),
+        ("1000001", "1000000", False),  # a whole number is exact
+        ("18", "180", False),
+        ("none", "18", False),
+    ],
+)
+def test_is_correct(answer, gold, right):
+    assert gsm8k.is_correct(answer, gold) is right
+
+
+def test_every_gold_answer_of_gsm8k_is_found():
+    path = SHARED / "gsm8k" / "test.jsonl"
+    if not path.exists():
+        pytest.skip("needs the shared data")
+    for name in ("train", "test"):
+        for line in path.with_name(f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            answer = json.loads(line)["answer"]
+            official = gsm8k.extract_answer(answer, strict=True)
+            assert official == answer.rpartition("#### ")[2].replace(",", "")
+            assert gsm8k.is_correct(answer, answer, strict=True)
+            assert gsm8k.extract_answer(answer) == official and gsm8k.is_correct(answer, answer)
+
+
+# ------------------------------------------------------------------------------------------- MATH
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [  # the pairs that the judge's authors publish as its tests, in their order
+        (r"\tfrac{1}{2} + \frac1{72}", r"\\frac{1}{2} + 2/3", False),
+        ("10, 4, -2", "4, 10, -2", False),
+        ("10, 4, 2", "4, 12, 2", False),
+        (r"\tfrac{1}{2} +\! \frac1{72}", r"\\dfrac{1}{2} +\frac{1}{72}", True),
+        (r"10\text{ units}", "10 ", True),
+        (r"10\text{ units}", "100 ", False),
+        ("10", r"\$10", True),
+        (r"\left(x-2\right)\left(x+2\right)", "(x-2)(x+2)", True),
+        ("0.1, 4, 2", "4, .1, 2", False),
+        ("0.1", ".1", True),
+        (r"10\%", "10", True),
+        (r"10\sqrt{3} + \sqrt4", r"10\sqrt3 + \sqrt{4}", True),
+        (r"\frac34i", r"\frac{3}{4}i", True),
+        (r"\tfrac83", r"\frac{8}{3}", True),
+        ("5x - 7y + 11z + 4 = 0", "x + y - z + 2 = 0", False),
+        ("1/2", r"\frac{1}{2}", True),
+    ],
+)
+def test_the_official_rule_of_math(a, b, equal):
+    assert is_equiv(a, b, strict=True) is equal
+    assert is_equiv(a, b) is equal
+
+
+def test_the_official_rule_is_one_of_spelling():
+    for a, b in (("0.5", r"\frac{1}{2}"), ("x=5", "5"), (r"90^\circ", "90")):
+        assert is_equiv(a, b, strict=True)
+    for a, b in (("0.25", r"\frac{1}{4}"), ("1,000", "1000"), ("3 units", "3"), ("(A)", "A")):
+        assert not is_equiv(a, b, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so $\boxed{5}$ is not \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\left\{1, \{2\}\right\}}", r"\left\{1, \{2\}\right\}"),
+        (r"\fbox{7}", "7"),
+        (r"$\boxed 7$ it is", "7"),
+        (r"\boxed{unclosed", None),
+        ("no box", None),
+    ],
+)
+def test_the_last_box(text, answer):
+    assert competition_math.extract_answer(text, strict=True) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is $x = 5$.", "x = 5"),
+        ("The answer is 1/2.", "1/2"),
+        ("thus\n#### 12", "12"),
+        ("We get $a$, then $b + 1$", "b + 1"),
+        ("There are 12 ways", "12"),
+        ("nothing", None),
+    ],
+)
+def test_an_answer_without_a_box(text, answer):
+    assert competition_math.extract_answer(text) == answer
+    assert competition_math.extract_answer(text, strict=True) is None
+
+
+EQUAL = [
+    ("0.25", r"\frac{1}{4}"),
+    ("1,000", "1000"),
+    (r"1{,}000", "1000"),
+    ("1000000.0", "1000000"),
+    ("x = 5", "5"),
+    ("5", "x=5.0"),
+    (r"\dfrac{2}{4}", r"\tfrac12"),
+    (r"2\sqrt{2}", r"\sqrt{8}"),
+    ("2√2", r"2\sqrt{2}"),
+    ("sqrt(8)", r"2\sqrt2"),
+    (r"\sqrt[3]{8}", "2"),
+    (r"3\frac{1}{2}", "3.5"),
+    ("3 1/2", r"\frac72"),
+    ("(x+1)^2", "x^2+2x+1"),
+    (r"\frac{x}{2}", "0.5x"),
+    ("y = 2x + 3", "2x+3"),
+    ("y = 2x + 3", "2x - y + 3 = 0"),
+    ("10 cm", r"10\text{ cm}"),
+    ("10 square units", "10"),
+    (r"\$5.50", "5.5"),
+    ("$18$", "18"),
+    (r"90^{\circ}", "90 degrees"),
+    (r"\text{(A)}", "A"),
+    (r"\text{Monday}", "monday"),
+    (r"\{1, 2\}", r"\{2, 1\}"),
+    ("{1,2}", r"\left\{2,1\right\}"),
+    ("(1, 0.5)", r"\left(1, \frac{1}{2}\right)"),
+    (r"[0, \infty)", "[0, ∞)"),
+    (r"(-\infty, 1] \cup [2, 3)", r"[2,3)\cup(-\infty,1.0]"),
+    (r"x \in [0,1]", "[0, 1]"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3.0 & 4 \end{bmatrix}"),
+    ("x=1 or x=2", "1,2"),
+    (r"2 \times 10^{3}", "2000"),
+    (r"4\pi", r"\pi \cdot 4"),
+    (r"\sin^2 x", r"(\sin x)^2"),
+    ("2516_8", "2516_{8}"),
+    ("3!", "6"),
+    (r"\binom{5}{2}", "10"),
+    (r"|{-3}|", "3"),
+    ("1.41421356", r"\sqrt{2}"),
+]
+DIFFERENT = [
+    ("-1/2", "1/2"),
+    ("12", "1,2"),
+    ("(1,2)", r"\{1,2\}"),
+    ("(1,2)", "{1,2}"),
+    ("(1,2)", "[1,2]"),
+    ("(1,2)", "(2,1)"),
+    ("1,2", "2,1"),
+    ("1,2", "1,2,2"),
+    (r"\{1,2\}", r"\{1,2,2\}"),
+    ("1000001", "1000000"),
+    ("10000000x", "10000001x"),
+    ("x", "y"),
+    ("x", "X"),
+    ("x-y", "xy"),
+    ("cat", "act"),
+    ("ab-cd", "abcd"),
+    ("x<5", "x>5"),
+    (r"x \le 5", "x < 5"),
+    (r"\sqrt{x^2}", "x"),
+    ("2516_8", "2516_7"),
+    ("2^3", "3^2"),
+    ("5", ""),
+    (None, "5"),
+    (None, None),
+    (r"\text{yes}", r"\text{no}"),
+    ("10 apples and 3 pears", "10"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"),
+    ("inf", "nan"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+    ("x+10^{12}", "2x+10^{12}"),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), EQUAL)
+def test_the_same_mathematics(a, b):
+    assert is_equiv(a, b) and is_equiv(b, a)
+
+
+@pytest.mark.parametrize(("a", "b"), DIFFERENT)
+def test_no_false_equal(a, b):
+    assert not is_equiv(a, b) and not is_equiv(b, a)
+    assert not is_equiv(a, b, strict=True)
+
+
+def test_every_solution_of_math_is_its_own_answer():
+    path = SHARED / "math" / "test.jsonl"
+    if not path.exists():
+        pytest.skip("needs the shared data")
+    answers = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        solution = json.loads(line)["solution"]
+        for strict in (True, False):
+            answer = competition_math.extract_answer(solution, strict)
+            assert answer and is_equiv(answer, answer, strict)
+        answers.append(answer)
+    # And the lenient judge calls few of different answers equal, all of them rightly.
+    equal = {
+        (a, b)
+        for a, b in zip(answers, answers[1:] + answers[:1], strict=True)
+        if is_equiv(a, b) and not is_equiv(a, b, strict=True)
+    }
+    assert len(equal) < 10, equal
+
+
+# ---------------------------------------------------------------------------------------- hostile
+
+
+def seconds_to_judge(text):
+    """The longest that any of the judge's functions takes on a text."""
+    longest = 0.0
+    for act in (
+        lambda: gsm8k.is_correct(text, "18"),
+        lambda: competition_math.extract_answer(text),
+        lambda: is_equiv(text, "18"),
+        lambda: is_equiv(text, text[1:]),
+        lambda: is_equiv(text, "18", strict=True),
+        lambda: competition_math.is_malformed(text),
+        lambda: same_value(text, text + "+1"),
+    ):
+        began = time.process_time()
+        act()
+        longest = max(longest, time.process_time() - began)
+    return longest
+
+
+def test_hostile_text_is_judged_like_any_other():
+    pieces = [*HOSTILE, *(a for pair in EQUAL for a in pair), "\\", "}", "\x00", "é", "\ud800"]
+    rng = random.Random(1)
+    for text in (
+        *HOSTILE,
+        *("".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(300)),
+    ):
+        seconds_to_judge(text[:60_000])  # no exception, and it ends
+
+
+if __name__ == "__main__":  # python -m tests.test_judges: the slowest of the hostile texts
+    for text in HOSTILE:
+        print(f"{seconds_to_judge(text) * 1000:8.2f} ms  {text[:50]!r}")
