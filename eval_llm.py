@@ -48,15 +48,15 @@ def parse(argv):
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--weight", dest="from_weight", default="full_sft", help="a name in --save_dir, or a path")
+    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
+    add("--lora", metavar="NAME", help="adapters to lay on the weights: lora_NAME_512.pth")
     add("--save_dir", type=Path, default=Path(__file__).resolve().parent / "out", help="of weights")
     add("--hidden_size", type=int, help="only where several sizes have the name")
     add("--prompt", help="answer this and end")
     add("--system", default="", help="system prompt")
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
-    fuse = "1: fuse the step to the next token, in half a minute; needs a C++ compiler"
-    add("--use_compile", type=int, choices=[0, 1], default=0, help=fuse)
+    add("--use_compile", type=int, choices=[0, 1], default=0, help="1: fuse; needs a compiler")
     for name, (_, default, text) in SAMPLING.items():
         add(f"--{name}", default=default, help=text)
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--raw", type=Path, required=True, help="folder of the official files")
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out" / "gsm8k_run")
     parser.add_argument("--limit", type=int, default=200, help="test problems (%(default)s)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[1, 4], help="pretraining, SFT")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[1, 3], help="pretraining, SFT")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip

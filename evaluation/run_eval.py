@@ -40,7 +40,9 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--task", choices=TASKS, default="tiny_world")
-    add("--weight", dest="from_weight", default="full_sft", help="name in --save_dir, or a path")
+    newest = "name in --save_dir, or a path; without it full_sft, or what is under --lora"
+    add("--weight", dest="from_weight", help=newest)
+    add("--lora", metavar="NAME", help="adapters to lay on the weights: lora_NAME_512.pth")
     add("--hidden_size", type=int, help="only where several sizes have the name")
     add("--data_path", type=Path, help="problems, official or prepared; default: Tiny World's")
     add("--limit", type=count, default=0, help="the first so many problems; 0: all")
@@ -86,19 +88,22 @@ def main(argv=None):
     device = pick_device(args.device)
     if args.use_compile:
         require_compiler(device)
+    args.from_weight = checkpoint.weights_to_start_from(args)
     problems = read_problems(args.task, args.data_path, args.prompt_style, args.shots_path)
     problems = problems[: args.limit or None]
     model, tokenizer, _ = init_model(args, device)
     model.to(pick_dtype(args, device))
-    weights = checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)
+    paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
+    if args.lora:
+        paths.append(checkpoint.find(args.save_dir, f"lora_{args.lora}", args.hidden_size))
     data = args.data_path or EVAL
     how = ("prompt_style", "num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
     result = {
         "task": args.task,
         "run": args.run or run_name(args),
         "command": shlex.join(["python", "evaluation/run_eval.py", *typed]),
-        "weights": str(weights),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights": " + ".join(map(str, paths)),
+        "weights_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(),
         "data": str(data),
         "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
         "params": sum(weight.numel() for weight in model.parameters()),
@@ -113,8 +118,9 @@ def main(argv=None):
 
 
 def run_name(args):
-    """Of the weights, with what sets this run apart from the usual one of theirs."""
-    unusual = [args.prompt_style] if args.prompt_style != "zero_shot" else []
+    """That of the weights, with what sets this run apart from the usual one of theirs."""
+    unusual = [f"lora_{args.lora}"] if args.lora else []
+    unusual += [args.prompt_style] if args.prompt_style != "zero_shot" else []
     unusual += [f"{args.num_samples}_samples"] if args.num_samples > 1 else []
     unusual += [f"temperature_{args.temperature:g}"] if args.temperature else []
     return "_".join([Path(args.from_weight).stem, *unusual])

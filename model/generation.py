@@ -91,7 +91,7 @@ def matrices_laid_out(model, batch_size):
     weight = model.lm_head.weight
     whole = weight.device.type == "cpu" and not hasattr(weight, "full_tensor")  # fsdp shards it
     if lay_out and whole and not model.config.use_moe:
-        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     try:
         for linear in linears:
             linear.forward = partial(multiply, lay_out(linear.weight.detach(), batch_size))
@@ -123,7 +123,7 @@ def fused(model, batch_size):
         twin = copy.deepcopy(model, {id(weight): weight for weight in weights}).eval()
         on_cpu = weights[0].device.type == "cpu"
         for module in twin.modules():
-            if isinstance(module, torch.nn.Linear) and on_cpu and batch_size == 1:
+            if type(module) is torch.nn.Linear and on_cpu and batch_size == 1:
                 module.__class__ = OneRow
         laid_out = compiler.patch(freezing=on_cpu and batch_size > 1)
         FUSED[model] = key, laid_out(torch.compile(twin, dynamic=True))

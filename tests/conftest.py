@@ -66,3 +66,41 @@ def trained(data, tmp_path_factory):
         done = run(f"trainer/{script}", *common, *more, "--data_path", data / name)
         assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def gsm8k_raw(tmp_path_factory):
+    """A folder like the official one: 45 problems to train on, 12 to test with."""
+    folder = tmp_path_factory.mktemp("raw")
+    for name, numbers in (("train", range(45)), ("test", range(45, 57))):
+        records = [
+            {
+                "question": f"Tom has {i} eggs and buys {i % 5} more. How many?" + " Hm?" * (i % 4),
+                "answer": f"Tom has {i}+{i % 5}=<<{i}+{i % 5}={i + i % 5}>>{i + i % 5} eggs.\n"
+                + "That is all.\n" * (i % 2)
+                + f"#### {i + i % 5:,}",
+            }
+            for i in numbers
+        ]
+        write_jsonl(folder / f"{name}.jsonl", records)
+    write_jsonl(folder / "test_socratic.jsonl", [{"question": "?", "answer": "#### 1"}])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gsm8k(gsm8k_raw, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gsm8k")
+    done = run("dataset/prepare.py", "gsm8k", "--raw", gsm8k_raw, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained, gsm8k, tmp_path_factory):
+    """A stored result of two problems."""
+    weight, out = trained / "full_sft_32.pth", tmp_path_factory.mktemp("evaluated")
+    flags = ["--weight", weight, "--limit", 2, "--max_new_tokens", 4, "--save_dir", out]
+    data = ["--task", "gsm8k", "--data_path", gsm8k / "test.jsonl"]
+    done = run("evaluation/run_eval.py", *data, *flags)
+    assert done.returncode == 0, done.stderr
+    return out / "eval" / "gsm8k" / "full_sft_32.json"

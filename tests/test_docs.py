@@ -28,10 +28,13 @@ COMMANDS = commands()
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_the_command_runs(line, data, trained, tmp_path):
+def test_the_command_runs(line, data, trained, gsm8k_raw, gsm8k, evaluated, tmp_path):
     files = {"mine.jsonl": data / "sft.jsonl", "out/mine.jsonl": data / "sft.jsonl"}
     files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
     files |= {"out/mine.json": SHIPPED_TOKENIZER}
+    files |= {"FOLDER": gsm8k_raw, "out/gsm8k": tmp_path / "gsm8k"}
+    files |= {f"out/gsm8k/{name}.jsonl": gsm8k / f"{name}.jsonl" for name in ("test", "valid")}
+    files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k", "other")}
     if "train_pretrain" in line:
         files["mine.jsonl"] = data / "pretrain.jsonl"
     words = [str(files.get(word, word)) for word in COMMANDS[line]]
@@ -45,7 +48,7 @@ def test_the_command_runs(line, data, trained, tmp_path):
         assert set(result) == {"seconds", "nats_per_char", "tokens"}, done.stderr
         assert 1 < result["nats_per_char"] < 6
         return
-    if script in ("demo.py", "bench/faults.py", "bench/speed.py"):
+    if script in ("demo.py", "bench/faults.py", "bench/speed.py", "bench/gsm8k.py"):
         pytest.skip("minutes long; its parts are tested on their own")
     if script == "bench/fuzz.py":
         words[-1] = "1"
@@ -72,7 +75,8 @@ def test_the_command_runs(line, data, trained, tmp_path):
         words += ["--out", tmp_path / "t.json"]
     elif script in ("eval_llm.py", "evaluation/run_eval.py"):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
-        words = ["full_sft" if word == "sft_scratch" else word for word in words]
+        if {"sft_scratch", "gsm8k"} & set(words):
+            words += ["--weight", trained / "full_sft_32.pth"]
     elif script == "-c":
         words = [word.replace("out/", f"{tmp_path.as_posix()}/") for word in words]
     elif "split" in words:

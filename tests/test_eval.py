@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from dataset.errors import UserError
 from evaluation import report, run_eval
 from evaluation.tasks import judge, read_problems
 from tests.conftest import ROOT, run, write_jsonl
@@ -18,41 +19,14 @@ from tests.conftest import ROOT, run, write_jsonl
 SHARED = ROOT.parent / "shared" / "data"
 
 
-@pytest.fixture(scope="module")
-def gsm8k_raw(tmp_path_factory):
-    """A folder like the official one: 45 problems to train on, 12 to test with."""
-    folder = tmp_path_factory.mktemp("raw")
-    for name, numbers in (("train", range(45)), ("test", range(45, 57))):
-        records = [
-            {
-                "question": f"Tom has {i} eggs and buys {i % 5} more. How many?" + " Hm?" * (i % 4),
-                "answer": f"Tom has {i}+{i % 5}=<<{i}+{i % 5}={i + i % 5}>>{i + i % 5} eggs.\n"
-                + "That is all.\n" * (i % 2)
-                + f"#### {i + i % 5:,}",
-            }
-            for i in numbers
-        ]
-        write_jsonl(folder / f"{name}.jsonl", records)
-    write_jsonl(folder / "test_socratic.jsonl", [{"question": "?", "answer": "#### 1"}])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def gsm8k(gsm8k_raw, tmp_path_factory):
-    out = tmp_path_factory.mktemp("gsm8k")
-    done = run("dataset/prepare.py", "gsm8k", "--raw", gsm8k_raw, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def evaluate(trained, data, out, *flags, **how):
-    weight = trained / "full_sft_32.pth"
-    common = ["--data_path", data, "--save_dir", out, "--max_new_tokens", 20, "--device", "cpu"]
-    return run("evaluation/run_eval.py", "--weight", weight, *common, *flags, **how)
+def evaluate(trained, data, out, *flags):
+    flags = ["--weight", trained / "full_sft_32.pth", "--max_new_tokens", 20, *flags]
+    flags += ["--data_path", data, "--save_dir", out, "--device", "cpu"]
+    return run_eval.main(list(map(str, flags)))
 
 
 def without_times(path):
@@ -131,8 +105,7 @@ def test_a_record_of_something_else_is_named(tmp_path):
 
 
 def test_a_run_and_its_report(trained, gsm8k, tmp_path):
-    done = evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k", "--limit", 7)
-    assert done.returncode == 0, done.stderr
+    evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k", "--limit", 7)
     folder = tmp_path / "eval" / "gsm8k"
     assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".json", ".md"]
     result = json.loads((folder / "full_sft_32.json").read_text(encoding="utf-8"))
@@ -156,7 +129,7 @@ def test_greedy_answers_are_the_same_whatever_the_batch_size(trained, gsm8k, tmp
     rows = []
     for size in (1, 5, 12):
         flags = ["--task", "gsm8k", "--batch_size", size]
-        assert evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags).returncode == 0
+        evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)
         result = without_times(tmp_path / "eval" / "gsm8k" / "full_sft_32.json")
         rows.append(result["problems"])
     assert rows[0] == rows[1] == rows[2]
@@ -166,7 +139,7 @@ def test_greedy_answers_are_the_same_whatever_the_batch_size(trained, gsm8k, tmp
 def test_a_run_killed_on_the_way_ends_in_the_same_result(trained, gsm8k, tmp_path, sampling):
     flags = ["--task", "gsm8k", "--batch_size", 2, "--run", "it", *sampling]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert evaluate(trained, gsm8k / "test.jsonl", whole, *flags).returncode == 0
+    evaluate(trained, gsm8k / "test.jsonl", whole, *flags)
     weight = trained / "full_sft_32.pth"
     flags += ["--weight", weight, "--data_path", gsm8k / "test.jsonl", "--save_dir", killed]
     flags += ["--max_new_tokens", 20, "--device", "cpu"]
@@ -222,21 +195,20 @@ def test_gold_answers_are_all_right(task, gsm8k, tmp_path):
         assert said["verdict"] == said["strict_verdict"] == "correct" and said["error"] is None
 
 
-def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path):
-    assert evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k").returncode == 0
+def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path, capsys):
+    evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k")
     path = tmp_path / "eval" / "gsm8k" / "full_sft_32.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     for row in result["problems"]:
         row["output"], row["verdict"] = f"The answer is {row['gold']}.", "wrong"
     path.write_text(json.dumps(result), encoding="utf-8")
-    done = run("evaluation/run_eval.py", "--rescore", path)
-    assert done.returncode == 0, done.stderr
+    run_eval.main(["--rescore", str(path)])
     again = json.loads(path.read_text(encoding="utf-8"))
     assert again["totals"]["accuracy"] == 1 and again["totals"]["strict_accuracy"] == 0
-    assert "lenient 100.0%" in done.stdout
+    assert "lenient 100.0%" in capsys.readouterr().out
 
 
-def test_compare_shows_what_flipped(tmp_path):
+def test_compare_shows_what_flipped(tmp_path, capsys):
     paths = []
     for name, verdicts in (("a", "RRWWWW"), ("b", "RWRRRW")):
         rows = [
@@ -254,10 +226,10 @@ def test_compare_shows_what_flipped(tmp_path):
         result = {"task": "gsm8k", "run": name, "totals": {"accuracy": 0.5}, "problems": rows}
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps(result), encoding="utf-8")
-    done = run("evaluation/run_eval.py", "--compare", *paths)
-    assert done.returncode == 0, done.stderr
-    assert "3 became right, 1 wrong; p = 0.625" in done.stdout  # 2 (1 + 4) / 16
-    assert [line for line in done.stdout.splitlines() if line[0] in "+-"] == [
+    run_eval.main(["--compare", *map(str, paths)])
+    printed = capsys.readouterr().out
+    assert "3 became right, 1 wrong; p = 0.625" in printed  # 2 (1 + 4) / 16
+    assert [line for line in printed.splitlines() if line[0] in "+-"] == [
         *(f"+ problem {i}: 'W' -> 'R', gold 'g'" for i in (2, 3, 4)),
         "- problem 1: 'R' -> 'W', gold 'g'",
     ]
@@ -276,7 +248,7 @@ def test_few_shot_prompts_show_the_same_solved_problems(gsm8k):
         assert last["role"] == "user"
 
 
-def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path):
+def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
     test = gsm8k / "test.jsonl"
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     for data, flags, says in (
@@ -290,9 +262,9 @@ def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path):
         (tmp_path / "no.jsonl", ["--task", "gsm8k"], "no.jsonl"),
         (test, ["--rescore", test], "no result of run_eval.py"),
     ):
-        done = evaluate(trained, data, tmp_path, *flags)
-        assert done.returncode == 2, (flags, done.stderr)
-        assert says in done.stderr and "Traceback" not in done.stderr, done.stderr
+        with pytest.raises((UserError, SystemExit)) as error:
+            evaluate(trained, data, tmp_path, *flags)
+        assert says in f"{error.value} {capsys.readouterr().err}", flags
 
 
 # ---------------------------------------------------------------------------------------- figures

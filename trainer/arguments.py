@@ -125,6 +125,13 @@ def training_parser(description, **defaults):
         default=False,
         help="1: fuse small operations; needs a C++ compiler",
     )
+    lora = "1: train small adapters (LoRA) on top of --from_weight, which stays as it is"
+    add("--use_lora", type=switch, default=False, help=lora)
+    add("--lora_rank", type=positive, default=16, help="rows of an adapter's matrices")
+    add("--lora_alpha", type=number(float, 0), default=32.0, help="its weight, times the rank")
+    add("--lora_dropout", type=number(float, 0, 0.9), default=0.0, help="of what it reads")
+    targets = "the matrices that get one, as q_proj,v_proj; all-linear: all of the layers'"
+    add("--lora_target", default="all-linear", help=targets)
     less = "1: keep one tensor per layer for the backward pass and compute the rest again"
     add("--grad_checkpoint", type=switch, default=False, help=less)
     add("--profile", type=switch, default=False, help="1: see where the time of a few steps goes")
@@ -197,6 +204,10 @@ def parse_once(parser, argv):
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
         elif path is not None:
             setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
+    if args.use_lora is True and args.from_weight in (None, "none") and not args.from_resume:
+        problems.append("--use_lora 1: adapters need weights beneath them; give --from_weight")
+    if args.use_lora is True and not str(args.save_weight).startswith("lora_"):
+        args.save_weight = f"lora_{args.save_weight}"
     if args.save_weight in (None, "") or Path(args.save_weight).name != args.save_weight:
         problems.append(f"--save_weight {args.save_weight}: give a name without folders")
     if problems:

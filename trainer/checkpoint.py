@@ -2,6 +2,7 @@
 
 out/NAME.pth                         weights {"format", "stage", "config", "tokenizer", "model",
                                      "training"}
+out/lora_NAME.pth                    adapters alone in "model", and what they are like in "lora"
 out/checkpoints/NAME_resume.pth      the latest checkpoint: "optimizer", "scaler", "run" and
                                      "arguments" instead of "training"
 out/checkpoints/NAME_step000500.pth  an earlier one
@@ -23,6 +24,7 @@ from dataset.errors import UserError
 from dataset.files import replacing
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.lora import adapter_state, add_lora, description, load_adapters, merge_for_good
 from trainer.distributed import is_first, load_optimizer, whole
 
 FORMAT = 1
@@ -161,9 +163,17 @@ def load_latest(args):
     raise failed
 
 
-def build(content, path, dropout=0.0):
+def weights_to_start_from(args):
+    """--from_weight; where --lora is given without it, what the adapters were trained on."""
+    if getattr(args, "lora", None) and not args.from_weight:
+        return load(find(args.save_dir, f"lora_{args.lora}"))["under"]
+    return args.from_weight or ("full_sft" if hasattr(args, "lora") else None)
+
+
+def build(content, path, args=None):
     """(model, tokenizer) of a loaded file; every weight must be there and fit.
 
+    args: dropout; lora, the adapters to merge into the weights; use_lora, to begin new ones.
     Raises UserError with the missing and unexpected names and the shapes that differ.
     """
     try:
@@ -172,8 +182,12 @@ def build(content, path, dropout=0.0):
         weights = content["model"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not say what model it holds: {error}") from None
-    config.dropout = dropout
+    config.dropout = getattr(args, "dropout", 0.0)
     model = CausalLM(config)
+    if "lora" in content:
+        if "run" not in content:
+            raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
+        add_lora(model, **content["lora"])
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
@@ -184,14 +198,22 @@ def build(content, path, dropout=0.0):
         if name in found and found[name] != shape
     ]
     if problems:
-        rest = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{path} does not fit its own config: {', '.join(problems[:5])}{rest}")
+        raise UserError(f"{path} does not fit its own config: {', '.join(problems[:5])} ...")
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise UserError(
             f"{path}: its tokenizer has {tokenizer.get_vocab_size()} tokens, but its model only "
             f"{config.vocab_size}; it was put together from two runs"
         )
     model.load_state_dict(weights)
+    if getattr(args, "lora", None):
+        place = find(args.save_dir, f"lora_{args.lora}", config.hidden_size, config.use_moe)
+        adapters = load(place)
+        merge_for_good(load_adapters(model, adapters, place))
+        content["stage"] = adapters["stage"]
+        print(f"with the adapters {place}")
+    elif getattr(args, "use_lora", False) and "lora" not in content:
+        torch.manual_seed(args.seed)
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target)
     return model, tokenizer
 
 
@@ -235,12 +257,16 @@ def flags_of(args):
     return {name: plain(value) for name, value in vars(args).items()}
 
 
-def save_weights(path, args, model, tokenizer, stage, run):
-    """Writes a weights file. Every process must call this; the first one writes."""
-    state = whole(model.state_dict())
+def save_weights(path, args, model, tokenizer, stage, run, state=None):
+    """Writes a weights file; of adapters alone, where only these learn. state: the gathered
+    weights. Every process must call this; the first one writes.
+    """
+    state = state or whole(model.state_dict())
     if is_first():
-        training = dataclasses.asdict(run) | flags_of(args)
-        save(path, state, model.config, tokenizer, stage, training=training)
+        more = {"training": dataclasses.asdict(run) | flags_of(args), **description(model)}
+        if "lora" in more:
+            state, more["under"] = adapter_state(state), str(args.from_weight)
+        save(path, state, model.config, tokenizer, stage, **more)
 
 
 def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
@@ -255,7 +281,7 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
     if is_first():
         more["run"], more["arguments"] = dataclasses.asdict(run), flags_of(args)
         new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
-        save(new, state, model.config, tokenizer, stage, **more)
+        save(new, state, model.config, tokenizer, stage, **more, **description(model))
         earlier = sorted(folder.glob(f"{name}_step*.pth"), key=step_of)
         if before is None:  # this run did not begin with them: it replaces another one
             for path in earlier:
@@ -268,9 +294,7 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
             for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
                 path.unlink()
         new.replace(latest)
-        training = more["run"] | more["arguments"]
-        weights = args.save_dir / f"{name}.pth"
-        save(weights, state, model.config, tokenizer, stage, training=training)
+        save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run, state)
 
 
 def put_best_in_place(args, name):

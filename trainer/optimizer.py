@@ -13,8 +13,9 @@ def make_optimizer(model, args):
     learning rate serves both.
     """
     inside = {id(weight) for weight in model.model.layers.parameters() if weight.dim() > 1}
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    scales = [weight for weight in model.parameters() if weight.dim() < 2]
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in learning if weight.dim() > 1]
+    scales = [weight for weight in learning if weight.dim() < 2]
     muon = []
     if args.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):

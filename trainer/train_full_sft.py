@@ -58,9 +58,8 @@ def main(argv=None):
     )
     replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
     parser.add_argument("--replay_path", type=Path, metavar="FILE.jsonl", help=replay)
-    share = "rows of it, as a share of the conversations"
-    parser.add_argument("--replay_share", type=number(float, 0), default=0.8, help=share)
     add = parser.add_argument
+    add("--replay_share", type=number(float, 0), default=0.8, help="its rows per conversation")
     form = "of the data: conversations|openai|sharegpt|...; default: that of a file's first record"
     add("--data_format", type=one_of(*KEYS), help=form)
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"

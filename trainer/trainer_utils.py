@@ -39,9 +39,9 @@ def init_model(args, device="cpu", resume=None):
     if resume:
         path, content = resume
         how = f"resuming {path} at step {content['run']['step']}"
-    elif args.from_weight not in (None, "none"):
+    elif (name := checkpoint.weights_to_start_from(args)) not in (None, "none"):
         size, moe = shape.get("hidden_size"), shape.get("use_moe")
-        path = checkpoint.find(args.save_dir, args.from_weight, size, moe)
+        path = checkpoint.find(args.save_dir, name, size, moe)
         content = checkpoint.load(path)
         how = f"starting from the {content['stage']} weights {path}"
     else:
@@ -55,7 +55,7 @@ def init_model(args, device="cpu", resume=None):
         config.max_position_embeddings = max(config.max_position_embeddings, longest)
         model, how = CausalLM(config), "starting from scratch"
     if content:
-        model, tokenizer = checkpoint.build(content, path, dropout)
+        model, tokenizer = checkpoint.build(content, path, args)
         differ = [
             f"--{name} {value}, but {path} has {getattr(model.config, name)}"
             for name, value in shape.items()

@@ -1,0 +1,218 @@
+"""LoRA: what it starts from, what it leaves alone, merging, files, and PEFT as the judge."""
+
+import contextlib
+import copy
+import io
+import json
+
+import pytest
+import torch
+
+from dataset.errors import UserError
+from model.causal_lm import CausalLM, ModelConfig
+from model.generation import complete
+from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for_good, unmerge
+from tests.conftest import run
+from trainer import checkpoint, merge_lora, train_full_sft
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def small(**more):
+    torch.manual_seed(0)
+    return CausalLM(ModelConfig(**SMALL, **more))
+
+
+def with_adapters(model, **more):
+    """Adapters as they are after some training: B is no longer zero."""
+    add_lora(model, rank=4, alpha=8, **more)
+    for linear in adapters(model):
+        torch.nn.init.normal_(linear.lora_B, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("more", [{}, {"use_moe": True}, {"qk_norm": False}])
+def test_at_first_the_model_is_what_it_was_to_the_bit(more):
+    model = small(**more)
+    before = model(IDS)
+    add_lora(model, dropout=0.5)
+    assert torch.equal(model.eval()(IDS), before)
+    assert torch.equal(model.train()(IDS), before)  # B is zero, whatever dropout takes of x
+
+
+@pytest.mark.parametrize("more", [{}, {"use_moe": True}])
+def test_merged_is_unmerged_and_back_to_the_bit(more):
+    model = with_adapters(small(**more))
+    state = copy.deepcopy(model.state_dict())
+    adapted = model(IDS)
+    assert (adapted - small(**more)(IDS)).abs().max() > 0.01
+    merge(model)
+    assert torch.allclose(model(IDS), adapted, atol=1e-5)
+    unmerge(model)
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    assert torch.equal(model(IDS), adapted)
+    merge_for_good(model)
+    assert torch.allclose(model(IDS), adapted, atol=1e-5)
+    assert {*model.state_dict()} == {*small(**more).state_dict()}
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_an_adapter_computes_the_formula():
+    model = with_adapters(small(), target="q_proj")
+    linear = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    expected = x @ linear.weight.T + 8 / 4 * (x @ linear.lora_A.T @ linear.lora_B.T)
+    assert torch.allclose(linear(x), expected, atol=1e-6)
+    assert len(adapters(model)) == 2  # a layer each
+
+
+def test_generation_uses_the_adapters():
+    """Also where it lays matrices out anew."""
+    model, prompts = with_adapters(small()), [[5, 6, 7], [8]]
+    merged = merge_for_good(copy.deepcopy(model))
+    options = {"max_new_tokens": 8, "temperature": 0, "stop_ids": ()}
+    assert complete(model, prompts, **options) == complete(merged, prompts, **options)
+    assert complete(model, prompts, **options) != complete(small(), prompts, **options)
+
+
+def test_the_hash_is_of_the_weights_beneath():
+    model = small()
+    before = hash_of(model)
+    assert hash_of(with_adapters(model)) == before
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    assert hash_of(model) != before
+
+
+def test_a_name_that_fits_nothing_is_refused():
+    with pytest.raises(UserError, match="k_prj"):
+        add_lora(small(), target="q_proj,k_prj")
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def lora_run(trained, data, tmp_path_factory):
+    """A folder with the pretrained weights, and adapters trained on them."""
+    out = tmp_path_factory.mktemp("lora")
+    (out / "pretrain_32.pth").write_bytes((trained / "pretrain_32.pth").read_bytes())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sft(out, data)
+    attention, mlp = 2 * (32 + 32) + 2 * (32 + 16), 3 * (32 + 96)
+    assert f"adapters of rank 4: {2 * 4 * (attention + mlp):,} of" in printed.getvalue()
+    return out
+
+
+def sft(out, data, *more):
+    flags = ["--save_dir", out, "--data_path", data / "sft.jsonl", "--batch_size", 2]
+    flags += ["--use_lora", 1, "--lora_rank", 4, "--lora_dropout", 0.1, "--learning_rate", 1e-2]
+    flags += ["--max_seq_len", 96, "--dtype", "fp32", "--device", "cpu", "--log_interval", 1]
+    train_full_sft.main(list(map(str, [*flags, *more])))
+
+
+def test_only_the_adapters_move_and_only_they_are_saved(lora_run):
+    saved = checkpoint.load(lora_run / "lora_full_sft_32.pth")
+    assert all(name.endswith(("lora_A", "lora_B")) for name in saved["model"])
+    assert any(weight.abs().max() > 0 for n, weight in saved["model"].items() if "lora_B" in n)
+    base = checkpoint.load(lora_run / "pretrain_32.pth")["model"]
+    whole = checkpoint.load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")["model"]
+    assert all(torch.equal(weight, whole[name]) for name, weight in base.items())
+
+
+def test_resumed_is_uninterrupted(lora_run, data, tmp_path, capsys):
+    (tmp_path / "pretrain_32.pth").write_bytes((lora_run / "pretrain_32.pth").read_bytes())
+    rows = (lora_run / "logs" / "lora_full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = json.loads(rows[-1])["step"]
+    middle = steps // 2
+    sft(tmp_path, data, "--save_interval", middle, "--keep_checkpoints", 9)
+    folder = tmp_path / "checkpoints"
+    (folder / f"lora_full_sft_32_step{middle:06d}.pth").replace(
+        folder / "lora_full_sft_32_resume.pth"
+    )
+    for path in folder.glob("*_step*.pth"):
+        path.unlink()
+    (tmp_path / "lora_full_sft_32.pth").unlink()
+    go_on = ["--use_lora", "1", "--from_resume", "1", "--save_dir", str(tmp_path)]
+    train_full_sft.main(go_on)
+    assert f"at step {middle}" in capsys.readouterr().out
+    one, other = (
+        checkpoint.load(out / "lora_full_sft_32.pth")["model"] for out in (lora_run, tmp_path)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_chat_with_adapters_and_with_them_merged(lora_run):
+    ask = ["--prompt", "What is 3?", "--temperature", 0, "--save_dir", lora_run, "--dtype", "fp32"]
+    ask += ["--max_new_tokens", 12]
+    apart = run("eval_llm.py", "--lora", "full_sft", *ask)
+    assert apart.returncode == 0, apart.stderr
+    merge_lora.main(["--lora", "full_sft", "--save_dir", str(lora_run)])
+    merged = run("eval_llm.py", "--weight", "full_sft_merged", *ask)
+    assert (
+        merged.returncode == 0 and merged.stdout.splitlines()[-1:] == apart.stdout.splitlines()[-1:]
+    )
+
+
+def test_other_weights_beneath_are_refused(lora_run, trained):
+    flags = ["--prompt", "x", "--save_dir", lora_run, "--lora", "full_sft"]
+    done = run("eval_llm.py", *flags, "--weight", trained / "full_sft_32.pth")
+    assert done.returncode == 2 and "trained on other weights" in done.stderr
+    path = lora_run / "lora_full_sft_32.pth"
+    with pytest.raises(UserError, match="--lora"):
+        checkpoint.build(checkpoint.load(path), path)
+
+
+def test_adapters_from_scratch_are_refused(data, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sft(tmp_path, data, "--from_weight", "none")
+    assert "--from_weight" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- PEFT
+
+
+@pytest.mark.parametrize("target", ["all-linear", "q_proj,v_proj"])
+def test_to_peft_and_back(target, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = with_adapters(small(tie_word_embeddings=False), target=target).eval()
+    merge_lora.write_peft(tmp_path, model, "base")
+    config = transformers.Qwen3Config(
+        **{name: getattr(model.config, name) for name in merge_lora_names()},
+        attention_bias=False,
+        use_sliding_window=False,
+    )
+    theirs = transformers.Qwen3ForCausalLM(config)
+    theirs.load_state_dict(small(tie_word_embeddings=False).state_dict())
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(IDS).logits, model(IDS), atol=1e-5)
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = small(tie_word_embeddings=False)
+    merge_lora.read_peft(tmp_path / "theirs", again)
+    with torch.no_grad():
+        assert torch.allclose(theirs(IDS).logits, again.eval()(IDS), atol=1e-5)
+
+
+def merge_lora_names():
+    return """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads
+        head_dim intermediate_size rope_theta rms_norm_eps max_position_embeddings
+        tie_word_embeddings""".split()
+
+
+def test_files_of_peft_that_mean_more_are_refused(tmp_path):
+    model = with_adapters(small())
+    merge_lora.write_peft(tmp_path, model, "base")
+    config = json.loads((tmp_path / merge_lora.CONFIG).read_text(encoding="utf-8"))
+    (tmp_path / merge_lora.CONFIG).write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(UserError, match="use_dora"):
+        merge_lora.read_peft(tmp_path, small())
+    (tmp_path / merge_lora.WEIGHTS).write_bytes(b"short")
+    with pytest.raises(UserError, match="no adapters of PEFT"):
+        merge_lora.read_peft(tmp_path, small())

@@ -1,0 +1,150 @@
+"""Adapters merged into their weights, or carried to and from PEFT's files.
+
+python trainer/merge_lora.py --lora full_sft                      # out/full_sft_merged_384.pth
+python trainer/merge_lora.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
+                                                                  # adapter_model.safetensors
+python trainer/merge_lora.py --from_peft FOLDER --weight pretrain --save_weight mine
+"""
+
+import argparse
+import json
+import struct
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from dataset.errors import UserError, mistakes_in_plain_words
+from dataset.files import replacing
+from model.lora import adapter_state, add_lora, description, load_adapters, merge_for_good
+from trainer import checkpoint
+from trainer.arguments import ROOT
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of PEFT's names, which end with .weight
+UNKNOWN = {  # what PEFT can do and these adapters cannot, with the value that switches it off
+    "use_dora": False,
+    "use_rslora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "lora_bias": False,
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--lora", metavar="NAME", help="adapters: lora_NAME_512.pth in --save_dir")
+    add("--weight", dest="from_weight", help="what is beneath them; default: what they learned on")
+    add("--save_dir", type=Path, default=ROOT / "out", help="of weights")
+    add("--save_weight", help="name of the result; default: that of the adapters, and _merged")
+    add("--to_peft", type=Path, metavar="FOLDER", help="write PEFT's files instead")
+    add("--from_peft", type=Path, metavar="FOLDER", help="read PEFT's files; writes lora_NAME")
+    args = parser.parse_args(argv)
+    if (args.lora is None) == (args.from_peft is None):
+        raise UserError("give --lora NAME, or --from_peft FOLDER")
+    if args.from_peft and not (args.from_weight and args.save_weight):
+        raise UserError("--from_peft needs --weight, what is beneath, and --save_weight, a name")
+
+    name = checkpoint.weights_to_start_from(args)
+    path = checkpoint.find(args.save_dir, name)
+    content = checkpoint.load(path)
+    model, tokenizer = checkpoint.build(content, path)
+    if args.from_peft:
+        read_peft(args.from_peft, model)
+        file = checkpoint.file_name(f"lora_{args.save_weight}", model.config)
+        more = {**description(model), "under": name, "training": {}}
+        state = adapter_state(model.state_dict())
+    else:
+        place = checkpoint.find(args.save_dir, f"lora_{args.lora}", model.config.hidden_size)
+        adapters = checkpoint.load(place)
+        load_adapters(model, adapters, place)
+        if args.to_peft:
+            write_peft(args.to_peft, model, name)
+            return
+        content |= {"stage": adapters["stage"], "training": adapters["training"]}
+        file = checkpoint.file_name(args.save_weight or f"{args.lora}_merged", model.config)
+        state, more = merge_for_good(model).state_dict(), {"training": content["training"]}
+    target = args.save_dir / f"{file}.pth"
+    checkpoint.save(target, state, model.config, tokenizer, content["stage"], **more)
+    print(f"written: {target}")
+
+
+def write_peft(folder, model, base):
+    """Writes a model's adapters as PEFT reads them."""
+    state = adapter_state(model.state_dict())
+    names = sorted({name.split(".")[-2] for name in state})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    config |= {"r": model.lora.rank, "lora_alpha": model.lora.alpha, "target_modules": names}
+    config |= {"lora_dropout": model.lora.dropout, "fan_in_fan_out": False, **UNKNOWN}
+    with replacing(folder / CONFIG) as file:
+        file.write(json.dumps(config, indent=1).encode())
+    write_safetensors(folder / WEIGHTS, {f"{PREFIX}{n}.weight": w for n, w in state.items()})
+    print(f"written: {folder / CONFIG}, {folder / WEIGHTS}")
+
+
+def read_peft(folder, model):
+    """Gives a model the adapters of PEFT's files. Raises UserError for what it cannot mean."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = read_safetensors(folder / WEIGHTS)
+        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        raise UserError(f"--from_peft {folder} holds no adapters of PEFT: {error}") from None
+    other = [
+        f"{k} = {config[k]}" for k, off in UNKNOWN.items() if config.get(k, off) not in (off, None)
+    ]
+    if other:
+        raise UserError(f"{folder / CONFIG}: {', '.join(other)} is more than LoRA; it is not read")
+    target = targets if isinstance(targets, str) else ",".join(sorted(targets))
+    add_lora(model, rank, alpha, config.get("lora_dropout", 0.0), target)
+    state = {n.removeprefix(PREFIX).removesuffix(".weight"): w for n, w in tensors.items()}
+    expected = adapter_state(model.state_dict())
+    wrong = sorted(set(state) ^ set(expected))
+    wrong += [
+        name for name in set(state) & set(expected) if state[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{folder / WEIGHTS} does not fit these weights: {', '.join(wrong[:5])}")
+    model.load_state_dict(state, strict=False)
+
+
+# Safetensors: the length of a header as 8 bytes, the header as JSON, then all numbers in a row.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_safetensors(path, tensors):
+    header, parts, at = {}, [], 0
+    for name, tensor in tensors.items():
+        parts.append(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        ends = [at, at + len(parts[-1])]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": ends}
+        at = ends[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text + b"".join(parts))
+
+
+def read_safetensors(path):
+    content = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + length])
+    tensors = {}
+    for name, part in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + length + offset for offset in part["data_offsets"])
+            values = torch.frombuffer(bytearray(content[begin:end]), dtype=DTYPES[part["dtype"]])
+            tensors[name] = values.reshape(part["shape"]).float()
+    return tensors
+
+
+if __name__ == "__main__":
+    with mistakes_in_plain_words():
+        main()
