@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.errors import UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
-from evaluation import run_eval
+from evaluation.tasks import read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from trainer import checkpoint
 from trainer.arguments import parse_training_args, training_parser
@@ -64,12 +64,14 @@ def read_flags(path):
 
 
 QUESTIONS = [{"category": "x", "conversations": TURNS[:2], "expected": "Three"}]
+PROBLEMS = [{"question": "2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}] * 3
 FLAGS = b'hidden_size = 48\n[data]\ndata_path = "x.jsonl"\npacking = true\nlearning_rate = 1e-3\n'
 READERS = {  # name: (what reads a path, a sample of what it reads)
     "conversations, JSONL": (lambda path: SFTDataset(path, TOKENIZER), lines(RECORDS)),
     "conversations, JSON": (lambda path: SFTDataset(path, TOKENIZER), json.dumps(RECORDS).encode()),
     "text, JSONL": (lambda path: PretrainDataset(path, TOKENIZER), lines([{"text": "a b"}] * 5)),
-    "questions, JSONL": (run_eval.read, lines(QUESTIONS)),
+    "questions, JSONL": (lambda path: read_problems("tiny_world", path), lines(QUESTIONS)),
+    "GSM8K, JSONL": (lambda path: read_problems("gsm8k", path), lines(PROBLEMS)),
     "flags, TOML": (read_flags, FLAGS),
     "tokenizer, JSON": (lambda path: load_tokenizer(path), TOKENIZER.to_str().encode()),
     "weights, .pth": (lambda path: checkpoint.build(checkpoint.load(path), path), weights()),

@@ -67,6 +67,7 @@ def main():
     print(f"{'config':10}{'parameters':>11}{'rows':>14}{'kept':>7}  {'mode':6}", end="")
     print("".join(f"{f'{n} GPU' + 's' * (n > 1):>9}" for n in args.processes))
     configs = {path.stem: read_toml(path) for path in ROOT.glob("trainer/configs/*.toml")}
+    configs = {stem: values for stem, values in configs.items() if "hidden_size" in values}
     for stem, values in sorted(configs.items(), key=lambda item: int(item[1]["hidden_size"])):
         total, layer, per_layer, rest = measure(values, args.vocab_size)
         rows, length = int(values["batch_size"]), int(values["max_seq_len"])

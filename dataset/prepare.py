@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from dataset import formats
+from dataset import cot, formats
 from dataset.errors import mistakes_in_plain_words
 from dataset.packing import best_fit_decreasing, layout
 from dataset.plan import cut
 from dataset.show import open_data, show
+from dataset.sid import prepare_sid
 from dataset.split import split
 from dataset.tasks import RECORD_OF, prepare
 from dataset.tokenizer import SHIPPED_TOKENIZER
@@ -179,6 +180,21 @@ def main(argv=None):
         levels = "1: the shares of level and type stay (%(default)s)"
         part.add_argument("--stratify", type=int, choices=[0, 1], default=1, help=levels)
         part.set_defaults(run=prepare, task=task)
+    text = "writes histories of items that are a few tokens each as conversations"
+    part = parts.add_parser("sid", help=text, description=text)
+    part.add_argument("--raw", type=Path, required=True, help="folder of index, items, histories")
+    part.add_argument("--out", type=Path, required=True, help="folder")
+    part.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
+    part.add_argument("--max_history", type=int, default=10, help="latest items (%(default)s)")
+    part.set_defaults(run=prepare_sid)
+    text = "writes wrong answers, their reasons and misconceptions as conversations"
+    part = parts.add_parser("cot", help=text, description=text)
+    part.add_argument("file", type=Path)
+    part.add_argument("--out", type=Path, required=True, help="folder")
+    part.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
+    place = Path(__file__).with_name("cot_prompts.toml")
+    part.add_argument("--templates", type=Path, default=place, help="TOML; default: %(default)s")
+    part.set_defaults(run=cot.prepare_cot)
     args = parser.parse_args(argv)
     return args.run(args)
 

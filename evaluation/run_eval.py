@@ -26,7 +26,7 @@ from dataset.chat_template import render
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.tiny_world import EVAL
 from evaluation import report
-from evaluation.tasks import PROMPTS, TASKS, judge, read_problems, same_answer
+from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
 from model.generation import STOP, generate
 from trainer import checkpoint
 from trainer.arguments import ROOT
@@ -110,6 +110,7 @@ def main(argv=None):
         "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
+    args.allowed = held_to(args.task, data, tokenizer)
     rows = answer_all(problems, model, tokenizer, args, Part(path.with_suffix(".part"), result))
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
     scores = finish(result | {"problems": rows}, path)
@@ -231,6 +232,7 @@ def write_answers(prompts, first, model, args):
     """(ids, whether it came to an end) of the answer to each prompt."""
     seed = int(np.random.SeedSequence([args.seed, first]).generate_state(1)[0])
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    options["allowed"] = getattr(args, "allowed", None)
     answers, ended = [[] for _ in prompts], [False] * len(prompts)
     use_compile = bool(args.use_compile)
     for step in generate(model, prompts, **options, seed=seed, use_compile=use_compile):
@@ -250,11 +252,12 @@ class Exam:
     def __init__(self, task, path):
         self.task, tiny = task, task == "tiny_world"
         limits = ["--batch_size", "50", "--max_new_tokens", "120" if tiny else "256"]
-        self.args = parse(["--task", task, *limits])
+        self.args, self.path = parse(["--task", task, *limits]), path
         self.problems = read_problems(task, None if tiny else path)[: None if tiny else 200]
 
     def score(self, model, tokenizer):
         """The share of the problems that a model solves."""
+        self.args.allowed = held_to(self.task, self.path, tokenizer)
         rows = answer_all(self.problems, model, tokenizer, self.args)
         verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
         return sum(verdict["verdict"] == "correct" for verdict in verdicts) / len(rows)

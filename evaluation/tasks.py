@@ -1,5 +1,6 @@
 """The problems of each task, and who judges their answers."""
 
+import json
 import random
 import tomllib
 from pathlib import Path
@@ -8,10 +9,11 @@ from dataset.errors import UserError
 from dataset.formats import read_records
 from dataset.tasks import read_task
 from dataset.tiny_world import EVAL, write_missing
+from dataset.tokenizer import IM_END
 from evaluation import competition_math, gsm8k, tiny_world
 
 PROMPTS = Path(__file__).parent / "prompts.toml"
-TASKS = ("tiny_world", "gsm8k", "math")
+TASKS = ("tiny_world", "gsm8k", "math", "sid")
 
 
 def read_problems(task, path=None, style="zero_shot", shots_path=None):
@@ -23,6 +25,8 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
         return tiny_world_problems(write_missing(path or EVAL))
     if path is None:
         raise UserError(f"--data_path is missing: give a test file of {task}, as prepare.py writes")
+    if task == "sid":
+        return sid_problems(path)
     styles = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
     if style not in styles:
         raise UserError(f"--prompt_style {style}: {PROMPTS.name} has {', '.join(styles)}")
@@ -69,16 +73,56 @@ def tiny_world_problems(path):
     return problems
 
 
+def sid_problems(path):
+    """Conversations whose last turn is the id of an item, as prepare.py sid writes."""
+    problems = []
+    for number, record in read_records(path):
+        if not isinstance(record, dict) or record.get("source") != "sid":
+            raise UserError(f"--data_path {path}, line {number}: it is no sid record")
+        *prompt, answer = record["conversations"]
+        problems.append({"prompt": prompt, "gold": answer["content"]})
+        problems[-1] |= {"level": None, "type": record["task"]}
+    return problems
+
+
+class Allowed:
+    """Which tokens may come next, so that an answer is one of some texts: a tree of their ids."""
+
+    def __init__(self, texts, tokenizer):
+        self.tree = {}
+        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            node = self.tree
+            for token in encoding.ids:
+                node = node.setdefault(token, {})
+            node[IM_END] = {}
+
+    def __call__(self, ids):
+        node = self.tree
+        for token in ids:
+            node = node.get(token, {})
+        return list(node) or [IM_END]
+
+
+def held_to(task, path, tokenizer):
+    """What answers of a task are held to: in sid, to ids that exist. None: to nothing."""
+    if task != "sid":
+        return None
+    place = path.with_name("sids.json")
+    try:
+        return Allowed(json.loads(place.read_text(encoding="utf-8")), tokenizer)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{place} says which ids exist, and cannot be read: {error}") from None
+
+
 def judge(task, output, gold, truncated):
     """What is said of an output: {"extracted", "verdict", "strict_verdict", "error"}.
 
     error: no_answer, truncated (no end within max_new_tokens), parse_error (an answer that is
     neither number, expression nor words), wrong; None of a correct one.
     """
-    if task == "tiny_world":
-        extracted = output.strip()
+    if task in ("tiny_world", "sid"):
+        extracted, malformed = output.strip(), False
         strict = lenient = tiny_world.is_correct(output, gold)
-        malformed = False
     elif task == "gsm8k":
         extracted, malformed = gsm8k.extract_answer(output), False
         strict, lenient = (gsm8k.is_correct(output, gold, s) for s in (True, False))

@@ -25,6 +25,7 @@ def generate(
     stop_ids=STOP,
     seed=None,
     use_compile=False,
+    allowed=None,
 ):
     """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
 
@@ -38,6 +39,7 @@ def generate(
     seed                of the draws; None: another each time
     use_compile         torch fuses the step from one token to the next; the first answer of a
                         model waits for that
+    allowed             a function from the new ids of a row, a list, to those that may follow
 
     Ends when all rows are finished, or after max_new_tokens steps. A row that fills the model's
     context is finished, too. Raises ValueError for an empty prompt or one longer than the context.
@@ -68,6 +70,11 @@ def generate(
             logits = forward(new, positions, documents, cache)[:, -1].float()  # (B, V)
             if repetition_penalty != 1.0:
                 logits = penalise(logits, seen, pads, repetition_penalty)
+            if allowed:
+                may = torch.full_like(logits, -torch.inf)
+                for row, ids in enumerate(seen[:, longest:].tolist()):
+                    may[row, allowed(ids)] = 0.0
+                logits = logits + may
             new = choose(logits, temperature, top_k, top_p, generator)  # (B, 1)
             row_done, row_new = finished.tolist(), new[:, 0].tolist()
             yield [None if d else i for d, i in zip(row_done, row_new, strict=True)]

@@ -5,7 +5,7 @@ model is what it was, bit for bit. s = alpha / rank keeps the step's size when t
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -60,8 +60,6 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
     model.requires_grad_(False)
     for linear in linears.values():
         adapt(linear, model.lora)
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad >= r) for r in (1, 0)]
-    print(f"adapters of rank {rank}: {sizes[0]:,} of {sizes[1]:,} parameters learn")
     return model
 
 
@@ -138,8 +136,3 @@ def load_adapters(model, content, path):
         raise UserError(f"{path} is damaged: its adapters do not fit their own description")
     model.load_state_dict(content["model"], strict=False)
     return model
-
-
-def description(model):
-    """What a file says of its adapters; {} where the model has none."""
-    return {"lora": asdict(model.lora)} if getattr(model, "lora", None) else {}

@@ -40,6 +40,15 @@ def chat(*texts):
     return {"conversations": messages}
 
 
+def sft(out, *flags):
+    """A few steps of SFT, in this process."""
+    from trainer import train_full_sft
+
+    common = ["--save_dir", out, "--batch_size", 2, "--learning_rate", 1e-2, "--max_seq_len", 96]
+    common += ["--dtype", "fp32", "--device", "cpu", "--log_interval", 1]
+    train_full_sft.main(list(map(str, [*common, *flags])))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with pretrain.jsonl and sft.jsonl: a few dozen records of ragged lengths."""
@@ -104,3 +113,52 @@ def evaluated(trained, gsm8k, tmp_path_factory):
     done = run("evaluation/run_eval.py", *data, *flags)
     assert done.returncode == 0, done.stderr
     return out / "eval" / "gsm8k" / "full_sft_32.json"
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """A shop of 6 items, as the usual files."""
+    folder = tmp_path_factory.mktemp("shop")
+    index = {str(i): [f"<a_{i % 3}>", f"<b_{i // 3}>"] for i in range(6)}
+    items = {str(i): {"title": f"Pen {i}", "description": f"It writes. {i}"} for i in range(5)}
+    (folder / "Shop.index.json").write_text(json.dumps(index))
+    (folder / "Shop.item.json").write_text(json.dumps(items))
+    head = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid"
+    lines = [head]
+    for user in range(30):
+        seen, item = [(user + k) % 6 for k in range(1 + user % 4)], (user + 1 + user % 4) % 6
+        titles, sids = [f"Pen {i}, new" for i in seen], ["".join(index[str(i)]) for i in seen]
+        sid = "".join(index[str(item)])
+        lines.append(f'U{user},"{titles}","Pen {item}","{seen}",{item},"{sids}",{sid}')
+    (folder / "Shop.valid.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shop_data(shop, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sid")
+    done = run("dataset/prepare.py", "sid", "--raw", shop, "--out", out, "--max_history", 3)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def extended(trained, shop_data, tmp_path_factory):
+    """A folder with weights that have new tokens, nothing but their rows trained."""
+    out = tmp_path_factory.mktemp("extended")
+    flags = ["--data_path", shop_data / "train.jsonl", "--from_weight", trained / "pretrain_32.pth"]
+    flags += ["--extend_tokens", shop_data / "tokens.txt", "--freeze_base", 1]
+    sft(out, *flags, "--weight_decay", 0.5)
+    return out
+
+
+LORA = ["--use_lora", 1, "--lora_rank", 4, "--lora_dropout", 0.1]
+
+
+@pytest.fixture(scope="session")
+def lora_run(trained, data, tmp_path_factory):
+    """A folder with the pretrained weights, and adapters trained on them."""
+    out = tmp_path_factory.mktemp("lora")
+    (out / "pretrain_32.pth").write_bytes((trained / "pretrain_32.pth").read_bytes())
+    sft(out, "--data_path", data / "sft.jsonl", *LORA)
+    return out

@@ -8,6 +8,7 @@ import pytest
 
 from dataset.tokenizer import SHIPPED_TOKENIZER
 from tests.conftest import ROOT, TINY, run
+from trainer import merge_lora
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -28,13 +29,18 @@ COMMANDS = commands()
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_the_command_runs(line, data, trained, gsm8k_raw, gsm8k, evaluated, tmp_path):
+def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     files = {"mine.jsonl": data / "sft.jsonl", "out/mine.jsonl": data / "sft.jsonl"}
     files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
-    files |= {"out/mine.json": SHIPPED_TOKENIZER}
-    files |= {"FOLDER": gsm8k_raw, "out/gsm8k": tmp_path / "gsm8k"}
-    files |= {f"out/gsm8k/{name}.jsonl": gsm8k / f"{name}.jsonl" for name in ("test", "valid")}
+    files |= {"out/mine.json": SHIPPED_TOKENIZER, "out/peft": tmp_path / "peft"}
     files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k", "other")}
+    for folder, fixture, raw in (("gsm8k", "gsm8k", "gsm8k_raw"), ("sid", "shop_data", "shop")):
+        if f"out/{folder}" in line or f" {folder} " in line:
+            made = request.getfixturevalue(fixture)
+            files |= {f"out/{folder}/{path.name}": path for path in made.iterdir()}
+            files |= {"FOLDER": request.getfixturevalue(raw), f"out/{folder}": tmp_path / folder}
+    if "--teacher_weight" in line:
+        files["full_sft"] = trained / "full_sft_32.pth"
     if "train_pretrain" in line:
         files["mine.jsonl"] = data / "pretrain.jsonl"
     words = [str(files.get(word, word)) for word in COMMANDS[line]]
@@ -77,6 +83,15 @@ def test_the_command_runs(line, data, trained, gsm8k_raw, gsm8k, evaluated, tmp_
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         if {"sft_scratch", "gsm8k"} & set(words):
             words += ["--weight", trained / "full_sft_32.pth"]
+        if "shop" in words:
+            words += ["--weight", request.getfixturevalue("extended") / "full_sft_32.pth"]
+        if "--lora" in words:
+            words += ["--save_dir", request.getfixturevalue("lora_run")]
+    elif script == "trainer/merge_lora.py":
+        words += ["--save_dir", request.getfixturevalue("lora_run")]
+        if "--from_peft" in words:
+            there = ["--lora", "full_sft", "--to_peft", tmp_path / "peft", *words[-2:]]
+            merge_lora.main(list(map(str, there)))
     elif script == "-c":
         words = [word.replace("out/", f"{tmp_path.as_posix()}/") for word in words]
     elif "split" in words:

@@ -1,8 +1,6 @@
 """LoRA: what it starts from, what it leaves alone, merging, files, and PEFT as the judge."""
 
-import contextlib
 import copy
-import io
 import json
 
 import pytest
@@ -12,7 +10,7 @@ from dataset.errors import UserError
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for_good, unmerge
-from tests.conftest import run
+from tests.conftest import LORA, run, sft
 from trainer import checkpoint, merge_lora, train_full_sft
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -93,25 +91,6 @@ def test_a_name_that_fits_nothing_is_refused():
 # ------------------------------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope="module")
-def lora_run(trained, data, tmp_path_factory):
-    """A folder with the pretrained weights, and adapters trained on them."""
-    out = tmp_path_factory.mktemp("lora")
-    (out / "pretrain_32.pth").write_bytes((trained / "pretrain_32.pth").read_bytes())
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        sft(out, data)
-    attention, mlp = 2 * (32 + 32) + 2 * (32 + 16), 3 * (32 + 96)
-    assert f"adapters of rank 4: {2 * 4 * (attention + mlp):,} of" in printed.getvalue()
-    return out
-
-
-def sft(out, data, *more):
-    flags = ["--save_dir", out, "--data_path", data / "sft.jsonl", "--batch_size", 2]
-    flags += ["--use_lora", 1, "--lora_rank", 4, "--lora_dropout", 0.1, "--learning_rate", 1e-2]
-    flags += ["--max_seq_len", 96, "--dtype", "fp32", "--device", "cpu", "--log_interval", 1]
-    train_full_sft.main(list(map(str, [*flags, *more])))
-
-
 def test_only_the_adapters_move_and_only_they_are_saved(lora_run):
     saved = checkpoint.load(lora_run / "lora_full_sft_32.pth")
     assert all(name.endswith(("lora_A", "lora_B")) for name in saved["model"])
@@ -119,6 +98,8 @@ def test_only_the_adapters_move_and_only_they_are_saved(lora_run):
     base = checkpoint.load(lora_run / "pretrain_32.pth")["model"]
     whole = checkpoint.load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")["model"]
     assert all(torch.equal(weight, whole[name]) for name, weight in base.items())
+    attention, mlp = 2 * (32 + 32) + 2 * (32 + 16), 3 * (32 + 96)  # of rank 1, in a layer
+    assert sum(weight.numel() for weight in saved["model"].values()) == 2 * 4 * (attention + mlp)
 
 
 def test_resumed_is_uninterrupted(lora_run, data, tmp_path, capsys):
@@ -126,7 +107,8 @@ def test_resumed_is_uninterrupted(lora_run, data, tmp_path, capsys):
     rows = (lora_run / "logs" / "lora_full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
     steps = json.loads(rows[-1])["step"]
     middle = steps // 2
-    sft(tmp_path, data, "--save_interval", middle, "--keep_checkpoints", 9)
+    more = ["--save_interval", middle, "--keep_checkpoints", 9]
+    sft(tmp_path, "--data_path", data / "sft.jsonl", *LORA, *more)
     folder = tmp_path / "checkpoints"
     (folder / f"lora_full_sft_32_step{middle:06d}.pth").replace(
         folder / "lora_full_sft_32_resume.pth"
@@ -151,9 +133,8 @@ def test_chat_with_adapters_and_with_them_merged(lora_run):
     assert apart.returncode == 0, apart.stderr
     merge_lora.main(["--lora", "full_sft", "--save_dir", str(lora_run)])
     merged = run("eval_llm.py", "--weight", "full_sft_merged", *ask)
-    assert (
-        merged.returncode == 0 and merged.stdout.splitlines()[-1:] == apart.stdout.splitlines()[-1:]
-    )
+    assert merged.returncode == 0, merged.stderr
+    assert merged.stdout.splitlines()[-1] == apart.stdout.splitlines()[-1]
 
 
 def test_other_weights_beneath_are_refused(lora_run, trained):
@@ -167,7 +148,7 @@ def test_other_weights_beneath_are_refused(lora_run, trained):
 
 def test_adapters_from_scratch_are_refused(data, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        sft(tmp_path, data, "--from_weight", "none")
+        sft(tmp_path, "--data_path", data / "sft.jsonl", *LORA, "--from_weight", "none")
     assert "--from_weight" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dataset.chat_template import render
 from dataset.formats import read_records
+from dataset.tokenizer import load_tokenizer
 from tests.conftest import chat, run, write_jsonl
 
 
@@ -117,3 +118,36 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, data):
     ):
         done = run("dataset/prepare.py", *command)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
+    record = {
+        "question": r"What is \frac{1}{2} of {correct}?",
+        "correct": "{3}",
+        "incorrect": r"\boxed{6}",
+        "cot": "doubled {it}",
+        "misconception": "half is twice",
+    }
+    example = {"question": "2+2?", "incorrect": "22", "reason": "joined {question}"}
+    path = write_jsonl(tmp_path / "x.jsonl", [record, record | {"example_cots": [example]}] * 10)
+    done = run("dataset/prepare.py", "cot", path, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [r for name in ("train", "valid") for _, r in read_records(tmp_path / f"{name}.jsonl")]
+    prompts = {record["conversations"][0]["content"] for record in found}
+    assert len(found) == 20 and len(prompts) == 2  # a template for every second record
+    plain, shown = sorted(prompts, key=len)
+    assert plain.startswith(
+        "Question: What is \\frac{1}{2} of {correct}?\nCorrect answer: {3}\n"
+        "A student answered: \\boxed{6}\n"
+    )
+    assert shown.startswith("Question: 2+2?\nA student answered: 22\nReason: joined {question}\n\n")
+    ids, mask = render(found[0]["conversations"])
+    tokenizer = load_tokenizer()
+    learned = [token for token, learns in zip(ids, mask, strict=True) if learns]
+    expected = "<COT_START>doubled {it}<COT_END>half is twice"
+    assert tokenizer.decode(learned, skip_special_tokens=False) == expected + "<|im_end|>"
+    assert (tmp_path / "tokens.txt").read_text() == "<COT_START>\n<COT_END>\n"
+
+    del record["cot"]
+    done = run("dataset/prepare.py", "cot", write_jsonl(path, [record]), "--out", tmp_path)
+    assert done.returncode == 2 and "line 1" in done.stderr and "cot" in done.stderr

@@ -132,8 +132,19 @@ def training_parser(description, **defaults):
     add("--lora_dropout", type=number(float, 0, 0.9), default=0.0, help="of what it reads")
     targets = "the matrices that get one, as q_proj,v_proj; all-linear: all of the layers'"
     add("--lora_target", default="all-linear", help=targets)
+    taught = "weights of a teacher, whose probabilities the loss compares with (distillation)"
+    add("--teacher_weight", metavar="NAME", help=taught)
+    share = "how much of the loss is that of the data, not of the teacher"
+    add("--distill_alpha", type=number(float, 0, 1), default=0.5, help=share)
+    flat = "flattens both distributions before they are compared"
+    add("--distill_temperature", type=number(float, 0.01), default=2.0, help=flat)
+    new = "new tokens: JSON of item to tokens, or a token a line"
+    add("--extend_tokens", type=Path, metavar="FILE", help=new)
+    add("--freeze_base", type=switch, default=False, help="1: only the new tokens' rows learn")
+    add("--freeze", metavar="REGEX", help="weights whose names match do not learn")
     less = "1: keep one tensor per layer for the backward pass and compute the rest again"
     add("--grad_checkpoint", type=switch, default=False, help=less)
+    add("--loss_curve", type=Path, metavar="FILE", help="its picture; default: beside the log")
     add("--profile", type=switch, default=False, help="1: see where the time of a few steps goes")
     add("--strict_data", type=switch, default=False, help="1: stop at the first bad line")
     add("--seed", type=count, default=1)
@@ -198,14 +209,16 @@ def parse_once(parser, argv):
     problems += [f"--data_path {s}" for s in sources if isinstance(s, Problem)]
     if len({isinstance(s, Source) and s.weight is None for s in sources}) > 1:
         problems.append("--data_path: give every file a share, or none")
-    for name in ("eval_data_path", "tokenizer_path", "replay_path"):
+    for name in ("eval_data_path", "tokenizer_path", "replay_path", "extend_tokens"):
         path = getattr(args, name, None)
         if path is not None and not path.is_file():
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
         elif path is not None:
             setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
-    if args.use_lora is True and args.from_weight in (None, "none") and not args.from_resume:
-        problems.append("--use_lora 1: adapters need weights beneath them; give --from_weight")
+    adapting = ("use_lora", "extend_tokens", "freeze_base", "freeze")
+    if args.from_weight in (None, "none") and not args.from_resume:
+        given = [name for name in adapting if getattr(args, name)]
+        problems += [f"--{name}: needs trained weights; give --from_weight" for name in given]
     if args.use_lora is True and not str(args.save_weight).startswith("lora_"):
         args.save_weight = f"lora_{args.save_weight}"
     if args.save_weight in (None, "") or Path(args.save_weight).name != args.save_weight:

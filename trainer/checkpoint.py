@@ -24,7 +24,8 @@ from dataset.errors import UserError
 from dataset.files import replacing
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.lora import adapter_state, add_lora, description, load_adapters, merge_for_good
+from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
+from trainer.adapting import choose_what_learns, description
 from trainer.distributed import is_first, load_optimizer, whole
 
 FORMAT = 1
@@ -34,7 +35,7 @@ EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
 FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir rebuild_cache
     device num_workers use_compile grad_checkpoint profile parallel deterministic log_interval
     save_interval eval_interval sample_interval sample_prompt strict_data keep_checkpoints
-    best_metric early_stop_patience save_best_at_end max_bad_steps""".split()
+    best_metric early_stop_patience save_best_at_end max_bad_steps loss_curve""".split()
 FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
 FREE += ["data_path", "eval_data_path", "replay_path"]  # the content of the files is compared
 QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ
@@ -165,15 +166,15 @@ def load_latest(args):
 
 def weights_to_start_from(args):
     """--from_weight; where --lora is given without it, what the adapters were trained on."""
-    if getattr(args, "lora", None) and not args.from_weight:
-        return load(find(args.save_dir, f"lora_{args.lora}"))["under"]
-    return args.from_weight or ("full_sft" if hasattr(args, "lora") else None)
+    if args.from_weight or not hasattr(args, "lora"):
+        return args.from_weight
+    return load(find(args.save_dir, f"lora_{args.lora}"))["under"] if args.lora else "full_sft"
 
 
 def build(content, path, args=None):
     """(model, tokenizer) of a loaded file; every weight must be there and fit.
 
-    args: dropout; lora, the adapters to merge into the weights; use_lora, to begin new ones.
+    args: the flags; lora names adapters to merge into the weights.
     Raises UserError with the missing and unexpected names and the shapes that differ.
     """
     try:
@@ -199,21 +200,20 @@ def build(content, path, args=None):
     ]
     if problems:
         raise UserError(f"{path} does not fit its own config: {', '.join(problems[:5])} ...")
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(
-            f"{path}: its tokenizer has {tokenizer.get_vocab_size()} tokens, but its model only "
-            f"{config.vocab_size}; it was put together from two runs"
-        )
+    size = tokenizer.get_vocab_size()
+    if size > config.vocab_size:
+        both = f"its tokenizer has {size} tokens, but its model only {config.vocab_size}"
+        raise UserError(f"{path}: {both}; it was put together from two runs")
     model.load_state_dict(weights)
+    model.first_new_token = content.get("first_new_token")
     if getattr(args, "lora", None):
         place = find(args.save_dir, f"lora_{args.lora}", config.hidden_size, config.use_moe)
         adapters = load(place)
         merge_for_good(load_adapters(model, adapters, place))
         content["stage"] = adapters["stage"]
         print(f"with the adapters {place}")
-    elif getattr(args, "use_lora", False) and "lora" not in content:
-        torch.manual_seed(args.seed)
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target)
+    elif hasattr(args, "use_lora"):
+        choose_what_learns(model, tokenizer, args)
     return model, tokenizer
 
 

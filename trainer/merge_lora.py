@@ -18,8 +18,9 @@ import torch
 
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing
-from model.lora import adapter_state, add_lora, description, load_adapters, merge_for_good
+from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
 from trainer import checkpoint
+from trainer.adapting import description
 from trainer.arguments import ROOT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

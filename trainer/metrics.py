@@ -43,8 +43,10 @@ class MetricsLog:
                 "last checkpoint with --from_resume 1"
             ) from None
 
-    def draw(self):
-        """The loss curve as a PNG; returns its path, or the log's own where matplotlib is not."""
+    def draw(self, path=None):
+        """The loss curve as a PNG, beside the log unless path says where; returns its path, or the
+        log's own where matplotlib is not.
+        """
         os.environ.setdefault("MPLBACKEND", "Agg")
         try:
             import matplotlib.pyplot as plt
@@ -58,8 +60,9 @@ class MetricsLog:
         axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=self.path.stem)
         axes.grid(alpha=0.3)
         axes.legend()
-        path = self.path.with_name(f"{self.path.stem}_loss.png")
-        figure.savefig(path, dpi=120)
+        path = path or self.path.with_name(f"{self.path.stem}_loss.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120, format="png")
         plt.close(figure)
         return path
 

@@ -14,8 +14,10 @@ def make_optimizer(model, args):
     """
     inside = {id(weight) for weight in model.model.layers.parameters() if weight.dim() > 1}
     learning = [weight for weight in model.parameters() if weight.requires_grad]
-    matrices = [weight for weight in learning if weight.dim() > 1]
-    scales = [weight for weight in learning if weight.dim() < 2]
+    # Rows that must stay as they are must not decay either: see model/extend_vocab.py.
+    decays = [weight.dim() > 1 and not hasattr(weight, "first_row") for weight in learning]
+    matrices = [weight for weight, decay in zip(learning, decays, strict=True) if decay]
+    scales = [weight for weight, decay in zip(learning, decays, strict=True) if not decay]
     muon = []
     if args.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):

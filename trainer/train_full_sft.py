@@ -33,6 +33,7 @@ from trainer.compiling import compile_layers
 from trainer.metrics import MetricsLog, step_profiler
 from trainer.optimizer import make_optimizer
 from trainer.stopping import RunLock, StopSignal, report_end
+from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
     describe,
     init_model,
@@ -107,12 +108,11 @@ def main(argv=None):
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
-    runner = distributed.parallelise(model, args.parallel, dtype)
+    runner = distributed.parallelise(with_teacher(model, tokenizer, args), args.parallel, dtype)
     optimizer = make_optimizer(model, args)
     rows_per_step = args.batch_size * args.accumulation_steps * world_size
-    run = checkpoint.Run(
-        data.content + eval_data.content, len(train_rows), rows_per_step, world_size
-    )
+    content = data.content + eval_data.content
+    run = checkpoint.Run(content, len(train_rows), rows_per_step, world_size)
     if resume:
         run = checkpoint.go_on(run, resume, args, optimizer, scaler)
     steps_per_epoch = len(epoch_plan(data, train_rows, args, 0, rank, world_size))
@@ -239,7 +239,7 @@ def main(argv=None):
     report_end(args, run, total_steps, data.where(sum(micro_batches, [])))
     if args.save_best_at_end and run.best_score is not None:
         checkpoint.put_best_in_place(args, name)
-    print(f"weights: {args.save_dir / name}.pth\nloss curve: {log.draw()}")
+    print(f"weights: {args.save_dir / name}.pth\nloss curve: {log.draw(args.loss_curve)}")
     print("next: python eval_llm.py")
 
 

@@ -1,0 +1,64 @@
+"""Reasoning traces: from a wrong answer to the misconception behind it, as conversations.
+
+Records are {"question", "correct", "incorrect", "cot", "misconception"}, and may have
+"example_cots", a list of {"question", "incorrect", "reason"} that the prompt shows first. What is
+learned is <COT_START>{cot}<COT_END>{misconception}; --extend_tokens makes the two marks tokens.
+"""
+
+import re
+import tomllib
+
+from dataset.errors import UserError
+from dataset.formats import read_records
+from dataset.split import shares, write_parts
+
+MARKS = ("<COT_START>", "<COT_END>")
+FIELDS = ("question", "correct", "incorrect", "cot", "misconception")
+
+
+def prepare_cot(args):
+    """Writes train and valid conversations, tokens.txt with the two marks, and a manifest."""
+    try:
+        forms = tomllib.loads(args.templates.read_text(encoding="utf-8"))
+        templates, example = forms["templates"], forms["example"]
+        if not templates or not all(isinstance(text, str) for text in [*templates, example]):
+            raise ValueError("templates must be texts")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        needs = "it needs templates, a list of texts, and example"
+        raise UserError(f"--templates {args.templates}: {error!r}; {needs}") from None
+    records = []
+    for number, record in read_records(args.file):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            template = templates[len(records) % len(templates)]
+            records.append(conversation(record, template, example))
+        except ValueError as error:
+            raise UserError(f"{args.file}, line {number}: {error}") from None
+    part_of = shares([""] * len(records), [9, 1], args.seed)
+    names = ("train.jsonl", "valid.jsonl")
+    files = {
+        name: [record for record, part in zip(records, part_of, strict=True) if part == place]
+        for place, name in enumerate(names)
+    }
+    write_parts(args.out, files, {"task": "cot", "source": str(args.file), "seed": args.seed})
+    (args.out / "tokens.txt").write_text("\n".join(MARKS) + "\n", encoding="utf-8")
+    return 0
+
+
+def conversation(record, template, example):
+    """A record as a prompt and its reasoning. Raises ValueError if a field is missing."""
+    missing = [name for name in FIELDS if not isinstance(record.get(name), str)]
+    if missing:
+        raise ValueError(f"there is no text under {', '.join(missing)} in it")
+    shown = "".join(fill(example, each) for each in record.get("example_cots") or [])
+    prompt = fill(template, {**record, "examples": shown})
+    answer = f"{MARKS[0]}{record['cot']}{MARKS[1]}{record['misconception']}"
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"conversations": turns, "source": "cot"}
+
+
+def fill(template, values):
+    """The template with its names filled in, all in one pass: what is filled in is not read."""
+    names = "question|correct|incorrect|reason|examples"
+    return re.sub(rf"\{{({names})\}}", lambda name: str(values.get(name[1], "")), template)

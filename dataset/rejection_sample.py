@@ -1,0 +1,98 @@
+"""Training data that a model writes itself: several answers to each problem, of which those are
+kept that the task's judge accepts.
+
+    python dataset/rejection_sample.py --task gsm8k --weight gsm8k --data_path out/gsm8k/train.jsonl
+    python trainer/train_full_sft.py --from_weight gsm8k --data_path out/accepted.jsonl
+
+A run that was stopped goes on where it was when the same command is given again.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.errors import UserError, mistakes_in_plain_words
+from dataset.files import replacing
+from evaluation.run_eval import Part, answer_all, positive
+from evaluation.tasks import judge, read_problems
+from trainer import checkpoint
+from trainer.arguments import ROOT
+from trainer.trainer_utils import init_model, pick_device, pick_dtype
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", choices=["tiny_world", "gsm8k", "math"], default="gsm8k")
+    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
+    add("--lora", metavar="NAME", help="adapters to lay on the weights")
+    add("--data_path", type=Path, required=True, help="problems with their answers")
+    add("--limit", type=positive, help="the first so many problems; default: all")
+    add("--samples", dest="num_samples", type=positive, default=8, help="answers to each problem")
+    add("--keep", type=positive, default=4, help="different right ones of a problem at most")
+    add("--temperature", type=float, default=0.8, help="of the draws; above 0")
+    add("--batch_size", type=positive, default=64, help="answers written at once")
+    add("--max_new_tokens", type=positive, default=256, help="longest answer")
+    add("--seed", type=int, default=1, help="of the draws")
+    add("--save_dir", type=Path, default=ROOT / "out", help="of weights")
+    add("--out", type=Path, default=ROOT / "out" / "accepted.jsonl", help="conversations")
+    add("--device", default="auto")
+    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    args = parser.parse_args(argv)
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: at 0 all samples are the same")
+    args.from_weight = checkpoint.weights_to_start_from(args)
+    args.use_compile = 0
+
+    device = pick_device(args.device)
+    problems = read_problems(args.task, args.data_path)[: args.limit]
+    model, tokenizer, _ = init_model(args, device)
+    model.to(pick_dtype(args, device))
+    paths = [checkpoint.find(args.save_dir, args.from_weight), args.data_path]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    how = {name: getattr(args, name) for name in ("task", "temperature", "seed", "num_samples")}
+    source = how | {"weights_sha256": hashes[0], "data_sha256": hashes[1]}
+    more = {
+        name: getattr(args, name) for name in ("batch_size", "max_new_tokens", "limit", "dtype")
+    }
+    part = Part(args.out.with_suffix(".part"), source | more | {"lora": args.lora})
+    rows = answer_all(problems, model, tokenizer, args, part)
+
+    kept = accepted(rows, args.task, args.keep)
+    with replacing(args.out) as file:
+        for row in kept:
+            answer = {"role": "assistant", "content": row["output"].strip()}
+            where = {"problem": row["problem"], "sample": row["sample"]}
+            record = {"conversations": [*row["prompt"], answer], "source": source | where}
+            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+    part.path.unlink()
+    solved = len({row["problem"] for row in kept})
+    print(f"{len(kept)} of {len(rows)} answers kept, to {solved} of {len(problems)} problems")
+    print(f"written: {args.out}")
+
+
+def accepted(rows, task, keep):
+    """The rows whose answers are right and complete; of equal ones the first, of a problem at most
+    keep.
+    """
+    found, seen = [], {}
+    for row in rows:
+        texts = seen.setdefault(row["problem"], set())
+        text = " ".join(row["output"].split())
+        if row["truncated"] or text in texts or len(texts) >= keep:
+            continue
+        if judge(task, row["output"], row["gold"], row["truncated"])["verdict"] == "correct":
+            texts.add(text)
+            found.append(row)
+    return found
+
+
+if __name__ == "__main__":
+    with mistakes_in_plain_words():
+        main()

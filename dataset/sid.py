@@ -1,0 +1,99 @@
+"""Recommendation data whose items are a few tokens each, as conversations.
+
+Reads the usual files: *.index.json, {item: its tokens}; *.item.json, {item: {"title",
+"description"}}; *.csv with the histories, whose list columns are Python literals.
+"""
+
+import ast
+import csv
+import json
+
+from dataset.errors import UserError
+from dataset.split import shares, write_parts
+
+ASK = {  # task: the question; {0} is the history, the title or the id
+    "next_id": "A customer bought, one after the other: {0}. Which item is next?",
+    "next_title": "A customer bought, one after the other: {0}. What is the next item called?",
+    "next_description": "A customer bought, one after the other: {0}. Describe the next item.",
+    "titles_to_next_id": "A customer bought, one after the other:\n{0}\nWhich item is next?",
+    "preference_to_next_id": "A customer likes this: {0}. Which item is next?",
+    "id_to_title": "What is {0} called?",
+    "title_to_id": "Which item is called {0}?",
+}
+LISTS = ("history_item_title", "history_item_sid")
+
+
+def prepare_sid(args):
+    """Writes train, valid and test conversations, tokens.txt for --extend_tokens, sids.json with
+    all ids there are, and a manifest. The test part asks for the next id alone. Returns 0.
+    """
+    index, items = (read_json(args.raw, f"*.{kind}.json") for kind in ("index", "item"))
+    histories = [row for path in sorted(args.raw.glob("*.csv")) for row in read_histories(path)]
+    if not histories:
+        raise UserError(f"--raw {args.raw}: there is no *.csv file with histories in it")
+    part_of = shares([""] * len(histories), [8, 1, 1], args.seed)
+    parts = {"train": [], "valid": [], "test": []}
+    for row, part in zip(histories, part_of, strict=True):
+        name = list(parts)[part]
+        records = of_history(row, items, args.max_history)
+        parts[name] += records[:1] if name == "test" else records
+    for item, tokens in index.items():
+        if item in items:
+            parts["train"] += of_item("".join(tokens), items[item]["title"])
+    files = {f"{name}.jsonl": records for name, records in parts.items()}
+    how = {"task": "sid", "source": str(args.raw), "seed": args.seed}
+    write_parts(args.out, files, how | {"max_history": args.max_history})
+    tokens = sorted({token for item in index.values() for token in item})
+    (args.out / "tokens.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    sids = sorted({"".join(item) for item in index.values()})
+    (args.out / "sids.json").write_text(json.dumps(sids), encoding="utf-8")
+    return 0
+
+
+def read_json(folder, pattern):
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise UserError(f"--raw {folder}: there is no {pattern} in it")
+    try:
+        return {k: v for p in paths for k, v in json.loads(p.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{paths[0]} is no JSON object: {error}") from None
+
+
+def read_histories(path):
+    """The rows of a CSV file, their list columns as lists. Raises UserError with the line."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            try:
+                for name in LISTS:
+                    row[name] = ast.literal_eval(row[name])
+                    if not isinstance(row[name], list):
+                        raise ValueError(f"{name} is no list")
+                row["item_sid"], row["item_title"], row["item_id"]
+            except (KeyError, ValueError, SyntaxError, TypeError) as error:
+                raise UserError(f"{path}, line {reader.line_num}: {error!r}") from None
+            yield row
+
+
+def of_history(row, items, max_history):
+    """The records of a history, that for the next id first. The most recent items are kept."""
+    ids, titles = (row[name][-max_history:] for name in reversed(LISTS))
+    ids, titles, sid = ", ".join(ids), "\n".join(titles), row["item_sid"]
+    description = items.get(row["item_id"], {}).get("description")
+    asked = [("next_id", ids, sid), ("next_title", ids, row["item_title"])]
+    asked += [("next_description", ids, description)] if description else []
+    asked += [("titles_to_next_id", titles, sid)]
+    preference = row.get("user_preference")
+    asked += [("preference_to_next_id", f"{preference}. So far: {ids}", sid)] if preference else []
+    return [record(*task) for task in asked]
+
+
+def of_item(sid, title):
+    return [record("id_to_title", sid, title), record("title_to_id", title, sid)]
+
+
+def record(task, given, answer):
+    turns = [("user", ASK[task].format(given)), ("assistant", answer)]
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    return {"conversations": conversation, "task": task, "source": "sid"}

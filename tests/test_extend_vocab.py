@@ -1,0 +1,175 @@
+"""New tokens: what they begin as, that nothing else moves; recommendation data that uses them."""
+
+import json
+
+import pytest
+import torch
+
+from dataset.errors import UserError
+from dataset.lm_dataset import SFTDataset
+from dataset.tokenizer import load_tokenizer
+from evaluation import run_eval
+from evaluation.tasks import Allowed, read_problems
+from model.causal_lm import CausalLM, ModelConfig
+from model.extend_vocab import extend_vocab, freeze_base, read_tokens
+from model.generation import complete
+from tests.conftest import run, sft, write_jsonl
+from trainer import checkpoint
+
+TOKENS = ["<a_1>", "<a_2>", "<b_1>"]
+
+
+def small(tokenizer, **more):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CausalLM(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **shape, **more))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_row_is_the_mean_and_the_old_logits_stay(tied):
+    tokenizer = load_tokenizer()
+    old, model = tokenizer.get_vocab_size(), small(tokenizer, tie_word_embeddings=tied)
+    ids = torch.tensor([[5, 70, 9, 300]])
+    before, rows = model(ids), model.lm_head.weight.clone()
+    assert extend_vocab(model, tokenizer, ["<b_1>", "<a_1>", "a"]) == 2  # "a" was there before
+    assert model.config.vocab_size == old + 2 == tokenizer.get_vocab_size()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(model(ids)[..., :old], before)
+    for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
+        assert torch.allclose(weight[old:].mean(dim=0), weight[:old].mean(dim=0), atol=1e-6)
+    assert torch.equal(model.lm_head.weight[:old], rows)
+    assert tokenizer.encode("buy <a_1><b_1> now").tokens[1:-1].count("<a_1>") == 1
+    assert tokenizer.encode("<|im_start|>").ids != [1]  # text is still no control token
+
+
+def test_tokens_of_both_kinds_of_file(tmp_path):
+    index = tmp_path / "x.index.json"
+    index.write_text(json.dumps({"7": ["<b_1>", "<a_2>"], "9": ["<b_1>", "<a_1>"]}))
+    lines = tmp_path / "x.txt"
+    lines.write_text("<b_1>\n\n<a_2>\n<a_1>\n<a_1>\n", encoding="utf-8")
+    assert read_tokens(index) == read_tokens(lines) == TOKENS
+    lines.write_text("\n")
+    for path in (lines, tmp_path / "no.txt"):
+        with pytest.raises(UserError, match="--extend_tokens"):
+            read_tokens(path)
+
+
+def test_freezing_without_new_tokens_is_refused():
+    with pytest.raises(UserError, match="--extend_tokens"):
+        freeze_base(small(load_tokenizer()))
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_histories_become_conversations(shop_data):
+    train, test = read(shop_data / "train.jsonl"), read(shop_data / "test.jsonl")
+    assert {record["task"] for record in test} == {"next_id"} and len(test) == 3
+    kinds = {record["task"] for record in train}
+    assert kinds == {
+        *("next_id", "next_title", "next_description", "titles_to_next_id"),
+        *("id_to_title", "title_to_id"),
+    }
+    asked = [r["conversations"][0]["content"] for r in train if r["task"] == "next_id"]
+    assert max(text.count("<a_") for text in asked) == 3  # of up to 4, the latest
+    assert sum(r["task"] == "title_to_id" for r in train) == 5
+    assert read_tokens(shop_data / "tokens.txt") == ["<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>"]
+    assert len(json.loads((shop_data / "sids.json").read_text())) == 6
+
+
+def test_nothing_but_the_new_rows_moves(extended, trained):
+    before = checkpoint.load(trained / "pretrain_32.pth")["model"]
+    after = checkpoint.load(extended / "full_sft_32.pth")
+    for name, weight in before.items():
+        assert torch.equal(after["model"][name][: len(weight)], weight), name
+    old = len(before["lm_head.weight"])
+    new = after["model"]["lm_head.weight"][old:]
+    assert len(new) == 5 and after["first_new_token"] == old
+    mean = before["lm_head.weight"].mean(dim=0)
+    assert ((new - mean).abs().amax(dim=1) > 1e-3).all()  # and all of these do
+
+
+def test_a_later_run_goes_on_with_them(extended, shop_data, tmp_path):
+    weights = extended / "full_sft_32.pth"
+    data = ["--data_path", shop_data / "train.jsonl"]
+    sft(tmp_path, *data, "--from_weight", weights, "--freeze_base", 1)
+    one, other = (checkpoint.load(out / "full_sft_32.pth")["model"] for out in (extended, tmp_path))
+    old = checkpoint.load(weights)["first_new_token"]
+    assert torch.equal(one["lm_head.weight"][:old], other["lm_head.weight"][:old])
+    assert not torch.equal(one["lm_head.weight"][old:], other["lm_head.weight"][old:])
+
+
+def test_what_contradicts_itself_is_refused(trained, shop_data, tmp_path, capsys):
+    start = ["--from_weight", trained / "pretrain_32.pth"]
+    tokens = ["--extend_tokens", shop_data / "tokens.txt"]
+    data = ["--data_path", shop_data / "train.jsonl"]
+    for flags, says in (
+        ([*start, "--freeze_base", 1], "--extend_tokens"),
+        ([*start, *tokens, "--use_lora", 1], "excludes"),
+        ([*start, "--freeze", "no_such_weight"], "no weight has such a name"),
+        ([*start, "--freeze", "."], "nothing is left"),
+        (["--from_weight", "none", *tokens], "--from_weight"),
+    ):
+        with pytest.raises((UserError, SystemExit)) as error:
+            sft(tmp_path, *data, *flags)
+        assert says in f"{error.value} {capsys.readouterr().err}", flags
+
+
+def test_frozen_weights_stay(trained, data, tmp_path):
+    start = ["--from_weight", trained / "pretrain_32.pth", "--freeze", "embed|layers.0"]
+    sft(tmp_path, "--data_path", data / "sft.jsonl", *start)
+    before = checkpoint.load(trained / "pretrain_32.pth")["model"]
+    after = checkpoint.load(tmp_path / "full_sft_32.pth")["model"]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("model.layers.1", "model.norm")) for name in moved)
+
+
+def test_recommendations_are_items_that_exist(extended, shop_data, tmp_path):
+    flags = ["--task", "sid", "--data_path", shop_data / "test.jsonl", "--save_dir", tmp_path]
+    flags += ["--weight", extended / "full_sft_32.pth", "--device", "cpu"]
+    scores = run_eval.main(list(map(str, flags)))
+    result = json.loads((tmp_path / "eval" / "sid" / "full_sft_32.json").read_text())
+    exist = json.loads((shop_data / "sids.json").read_text())
+    assert all(row["output"] in exist for row in result["problems"])
+    assert scores["overall"] == sum(r["output"] == r["gold"] for r in result["problems"]) / 3
+    gold = [record["conversations"][-1]["content"] for record in read(shop_data / "test.jsonl")]
+    assert [p["gold"] for p in read_problems("sid", shop_data / "test.jsonl")] == gold
+
+
+def test_answers_held_to_some_texts_are_the_likeliest_of_them(extended):
+    """Against the score of each text, when the tree leaves a choice at the first token alone."""
+    content = checkpoint.load(extended / "full_sft_32.pth")
+    model, tokenizer = checkpoint.build(content, extended)
+    prompt = tokenizer.encode("Which item?").ids
+    texts = [f"<a_{i}><b_0>" for i in range(3)]
+    options = {"max_new_tokens": 5, "temperature": 0, "allowed": Allowed(texts, tokenizer)}
+    (answer,) = complete(model, [prompt], **options)
+    first = [tokenizer.token_to_id(f"<a_{i}>") for i in range(3)]
+    with torch.no_grad():
+        likeliest = first[int(model(torch.tensor([prompt]))[0, -1, first].argmax())]
+    assert answer == [likeliest, tokenizer.token_to_id("<b_0>")]
+
+
+def test_new_tokens_are_one_token_in_the_data(extended, shop_data):
+    content = checkpoint.load(extended / "full_sft_32.pth")
+    _, tokenizer = checkpoint.build(content, extended)
+    data = SFTDataset(shop_data / "test.jsonl", tokenizer, 96)
+    _, labels = data[0]
+    assert (labels != -100).sum() == 3  # two of the item, and the end of the turn
+
+
+def test_a_broken_history_is_named(shop, tmp_path):
+    for path in shop.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = (tmp_path / "Shop.valid.csv").read_text()
+    assert "['<a_0><b_0>']" in text
+    (tmp_path / "Shop.valid.csv").write_text(text.replace("['<a_0><b_0>']", "exit(0)", 1))
+    done = run("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "line " in done.stderr and "Traceback" not in done.stderr
+    write_jsonl(tmp_path / "x.jsonl", [{"source": "gsm8k"}])
+    with pytest.raises(UserError, match="line 1"):
+        read_problems("sid", tmp_path / "x.jsonl")

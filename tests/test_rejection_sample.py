@@ -1,0 +1,56 @@
+"""Rejection sampling: what is kept is right, different, and says where it is from."""
+
+import json
+
+import pytest
+
+from dataset import rejection_sample
+from dataset.errors import UserError
+from dataset.lm_dataset import SFTDataset
+from dataset.tokenizer import load_tokenizer
+from tests.conftest import write_jsonl
+
+
+def row(problem, output, truncated=False):
+    return {"problem": problem, "output": output, "gold": "5", "truncated": truncated}
+
+
+def test_what_is_kept():
+    rows = [
+        row(0, "2+3=5\n#### 5"),
+        row(0, "2+3=5 \n #### 5 "),  # the same
+        row(0, "#### 6"),
+        row(0, "It is 5."),
+        row(0, "So: 5"),  # a third one
+        row(1, "It is 5.", truncated=True),
+        row(1, "It is 5."),
+    ]
+    kept = rejection_sample.accepted(rows, "gsm8k", keep=2)
+    assert kept == [rows[0], rows[3], rows[6]]
+
+
+def test_a_run(trained, tmp_path):
+    """A judge that accepts whatever holds no letter of these words leaves nearly all of it."""
+    ask = {"category": "any", "expected": [], "conversations": [{"role": "user", "content": "Hi?"}]}
+    data = write_jsonl(tmp_path / "problems.jsonl", [ask] * 3)
+    flags = ["--task", "tiny_world", "--weight", trained / "full_sft_32.pth", "--data_path", data]
+    flags += ["--max_new_tokens", 200, "--samples", 4, "--keep", 2, "--device", "cpu"]
+    outs = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for out in outs:
+        rejection_sample.main(list(map(str, [*flags, "--out", out])))
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    records = [json.loads(line) for line in outs[0].read_text(encoding="utf-8").splitlines()]
+    assert 0 < len(records) <= 6
+    for record in records:
+        assert (
+            record["source"]["task"] == "tiny_world" and len(record["source"]["data_sha256"]) == 64
+        )
+    texts = [(r["source"]["problem"], r["conversations"][-1]["content"]) for r in records]
+    assert len(set(texts)) == len(texts)
+    assert len(SFTDataset(outs[0], load_tokenizer(), 256)) > 0
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_samples_that_would_all_be_the_same_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--temperature"):
+        rejection_sample.main(["--data_path", str(tmp_path), "--temperature", "0"])

@@ -1,0 +1,30 @@
+"""Distillation: SFT whose loss also asks how far the student is from a teacher.
+
+    python trainer/train_distillation.py --teacher_weight full_sft --student pretrain_small
+    python trainer/train_distillation.py --teacher_weight full_sft --student none --hidden_size 192
+
+The loop is that of train_full_sft.py, and so are all other flags; the loss is in
+model/distillation.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.errors import mistakes_in_plain_words
+from trainer import distributed, train_full_sft
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    words = ["--from_weight" if word == "--student" else word for word in argv]
+    usual = ["--save_weight", "distilled"]
+    if "--from_resume" not in words:  # else the teacher is that of the run
+        usual += ["--teacher_weight", "full_sft"]
+    train_full_sft.main([*usual, *words])
+
+
+if __name__ == "__main__":
+    with mistakes_in_plain_words(), distributed.ending_in_plain_words():
+        main()
