@@ -130,7 +130,7 @@ def main():
         (folder / f"{stage}.jsonl").write_text(lines, encoding="utf-8")
 
     references = {}
-    for name in RUNS:
+    for name in list(RUNS)[: args.kills]:
         began, earliest, out = time.perf_counter(), None, folder / name.replace(" ", "_")
         process = start(command(name, folder, out))
         while process.poll() is None:

@@ -81,6 +81,8 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--out", tmp_path / "t.json"]
     elif script in ("eval_llm.py", "evaluation/run_eval.py"):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
+        words += ["--limit", 20] if "run_eval" in script else []
+        words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
         if {"sft_scratch", "gsm8k"} & set(words):
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:

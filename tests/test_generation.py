@@ -47,6 +47,18 @@ def test_the_fused_step_writes_the_same_and_knows_new_weights(prompts):
     assert first != second
 
 
+def test_a_row_that_fills_the_context_is_finished_and_the_others_go_on():
+    ours, _ = pair("qwen3")
+    ours.config.max_position_embeddings = room = 12
+    options = {"max_new_tokens": 9, "temperature": 0, "stop_ids": ()}
+    prompts = [list(range(3, 3 + n)) for n in (10, 4, 12)]
+    together = complete(ours, prompts, **options)
+    assert list(map(len, together)) == [room - 10, room - 4, 0]
+    ours.config.max_position_embeddings = 99
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert complete(ours, [prompt], **options)[0][: len(answer)] == answer
+
+
 def test_a_row_that_stops_is_finished_and_the_others_go_on():
     ours, _ = pair("qwen3")
     free = complete(ours, PROMPTS, max_new_tokens=12, temperature=0, stop_ids=())

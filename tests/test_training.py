@@ -334,7 +334,7 @@ def test_rolling_and_best_checkpoints(data, tmp_path, monkeypatch):
 
 def test_the_best_weights_can_be_those_that_answer_best(data, tmp_path, monkeypatch):
     scores = iter([0.2, 0.6, 0.4])
-    monkeypatch.setattr(train_full_sft, "accuracy", lambda task, *_: next(scores))
+    monkeypatch.setattr(train_full_sft.Exam, "score", lambda *_: next(scores))
     more = {"eval_interval": 2, "best_metric": "tiny_world"}
     train_full_sft.main(flags(data, tmp_path, **more))
     best = checkpoint.load(tmp_path / "checkpoints/full_sft_32_best.pth")
