@@ -6,8 +6,9 @@ import shlex
 
 import pytest
 
+from dataset import prepare
 from dataset.tokenizer import SHIPPED_TOKENIZER
-from tests.conftest import ROOT, TINY, run
+from tests.conftest import ROOT, TINY, run, write_jsonl
 from trainer import merge_lora
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,6 +35,13 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
     files |= {"out/mine.json": SHIPPED_TOKENIZER, "out/peft": tmp_path / "peft"}
     files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k", "other")}
+    if "cot" in line:
+        trace = dict.fromkeys(("question", "correct", "incorrect", "cot", "misconception"), "x y")
+        files["traces.jsonl"] = write_jsonl(tmp_path / "traces.jsonl", [trace] * 10)
+        there = tmp_path / "cot"
+        prepare.main(["cot", str(files["traces.jsonl"]), "--out", str(there)])
+        files |= {f"out/cot/{path.name}": path for path in there.iterdir()} | {"out/cot": there}
+        files["out/loss_curve.png"] = tmp_path / "curve.png"
     for folder, fixture, raw in (("gsm8k", "gsm8k", "gsm8k_raw"), ("sid", "shop_data", "shop")):
         if f"out/{folder}" in line or f" {folder} " in line:
             made = request.getfixturevalue(fixture)
@@ -94,6 +102,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         if "--from_peft" in words:
             there = ["--lora", "full_sft", "--to_peft", tmp_path / "peft", *words[-2:]]
             merge_lora.main(list(map(str, there)))
+    elif script == "dataset/rejection_sample.py":
+        words += ["--weight", trained / "full_sft_32.pth", "--out", tmp_path / "accepted.jsonl"]
+        words += ["--limit", 3, "--max_new_tokens", 8]
     elif script == "-c":
         words = [word.replace("out/", f"{tmp_path.as_posix()}/") for word in words]
     elif "split" in words:
