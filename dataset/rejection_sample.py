@@ -58,10 +58,9 @@ def main(argv=None):
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     how = {name: getattr(args, name) for name in ("task", "temperature", "seed", "num_samples")}
     source = how | {"weights_sha256": hashes[0], "data_sha256": hashes[1]}
-    more = {
-        name: getattr(args, name) for name in ("batch_size", "max_new_tokens", "limit", "dtype")
-    }
-    part = Part(args.out.with_suffix(".part"), source | more | {"lora": args.lora})
+    names = ("batch_size", "max_new_tokens", "limit", "dtype", "lora")
+    settings = source | {name: getattr(args, name) for name in names}
+    part = Part(args.out.with_suffix(".part"), settings, args.batch_size)
     rows = answer_all(problems, model, tokenizer, args, part)
 
     kept = accepted(rows, args.task, args.keep)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dataset.chat_template import render
 from dataset.errors import UserError, mistakes_in_plain_words
+from dataset.files import replacing
 from dataset.tiny_world import EVAL
 from evaluation import report
 from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
@@ -63,7 +64,7 @@ def parse(argv):
     add("--compare", **two, help="what flipped between two stored runs")
     args = parser.parse_args(argv)
     if args.temperature < 0 or (args.num_samples > 1 and args.temperature == 0):
-        parser.error(f"--temperature {args.temperature}: several samples need one above 0")
+        parser.error(f"--temperature {args.temperature}: give 0, or above 0 for several samples")
     return args
 
 
@@ -95,7 +96,8 @@ def main(argv=None):
     model.to(pick_dtype(args, device))
     paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
     if args.lora:
-        paths.append(checkpoint.find(args.save_dir, f"lora_{args.lora}", args.hidden_size))
+        size = model.config.hidden_size
+        paths.append(checkpoint.find(args.save_dir, f"lora_{args.lora}", size))
     data = args.data_path or EVAL
     how = ("prompt_style", "num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
     result = {
@@ -111,10 +113,11 @@ def main(argv=None):
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
     args.allowed = held_to(args.task, data, tokenizer)
-    rows = answer_all(problems, model, tokenizer, args, Part(path.with_suffix(".part"), result))
+    part = Part(path.with_suffix(".part"), result, args.batch_size)
+    rows = answer_all(problems, model, tokenizer, args, part)
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
     scores = finish(result | {"problems": rows}, path)
-    path.with_suffix(".part").unlink()
+    part.path.unlink()
     return scores
 
 
@@ -160,24 +163,39 @@ def read_result(path):
 
 
 class Part:
-    """The answers of a run so far, a line each, kept beside where its result will be."""
+    """The answers of a run so far, a line each, kept beside where its result will be.
 
-    def __init__(self, path, run):
+    What another run left there is not taken; of this one, its whole batches are: a batch is drawn
+    together, so it is repeated together.
+    """
+
+    def __init__(self, path, run, batch_size):
         self.path, self.rows = path, []
         first = {key: value for key, value in run.items() if key != "command"}
         first = json.loads(json.dumps(first))
         try:
             head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
             if json.loads(head) == first:
+                lines = lines[: len(lines) // batch_size * batch_size]
                 self.rows = [json.loads(line) for line in lines]
         except (OSError, ValueError):
             pass  # no such file, or one that a machine left in pieces: from the beginning
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.write([first, *self.rows], "w")
+        with replacing(path) as file:
+            file.write(as_lines([first, *self.rows]))
 
-    def write(self, lines, mode="a"):
-        with self.path.open(mode, encoding="utf-8", newline="\n") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    def add(self, rows):
+        try:
+            with self.path.open("ab") as file:
+                file.write(as_lines(rows))
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Make room, and give the same "
+                "command again: it goes on"
+            ) from None
+
+
+def as_lines(values):
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 def answer_all(problems, model, tokenizer, args, part=None):
@@ -200,12 +218,9 @@ def answer_all(problems, model, tokenizer, args, part=None):
     # Prompts of similar length go together: less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     asked = [(index, sample) for index in order for sample in range(args.num_samples)]
-    rows = part.rows[: len(part.rows) // args.batch_size * args.batch_size] if part else []
-    starts = range(0, len(asked), args.batch_size)
-    bar = tqdm(starts, unit="batch", leave=False, disable=None, initial=0)
-    for first in bar:
-        if first < len(rows):
-            continue
+    rows = list(part.rows) if part else []
+    bar = tqdm(total=len(asked), initial=len(rows), unit="answer", leave=False, disable=None)
+    for first in range(len(rows), len(asked), args.batch_size):
         chosen = asked[first : first + args.batch_size]
         began = time.perf_counter()
         batch = write_answers([prompts[index] for index, _ in chosen], first, model, args)
@@ -222,8 +237,10 @@ def answer_all(problems, model, tokenizer, args, part=None):
             for (index, sample), (ids, ended) in zip(chosen, batch, strict=True)
         ]
         rows += new
+        bar.update(len(new))
         if part:
-            part.write(new)
+            part.add(new)
+    bar.close()
     rows = sorted(rows, key=lambda row: (row["problem"], row["sample"]))
     return [{**problems[row["problem"]], **row} for row in rows]
 

@@ -77,11 +77,16 @@ def sid_problems(path):
     """Conversations whose last turn is the id of an item, as prepare.py sid writes."""
     problems = []
     for number, record in read_records(path):
-        if not isinstance(record, dict) or record.get("source") != "sid":
-            raise UserError(f"--data_path {path}, line {number}: it is no sid record")
-        *prompt, answer = record["conversations"]
-        problems.append({"prompt": prompt, "gold": answer["content"]})
-        problems[-1] |= {"level": None, "type": record["task"]}
+        try:
+            if record["source"] != "sid":
+                raise ValueError(f"its source is {record['source']}")
+            *prompt, answer = record["conversations"]
+            problems.append({"prompt": prompt, "gold": answer["content"]})
+            problems[-1] |= {"level": None, "type": record["task"]}
+        except (LookupError, ValueError, TypeError) as error:
+            raise UserError(
+                f"--data_path {path}, line {number}: no sid record: {error!r}"
+            ) from None
     return problems
 
 

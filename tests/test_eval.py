@@ -168,10 +168,11 @@ def test_a_run_killed_on_the_way_ends_in_the_same_result(trained, gsm8k, tmp_pat
 
 def test_an_unfinished_run_with_other_flags_is_not_gone_on_with(trained, gsm8k, tmp_path):
     part = tmp_path / "it.part"
-    first = run_eval.Part(part, {"weights_sha256": "a", "command": "x"})
-    first.write([{"problem": 1}])
-    assert run_eval.Part(part, {"weights_sha256": "a", "command": "y"}).rows == [{"problem": 1}]
-    assert run_eval.Part(part, {"weights_sha256": "b", "command": "x"}).rows == []
+    rows = [{"problem": i} for i in range(5)]
+    run_eval.Part(part, {"weights_sha256": "a", "command": "x"}, 2).add(rows)
+    for _ in range(2):  # whole batches alone, and a second stop changes nothing
+        assert run_eval.Part(part, {"weights_sha256": "a", "command": "y"}, 2).rows == rows[:4]
+    assert run_eval.Part(part, {"weights_sha256": "b", "command": "x"}, 2).rows == []
 
 
 @pytest.mark.parametrize("task", ["tiny_world", "gsm8k", "math"])
