@@ -168,10 +168,15 @@ def compare(old, new):
     """Lines that say which problems flipped between two results, and by how much that is more
     than chance: the exact sign test of the flips (McNemar, 1947).
     """
-    before, after = (
-        {(row["prompt"][-1]["content"], row["sample"]): row for row in result["problems"]}
-        for result in (old, new)
-    )
+
+    def by_problem(result):
+        """Other data may have other numbers; then it is the question that says which problem."""
+        same = old["data_sha256"] == new["data_sha256"]
+        rows = result["problems"]
+        keys = [row["problem"] if same else row["prompt"][-1]["content"] for row in rows]
+        return {(key, row["sample"]): row for key, row in zip(keys, rows, strict=True)}
+
+    before, after = by_problem(old), by_problem(new)
     shared = [key for key in before if key in after]
     verdicts = {key: (before[key]["verdict"], after[key]["verdict"]) for key in shared}
     won = [key for key in shared if verdicts[key] == ("wrong", "correct")]

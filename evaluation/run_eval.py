@@ -156,7 +156,7 @@ def finish(result, path):
 def read_result(path):
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        result["task"], result["totals"], result["problems"][0]["output"]
+        result["task"], result["totals"], result["data_sha256"], result["problems"][0]["output"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is no result of run_eval.py: {error}") from None
     return result

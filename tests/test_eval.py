@@ -209,14 +209,15 @@ def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path, capsys
     assert "lenient 100.0%" in capsys.readouterr().out
 
 
-def test_compare_shows_what_flipped(tmp_path, capsys):
+@pytest.mark.parametrize("data", [{"a": "x", "b": "x"}, {"a": "x", "b": "y"}])
+def test_compare_shows_what_flipped(tmp_path, capsys, data):
     paths = []
     for name, verdicts in (("a", "RRWWWW"), ("b", "RWRRRW")):
         rows = [
             {
                 "problem": i,
                 "sample": 0,
-                "prompt": [{"role": "user", "content": f"{i}?"}],
+                "prompt": [{"role": "user", "content": f"{i}?" if data["b"] == "y" else "?"}],
                 "verdict": "correct" if mark == "R" else "wrong",
                 "extracted": mark,
                 "gold": "g",
@@ -225,6 +226,7 @@ def test_compare_shows_what_flipped(tmp_path, capsys):
             for i, mark in enumerate(verdicts)
         ]
         result = {"task": "gsm8k", "run": name, "totals": {"accuracy": 0.5}, "problems": rows}
+        result["data_sha256"] = data[name]
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps(result), encoding="utf-8")
     run_eval.main(["--compare", *map(str, paths)])
