@@ -136,8 +136,8 @@ def training_parser(description, **defaults):
     add("--teacher_weight", metavar="NAME", help=taught)
     share = "how much of the loss is that of the data, not of the teacher"
     add("--distill_alpha", type=number(float, 0, 1), default=0.5, help=share)
-    flat = "flattens both distributions before they are compared"
-    add("--distill_temperature", type=number(float, 0.01), default=2.0, help=flat)
+    flat = "above 1 flattens both distributions before they are compared"
+    add("--distill_temperature", type=number(float, 0.01), default=1.0, help=flat)
     new = "new tokens: JSON of item to tokens, or a token a line"
     add("--extend_tokens", type=Path, metavar="FILE", help=new)
     add("--freeze_base", type=switch, default=False, help="1: only the new tokens' rows learn")
