@@ -1,12 +1,18 @@
 """Shared fixtures: small data, and a model trained for a few steps, made once for all tests."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from dataset.errors import mistakes_in_plain_words
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --device cpu --dtype fp32"
@@ -26,6 +32,19 @@ def run(*command, cwd=ROOT, text_input=None, timeout=120, **environment):
         encoding="utf-8",
         timeout=timeout,
     )
+
+
+def run_here(script, *flags):
+    """The same without a process of its own, which would first load torch for two seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with mistakes_in_plain_words():
+                module.main(list(map(str, flags)))
+        except SystemExit as end:
+            code = end.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def write_jsonl(path, records):

@@ -14,7 +14,7 @@ from dataset.errors import UserError
 from dataset.files import replacing
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
-from tests.conftest import ROOT, TINY, chat, run, write_jsonl
+from tests.conftest import ROOT, TINY, chat, run, run_here, write_jsonl
 
 SFT = ["trainer/train_full_sft.py", "--from_weight", "none", *TINY]
 
@@ -53,24 +53,28 @@ def test_all_problems_of_the_flags_are_told_at_once(tmp_path):
 
 
 def test_an_unknown_flag_is_named():
-    refused(run("trainer/train_pretrain.py", "--bach_size", "4"), "--bach_size")
-    refused(run("eval_llm.py", "--weigth", "x"), "--weigth")
-    refused(run("eval_llm.py", "--temperature", "hot"), "temperature hot")
+    refused(run_here("trainer/train_pretrain.py", "--bach_size", "4"), "--bach_size")
+    refused(run_here("eval_llm.py", "--weigth", "x"), "--weigth")
+    refused(run_here("eval_llm.py", "--temperature", "hot"), "temperature hot")
 
 
 def test_the_config_file_sets_defaults_and_its_errors_are_named(tmp_path, data):
     config = tmp_path / "c.toml"
     config.write_text("hidden_size = 48\nepochs = 1\n[run]\nuse_moe = false\nbatch_size = 8\n")
     flags = ["--config", config, "--data_path", data / "sft.jsonl", "--save_dir", tmp_path / "o"]
-    done = run("trainer/train_full_sft.py", "--from_weight", "none", *flags)
+    done = run_here("trainer/train_full_sft.py", "--from_weight", "none", *flags)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o" / "full_sft_48.pth").exists()
-    done = run("trainer/train_full_sft.py", "--from_weight", "none", *flags, "--hidden_size", "32")
+    done = run_here(
+        "trainer/train_full_sft.py", "--from_weight", "none", *flags, "--hidden_size", "32"
+    )
     assert (tmp_path / "o" / "full_sft_32.pth").exists(), done.stderr
     config.write_text("hiden_size = 48\nbatch_size = -1\n")
-    refused(run("trainer/train_full_sft.py", *flags), "hiden_size is not a flag", "batch_size -1")
+    refused(
+        run_here("trainer/train_full_sft.py", *flags), "hiden_size is not a flag", "batch_size -1"
+    )
     config.write_text("hidden_size = = 48\n")
-    refused(run("trainer/train_full_sft.py", *flags), "c.toml", "line 1")
+    refused(run_here("trainer/train_full_sft.py", *flags), "c.toml", "line 1")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_the_config_file_sets_defaults_and_its_errors_are_named(tmp_path, data):
 def test_unusable_data(tmp_path, content, says):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
-    refused(run(*SFT, "--data_path", path, "--save_dir", tmp_path / "out"), "bad.jsonl", says)
+    refused(run_here(*SFT, "--data_path", path, "--save_dir", tmp_path / "out"), "bad.jsonl", says)
     assert not list((tmp_path / "out").rglob("*.pth"))
 
 
@@ -127,34 +131,38 @@ def test_a_long_document_is_split_and_nothing_is_lost(tmp_path):
 
 def test_missing_weights_name_the_command_that_makes_them(tmp_path, data):
     flags = ["--save_dir", tmp_path, "--data_path", data / "sft.jsonl"]
-    refused(run("trainer/train_full_sft.py", *flags), "pretrain_*.pth", "train_pretrain.py")
-    refused(run("eval_llm.py", "--save_dir", tmp_path), "full_sft_*.pth", "train_full_sft.py")
-    refused(run("eval_llm.py", "--weight", tmp_path / "no.pth"), "no.pth")
+    refused(run_here("trainer/train_full_sft.py", *flags), "pretrain_*.pth", "train_pretrain.py")
+    refused(run_here("eval_llm.py", "--save_dir", tmp_path), "full_sft_*.pth", "train_full_sft.py")
+    refused(run_here("eval_llm.py", "--weight", tmp_path / "no.pth"), "no.pth")
     resume = [*flags, "--from_resume", "1"]
-    refused(run("trainer/train_full_sft.py", *resume), "full_sft_*_resume.pth", "--from_resume")
+    refused(
+        run_here("trainer/train_full_sft.py", *resume), "full_sft_*_resume.pth", "--from_resume"
+    )
 
 
 def test_shape_flags_that_contradict_the_weights_are_named(trained, data):
     flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl", "--num_hidden_layers", "5"]
-    done = run("trainer/train_full_sft.py", *flags, "--max_seq_len", "4096")
+    done = run_here("trainer/train_full_sft.py", *flags, "--max_seq_len", "4096")
     refused(done, "--num_hidden_layers 5", "has 2", "--max_seq_len 4096", "context of 2048")
 
 
 def test_another_vocabulary_is_named(trained, data, tmp_path):
     make = ["--data_path", data / "sft.jsonl", "--vocab_size", "300", "--out", tmp_path / "t.json"]
-    assert run("trainer/train_tokenizer.py", *make).returncode == 0
+    assert run_here("trainer/train_tokenizer.py", *make).returncode == 0
     flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl"]
-    done = run("trainer/train_full_sft.py", *flags, "--tokenizer_path", tmp_path / "t.json")
+    done = run_here("trainer/train_full_sft.py", *flags, "--tokenizer_path", tmp_path / "t.json")
     refused(done, "t.json is not the tokenizer", "start from scratch")
 
 
 def test_another_run_cannot_be_resumed(trained, data):
     flags = ["--save_dir", trained, "--from_resume", "1", "--batch_size", "4", "--epochs", "9"]
-    done = run("trainer/train_full_sft.py", *flags, "--max_seq_len", "64")
+    done = run_here("trainer/train_full_sft.py", *flags, "--max_seq_len", "64")
     said = refused(done, "a step takes 4 rows", "and took 2", "max_seq_len is 64 and was 96")
     assert "epochs" not in said
     data = ["--data_path", data / "pretrain.jsonl"]
-    done = run("trainer/train_pretrain.py", *flags[:4], *data, "--learning_rate", 0.5, "--seed", 3)
+    done = run_here(
+        "trainer/train_pretrain.py", *flags[:4], *data, "--learning_rate", 0.5, "--seed", 3
+    )
     refused(done, "learning_rate is 0.5 and was 0.0007", "seed is 3 and was 1")
 
 
@@ -198,7 +206,7 @@ class Malicious:
 def test_damaged_weights(trained, tmp_path, how, says):
     path = shutil.copy(trained / "full_sft_32.pth", tmp_path / "full_sft_32.pth")
     break_weights(path, how)
-    done = run("eval_llm.py", "--weight", path, "--prompt", "Hi")
+    done = run_here("eval_llm.py", "--weight", path, "--prompt", "Hi")
     refused(done, "full_sft_32.pth", says)
     assert "harmed" not in done.stdout
 
