@@ -36,14 +36,15 @@ def run(*command, cwd=ROOT, text_input=None, timeout=120, **environment):
 
 def run_here(script, *flags):
     """The same without a process of its own, which would first load torch for two seconds."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             with mistakes_in_plain_words():
-                module.main(list(map(str, flags)))
+                code = module.main(list(map(str, flags)))
         except SystemExit as end:
-            code = end.code or 0
+            code = end.code
+    code = code if isinstance(code, int) else 0
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
@@ -118,7 +119,7 @@ def gsm8k_raw(tmp_path_factory):
 @pytest.fixture(scope="session")
 def gsm8k(gsm8k_raw, tmp_path_factory):
     out = tmp_path_factory.mktemp("gsm8k")
-    done = run("dataset/prepare.py", "gsm8k", "--raw", gsm8k_raw, "--out", out)
+    done = run_here("dataset/prepare.py", "gsm8k", "--raw", gsm8k_raw, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -129,7 +130,7 @@ def evaluated(trained, gsm8k, tmp_path_factory):
     weight, out = trained / "full_sft_32.pth", tmp_path_factory.mktemp("evaluated")
     flags = ["--weight", weight, "--limit", 2, "--max_new_tokens", 4, "--save_dir", out]
     data = ["--task", "gsm8k", "--data_path", gsm8k / "test.jsonl"]
-    done = run("evaluation/run_eval.py", *data, *flags)
+    done = run_here("evaluation/run_eval.py", *data, *flags)
     assert done.returncode == 0, done.stderr
     return out / "eval" / "gsm8k" / "full_sft_32.json"
 
@@ -156,7 +157,7 @@ def shop(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shop_data(shop, tmp_path_factory):
     out = tmp_path_factory.mktemp("sid")
-    done = run("dataset/prepare.py", "sid", "--raw", shop, "--out", out, "--max_history", 3)
+    done = run_here("dataset/prepare.py", "sid", "--raw", shop, "--out", out, "--max_history", 3)
     assert done.returncode == 0, done.stderr
     return out
 

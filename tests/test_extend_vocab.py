@@ -13,7 +13,7 @@ from evaluation.tasks import Allowed, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base, read_tokens
 from model.generation import complete
-from tests.conftest import run, sft, write_jsonl
+from tests.conftest import run_here, sft, write_jsonl
 from trainer import checkpoint
 
 TOKENS = ["<a_1>", "<a_2>", "<b_1>"]
@@ -168,7 +168,7 @@ def test_a_broken_history_is_named(shop, tmp_path):
     text = (tmp_path / "Shop.valid.csv").read_text()
     assert "['<a_0><b_0>']" in text
     (tmp_path / "Shop.valid.csv").write_text(text.replace("['<a_0><b_0>']", "exit(0)", 1))
-    done = run("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and "line " in done.stderr and "Traceback" not in done.stderr
     write_jsonl(tmp_path / "x.jsonl", [{"source": "gsm8k"}])
     with pytest.raises(UserError, match="line 1"):

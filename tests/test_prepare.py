@@ -10,7 +10,7 @@ import pytest
 from dataset.chat_template import render
 from dataset.formats import read_records
 from dataset.tokenizer import load_tokenizer
-from tests.conftest import chat, run, write_jsonl
+from tests.conftest import chat, run, run_here, write_jsonl
 
 
 @pytest.fixture
@@ -45,9 +45,8 @@ def test_check_reports_what_is_in_the_file(mixed):
 
 
 def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
-    done = run(
-        "dataset/prepare.py", "check", "--data_path", data / "sft.jsonl", data / "pretrain.jsonl"
-    )
+    files = [data / "sft.jsonl", data / "pretrain.jsonl"]
+    done = run_here("dataset/prepare.py", "check", "--data_path", *files)
     assert done.returncode == 0, done.stderr
     assert "conversations: 40 records, 0 bad" in done.stdout
     assert "text: 60 records, 0 bad" in done.stdout
@@ -55,7 +54,7 @@ def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
 
 
 def test_show_colours_what_is_learned(data):
-    done = run("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
+    done = run_here("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
     green = "".join(re.findall(r"\033\[32m(?:\033\[4m)?(.*?)\033\[0m", done.stdout, re.DOTALL))
     assert green == "It is a number. <|im_end|>"
     plain = re.sub(r"\033\[\d+m", "", done.stdout)
@@ -66,7 +65,7 @@ def test_show_writes_a_page_that_is_whole_and_escaped(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [chat("<script>alert(1)</script> für", "é & <b>")])
     page = tmp_path / "page.html"
     flags = ["--data_path", path, "--html", page, "--ids", "--packing", 1]
-    assert run("dataset/prepare.py", "show", *flags).returncode == 0
+    assert run_here("dataset/prepare.py", "show", *flags).returncode == 0
 
     class Tags(HTMLParser):
         def __init__(self):
@@ -91,7 +90,7 @@ def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", records)
     command = ["dataset/prepare.py", "split", "--stratify", "kind", path, "--out"]
     for name in ("a", "b"):
-        assert run(*command, tmp_path / name).returncode == 0
+        assert run_here(*command, tmp_path / name).returncode == 0
     parts = {}
     for name in ("train", "valid", "test"):
         file = tmp_path / "a" / f"{name}.jsonl"
@@ -116,7 +115,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, data):
         (["split", "--ratios", "8:x", data / "sft.jsonl", "--out", tmp_path], "--ratios 8:x"),
         (["split", "--stratify", "no", data / "sft.jsonl", "--out", tmp_path], "line 1"),
     ):
-        done = run("dataset/prepare.py", *command)
+        done = run_here("dataset/prepare.py", *command)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
@@ -130,7 +129,7 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     }
     example = {"question": "2+2?", "incorrect": "22", "reason": "joined {question}"}
     path = write_jsonl(tmp_path / "x.jsonl", [record, record | {"example_cots": [example]}] * 10)
-    done = run("dataset/prepare.py", "cot", path, "--out", tmp_path)
+    done = run_here("dataset/prepare.py", "cot", path, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = [r for name in ("train", "valid") for _, r in read_records(tmp_path / f"{name}.jsonl")]
     prompts = {record["conversations"][0]["content"] for record in found}
@@ -149,5 +148,5 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     assert (tmp_path / "tokens.txt").read_text() == "<COT_START>\n<COT_END>\n"
 
     del record["cot"]
-    done = run("dataset/prepare.py", "cot", write_jsonl(path, [record]), "--out", tmp_path)
+    done = run_here("dataset/prepare.py", "cot", write_jsonl(path, [record]), "--out", tmp_path)
     assert done.returncode == 2 and "line 1" in done.stderr and "cot" in done.stderr
