@@ -8,7 +8,7 @@ their value, sets in any order, tuples and intervals with their brackets.
 import re
 
 from evaluation.expressions import is_readable, proportional, same_value
-from evaluation.gsm8k import ANSWER, NUMBER
+from evaluation.gsm8k import NUMBER, after_mark, after_words
 
 LONGEST = 20_000  # characters of a solution, from its end
 LONGEST_ANSWER = 1_000
@@ -53,13 +53,7 @@ def extract_answer(text, strict=False):
     boxed = last_boxed(text)
     if boxed is not None or strict:
         return boxed
-    told = list(ANSWER.finditer(text))
-    if "####" in text:
-        place = text.rpartition("####")[2].strip().partition("\n")[0]
-    elif told:
-        place = re.split(r"\.(?:\s|$)|\n", text[told[-1].end() :].lstrip(), maxsplit=1)[0]
-    else:
-        place = None
+    place = after_mark(text) if "####" in text else after_words(text)
     formulas = re.findall(r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\((.+?)\\\)", place or text)
     if formulas:
         return "".join(formulas[-1]).strip()

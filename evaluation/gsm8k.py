@@ -65,13 +65,26 @@ def plain(text):
 def places(text):
     """Where a solution tells its answer, the surest first."""
     if "####" in text:
-        yield text.rpartition("####")[2].strip().partition("\n")[0]
+        yield after_mark(text)
     boxed = text.rfind("\\boxed")
     if boxed >= 0:
         yield text[boxed + 6 :].partition("\n")[0].partition("}")[0]
+    told = after_words(text)
+    if told is not None:
+        yield told
+
+
+def after_mark(text):
+    """The line behind the last "####"."""
+    return text.rpartition("####")[2].strip().partition("\n")[0]
+
+
+def after_words(text):
+    """The sentence behind the last "the answer is"; None if there is none."""
     told = list(ANSWER.finditer(text))
-    if told:
-        yield re.split(r"\.\s|\n", text[told[-1].end() :].lstrip(), maxsplit=1)[0]
+    if not told:
+        return None
+    return re.split(r"\.(?:\s|$)|\n", text[told[-1].end() :].lstrip(), maxsplit=1)[0]
 
 
 def written(number):
