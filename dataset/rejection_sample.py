@@ -17,11 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing
-from evaluation.run_eval import Part, answer_all, positive
+from evaluation.run_eval import Part, answer_all, answering_flags, open_model, positive
 from evaluation.tasks import judge, read_problems
-from trainer import checkpoint
 from trainer.arguments import ROOT
-from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
 
 def main(argv=None):
@@ -30,35 +28,21 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--task", choices=["tiny_world", "gsm8k", "math"], default="gsm8k")
-    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
-    add("--lora", metavar="NAME", help="adapters to lay on the weights")
+    answering_flags(add, batch_size=64, max_new_tokens=256, temperature=0.8)
     add("--data_path", type=Path, required=True, help="problems with their answers")
-    add("--limit", type=positive, help="the first so many problems; default: all")
     add("--samples", dest="num_samples", type=positive, default=8, help="answers to each problem")
     add("--keep", type=positive, default=4, help="different right ones of a problem at most")
-    add("--temperature", type=float, default=0.8, help="of the draws; above 0")
-    add("--batch_size", type=positive, default=64, help="answers written at once")
-    add("--max_new_tokens", type=positive, default=256, help="longest answer")
-    add("--seed", type=int, default=1, help="of the draws")
-    add("--save_dir", type=Path, default=ROOT / "out", help="of weights")
     add("--out", type=Path, default=ROOT / "out" / "accepted.jsonl", help="conversations")
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
     args = parser.parse_args(argv)
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: at 0 all samples are the same")
-    args.from_weight = checkpoint.weights_to_start_from(args)
-    args.use_compile = 0
 
-    device = pick_device(args.device)
-    problems = read_problems(args.task, args.data_path)[: args.limit]
-    model, tokenizer, _ = init_model(args, device)
-    model.to(pick_dtype(args, device))
-    paths = [checkpoint.find(args.save_dir, args.from_weight), args.data_path]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    problems = read_problems(args.task, args.data_path)[: args.limit or None]
+    model, tokenizer, weights = open_model(args)
+    data_sha256 = hashlib.sha256(args.data_path.read_bytes()).hexdigest()
     how = {name: getattr(args, name) for name in ("task", "temperature", "seed", "num_samples")}
-    source = how | {"weights_sha256": hashes[0], "data_sha256": hashes[1]}
-    names = ("batch_size", "max_new_tokens", "limit", "dtype", "lora")
+    source = how | {"weights_sha256": weights["weights_sha256"], "data_sha256": data_sha256}
+    names = ("batch_size", "max_new_tokens", "limit", "dtype", "use_compile")
     settings = source | {name: getattr(args, name) for name in names}
     part = Part(args.out.with_suffix(".part"), settings, args.batch_size)
     rows = answer_all(problems, model, tokenizer, args, part)

@@ -40,25 +40,13 @@ def parse(argv):
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    answering_flags(add, batch_size=16, max_new_tokens=512, temperature=0.0)
     add("--task", choices=TASKS, default="tiny_world")
-    newest = "name in --save_dir, or a path; without it full_sft, or what is under --lora"
-    add("--weight", dest="from_weight", help=newest)
-    add("--lora", metavar="NAME", help="adapters to lay on the weights: lora_NAME_512.pth")
-    add("--hidden_size", type=int, help="only where several sizes have the name")
     add("--data_path", type=Path, help="problems, official or prepared; default: Tiny World's")
-    add("--limit", type=count, default=0, help="the first so many problems; 0: all")
     add("--prompt_style", default="zero_shot", help=f"a table of evaluation/{PROMPTS.name}")
     add("--shots_path", type=Path, help="solved problems, for few_shot")
-    add("--batch_size", type=positive, default=16, help="answers written at once")
-    add("--max_new_tokens", type=positive, default=512, help="longest answer")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--num_samples", type=positive, default=1, help="answers to each problem")
-    add("--seed", type=int, default=1, help="of the draws, above temperature 0")
-    add("--save_dir", type=Path, default=ROOT / "out", help="of weights and results")
     add("--run", help="name of the result; default: that of the weights, and what is unusual")
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
-    add("--use_compile", type=int, choices=[0, 1], default=0)
     add("--rescore", type=Path, metavar="FILE", help="judge a stored run again, without the model")
     two = {"nargs": 2, "type": Path, "metavar": ("OLD", "NEW")}
     add("--compare", **two, help="what flipped between two stored runs")
@@ -66,6 +54,41 @@ def parse(argv):
     if args.temperature < 0 or (args.num_samples > 1 and args.temperature == 0):
         parser.error(f"--temperature {args.temperature}: give 0, or above 0 for several samples")
     return args
+
+
+def answering_flags(add, **defaults):
+    """The flags that `open_model` and `answer_all` read, but for --num_samples."""
+    newest = "name in --save_dir, or a path; without it full_sft, or what is under --lora"
+    add("--weight", dest="from_weight", help=newest)
+    add("--lora", metavar="NAME", help="adapters to lay on the weights: lora_NAME_512.pth")
+    add("--hidden_size", type=int, help="only where several sizes have the name")
+    add("--save_dir", type=Path, default=ROOT / "out", help="of weights and results")
+    add("--limit", type=count, default=0, help="the first so many problems; 0: all")
+    at_once, longest = defaults["batch_size"], defaults["max_new_tokens"]
+    add("--batch_size", type=positive, default=at_once, help="answers written at once")
+    add("--max_new_tokens", type=positive, default=longest, help="longest answer")
+    likeliest = "0: always the likeliest token"
+    add("--temperature", type=float, default=defaults["temperature"], help=likeliest)
+    add("--seed", type=int, default=1, help="of the draws, above temperature 0")
+    add("--device", default="auto")
+    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
+    add("--use_compile", type=int, choices=[0, 1], default=0)
+
+
+def open_model(args):
+    """(model, tokenizer, {"weights", "weights_sha256"}) of --weight and --lora."""
+    device = pick_device(args.device)
+    if args.use_compile:
+        require_compiler(device)
+    args.from_weight = checkpoint.weights_to_start_from(args)
+    model, tokenizer, _ = init_model(args, device)
+    model.to(pick_dtype(args, device))
+    paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
+    if args.lora:
+        size = model.config.hidden_size
+        paths.append(checkpoint.find(args.save_dir, f"lora_{args.lora}", size))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}
 
 
 def count(text, low=0):
@@ -86,26 +109,16 @@ def main(argv=None):
     if args.rescore:
         return finish(read_result(args.rescore), args.rescore)
 
-    device = pick_device(args.device)
-    if args.use_compile:
-        require_compiler(device)
-    args.from_weight = checkpoint.weights_to_start_from(args)
     problems = read_problems(args.task, args.data_path, args.prompt_style, args.shots_path)
     problems = problems[: args.limit or None]
-    model, tokenizer, _ = init_model(args, device)
-    model.to(pick_dtype(args, device))
-    paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
-    if args.lora:
-        size = model.config.hidden_size
-        paths.append(checkpoint.find(args.save_dir, f"lora_{args.lora}", size))
+    model, tokenizer, weights = open_model(args)
     data = args.data_path or EVAL
     how = ("prompt_style", "num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
     result = {
         "task": args.task,
         "run": args.run or run_name(args),
         "command": shlex.join(["python", "evaluation/run_eval.py", *typed]),
-        "weights": " + ".join(map(str, paths)),
-        "weights_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(),
+        **weights,
         "data": str(data),
         "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
         "params": sum(weight.numel() for weight in model.parameters()),

@@ -21,12 +21,22 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
 
     Raises UserError, naming the line, if path or shots_path cannot be used.
     """
-    if task == "tiny_world":
-        return tiny_world_problems(write_missing(path or EVAL))
+    path = write_missing(path or EVAL) if task == "tiny_world" else path
     if path is None:
         raise UserError(f"--data_path is missing: give a test file of {task}, as prepare.py writes")
-    if task == "sid":
-        return sid_problems(path)
+    if task == "tiny_world":
+        problems = tiny_world_problems(path)
+    elif task == "sid":
+        problems = sid_problems(path)
+    else:
+        problems = question_problems(task, path, style, shots_path)
+    if not problems:
+        raise UserError(f"--data_path {path} is empty")
+    return problems
+
+
+def question_problems(task, path, style, shots_path):
+    """Those of GSM8K and MATH, put as a table of prompts.toml says."""
     styles = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
     if style not in styles:
         raise UserError(f"--prompt_style {style}: {PROMPTS.name} has {', '.join(styles)}")
@@ -44,7 +54,7 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
             raise UserError(f"--shots_path {shots_path} has {len(solved)} problems, not {shots}")
         for record in random.Random(styles[style]["seed"]).sample(solved, shots):
             examples += [asked(record), record["conversations"][-1]]
-    problems = [
+    return [
         {
             "prompt": [*examples, asked(record)],
             "gold": record["final_answer"],
@@ -53,9 +63,6 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
         }
         for record in read_task(task, [path])
     ]
-    if not problems:
-        raise UserError(f"--data_path {path} is empty")
-    return problems
 
 
 def tiny_world_problems(path):
@@ -68,8 +75,6 @@ def tiny_world_problems(path):
             raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} is missing")
         problems.append({"prompt": record["conversations"], "gold": record["expected"]})
         problems[-1] |= {"level": None, "type": record["category"]}
-    if not problems:
-        raise UserError(f"--data_path {path} is empty")
     return problems
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dataset.errors import UserError
 from evaluation import report, run_eval
-from evaluation.tasks import judge, read_problems
+from evaluation.tasks import TASKS, judge, read_problems
 from tests.conftest import ROOT, run, run_here, write_jsonl
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -261,7 +261,7 @@ def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
         (test, ["--task", "gsm8k", "--batch_size", 0], "from 1 up"),
         (test, ["--task", "math"], "line 1: its source is gsm8k"),
         (test, ["--task", "tiny_world"], "line 1"),
-        (tmp_path / "empty.jsonl", ["--task", "gsm8k"], "is empty"),
+        *((tmp_path / "empty.jsonl", ["--task", name], "is empty") for name in TASKS),
         (tmp_path / "no.jsonl", ["--task", "gsm8k"], "no.jsonl"),
         (test, ["--rescore", test], "no result of run_eval.py"),
     ):
