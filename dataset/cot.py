@@ -9,6 +9,7 @@ import re
 import tomllib
 
 from dataset.errors import UserError
+from dataset.files import replacing
 from dataset.formats import read_records
 from dataset.split import shares, write_parts
 
@@ -33,7 +34,7 @@ def prepare_cot(args):
                 raise record
             template = templates[len(records) % len(templates)]
             records.append(conversation(record, template, example))
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:  # example_cots may be anything
             raise UserError(f"{args.file}, line {number}: {error}") from None
     part_of = shares([""] * len(records), [9, 1], args.seed)
     names = ("train.jsonl", "valid.jsonl")
@@ -42,7 +43,8 @@ def prepare_cot(args):
         for place, name in enumerate(names)
     }
     write_parts(args.out, files, {"task": "cot", "source": str(args.file), "seed": args.seed})
-    (args.out / "tokens.txt").write_text("\n".join(MARKS) + "\n", encoding="utf-8")
+    with replacing(args.out / "tokens.txt") as file:
+        file.write("".join(f"{mark}\n" for mark in MARKS).encode())
     return 0
 
 

@@ -9,6 +9,7 @@ import csv
 import json
 
 from dataset.errors import UserError
+from dataset.files import replacing
 from dataset.split import shares, write_parts
 
 ASK = {  # task: the question; {0} is the history, the title or the id
@@ -38,15 +39,22 @@ def prepare_sid(args):
         records = of_history(row, items, args.max_history)
         parts[name] += records[:1] if name == "test" else records
     for item, tokens in index.items():
-        if item in items:
-            parts["train"] += of_item("".join(tokens), items[item]["title"])
+        try:
+            if item in items:
+                parts["train"] += of_item("".join(tokens), items[item]["title"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"--raw {args.raw}: item {item} has no tokens or title: {error!r}"
+            ) from None
     files = {f"{name}.jsonl": records for name, records in parts.items()}
     how = {"task": "sid", "source": str(args.raw), "seed": args.seed}
     write_parts(args.out, files, how | {"max_history": args.max_history})
     tokens = sorted({token for item in index.values() for token in item})
-    (args.out / "tokens.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     sids = sorted({"".join(item) for item in index.values()})
-    (args.out / "sids.json").write_text(json.dumps(sids), encoding="utf-8")
+    lines = "".join(f"{token}\n" for token in tokens)
+    for name, text in (("tokens.txt", lines), ("sids.json", json.dumps(sids))):
+        with replacing(args.out / name) as file:
+            file.write(text.encode("utf-8"))
     return 0
 
 

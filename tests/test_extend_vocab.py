@@ -112,6 +112,7 @@ def test_what_contradicts_itself_is_refused(trained, shop_data, tmp_path, capsys
         ([*start, *tokens, "--use_lora", 1], "excludes"),
         ([*start, "--freeze", "no_such_weight"], "no weight has such a name"),
         ([*start, "--freeze", "."], "nothing is left"),
+        ([*start, "--freeze", "("], "no regular expression"),
         (["--from_weight", "none", *tokens], "--from_weight"),
     ):
         with pytest.raises((UserError, SystemExit)) as error:
@@ -170,6 +171,10 @@ def test_a_broken_history_is_named(shop, tmp_path):
     (tmp_path / "Shop.valid.csv").write_text(text.replace("['<a_0><b_0>']", "exit(0)", 1))
     done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and "line " in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "Shop.valid.csv").write_bytes((shop / "Shop.valid.csv").read_bytes())
+    (tmp_path / "Shop.item.json").write_text('{"0": {"description": "no title"}}')
+    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "item 0" in done.stderr
     write_jsonl(tmp_path / "x.jsonl", [{"source": "gsm8k"}])
     with pytest.raises(UserError, match="line 1"):
         read_problems("sid", tmp_path / "x.jsonl")

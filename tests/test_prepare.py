@@ -147,6 +147,11 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     assert tokenizer.decode(learned, skip_special_tokens=False) == expected + "<|im_end|>"
     assert (tmp_path / "tokens.txt").read_text() == "<COT_START>\n<COT_END>\n"
 
+    done = run_here(
+        *["dataset/prepare.py", "cot", write_jsonl(path, [record | {"example_cots": ["one"]}])],
+        *["--out", tmp_path],
+    )
+    assert done.returncode == 2 and "line 1" in done.stderr
     del record["cot"]
     done = run_here("dataset/prepare.py", "cot", write_jsonl(path, [record]), "--out", tmp_path)
     assert done.returncode == 2 and "line 1" in done.stderr and "cot" in done.stderr

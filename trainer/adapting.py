@@ -31,7 +31,10 @@ def choose_what_learns(model, tokenizer, args):
             raise UserError("--freeze_base 1 needs whole matrices; use --parallel ddp")
         freeze_base(model)
     if args.freeze:
-        found = [name for name, _ in model.named_parameters() if re.search(args.freeze, name)]
+        try:
+            found = [name for name, _ in model.named_parameters() if re.search(args.freeze, name)]
+        except re.error as error:
+            raise UserError(f"--freeze {args.freeze} is no regular expression: {error}") from None
         if not found:
             raise UserError(f"--freeze {args.freeze}: no weight has such a name")
         for name in found:

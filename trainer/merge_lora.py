@@ -95,8 +95,12 @@ def read_peft(folder, model):
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = read_safetensors(folder / WEIGHTS)
-        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
-    except (OSError, ValueError, LookupError, struct.error) as error:
+        rank, alpha, targets = (
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            config["target_modules"],
+        )
+    except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
         raise UserError(f"--from_peft {folder} holds no adapters of PEFT: {error}") from None
     other = [
         f"{k} = {config[k]}" for k, off in UNKNOWN.items() if config.get(k, off) not in (off, None)

@@ -65,7 +65,7 @@ def main(argv=None):
     add("--data_format", type=one_of(*KEYS), help=form)
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
     add("--overlong", type=one_of("truncate", "drop", "split"), default="truncate", help=overlong)
-    best = "what makes weights the best: val_loss, or a score: tiny_world|gsm8k|math"
+    best = f"what makes weights the best: val_loss, or a score: {'|'.join(TASKS)}"
     add("--best_metric", type=one_of("val_loss", *TASKS), default="val_loss", help=best)
     think = "whose reasoning is kept: that of all answers, the last, or none"
     add("--keep_think", type=one_of("all", "last", "none"), default="all", help=think)
