@@ -311,7 +311,7 @@ def test_too_many_bad_steps_in_a_row_save_point_at_the_data_and_stop(data, tmp_p
 
 def test_rolling_and_best_checkpoints(data, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, math.nan, 2.6, 1.0, 0.5])
-    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: (next(losses), {}))
     more = {"epochs": 3, "eval_interval": 2, "save_interval": 2, "keep_checkpoints": 2}
     more |= {"early_stop_patience": 3, "save_best_at_end": 1}
     train_full_sft.main(flags(data, tmp_path, **more))  # 15 steps, were it not for the patience

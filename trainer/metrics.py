@@ -54,9 +54,17 @@ class MetricsLog:
             return self.path
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for key, label in (("loss", "training"), ("val_loss", "validation")):
-            points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), label=label) if points else None
+        sources = {name for line in lines for name in line.get("val_losses", {})}
+        curves = {"training": [line["loss"] for line in lines]}
+        curves["validation"] = [line["val_loss"] for line in lines]
+        for name in sorted(sources):
+            losses = [line.get("val_losses", {}).get(name) for line in lines]
+            curves[f"validation, {name}"] = losses
+        for label, losses in curves.items():
+            tokens = [line["tokens"] for line in lines]
+            points = [(x, y) for x, y in zip(tokens, losses, strict=True) if y is not None]
+            style = "--" if "," in label else "-"
+            axes.plot(*zip(*points, strict=True), style, label=label) if points else None
         axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=self.path.stem)
         axes.grid(alpha=0.3)
         axes.legend()

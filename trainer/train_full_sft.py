@@ -42,8 +42,8 @@ from trainer.trainer_utils import (
     pick_device,
     pick_dtype,
     seed_step,
-    validation_loss,
 )
+from trainer.validation import validation_loss
 
 
 def main(argv=None):
@@ -187,9 +187,9 @@ def main(argv=None):
                 if run.step == 1:
                     new = math.log(model.config.vocab_size) + 0.5
                     tqdm.write(f"first loss {loss:.2f}; new weights: near ln V + 1/2 = {new:.2f}")
-                val_loss = None
+                val_loss, by_source = None, {}
                 if evaluate:
-                    val_loss = validation_loss(
+                    val_loss, by_source = validation_loss(
                         model, eval_data, eval_rows, args, device, autocast, rank, world_size
                     )
                     tqdm.write(f"step {run.step} of {total_steps}: loss {loss:.3f}, ", end="")
@@ -208,6 +208,7 @@ def main(argv=None):
                     tokens=run.tokens,
                     loss=loss,
                     val_loss=val_loss,
+                    **by_source,
                     lr=rate,
                     grad_norm=grad_norm,
                     tokens_per_s=speed,

@@ -1,5 +1,5 @@
 """What the train scripts and the chat share: a model to start from, device and precision, the
-learning rate, the order of the data, validation, the log. Each is called; none calls back.
+learning rate, figures on the data. Each is called; none calls back.
 """
 
 import ctypes
@@ -12,13 +12,11 @@ import numpy as np
 import torch
 
 from dataset.errors import UserError
-from dataset.plan import batches, epoch_plan
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.loss import supervised_tokens
 from trainer import checkpoint
 from trainer.arguments import SHAPE
-from trainer.distributed import add_up, local_rank
+from trainer.distributed import local_rank
 
 
 def init_model(args, device="cpu", resume=None):
@@ -168,20 +166,3 @@ def seed_step(args, step, rank):
     what an uninterrupted one would have drawn.
     """
     torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
-
-
-@torch.no_grad()
-def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_size=1):
-    """Mean loss per supervised token over the given rows, in nats; each process does its share."""
-    plan = epoch_plan(dataset, rows, args, 0, rank, world_size)
-    micro_batches = [rows_of_batch for step in plan for rows_of_batch in step]
-    total, count = 0.0, 0
-    model.eval()
-    for batch in batches(dataset, micro_batches, args):
-        input_ids, labels, *where = (part.to(device) for part in batch)
-        with autocast:
-            total += model(input_ids, *where, labels=labels).item()
-        count += supervised_tokens(labels)
-    model.train()
-    total, count = add_up(total, count, device=device)
-    return total / max(1, count)
