@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset import formats
+from dataset import formats, offline
 from dataset.chat_template import render_batch
 from dataset.errors import UserError
 
@@ -59,6 +59,8 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     bad one. options is a list of whatever else decides what to_pieces gives.
     Raises UserError for a missing file, a full disk, and with strict at the first bad record.
     """
+    if Path(path).is_dir():  # tokens already, with what a teacher says of them
+        return Tokens(**offline.tokens_of(path))
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     if cache_dir is None:

@@ -4,6 +4,8 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from dataset.errors import UserError
 
 
@@ -31,3 +33,16 @@ def replacing(path):
     finally:
         if beside.exists():
             beside.unlink()
+
+
+def save_tensors(path, content):
+    """torch.save, with plain values and tensors. Raises UserError as `replacing` does."""
+    try:
+        with replacing(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # what torch makes of a full disk's OSError
+        reason = getattr(error.__context__, "strerror", None) or error
+        raise UserError(
+            f"{path} cannot be written: {reason}. Nothing that was there before is lost; make "
+            "room, and go on from there (training: --from_resume 1)"
+        ) from None

@@ -217,6 +217,13 @@ class CausalLM(nn.Module):
         returns       logits (B, T, V), in the dtype of the weights or of autocast; with labels, the
                       summed cross-entropy, as `loss.py` has it
         """
+        x = self.hidden_states(input_ids, position_ids, document_ids, kv_cache)  # (B, T, D)
+        if labels is not None:
+            return summed_cross_entropy(x, self.lm_head.weight, labels)
+        return self.lm_head(x)
+
+    def hidden_states(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):
+        """What the decoder says of each position, (B, T, D); its arguments are those of forward."""
         T = input_ids.shape[1]
         past = kv_cache.length if kv_cache is not None else 0
         if position_ids is None:
@@ -230,10 +237,7 @@ class CausalLM(nn.Module):
             mask = attention.document_blocks(document_ids)
         elif document_ids is not None or (past > 0 and T > 1):
             mask = attention.visible(past, T, document_ids, device)
-        x = self.model(input_ids, rotary, mask, kv_cache)  # (B, T, D)
-        if labels is not None:
-            return summed_cross_entropy(x, self.lm_head.weight, labels)
-        return self.lm_head(x)
+        return self.model(input_ids, rotary, mask, kv_cache)
 
 
 class KVCache:

@@ -2,16 +2,17 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 
 from dataset.errors import UserError
 from model.causal_lm import CausalLM, ModelConfig
-from model.distillation import Distillation
+from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
 from model.loss import IGNORE
 from tests.conftest import TINY, write_jsonl
-from trainer import checkpoint, train_distillation, train_tokenizer
+from trainer import checkpoint, export_hidden_states, train_distillation, train_tokenizer
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -33,7 +34,7 @@ def batch():
 def test_the_loss_is_the_formula(batch):
     ids, labels = batch
     student, teacher, T, alpha = small(1, 16), small(2), 3.0, 0.3
-    found = Distillation(student, teacher, alpha, T)(ids, labels=labels)
+    found = Distillation(student, Teacher(teacher), alpha, T)(ids, labels=labels)
     expected = torch.zeros(())
     ours, theirs = (model(ids).double() for model in (student, teacher))
     for row in range(3):
@@ -52,15 +53,17 @@ def test_with_alpha_1_or_a_teacher_like_itself_it_is_sft(batch):
     ids, labels = batch
     student = small(1)
     plain = student(ids, labels=labels)
-    torch.testing.assert_close(Distillation(student, small(2), 1.0, 2.0)(ids, labels=labels), plain)
-    twin = Distillation(student, copy.deepcopy(student), 0.5, 2.0)(ids, labels=labels)
+    torch.testing.assert_close(
+        Distillation(student, Teacher(small(2)), 1.0, 2.0)(ids, labels=labels), plain
+    )
+    twin = Distillation(student, Teacher(copy.deepcopy(student)), 0.5, 2.0)(ids, labels=labels)
     torch.testing.assert_close(twin, 0.5 * plain)
 
 
 def test_the_student_alone_learns(batch):
     ids, labels = batch
     student, teacher = small(1, 16), small(2)
-    module = Distillation(student, teacher, 0.0, 2.0).train()
+    module = Distillation(student, Teacher(teacher), 0.0, 2.0).train()
     assert not teacher.training and len(list(module.parameters())) == len([*student.parameters()])
     module(ids, labels=labels).backward()
     assert all(weight.grad is None for weight in teacher.parameters())
@@ -69,17 +72,104 @@ def test_the_student_alone_learns(batch):
 
 def test_only_supervised_positions_count(batch):
     ids, labels = batch
-    student, teacher = small(1), small(2)
-    one = Distillation(student, teacher, 0.5, 2.0)(ids, labels=labels)
-    forward = teacher.forward
+    student, teacher = small(1), Teacher(small(2), layers=[1])
+    add_projections(student, 32, 2)
+    one = Distillation(student, teacher, 0.5, 2.0, 1.0)(ids, labels=labels)
 
-    def other(input_ids, *where):  # what the teacher thinks elsewhere does not matter
-        logits = forward(input_ids, *where)
-        logits[:, :-1][labels[:, 1:] == IGNORE] += torch.randn(50)
-        return logits
+    class Other:  # what the teacher says elsewhere does not matter
+        layers, config, output = teacher.layers, teacher.config, teacher.output
 
-    teacher.forward = other
-    assert torch.equal(Distillation(student, teacher, 0.5, 2.0)(ids, labels=labels), one)
+        def __call__(self, *where):
+            said = teacher(*where)
+            for part in said.values():
+                part[:, :-1][labels[:, 1:] == IGNORE] += 1
+            return said
+
+    assert torch.equal(Distillation(student, Other(), 0.5, 2.0, 1.0)(ids, labels=labels), one)
+
+
+def test_a_long_batch_is_read_in_chunks_with_the_same_gradients(batch, monkeypatch):
+    ids, labels = batch
+    gradients = []
+    for size in (512, 3):
+        monkeypatch.setattr("model.distillation.CHUNK", size)
+        student = small(1, 16)
+        Distillation(student, Teacher(small(2)), 0.5, 2.0)(ids, labels=labels).backward()
+        gradients.append([weight.grad for weight in student.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_batch_without_loss_has_a_gradient_of_zero():
+    student = small(1, 16)
+    labels = torch.full((1, 1), IGNORE)
+    loss = Distillation(student, Teacher(small(2)), 0.5, 2.0)(labels.clamp(min=0), labels=labels)
+    loss.backward()
+    assert loss == 0 and not any(weight.grad.any() for weight in student.parameters())
+
+
+def test_a_teacher_says_what_its_layers_give(batch):
+    transformers = pytest.importorskip("transformers")
+    teacher = small(2).eval()
+    config = transformers.Qwen3Config(
+        **{**vars(teacher.config), "num_hidden_layers": 1}, attn_implementation="eager"
+    )
+    judge = transformers.Qwen3ForCausalLM(config).eval()
+    judge.load_state_dict(teacher.state_dict())
+    said = Teacher(teacher, layers=[1])(batch[0])
+    with torch.no_grad():
+        expected = judge.model(batch[0], output_hidden_states=True)
+        layer = []
+        judge.model.layers[0].register_forward_hook(lambda *call: layer.append(call[2]))
+        logits = judge(batch[0]).logits
+    torch.testing.assert_close(said["hidden_states"], expected.last_hidden_state)
+    out = layer[0][0] if isinstance(layer[0], tuple) else layer[0]
+    torch.testing.assert_close(said["aux_hidden_states"][:, :, 0], out)
+    said = Teacher(teacher, top_k=7, temperature=2.0)(batch[0])
+    p, ids = (logits / 2).softmax(-1).topk(7)
+    torch.testing.assert_close(said["top_log_p"].exp(), p)
+    assert torch.equal(said["top_ids"], ids)
+
+
+def test_the_hidden_states_error_is_the_formula(batch):
+    ids, labels = batch
+    torch.manual_seed(0)
+    student, teacher = small(1, 16), Teacher(small(2), layers=[1])
+    add_projections(student, 32, 2)
+    losses = [
+        Distillation(student, teacher, 0.5, 2.0, beta)(ids, labels=labels) for beta in (0, 0.3)
+    ]
+    layers = []
+    student.model.layers[0].register_forward_hook(lambda *call: layers.append(call[2]))
+    ours, theirs = (student.hidden_states(ids), layers[0]), teacher(ids)
+    theirs = (theirs["hidden_states"], theirs["aux_hidden_states"][:, :, 0])
+    expected = 0.0
+    for matrix, mine, other in zip(student.projections, ours, theirs, strict=True):
+        for row, place in (labels[:, 1:] != IGNORE).nonzero().tolist():
+            error = matrix.weight @ mine[row, place] - other[row, place]
+            expected = expected + 0.3 * (error**2).mean()
+    torch.testing.assert_close(losses[1] - losses[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_divergence_of_the_likeliest_is_that_over_them_and_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(6, 9, generator=generator).double().softmax(-1) for _ in range(2))
+    whole = (p * (p / q).log()).sum()
+    for k in (1, 4, 9):
+        top, ids = p.topk(k)
+        found = divergence_of_top(top.log(), ids, q.log().requires_grad_())
+        events = []
+        for mine, other, chosen in zip(p, q, ids.tolist(), strict=True):
+            rest = [token for token in range(9) if token not in chosen]
+            pairs = [(mine[token], other[token]) for token in chosen]
+            pairs += [(mine[rest].sum(), other[rest].sum())] * bool(rest)
+            events += [a * (a / b).log() for a, b in pairs]
+        torch.testing.assert_close(found, sum(events))
+        assert found <= whole + 1e-12
+    torch.testing.assert_close(found, whole)
+    certain = torch.tensor([[1.0, 0.0, 0.0]]).double()  # nothing is left for the rest
+    found = divergence_of_top(certain[:, :1].log(), torch.tensor([[0]]), certain.log_softmax(-1))
+    assert found.isfinite()
 
 
 def distill(trained, data, out, *more):
@@ -116,3 +206,140 @@ def test_a_teacher_with_another_tokenizer_is_refused(trained, data, tmp_path):
     train_tokenizer.main(list(map(str, flags)))
     with pytest.raises(UserError, match="tokenizer"):
         distill(trained, data, tmp_path / "out", "--tokenizer_path", path)
+
+
+def export(trained, data, folder, *more):
+    flags = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
+    flags += ["--offline_dir", folder, "--max_seq_len", 96, "--save_dir", folder / "out"]
+    flags += ["--dtype", "fp32", "--device", "cpu", "--shard_size", 12, "--batch_size", 5]
+    export_hidden_states.main(list(map(str, [*flags, *more])))
+
+
+def from_disk(folder, out, *more):
+    flags = ["--offline_dir", folder, "--save_dir", out, "--batch_size", 2, "--log_interval", 1]
+    flags += [*TINY, "--hidden_size", 16, "--student", "none", "--max_seq_len", 96, *more]
+    train_distillation.main(list(map(str, flags)))
+
+
+def same_runs(one, other):
+    for key in ("loss", "val_loss"):
+        values = [
+            [
+                json.loads(line)[key]
+                for line in (out / "logs/distilled_16.jsonl").read_text("utf-8").splitlines()
+            ]
+            for out in (one, other)
+        ]
+        assert values[0] == pytest.approx(values[1], abs=1e-4) and len(values[0]) > 3
+    states = [checkpoint.load(out / "distilled_16.pth")["model"] for out in (one, other)]
+    assert not any("projections" in name for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    for name, weight in states[0].items():
+        torch.testing.assert_close(weight, states[1][name], atol=1e-4, rtol=1e-3)
+
+
+HIDDEN = ["--hidden_weight", 0.2]
+
+
+@pytest.fixture(scope="module")
+def recorded(trained, data, tmp_path_factory):
+    """A folder with what full_sft_32 says of conversations and replayed text."""
+    folder = tmp_path_factory.mktemp("recorded")
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    export(trained, data, folder, "--eval_split", 0.1, *replay, "--aux_layers", "1,2")
+    return folder
+
+
+def test_online_and_offline_agree(recorded, trained, data, tmp_path, capsys):
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5, "--eval_split", 0.1]
+    distill(trained, data, tmp_path / "on", *HIDDEN, "--aux_layers", "1,2", *replay)
+    from_disk(recorded, tmp_path / "off", *HIDDEN)
+    assert "taught by " + str(recorded) in capsys.readouterr().out
+    same_runs(tmp_path / "on", tmp_path / "off")
+
+
+def test_recorded_probabilities_agree_too(trained, data, tmp_path):
+    V = checkpoint.load(trained / "full_sft_32.pth")["config"]["vocab_size"]
+    flat = ["--distill_temperature", 2.0]
+    export(trained, data, tmp_path / "top", "--top_k", V, *flat, "--test_split", 0.1)
+    assert {"train", "valid", "test"} <= {path.name for path in (tmp_path / "top").iterdir()}
+    assert not (tmp_path / "top" / "output.pt").exists()
+    export(trained, data, tmp_path / "top_all", "--top_k", V, *flat)
+    distill(trained, data, tmp_path / "on", *flat)
+    from_disk(tmp_path / "top_all", tmp_path / "off", *flat)
+    same_runs(tmp_path / "on", tmp_path / "off")
+    with pytest.raises(UserError, match="distill_temperature 2.0.*hidden_weight"):
+        from_disk(tmp_path / "top", tmp_path / "no", *HIDDEN)
+
+
+def test_projections_are_resumed(recorded, tmp_path):
+    from_disk(recorded, tmp_path / "whole", *HIDDEN)
+    parts, moved = tmp_path / "parts", tmp_path / "moved"
+    from_disk(recorded, parts, *HIDDEN, "--save_interval", 3)
+    shutil.copytree(recorded, moved)
+    folder = parts / "checkpoints"
+    steps = sorted(folder.glob("*_step*.pth"))
+    steps[0].replace(folder / "distilled_16_resume.pth")
+    again = ["--from_resume", "1", "--save_dir", parts, "--offline_dir", moved]
+    train_distillation.main(list(map(str, again)))
+    one, other = (
+        checkpoint.load(tmp_path / name / "checkpoints/distilled_16_resume.pth")
+        for name in ("whole", "parts")
+    )
+    assert one["model"]["projections.0.weight"].shape == (32, 16)
+    assert one["run"]["step"] == other["run"]["step"]
+    assert all(torch.equal(weight, other["model"][name]) for name, weight in one["model"].items())
+
+
+def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    how = ["--eval_split", 0.1, *replay, "--aux_layers", "1,2"]
+    folder = tmp_path / "again"
+    export(trained, data, folder, *how)
+    shards = sorted(folder.glob("*/*.pt"))
+    assert [path.relative_to(folder) for path in shards] == [
+        path.relative_to(recorded) for path in sorted(recorded.glob("*/*.pt"))
+    ]
+    kept, lost = shards[0], shards[1]
+    before, lost_before = kept.stat().st_mtime_ns, torch.load(lost, weights_only=True)
+    lost.unlink()
+    with pytest.raises(UserError, match="00001.pt cannot be read.*goes on"):
+        from_disk(folder, tmp_path / "out")
+    export(trained, data, folder, *how)
+    assert kept.stat().st_mtime_ns == before
+    made = torch.load(lost, weights_only=True)
+    assert {"input_ids", "loss_mask", "hidden_states", "aux_hidden_states"} <= set(made)
+    assert made.keys() == lost_before.keys()
+    assert all(torch.equal(part, lost_before[name]) for name, part in made.items())
+    with pytest.raises(UserError, match="other data, flags or weights"):
+        export(trained, data, folder, *how, "--seed", 2)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--max_seq_len", 50], "--max_seq_len 50 is below its 96"),
+        (["--aux_layers", "1"], "recording"),
+        (["--parallel", "fsdp"], "ddp"),
+        (["--replay_path", __file__], "teacher and data in one"),
+        (["--teacher_weight", "x"], "teacher and data in one"),
+    ],
+)
+def test_what_does_not_fit_a_recording_is_refused(recorded, tmp_path, flags, says, capsys):
+    try:
+        from_disk(recorded, tmp_path, *flags)
+    except UserError as error:
+        assert says in str(error)
+    except SystemExit as end:
+        assert end.code == 2 and says in capsys.readouterr().err
+    else:
+        pytest.fail("it was not refused")
+
+
+def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        from_disk(tmp_path, tmp_path / "out")
+    assert "export_hidden_states.py has written none there" in capsys.readouterr().err
+    for flags, says in ((["--aux_layers", "3"], "layers 1 to 2"), (["--top_k", 10**6], "--top_k")):
+        with pytest.raises(UserError, match=says):
+            export(trained, data, tmp_path / "x", *flags)

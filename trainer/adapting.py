@@ -50,7 +50,9 @@ def choose_what_learns(model, tokenizer, args):
 
 
 def description(model):
-    """What a file says of a model beyond its config: its adapters, its first new token."""
+    """What a file says of a model beyond its config: adapters, first new token, projections."""
     found = {"first_new_token": getattr(model, "first_new_token", None)}
     found["lora"] = asdict(model.lora) if getattr(model, "lora", None) else None
+    if projections := getattr(model, "projections", None):
+        found["projections"] = [projections[0].out_features, len(projections)]
     return {name: value for name, value in found.items() if value is not None}

@@ -138,6 +138,12 @@ def training_parser(description, **defaults):
     add("--distill_alpha", type=number(float, 0, 1), default=0.5, help=share)
     flat = "above 1 flattens both distributions before they are compared"
     add("--distill_temperature", type=number(float, 0.01), default=1.0, help=flat)
+    recorded = "what a teacher said, from export_hidden_states.py: in the place of it and the data"
+    add("--offline_dir", type=Path, metavar="DIR", help=recorded)
+    error = "how much the squared error of hidden states, projected to the teacher's, adds"
+    add("--hidden_weight", type=number(float, 0), default=0.0, help=error)
+    deep = "layers of the teacher, as 1,2, whose hidden states count, too"
+    add("--aux_layers", default="", metavar="LAYERS", help=deep)
     new = "new tokens: JSON of item to tokens, or a token a line"
     add("--extend_tokens", type=Path, metavar="FILE", help=new)
     add("--freeze_base", type=switch, default=False, help="1: only the new tokens' rows learn")
@@ -187,7 +193,9 @@ def parse_training_args(parser, argv=None):
     resume = load_latest(args)
     saved = {k: v for k, v in resume[1]["arguments"].items() if k not in OF_THE_COMMAND}
     for name in ("data_path", "eval_data_path", "replay_path"):
-        if isinstance(saved.get(name), list):
+        if saved.get("offline_dir"):  # which says where the data is
+            saved[name] = None
+        elif isinstance(saved.get(name), list):
             saved[name] = [Source(Path(path), *how) for path, *how in saved[name]]
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
@@ -215,6 +223,20 @@ def parse_once(parser, argv):
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
         elif path is not None:
             setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
+    if args.offline_dir:
+        folder = args.offline_dir = args.offline_dir.resolve()
+        both = ("teacher_weight", "data_path", "eval_data_path", "replay_path")
+        given = [f"--{name}" for name in both if getattr(args, name, None)]
+        if given:
+            problems.append(
+                f"--offline_dir is teacher and data in one; leave out {', '.join(given)}"
+            )
+        if not (folder / "manifest.json").is_file():
+            problems.append(
+                f"--offline_dir {folder}: export_hidden_states.py has written none there"
+            )
+        args.data_path = [Source(folder / "train")]
+        args.eval_data_path = folder / "valid" if (folder / "valid").is_dir() else None
     adapting = ("use_lora", "extend_tokens", "freeze_base", "freeze")
     if args.from_weight in (None, "none") and not args.from_resume:
         given = [name for name in adapting if getattr(args, name)]

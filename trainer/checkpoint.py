@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from dataset.errors import UserError
-from dataset.files import replacing
+from dataset.files import replacing, save_tensors
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.distillation import add_projections
 from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
 from trainer.adapting import choose_what_learns, description
 from trainer.distributed import is_first, load_optimizer, whole
@@ -35,7 +36,7 @@ EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
 FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir rebuild_cache
     device num_workers use_compile grad_checkpoint profile parallel deterministic log_interval
     save_interval eval_interval sample_interval sample_prompt strict_data keep_checkpoints
-    best_metric early_stop_patience save_best_at_end max_bad_steps loss_curve""".split()
+    best_metric early_stop_patience save_best_at_end max_bad_steps loss_curve offline_dir""".split()
 FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
 FREE += ["data_path", "eval_data_path", "replay_path"]  # the content of the files is compared
 QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ
@@ -60,15 +61,7 @@ def save(path, model_state, config, tokenizer, stage, **more):
         "model": model_state,
         **more,
     }
-    try:
-        with replacing(path) as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # what torch makes of a full disk's OSError
-        reason = getattr(error.__context__, "strerror", None) or error
-        raise UserError(
-            f"{path} cannot be written: {reason}. Nothing that was there before is lost; make "
-            "room, and go on from the last checkpoint with --from_resume 1"
-        ) from None
+    save_tensors(path, content)
 
 
 def load(path):
@@ -189,6 +182,8 @@ def build(content, path, args=None):
         if "run" not in content:
             raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
         add_lora(model, **content["lora"])
+    if "projections" in content:
+        add_projections(model, *content["projections"])
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
@@ -264,6 +259,8 @@ def save_weights(path, args, model, tokenizer, stage, run, state=None):
     state = state or whole(model.state_dict())
     if is_first():
         more = {"training": dataclasses.asdict(run) | flags_of(args), **description(model)}
+        if more.pop("projections", None):
+            state = {name: state[name] for name in state if not name.startswith("projections.")}
         if "lora" in more:
             state, more["under"] = adapter_state(state), str(args.from_weight)
         save(path, state, model.config, tokenizer, stage, **more)

@@ -1,26 +1,65 @@
 """A teacher beside the model that learns, see model/distillation.py."""
 
+import torch
+
 from dataset.errors import UserError
-from model.distillation import Distillation
+from dataset.offline import OfflineTeacher, read_manifest
+from dataset.tokenizer import load_tokenizer
+from model.distillation import Distillation, Teacher, add_projections
 from trainer import checkpoint
 
 
 def with_teacher(model, tokenizer, args):
-    """The model, or what gives its loss where --teacher_weight names a teacher.
+    """The model, or what gives its loss where --teacher_weight or --offline_dir gives a teacher.
 
-    Raises UserError if the two do not share a tokenizer.
+    Raises UserError if the two do not share a tokenizer, or if flags do not fit the recording.
     """
-    if not args.teacher_weight:
+    path, device = args.offline_dir, model.lm_head.weight.device
+    if not path and not args.teacher_weight:
         return model
     if args.parallel == "fsdp":
-        raise UserError("--teacher_weight needs whole models; use --parallel ddp")
-    path = checkpoint.find(args.save_dir, args.teacher_weight)
-    teacher, its_tokenizer = checkpoint.build(checkpoint.load(path), path)
+        raise UserError("--teacher_weight and --offline_dir need whole models; use --parallel ddp")
+    if path:
+        require_fitting(read_manifest(path), args)
+        its_tokenizer = load_tokenizer(path / "tokenizer.json")
+        teacher = OfflineTeacher(path, device)
+    else:
+        path = checkpoint.find(args.save_dir, args.teacher_weight)
+        its_model, its_tokenizer = checkpoint.build(checkpoint.load(path), path)
+        teacher = Teacher(its_model.to(device), layers_of(args.aux_layers, its_model, path))
     if its_tokenizer.to_str() != tokenizer.to_str():
         raise UserError(
-            f"--teacher_weight {args.teacher_weight} has another tokenizer than the student, so "
-            "their probabilities cannot be compared; start the student with its --tokenizer_path"
+            f"the teacher {path} has another tokenizer than the student, so their probabilities "
+            "cannot be compared; start the student with its --tokenizer_path"
         )
+    if args.hidden_weight and not hasattr(model, "projections"):
+        torch.manual_seed(args.seed)
+        add_projections(model, teacher.config.hidden_size, 1 + len(teacher.layers))
+    if args.hidden_weight:
+        model.projections.requires_grad_(True)
     print(f"taught by {path}: {args.distill_alpha} of the loss is that of the data")
-    teacher.to(model.lm_head.weight.device)
-    return Distillation(model, teacher, args.distill_alpha, args.distill_temperature)
+    how = args.distill_alpha, args.distill_temperature, args.hidden_weight
+    return Distillation(model, teacher, *how)
+
+
+def layers_of(text, model, path):
+    """The numbers in --aux_layers. Raises UserError if the model has no such layers."""
+    depth, words = model.config.num_hidden_layers, text.split(",") if text else []
+    if not all(word.isdecimal() and 1 <= int(word) <= depth for word in words):
+        raise UserError(f"--aux_layers {text}: {path} has the layers 1 to {depth}; give 1,2")
+    return [int(word) for word in words]
+
+
+def require_fitting(manifest, args):
+    wrong = []
+    if args.max_seq_len < manifest["max_seq_len"]:
+        wrong.append(f"--max_seq_len {args.max_seq_len} is below its {manifest['max_seq_len']}")
+    if manifest["top_k"] and args.distill_temperature != manifest["distill_temperature"]:
+        there = manifest["distill_temperature"]
+        wrong.append(f"its probabilities are those at --distill_temperature {there}")
+    if manifest["top_k"] and args.hidden_weight:
+        wrong.append("it holds likely tokens, no hidden states for --hidden_weight")
+    if args.aux_layers:
+        wrong.append(f"--aux_layers is that of the recording, {manifest['aux_layers']}")
+    if wrong:
+        raise UserError(f"--offline_dir {args.offline_dir}: {'; '.join(wrong)}. Export it anew")

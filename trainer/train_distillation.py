@@ -2,6 +2,7 @@
 
     python trainer/train_distillation.py --teacher_weight full_sft --student pretrain_small
     python trainer/train_distillation.py --teacher_weight full_sft --student none --hidden_size 192
+    python trainer/train_distillation.py --offline_dir out/offline --student pretrain_small
 
 The loop is that of train_full_sft.py, and so are all other flags; the loss is in
 model/distillation.py.
@@ -20,7 +21,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     words = ["--from_weight" if word == "--student" else word for word in argv]
     usual = ["--save_weight", "distilled"]
-    if "--from_resume" not in words:  # else the teacher is that of the run
+    if not {"--from_resume", "--offline_dir"} & set(words):  # else the teacher is the run's
         usual += ["--teacher_weight", "full_sft"]
     train_full_sft.main([*usual, *words])
 

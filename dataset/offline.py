@@ -1,0 +1,111 @@
+"""What a teacher says of each token, on disk. trainer/export_hidden_states.py writes it, and
+distillation reads it in the teacher's place.
+
+    DIR/manifest.json      how it was made
+    DIR/tokenizer.json     the teacher's
+    DIR/output.pt          the teacher's output layer, (V, D), which makes scores of hidden states
+    DIR/train/00000.pt     shards, and as many as it takes; valid/ and test/ likewise
+
+A shard holds the n tokens of its samples, one sample after the other: input_ids (n,), loss_mask
+(n,), lengths of the samples, and of each token what `model.distillation.Teacher` gives of it.
+"""
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from dataset.errors import UserError
+
+ANEW = "give the command of trainer/export_hidden_states.py that wrote it again: it goes on"
+
+
+def read_manifest(folder):
+    path = Path(folder) / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} is no folder of trainer/export_hidden_states.py: {error}"
+        ) from None
+
+
+def shards(part):
+    """The shards of DIR/train or another part, in memory only where they are read.
+
+    Raises UserError if some are not there yet, or damaged.
+    """
+    count = read_manifest(part.parent)["shards"].get(part.name, 0)
+    for number in range(count):
+        path = part / f"{number:05d}.pt"
+        try:
+            yield torch.load(path, mmap=True, weights_only=True)
+        except Exception as error:  # the readers of zip and pickle raise nearly anything
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be read ({reason}); {ANEW}") from None
+
+
+def tokens_of(part):
+    """What `cache.tokenised` gives of a file, as a dict: DIR/train as data to learn from."""
+    part = Path(part)
+    found = list(shards(part))
+    if not found:
+        raise UserError(f"{part} holds no shard; give a file, or {ANEW}")
+    ids, mask, lengths = (
+        np.concatenate([shard[name].numpy() for shard in found])
+        for name in ("input_ids", "loss_mask", "lengths")
+    )
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    supervised = [int(mask[start + 1 : end].sum()) for start, end in pairwise(offsets)]
+    report = {"format": "offline", "records": len(lengths), "bad": 0, "bad_lines": [], "notes": {}}
+    manifest = (part.parent / "manifest.json").read_bytes()
+    return {
+        "ids": ids,
+        "mask": mask,
+        "offsets": offsets,
+        "supervised": np.array(supervised, np.int64),
+        "lines": np.arange(len(lengths)),
+        "report": report | {"characters": 0},
+        "path": part,
+        "content": hashlib.sha256(manifest + part.name.encode()).hexdigest(),
+    }
+
+
+class OfflineTeacher:
+    """Gives of DIR/train what the teacher gave; a sample is found by its tokens."""
+
+    def __init__(self, folder, device):
+        manifest = read_manifest(folder)
+        self.layers, self.config = manifest["aux_layers"], SimpleNamespace(**manifest["config"])
+        self.output, self.samples = None, {}
+        if not manifest["top_k"]:
+            self.output = torch.load(folder / "output.pt", weights_only=True, map_location=device)
+        for shard in shards(folder / "train"):
+            said = {name: shard[name] for name in shard if "states" in name or "top" in name}
+            ids, start = shard["input_ids"].numpy(), 0
+            for length in shard["lengths"].tolist():
+                end = start + length
+                self.samples[ids[start:end].tobytes()] = said, start
+                start = end
+        self.said = said
+
+    def __call__(self, input_ids, position_ids, document_ids):
+        B, T = input_ids.shape
+        rows, numbers = input_ids.cpu().numpy().astype(np.int32), document_ids.cpu().numpy()
+        found = {
+            name: torch.zeros(B, T, *part.shape[1:], dtype=part.dtype)
+            for name, part in self.said.items()
+        }
+        for row in range(B):
+            begins = np.flatnonzero(np.diff(numbers[row], prepend=-2))
+            for start, end in pairwise([*begins, T]):
+                if numbers[row, start] < 0:  # padding
+                    continue
+                said, at = self.samples[rows[row, start:end].tobytes()]
+                for name, part in said.items():
+                    found[name][row, start:end] = part[at : at + end - start]
+        return {name: part.to(input_ids.device) for name, part in found.items()}
