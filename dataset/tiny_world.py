@@ -1,6 +1,7 @@
 """Tiny World: the village of Amberbrook, invented so that a laptop has something to learn.
 
     python dataset/tiny_world.py            # writes the three files below and prints their figures
+    python dataset/tiny_world.py --sums out/sums      # more sums to solve, see docs/15
 
 pretrain_tiny.jsonl   text about 48 villagers (home, job, friend, pet, what each likes), stories,
                       dialogues, definitions, counting and sums
@@ -21,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.files import replacing
-from dataset.tiny_world_chat import conversations, questions
+from dataset.tiny_world_chat import calculation, conversations, questions
 from dataset.tiny_world_text import World, pretraining_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -39,10 +40,14 @@ def write_tiny_world(folder=FOLDER, seed=SEED):
         "eval_tiny.jsonl": list(questions(world, random.Random(seed + 3))),
     }
     for name, records in files.items():
-        with replacing(Path(folder) / name) as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+        write(Path(folder) / name, records)
     return files
+
+
+def write(path, records):
+    with replacing(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
 
 
 def write_missing(path):
@@ -53,11 +58,26 @@ def write_missing(path):
     return path
 
 
+def write_sums(folder, seed=SEED):
+    """Writes sums as questions with their answers: practice.jsonl, of numbers as in the training
+    files, and exam.jsonl, of the held-out ones.
+    """
+    world = World(seed)
+    for name, held_out, count in (("practice", False, 1000), ("exam", True, 400)):
+        asked = questions(world, random.Random(seed + 4), held_out, {calculation: count})
+        write(folder / f"{name}.jsonl", asked)
+        print(f"{folder / name}.jsonl: {count} sums")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the three files")
     parser.add_argument("--seed", type=int, default=SEED)
+    sums = "write practice.jsonl and exam.jsonl there, and nothing else"
+    parser.add_argument("--sums", type=Path, metavar="FOLDER", help=sums)
     args = parser.parse_args(argv)
+    if args.sums:
+        return write_sums(args.sums, args.seed)
     files = write_tiny_world(args.out, args.seed)
     for name, records in files.items():
         print(f"{args.out / name}: {len(records)} records")

@@ -208,10 +208,10 @@ def conversations(world, rng):
         yield {"conversations": maker(rng, pool)[1]}
 
 
-def questions(world, rng):
-    """The records of eval_tiny.jsonl: no question twice."""
-    pool, seen = Pool(world, held_out=True), set()
-    for maker, count in EVAL_COUNTS.items():
+def questions(world, rng, held_out=True, counts=EVAL_COUNTS):
+    """The records of eval_tiny.jsonl, or others of their kind: no question twice."""
+    pool, seen = Pool(world, held_out), set()
+    for maker, count in counts.items():
         while count:
             category, messages, expected = maker(rng, pool)
             prompt = messages[:-1]

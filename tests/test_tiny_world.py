@@ -9,7 +9,7 @@ import pytest
 from dataset.tiny_world import SEED, write_tiny_world
 from dataset.tiny_world_text import World, steps
 from evaluation.tiny_world import is_correct
-from tests.conftest import run
+from tests.conftest import run, run_here
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,21 @@ def test_held_out_sums_are_not_calculated_anywhere_in_training(files, world):
             result = int(problem["expected"][0].removeprefix("#### "))
             assert ("+" if result == a + b else "-", a, b) in world.held_out_sums
             assert result in (a + b, a - b)
+
+
+def test_more_sums_are_true_and_stay_on_their_side(world, tmp_path):
+    run_here("dataset/tiny_world.py", "--sums", tmp_path)
+    questions = set()
+    for name, sums in (("practice", world.sums), ("exam", world.held_out_sums)):
+        lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        for record in map(json.loads, lines):
+            (question,), (expected,) = spoken([record]), record["expected"]
+            a, b = map(int, re.findall(r"\d+", question))
+            result = int(expected.removeprefix("#### "))
+            assert result in (a + b, a - b)
+            assert ("+" if result == a + b else "-", a, b) in sums
+            questions.add(question)
+    assert len(questions) == 1400
 
 
 def test_held_out_stories_are_told_nowhere_in_training(files, world):
