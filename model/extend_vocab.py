@@ -12,44 +12,54 @@ from dataset.errors import UserError
 
 
 def read_tokens(path):
-    """The distinct tokens of a file, sorted: JSON, {item: its tokens}, or one token a line.
+    """{token: its description or ""}, sorted: of JSON, {item: its tokens} or {token: description},
+    or of a file with a token a line.
 
-    Raises UserError for a file that is neither.
+    Raises UserError for a file that is none of these.
     """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            tokens = [token for item in json.loads(text).values() for token in item]
+            tokens = {}
+            for key, value in json.loads(text).items():
+                tokens |= {key: value} if isinstance(value, str) else dict.fromkeys(value, "")
         else:
-            tokens = text.split("\n")
-        tokens = {token.strip() for token in tokens} - {""}
+            tokens = dict.fromkeys(text.split("\n"), "")
+        tokens = {token.strip(): tokens[token] for token in sorted(tokens) if token.strip()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"--extend_tokens {path}: {error}; give JSON of item to tokens, or a token a line"
+            f"--extend_tokens {path}: {error}; give JSON of item to tokens, of token to its "
+            "description, or a token a line"
         ) from None
     if not tokens:
         raise UserError(f"--extend_tokens {path}: there is no token in it")
-    return sorted(tokens)
+    return tokens
 
 
 @torch.no_grad()
 def extend_vocab(model, tokenizer, tokens):
     """Gives those tokens that the tokenizer does not have an id and a row each; returns how many.
 
-    A new row is the mean of the old ones: as likely as an average token, and unlike none. Text that
-    holds a new token becomes that token; it is no control token.
+    tokens: {token: description}. A new row is the mean of its description's rows, or without one
+    of all old rows: as likely as an average token, and unlike none. Text that holds a new token
+    becomes that token; it is no control token.
     """
     old = tokenizer.get_vocab_size()
     new = [token for token in tokens if tokenizer.token_to_id(token) is None]
     if not new:
         return 0
+    described = {old + n: tokenizer.encode(tokens[token]).ids for n, token in enumerate(new)}
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new])
     size = max(model.config.vocab_size, tokenizer.get_vocab_size())
-    for layer in (model.model.embed_tokens, model.lm_head):
+    tied = model.config.tie_word_embeddings
+    for layer in (model.model.embed_tokens, model.lm_head)[: 1 if tied else 2]:
         rows = layer.weight[:old]
-        added = rows.mean(dim=0, keepdim=True).expand(size - old, -1)
+        added = rows.mean(dim=0, keepdim=True).repeat(size - old, 1)
+        for row, ids in described.items():
+            if ids:
+                added[row - old] = rows[ids].mean(dim=0)
         layer.weight = nn.Parameter(torch.cat([rows, added]))
-    if model.config.tie_word_embeddings:
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.embed_tokens.num_embeddings = model.lm_head.out_features = size
     model.config.vocab_size = size

@@ -31,7 +31,8 @@ def test_a_new_row_is_the_mean_and_the_old_logits_stay(tied):
     old, model = tokenizer.get_vocab_size(), small(tokenizer, tie_word_embeddings=tied)
     ids = torch.tensor([[5, 70, 9, 300]])
     before, rows = model(ids), model.lm_head.weight.clone()
-    assert extend_vocab(model, tokenizer, ["<b_1>", "<a_1>", "a"]) == 2  # "a" was there before
+    new = dict.fromkeys(["<b_1>", "<a_1>", "a"], "")  # "a" was there before
+    assert extend_vocab(model, tokenizer, new) == 2
     assert model.config.vocab_size == old + 2 == tokenizer.get_vocab_size()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert torch.equal(model(ids)[..., :old], before)
@@ -42,12 +43,26 @@ def test_a_new_row_is_the_mean_and_the_old_logits_stay(tied):
     assert tokenizer.encode("<|im_start|>").ids != [1]  # text is still no control token
 
 
-def test_tokens_of_both_kinds_of_file(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_row_is_the_mean_of_its_description(tied):
+    tokenizer = load_tokenizer()
+    old, model = tokenizer.get_vocab_size(), small(tokenizer, tie_word_embeddings=tied)
+    words = tokenizer.encode("blue paper").ids
+    extend_vocab(model, tokenizer, {"<a_1>": "blue paper", "<b_1>": ""})
+    for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
+        expected = sum(weight[word] for word in words) / len(words)
+        torch.testing.assert_close(weight[old], expected)
+        torch.testing.assert_close(weight[old + 1], weight[:old].mean(dim=0))
+
+
+def test_tokens_of_each_kind_of_file(tmp_path):
     index = tmp_path / "x.index.json"
     index.write_text(json.dumps({"7": ["<b_1>", "<a_2>"], "9": ["<b_1>", "<a_1>"]}))
     lines = tmp_path / "x.txt"
     lines.write_text("<b_1>\n\n<a_2>\n<a_1>\n<a_1>\n", encoding="utf-8")
-    assert read_tokens(index) == read_tokens(lines) == TOKENS
+    assert read_tokens(index) == read_tokens(lines) == dict.fromkeys(TOKENS, "")
+    index.write_text(json.dumps({"<b_1>": "a pen", "7": ["<a_2>"]}))
+    assert read_tokens(index) == {"<a_2>": "", "<b_1>": "a pen"}
     lines.write_text("\n")
     for path in (lines, tmp_path / "no.txt"):
         with pytest.raises(UserError, match="--extend_tokens"):
@@ -77,7 +92,13 @@ def test_histories_become_conversations(shop_data):
     asked = [r["conversations"][0]["content"] for r in train if r["task"] == "next_id"]
     assert max(text.count("<a_") for text in asked) == 3  # of up to 4, the latest
     assert sum(r["task"] == "title_to_id" for r in train) == 5
-    assert read_tokens(shop_data / "tokens.txt") == ["<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>"]
+    assert list(read_tokens(shop_data / "tokens.txt")) == [
+        "<a_0>",
+        "<a_1>",
+        "<a_2>",
+        "<b_0>",
+        "<b_1>",
+    ]
     assert len(json.loads((shop_data / "sids.json").read_text())) == 6
 
 

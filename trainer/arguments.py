@@ -144,7 +144,7 @@ def training_parser(description, **defaults):
     add("--hidden_weight", type=number(float, 0), default=0.0, help=error)
     deep = "layers of the teacher, as 1,2, whose hidden states count, too"
     add("--aux_layers", default="", metavar="LAYERS", help=deep)
-    new = "new tokens: JSON of item to tokens, or a token a line"
+    new = "new tokens: JSON of item to tokens or of token to description, or a token a line"
     add("--extend_tokens", type=Path, metavar="FILE", help=new)
     add("--freeze_base", type=switch, default=False, help="1: only the new tokens' rows learn")
     add("--freeze", metavar="REGEX", help="weights whose names match do not learn")
