@@ -12,6 +12,7 @@ import platform
 import random
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -20,11 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.chat_template import render
-from dataset.cot import MARKS
+from dataset.cot import MARKS, conversation
 from model.generation import complete
 from trainer import checkpoint
 from trainer.arguments import ROOT
 
+PROMPTS = ROOT / "dataset" / "cot_prompts.toml"
 FORGOT = "The carry was forgotten."
 TOOK = "It was taken away instead of added."
 ADDED = "It was added instead of taken away."
@@ -73,27 +75,32 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out", help="of the demo")
     parser.add_argument("--from_weight", default="pretrain")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--records", type=int, default=400, help="to learn from (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=4)
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
     records, folder = list(traces()), args.save_dir / "misconceptions"
     random.Random(1).shuffle(records)
     folder.mkdir(parents=True, exist_ok=True)
+    learned, asked = records[: args.records], records[args.records :][:400]
+    most = Counter(record["misconception"] for record in asked).most_common(1)[0][1]
+    print(f"{len(learned)} records to learn from, {len(asked)} asked about afterwards; ", end="")
+    print(f"always the commonest name: {most / len(asked):.1%}")
     for name in ("with", "without"):
         path, out, weight = folder / f"{name}.jsonl", folder / name, f"misconceptions_{name}"
-        shown = records if name == "with" else [record | {"cot": ""} for record in records]
+        shown = learned if name == "with" else [record | {"cot": ""} for record in learned]
         path.write_text("".join(json.dumps(r) + "\n" for r in shown), encoding="utf-8")
         python("dataset/prepare.py", "cot", path, "--out", out)
         python(
             *["trainer/train_full_sft.py", "--from_weight", args.from_weight, "--epochs"],
-            *[args.epochs, "--data_path", out / "train.jsonl", "--extend_tokens"],
-            *[out / "tokens.txt", "--save_dir", args.save_dir, "--save_weight", weight],
+            *[args.epochs, "--warmup_steps", 10, "--data_path", out / "train.jsonl"],
+            *["--extend_tokens", out / "tokens.txt"],
+            *["--save_dir", args.save_dir, "--save_weight", weight],
         )
-        asked = [json.loads(line) for line in (out / "valid.jsonl").open(encoding="utf-8")]
         for state, known in (("before", args.from_weight), ("after", weight)):
             share = score(checkpoint.find(args.save_dir, known), asked)
-            print(f"{name} reasoning, {state}: {share:.1%} of {len(asked)} named rightly")
+            print(f"{name} reasoning, {state}: {share:.1%} named rightly")
 
 
 def python(*words):
@@ -102,20 +109,23 @@ def python(*words):
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
-def score(path, asked):
-    """The share of the conversations whose answer ends in the right name."""
+def score(path, records):
+    """The share of the records whose misconception a model names."""
     model, tokenizer = checkpoint.build(checkpoint.load(path), path)
-    right = 0
-    for start in range(0, len(asked), 50):
-        turns = [record["conversations"] for record in asked[start : start + 50]]
+    forms, right = tomllib.loads(PROMPTS.read_text(encoding="utf-8")), 0
+    for start in range(0, len(records), 50):
+        chosen = records[start : start + 50]
+        turns = [
+            conversation(record, forms["templates"][0], "")["conversations"] for record in chosen
+        ]
         prompts = [
             render(turn[:1], add_generation_prompt=True, tokenizer=tokenizer)[0] for turn in turns
         ]
         answers = complete(model.eval(), prompts, max_new_tokens=100, temperature=0)
-        for turn, answer in zip(turns, answers, strict=True):
-            name = turn[1]["content"].partition(MARKS[1])[2]
-            right += tokenizer.decode(answer).partition(MARKS[1])[2].strip() == name
-    return right / len(asked)
+        for record, answer in zip(chosen, answers, strict=True):
+            said = tokenizer.decode(answer).partition(MARKS[1])[2]
+            right += said.strip() == record["misconception"]
+    return right / len(records)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.files import replacing
-from dataset.tiny_world_chat import calculation, conversations, questions
+from dataset.tiny_world_chat import Pool, calculation, conversations, questions
 from dataset.tiny_world_text import World, pretraining_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -59,21 +59,26 @@ def write_missing(path):
 
 
 def write_sums(folder, seed=SEED):
-    """Writes sums as questions with their answers: practice.jsonl, of numbers as in the training
-    files, and exam.jsonl, of the held-out ones.
+    """Writes solved.jsonl, conversations with sums and their steps; practice.jsonl, questions of
+    the same kind with the result alone; exam.jsonl, questions about the held-out sums.
     """
-    world = World(seed)
-    for name, held_out, count in (("practice", False, 1000), ("exam", True, 400)):
-        asked = questions(world, random.Random(seed + 4), held_out, {calculation: count})
-        write(folder / f"{name}.jsonl", asked)
-        print(f"{folder / name}.jsonl: {count} sums")
+    world, rng = World(seed), random.Random(seed + 4)
+    pool = Pool(world, held_out=False)
+    files = {
+        "solved": [{"conversations": calculation(rng, pool)[1]} for _ in range(50)],
+        "practice": list(questions(world, rng, held_out=False, counts={calculation: 1000})),
+        "exam": list(questions(world, rng, counts={calculation: 400})),
+    }
+    for name, records in files.items():
+        write(folder / f"{name}.jsonl", records)
+        print(f"{folder / name}.jsonl: {len(records)} sums")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the three files")
     parser.add_argument("--seed", type=int, default=SEED)
-    sums = "write practice.jsonl and exam.jsonl there, and nothing else"
+    sums = "write solved, practice and exam.jsonl there, and nothing else"
     parser.add_argument("--sums", type=Path, metavar="FOLDER", help=sums)
     args = parser.parse_args(argv)
     if args.sums:
