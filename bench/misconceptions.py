@@ -35,48 +35,40 @@ COPIED = "Only the ones were reckoned with."
 
 
 def traces():
-    """Every two-digit sum that some misconception gets wrong, with the reasoning that shows it."""
+    """Every wrong answer that a misconception leads to, for all two-digit numbers below 50. The
+    reasoning tries one misconception after the other and sees which gives the answer.
+    """
     for a in range(11, 50):
         for b in range(11, 50):
-            (tens_a, ones_a), (tens_b, ones_b) = divmod(a, 10), divmod(b, 10)
-            sums, right = {}, a + b
-            if ones_a + ones_b >= 10:
-                cot = f"{ones_a}+{ones_b}={ones_a + ones_b}, write {(ones_a + ones_b) % 10}. "
-                cot += f"{tens_a}+{tens_b}={tens_a + tens_b}, and no carry."
-                sums[FORGOT] = right - 10, cot
-            else:
-                cot = f"{ones_a}+{ones_b}={ones_a + ones_b}. The {tens_a} stays."
-                sums[COPIED] = tens_a * 10 + ones_a + ones_b, cot
+            ones = a % 10 + b % 10
+            wrong = {TOOK: a - b} if a > b else {}
+            wrong |= {FORGOT: a + b - 10} if ones >= 10 else {COPIED: a - a % 10 + ones}
+            yield from of_sum(f"{a}+{b}", a + b, wrong)
+            ones = a % 10 - b % 10
+            wrong = {ADDED: a + b}
+            wrong |= {SWAPPED: a // 10 * 10 - b // 10 * 10 - ones} if ones < 0 else {}
+            wrong |= {COPIED: a - a % 10 + ones} if ones >= 0 else {}
             if a > b:
-                sums[TOOK] = a - b, f"{a}+{b}={right}, but {a}-{b}={a - b}."
-            yield from of_sum(f"{a}+{b}", right, sums)
-            if a <= b:
-                continue
-            sums, right = {ADDED: (a + b, f"{a}-{b}={a - b}, but {a}+{b}={a + b}.")}, a - b
-            if ones_a < ones_b:
-                cot = f"{ones_b}-{ones_a}={ones_b - ones_a}. {tens_a}-{tens_b}={tens_a - tens_b}."
-                sums[SWAPPED] = (tens_a - tens_b) * 10 + ones_b - ones_a, cot
-            else:
-                cot = f"{ones_a}-{ones_b}={ones_a - ones_b}. The {tens_a} stays."
-                sums[COPIED] = tens_a * 10 + ones_a - ones_b, cot
-            yield from of_sum(f"{a}-{b}", right, sums)
+                yield from of_sum(f"{a}-{b}", a - b, wrong)
 
 
-def of_sum(question, right, sums):
-    """Records of a sum; a wrong answer that two misconceptions lead to is left out."""
-    times = Counter(wrong for wrong, _ in sums.values())
-    for misconception, (wrong, cot) in sums.items():
-        if wrong != right and times[wrong] == 1:
-            texts = {"question": f"{question}?", "correct": str(right), "incorrect": str(wrong)}
-            yield texts | {"cot": cot, "misconception": misconception}
+def of_sum(question, right, wrong):
+    """Records of a sum; an answer that two misconceptions lead to is left out."""
+    times = Counter(wrong.values())
+    tried = "".join(f"{name} {answer}. " for name, answer in wrong.items())
+    for name, answer in wrong.items():
+        if answer != right and times[answer] == 1:
+            texts = {"question": f"{question}?", "correct": str(right), "incorrect": str(answer)}
+            cot = f"{tried}The student says {answer}."
+            yield texts | {"cot": cot, "misconception": name}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out", help="of the demo")
     parser.add_argument("--from_weight", default="pretrain")
-    parser.add_argument("--records", type=int, default=400, help="to learn from (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--records", type=int, default=1000, help="to learn from (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=2)
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip

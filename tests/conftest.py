@@ -182,3 +182,22 @@ def lora_run(trained, data, tmp_path_factory):
     (out / "pretrain_32.pth").write_bytes((trained / "pretrain_32.pth").read_bytes())
     sft(out, "--data_path", data / "sft.jsonl", *LORA)
     return out
+
+
+def export(trained, data, folder, *more):
+    """What full_sft_32 says of the conversations, into a folder."""
+    from trainer import export_hidden_states
+
+    flags = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
+    flags += ["--offline_dir", folder, "--max_seq_len", 96, "--save_dir", folder / "out"]
+    flags += ["--dtype", "fp32", "--device", "cpu", "--shard_size", 12, "--batch_size", 5]
+    export_hidden_states.main(list(map(str, [*flags, *more])))
+
+
+@pytest.fixture(scope="session")
+def recorded(trained, data, tmp_path_factory):
+    """A folder with what full_sft_32 says of conversations and replayed text."""
+    folder = tmp_path_factory.mktemp("recorded")
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    export(trained, data, folder, "--eval_split", 0.1, *replay, "--aux_layers", "1,2")
+    return folder

@@ -11,8 +11,8 @@ from dataset.errors import UserError
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
 from model.loss import IGNORE
-from tests.conftest import TINY, write_jsonl
-from trainer import checkpoint, export_hidden_states, train_distillation, train_tokenizer
+from tests.conftest import TINY, export, write_jsonl
+from trainer import checkpoint, train_distillation, train_tokenizer
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -208,13 +208,6 @@ def test_a_teacher_with_another_tokenizer_is_refused(trained, data, tmp_path):
         distill(trained, data, tmp_path / "out", "--tokenizer_path", path)
 
 
-def export(trained, data, folder, *more):
-    flags = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
-    flags += ["--offline_dir", folder, "--max_seq_len", 96, "--save_dir", folder / "out"]
-    flags += ["--dtype", "fp32", "--device", "cpu", "--shard_size", 12, "--batch_size", 5]
-    export_hidden_states.main(list(map(str, [*flags, *more])))
-
-
 def from_disk(folder, out, *more):
     flags = ["--offline_dir", folder, "--save_dir", out, "--batch_size", 2, "--log_interval", 1]
     flags += [*TINY, "--hidden_size", 16, "--student", "none", "--max_seq_len", 96, *more]
@@ -239,15 +232,6 @@ def same_runs(one, other):
 
 
 HIDDEN = ["--hidden_weight", 0.2]
-
-
-@pytest.fixture(scope="module")
-def recorded(trained, data, tmp_path_factory):
-    """A folder with what full_sft_32 says of conversations and replayed text."""
-    folder = tmp_path_factory.mktemp("recorded")
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    export(trained, data, folder, "--eval_split", 0.1, *replay, "--aux_layers", "1,2")
-    return folder
 
 
 def test_online_and_offline_agree(recorded, trained, data, tmp_path, capsys):

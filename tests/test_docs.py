@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from dataset import prepare
+from dataset import prepare, tiny_world
 from dataset.tokenizer import SHIPPED_TOKENIZER
 from tests.conftest import ROOT, TINY, run, write_jsonl
 from trainer import merge_lora
@@ -26,6 +26,7 @@ def commands():
 
 
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+LONG = ("demo.py", *(f"bench/{n}.py" for n in ("faults", "speed", "gsm8k", "misconceptions")))
 COMMANDS = commands()
 
 
@@ -42,6 +43,16 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         prepare.main(["cot", str(files["traces.jsonl"]), "--out", str(there)])
         files |= {f"out/cot/{path.name}": path for path in there.iterdir()} | {"out/cot": there}
         files["out/loss_curve.png"] = tmp_path / "curve.png"
+    if "out/sums" in line:
+        for name in ("solved", "accepted"):
+            files[f"out/sums/{name}.jsonl"] = data / "sft.jsonl"
+        if not line.startswith("python trainer"):
+            tiny_world.write_sums(tmp_path)
+            for name in ("practice", "exam"):
+                files[f"out/sums/{name}.jsonl"] = tmp_path / f"{name}.jsonl"
+        files["out/sums"] = tmp_path
+    if "out/offline" in line:
+        files["out/offline"] = request.getfixturevalue("recorded")
     for folder, fixture, raw in (("gsm8k", "gsm8k", "gsm8k_raw"), ("sid", "shop_data", "shop")):
         if f"out/{folder}" in line or f" {folder} " in line:
             made = request.getfixturevalue(fixture)
@@ -62,7 +73,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         assert set(result) == {"seconds", "nats_per_char", "tokens"}, done.stderr
         assert 1 < result["nats_per_char"] < 6
         return
-    if script in ("demo.py", "bench/faults.py", "bench/speed.py", "bench/gsm8k.py"):
+    if script in LONG:
         pytest.skip("minutes long; its parts are tested on their own")
     if script == "bench/fuzz.py":
         words[-1] = "1"
@@ -85,13 +96,21 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
             words += ["--from_weight", trained / "pretrain_32.pth"]
     elif script == "dataset/tiny_world.py":
         words += ["--out", tmp_path]
+    elif script == "trainer/export_hidden_states.py":
+        words += [
+            "--teacher_weight",
+            trained / "full_sft_32.pth",
+            "--data_path",
+            data / "sft.jsonl",
+        ]
+        words += ["--offline_dir", tmp_path / "offline", "--save_dir", tmp_path]
     elif script == "trainer/train_tokenizer.py":
         words += ["--out", tmp_path / "t.json"]
     elif script in ("eval_llm.py", "evaluation/run_eval.py"):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words += ["--limit", 20] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
-        if {"sft_scratch", "gsm8k"} & set(words):
+        if {"sft_scratch", "gsm8k", "few", "round1"} & set(words):
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:
             words += ["--weight", request.getfixturevalue("extended") / "full_sft_32.pth"]
