@@ -5,8 +5,6 @@ Shapes: B batch, T time, D hidden (of student and teacher, which may differ), V 
 N supervised positions, n chosen layers, k tokens.
 """
 
-from contextlib import contextmanager
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,33 +27,31 @@ class Teacher:
         self.model, self.layers = model.eval().requires_grad_(False), list(layers)
         self.top_k, self.temperature = top_k, temperature
         self.output, self.config = model.lm_head.weight, model.config  # output: (V, D)
+        self.seen = watch(model, self.layers)
 
     @torch.no_grad()
     def __call__(self, input_ids, *where):
-        with watching(self.model, self.layers) as seen:
-            x = self.model.hidden_states(input_ids, *where)
+        x = self.model.hidden_states(input_ids, *where)
         if self.top_k:
             log_p = F.log_softmax(self.model.lm_head(x).float() / self.temperature, dim=-1)
             log_p, ids = log_p.topk(self.top_k)
             return {"top_ids": ids, "top_log_p": log_p}
         found = {"hidden_states": x}
-        if seen:
-            found["aux_hidden_states"] = torch.stack(seen, dim=2)
+        if self.layers:
+            found["aux_hidden_states"] = torch.stack([self.seen[i] for i in self.layers], dim=2)
         return found
 
 
-@contextmanager
-def watching(model, layers):
-    """A list that gets what these layers, counted from 1, give in a forward pass inside."""
-    seen, hooks = [], []
+def watch(model, layers):
+    """{layer: (B, T, D)}, what these layers, counted from 1, gave in the last forward pass."""
+    seen = {}
     for layer in layers:
-        keep = model.model.layers[layer - 1].register_forward_hook(
-            lambda *call: seen.append(call[2])
-        )
-        hooks.append(keep)
-    yield seen
-    for hook in hooks:
-        hook.remove()
+
+        def keep(module, given, out, layer=layer):
+            seen[layer] = out
+
+        model.model.layers[layer - 1].register_forward_hook(keep)
+    return seen
 
 
 def add_projections(model, width, count):
@@ -84,14 +80,15 @@ class Distillation(nn.Module):
         self.alpha, self.temperature, self.beta = alpha, temperature, beta
         scale = student.config.num_hidden_layers / teacher.config.num_hidden_layers
         self.layers = [max(1, round(layer * scale)) for layer in teacher.layers] if beta else []
+        self.seen = watch(student, set(self.layers))
 
     def forward(self, input_ids, *where, labels):
         supervised = labels[:, 1:] != IGNORE  # (B, T-1)
         said = self.teacher(input_ids, *where)
         said = {name: part[:, :-1][supervised] for name, part in said.items()}  # (N, ...)
-        with watching(self.student, self.layers) as seen:
-            x = self.student.hidden_states(input_ids, *where)  # (B, T, D)
-        ours = [layer[:, :-1][supervised] for layer in (x, *seen)]  # (N, D) each
+        x = self.student.hidden_states(input_ids, *where)  # (B, T, D)
+        ours = [x, *(self.seen[layer] for layer in self.layers)]
+        ours = [states[:, :-1][supervised] for states in ours]  # (N, D) each
         next_ids, loss = labels[:, 1:][supervised], 0.0
         for start in range(0, max(1, len(next_ids)), CHUNK):
             part = slice(start, start + CHUNK)

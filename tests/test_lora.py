@@ -10,7 +10,7 @@ from dataset.errors import UserError
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for_good, unmerge
-from tests.conftest import LORA, run, sft
+from tests.conftest import LORA, ROOT, run, sft
 from trainer import checkpoint, merge_lora, train_full_sft
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -124,6 +124,37 @@ def test_resumed_is_uninterrupted(lora_run, data, tmp_path, capsys):
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_several_processes_and_compiled_layers_give_the_same_adapters(
+    trained, data, tmp_path, monkeypatch
+):
+    how = ["--data_path", data / "sft.jsonl", "--from_weight", trained / "pretrain_32.pth"]
+    how += ["--use_lora", 1, "--max_seq_len", 96, "--learning_rate", 1e-2, "--dtype", "fp32"]
+    how += ["--device", "cpu", "--save_dir"]
+    train_full_sft.main(list(map(str, [*how, tmp_path / "one", "--batch_size", 2])))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    script = ROOT / "trainer" / "train_full_sft.py"
+    done = run(*launch, script, *how, tmp_path / "two", "--batch_size", 1, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+
+    compiled, plain = [], torch.nn.Module.compile  # all of torch.compile but the C++ compiler
+    monkeypatch.setattr("trainer.compiling.require_compiler", lambda device: None)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m: compiled.append(m) or plain(m, backend="aot_eager")
+    )
+    out = [tmp_path / "compiled", "--batch_size", 2, "--use_compile", 1]
+    train_full_sft.main(list(map(str, [*how, *out])))
+    assert len(compiled) == 2
+    one, *others = (
+        checkpoint.load(tmp_path / name / "lora_full_sft_32.pth")["model"]
+        for name in ("one", "two", "compiled")
+    )
+    assert any(weight.abs().max() > 1e-3 for n, weight in one.items() if "lora_B" in n)
+    for other in others:
+        assert one.keys() == other.keys()
+        for name, weight in one.items():
+            torch.testing.assert_close(weight, other[name], atol=2e-5, rtol=1e-4)
 
 
 def test_chat_with_adapters_and_with_them_merged(lora_run):

@@ -1,4 +1,6 @@
-"""Validation of several sources, in the log and in the picture."""
+"""Validation of several sources, in the log and in the picture; the best weights of every way to
+fine-tune.
+"""
 
 import json
 
@@ -8,7 +10,7 @@ import torch
 from dataset.lm_dataset import SFTDataset
 from dataset.plan import split_rows
 from tests.conftest import TINY, chat, sft, write_jsonl
-from trainer import checkpoint
+from trainer import checkpoint, train_full_sft
 from trainer.metrics import MetricsLog
 
 
@@ -61,3 +63,44 @@ def test_files_of_one_name_are_told_apart_and_a_single_one_is_not_named(data, tm
         last = (out / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").split("\n")[-2]
         expected = set(map(str, files)) if len(files) > 1 else set()
         assert set(json.loads(last).get("val_losses", {})) == expected
+
+
+KINDS = {
+    "lora": ["--use_lora", 1],
+    "new_tokens": ["--freeze_base", 1],
+    "frozen": ["--freeze", "layers.0"],
+    "taught": ["--hidden_weight", 0.1],
+    "mixed": [],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_weights_of_every_way(
+    kind, trained, data, shop_data, recorded, tmp_path, monkeypatch
+):
+    losses = iter([3.0, 2.0, 4.0, 5.0])
+    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: (next(losses), {}))
+    start = ["--from_weight", trained / "pretrain_32.pth", "--eval_split", 0.1]
+    sources = {
+        "new_tokens": [shop_data / "train.jsonl", "--extend_tokens", shop_data / "tokens.txt"],
+        "mixed": [f"{data / 'sft.jsonl'}:0.7", f"{shop_data / 'train.jsonl'}:0.3"],
+    }
+    read = ["--data_path", *sources.get(kind, [data / "sft.jsonl"])]
+    read = ["--offline_dir", recorded] if kind == "taught" else read
+    every = ["--eval_interval", 1, "--save_interval", 1, "--early_stop_patience", 2]
+    sft(tmp_path, *start, *read, *KINDS[kind], *every, "--save_best_at_end", 1)
+    name = "lora_full_sft_32" if kind == "lora" else "full_sft_32"
+    kept = checkpoint.load(tmp_path / f"{name}.pth")
+    assert kept["training"]["step"] == 2
+    folder = tmp_path / "checkpoints"
+    steps = {
+        path.name.removeprefix(f"{name}_"): checkpoint.load(path)["run"]["step"]
+        for path in folder.glob("*.pth")
+        if "best" not in path.name
+    }
+    assert steps == {"resume.pth": 4, "step000003.pth": 3}
+    last = checkpoint.load(folder / f"{name}_resume.pth")["model"]
+    assert set(kept["model"]) <= set(last)
+    assert any(not torch.equal(weight, last[name]) for name, weight in kept["model"].items())
+    assert ("lora" in kept) == (kind == "lora")
+    assert not any("projections" in name for name in kept["model"])
