@@ -12,7 +12,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
 from model.loss import IGNORE
 from tests.conftest import TINY, export, write_jsonl
-from trainer import checkpoint, train_distillation, train_tokenizer
+from trainer import checkpoint, compiling, train_distillation, train_tokenizer
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -149,6 +149,32 @@ def test_the_hidden_states_error_is_the_formula(batch):
             error = matrix.weight @ mine[row, place] - other[row, place]
             expected = expected + 0.3 * (error**2).mean()
     torch.testing.assert_close(losses[1] - losses[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_layers_that_are_watched_may_be_compiled_or_computed_twice(batch, how, monkeypatch):
+    ids, labels = batch
+    plain, compiled = torch.nn.Module.compile, []  # all of torch.compile but the C++ compiler
+    monkeypatch.setattr(compiling, "require_compiler", lambda device: None)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m: compiled.append(m) or plain(m, backend="aot_eager")
+    )
+    gradients = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        student = small(1, 16).train()
+        add_projections(student, 32, 2)
+        student.model.grad_checkpoint = changed and how == "checkpointed"
+        if changed and how == "compiled":
+            compiling.compile_layers(student)
+        module = Distillation(student, Teacher(small(2), layers=[1]), 0.5, 2.0, 0.3)
+        for _ in range(2):
+            student.zero_grad()
+            module(ids, labels=labels).backward()
+        gradients.append([weight.grad for weight in student.parameters()])
+    assert len(compiled) == (how == "compiled")
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_divergence_of_the_likeliest_is_that_over_them_and_the_rest():

@@ -135,7 +135,7 @@ def training_parser(description, **defaults):
     taught = "weights of a teacher, whose probabilities the loss compares with (distillation)"
     add("--teacher_weight", metavar="NAME", help=taught)
     share = "how much of the loss is that of the data, not of the teacher"
-    add("--distill_alpha", type=number(float, 0, 1), default=0.5, help=share)
+    add("--distill_alpha", type=number(float, 0, 1), default=0.1, help=share)
     flat = "above 1 flattens both distributions before they are compared"
     add("--distill_temperature", type=number(float, 0.01), default=1.0, help=flat)
     recorded = "what a teacher said, from export_hidden_states.py: in the place of it and the data"
