@@ -2,6 +2,7 @@
 with the reasoning before the name and once without, and asked about sums that it never saw.
 
     python bench/misconceptions.py               # after the demo, which makes out/pretrain_384.pth
+    python bench/misconceptions.py --score full_sft
 
 Each step is a command that the documentation lists; it prints them.
 """
@@ -69,6 +70,7 @@ def main():
     parser.add_argument("--from_weight", default="pretrain")
     parser.add_argument("--records", type=int, default=1000, help="to learn from (%(default)s)")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--score", nargs="+", metavar="NAME", help="ask these, train nothing")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
@@ -79,7 +81,9 @@ def main():
     most = Counter(record["misconception"] for record in asked).most_common(1)[0][1]
     print(f"{len(learned)} records to learn from, {len(asked)} asked about afterwards; ", end="")
     print(f"always the commonest name: {most / len(asked):.1%}")
-    for name in ("with", "without"):
+    for name in args.score or []:
+        print(f"{name}: {score(checkpoint.find(args.save_dir, name), asked):.1%} named rightly")
+    for name in () if args.score else ("with", "without"):
         path, out, weight = folder / f"{name}.jsonl", folder / name, f"misconceptions_{name}"
         shown = learned if name == "with" else [record | {"cot": ""} for record in learned]
         path.write_text("".join(json.dumps(r) + "\n" for r in shown), encoding="utf-8")

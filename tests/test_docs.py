@@ -37,13 +37,18 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
     files |= {"out/mine.json": SHIPPED_TOKENIZER, "out/peft": tmp_path / "peft"}
     files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k", "other")}
-    if "cot" in line:
+    if "cot" in line or "out/misconceptions" in line:
         trace = dict.fromkeys(("question", "correct", "incorrect", "cot", "misconception"), "x y")
         files["traces.jsonl"] = write_jsonl(tmp_path / "traces.jsonl", [trace] * 10)
         there = tmp_path / "cot"
         prepare.main(["cot", str(files["traces.jsonl"]), "--out", str(there)])
         files |= {f"out/cot/{path.name}": path for path in there.iterdir()} | {"out/cot": there}
         files["out/loss_curve.png"] = tmp_path / "curve.png"
+    if "out/misconceptions" in line:
+        for name in ("train.jsonl", "train.jsonl*2", "tokens.txt"):
+            files[f"out/misconceptions/with/{name}"] = f"{files['out/cot']}/{name}"
+        files["dataset/sft_tiny.jsonl"] = data / "sft.jsonl"
+        files["dataset/pretrain_tiny.jsonl"] = data / "pretrain.jsonl"
     if "out/sums" in line:
         for name in ("solved", "accepted"):
             files[f"out/sums/{name}.jsonl"] = data / "sft.jsonl"
@@ -80,7 +85,8 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words[-1] = "1"
     if script.startswith("trainer/train_") and script != "trainer/train_tokenizer.py":
         name = "pretrain.jsonl" if "pretrain" in script else "sft.jsonl"
-        given = ["--data_path", data / name] if "--data_path" not in words else []
+        needs = not {"--data_path", "--offline_dir"} & set(words)
+        given = ["--data_path", data / name] if needs else []
         scratch = "pretrain.py" in script or "none" in words
         out = trained if "--from_resume" in words else tmp_path
         words += [
@@ -111,7 +117,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words += ["--limit", 20] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
-        if {"sft_scratch", "gsm8k", "few", "round1"} & set(words):
+        if {"sft_scratch", "gsm8k", "few", "round1", "all"} & set(words):
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:
             words += ["--weight", request.getfixturevalue("extended") / "full_sft_32.pth"]

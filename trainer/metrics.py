@@ -66,6 +66,9 @@ class MetricsLog:
             style = "--" if "," in label else "-"
             axes.plot(*zip(*points, strict=True), style, label=label) if points else None
         axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=self.path.stem)
+        seen = [loss for losses in curves.values() for loss in losses if loss]
+        if seen and max(seen) > 20 * min(seen):  # a few high ones would press the rest flat
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
         path = path or self.path.with_name(f"{self.path.stem}_loss.png")
