@@ -4,8 +4,6 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from dataset.errors import UserError
 
 
@@ -37,6 +35,8 @@ def replacing(path):
 
 def save_tensors(path, content):
     """torch.save, with plain values and tensors. Raises UserError as `replacing` does."""
+    import torch  # here: who writes text does not wait for it
+
     try:
         with replacing(path) as file:
             torch.save(content, file)

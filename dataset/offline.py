@@ -45,7 +45,7 @@ def shards(part):
         try:
             yield torch.load(path, mmap=True, weights_only=True)
         except Exception as error:  # the readers of zip and pickle raise nearly anything
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{path} cannot be read ({reason}); {ANEW}") from None
 
 

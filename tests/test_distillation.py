@@ -12,7 +12,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
 from model.loss import IGNORE
 from tests.conftest import TINY, export, write_jsonl
-from trainer import checkpoint, compiling, train_distillation, train_tokenizer
+from trainer import checkpoint, compiling, train_distillation, train_full_sft, train_tokenizer
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -329,7 +329,8 @@ def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
     "flags, says",
     [
         (["--max_seq_len", 50], "--max_seq_len 50 is below its 96"),
-        (["--aux_layers", "1"], "recording"),
+        ([*HIDDEN, "--aux_layers", "1"], "recording"),
+        (["--aux_layers", "1"], "--hidden_weight only"),
         (["--parallel", "fsdp"], "ddp"),
         (["--replay_path", __file__], "teacher and data in one"),
         (["--teacher_weight", "x"], "teacher and data in one"),
@@ -350,6 +351,9 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
     with pytest.raises(SystemExit, match="2"):
         from_disk(tmp_path, tmp_path / "out")
     assert "export_hidden_states.py has written none there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        train_full_sft.main(["--hidden_weight", "1"])
+    assert "to compare with" in capsys.readouterr().err
     for flags, says in ((["--aux_layers", "3"], "layers 1 to 2"), (["--top_k", 10**6], "--top_k")):
         with pytest.raises(UserError, match=says):
             export(trained, data, tmp_path / "x", *flags)

@@ -237,6 +237,10 @@ def parse_once(parser, argv):
             )
         args.data_path = [Source(folder / "train")]
         args.eval_data_path = folder / "valid" if (folder / "valid").is_dir() else None
+    if args.hidden_weight and not (args.teacher_weight or args.offline_dir):
+        problems.append("--hidden_weight: needs --teacher_weight or --offline_dir to compare with")
+    if args.aux_layers and not args.hidden_weight:
+        problems.append("--aux_layers: counts with --hidden_weight only; give one above 0")
     adapting = ("use_lora", "extend_tokens", "freeze_base", "freeze")
     if args.from_weight in (None, "none") and not args.from_resume:
         given = [name for name in adapting if getattr(args, name)]
