@@ -29,8 +29,10 @@ class StopSignal:
                 setattr(sys, name, Unbreakable(getattr(sys, name)))
 
     def receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third must not break into the ending
+            raise KeyboardInterrupt
         self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Unbreakable:
