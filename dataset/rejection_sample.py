@@ -56,7 +56,11 @@ def main(argv=None):
             file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     part.path.unlink()
     solved = len({row["problem"] for row in kept})
-    print(f"{len(kept)} of {len(rows)} answers kept, to {solved} of {len(problems)} problems")
+    print(
+        f"{len(rows)} answers to {len(problems)} problems; kept, right and no two of a problem",
+        end="",
+    )
+    print(f" alike: {len(kept)}, to {solved} problems")
     print(f"written: {args.out}")
 
 
