@@ -56,11 +56,8 @@ def main(argv=None):
             file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     part.path.unlink()
     solved = len({row["problem"] for row in kept})
-    print(
-        f"{len(rows)} answers to {len(problems)} problems; kept, right and no two of a problem",
-        end="",
-    )
-    print(f" alike: {len(kept)}, to {solved} problems")
+    print(f"kept {len(kept)} of {len(rows)} answers: right, and of a problem no two alike")
+    print(f"{solved} of {len(problems)} problems have one")
     print(f"written: {args.out}")
 
 
