@@ -27,11 +27,13 @@ ANEW = "give the command of trainer/export_hidden_states.py that wrote it again:
 def read_manifest(folder):
     path = Path(folder) / "manifest.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["shards"], manifest["config"], manifest["top_k"], manifest["aux_layers"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{folder} is no folder of trainer/export_hidden_states.py: {error}"
+            f"{folder} is no folder of trainer/export_hidden_states.py: {error!r}"
         ) from None
+    return manifest
 
 
 def shards(part):

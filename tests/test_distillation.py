@@ -347,6 +347,19 @@ def test_what_does_not_fit_a_recording_is_refused(recorded, tmp_path, flags, say
         pytest.fail("it was not refused")
 
 
+def test_a_damaged_folder_is_named(recorded, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(recorded, folder)
+    shard = folder / "train" / "00001.pt"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match="00001.pt cannot be read"):
+        from_disk(folder, tmp_path / "out")
+    for text in ("{", "[]", "{}"):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="no folder of trainer/export_hidden_states.py"):
+            from_disk(folder, tmp_path / "out")
+
+
 def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         from_disk(tmp_path, tmp_path / "out")
