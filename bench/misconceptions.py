@@ -64,6 +64,16 @@ def of_sum(question, right, wrong):
             yield texts | {"cot": cot, "misconception": name}
 
 
+def split(records, count):
+    """(count records to learn from, 400 about sums that none of those mentions)."""
+    sums = sorted({record["question"] for record in records})
+    place = {question: n for n, question in enumerate(random.Random(1).sample(sums, len(sums)))}
+    records.sort(key=lambda record: place[record["question"]])
+    seen = {record["question"] for record in records[:count]}
+    rest = [record for record in records[count:] if record["question"] not in seen]
+    return records[:count], rest[:400]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out", help="of the demo")
@@ -74,10 +84,9 @@ def main():
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
-    records, folder = list(traces()), args.save_dir / "misconceptions"
-    random.Random(1).shuffle(records)
+    folder = args.save_dir / "misconceptions"
     folder.mkdir(parents=True, exist_ok=True)
-    learned, asked = records[: args.records], records[args.records :][:400]
+    learned, asked = split(list(traces()), args.records)
     most = Counter(record["misconception"] for record in asked).most_common(1)[0][1]
     print(f"{len(learned)} records to learn from, {len(asked)} asked about afterwards; ", end="")
     print(f"always the commonest name: {most / len(asked):.1%}")
