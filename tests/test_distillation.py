@@ -367,6 +367,10 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
     with pytest.raises(SystemExit, match="2"):
         train_full_sft.main(["--hidden_weight", "1"])
     assert "to compare with" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        export(trained, data, tmp_path / "x", "--top_k", "-1", "--data_path", tmp_path / "no.jsonl")
+    said = capsys.readouterr().err
+    assert "--top_k -1: give a whole number" in said and "no.jsonl: there is no such" in said
     for flags, says in ((["--aux_layers", "3"], "layers 1 to 2"), (["--top_k", 10**6], "--top_k")):
         with pytest.raises(UserError, match=says):
             export(trained, data, tmp_path / "x", *flags)

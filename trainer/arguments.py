@@ -212,9 +212,8 @@ def parse_once(parser, argv):
         problems += [f"{config}: {name} is not a flag (--help lists them)" for name in unknown]
         parser.set_defaults(**{k: v for k, v in values.items() if k in known})
     args = parser.parse_args(argv)
-    problems += [f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, Problem)]
+    problems += wrong_values(args)
     sources = args.data_path or []
-    problems += [f"--data_path {s}" for s in sources if isinstance(s, Problem)]
     if len({isinstance(s, Source) and s.weight is None for s in sources}) > 1:
         problems.append("--data_path: give every file a share, or none")
     for name in ("eval_data_path", "tokenizer_path", "replay_path", "extend_tokens"):
@@ -249,10 +248,25 @@ def parse_once(parser, argv):
         args.save_weight = f"lora_{args.save_weight}"
     if args.save_weight in (None, "") or Path(args.save_weight).name != args.save_weight:
         problems.append(f"--save_weight {args.save_weight}: give a name without folders")
+    stop_at(problems)
+    return args
+
+
+def wrong_values(args):
+    """A sentence for each value that `number` and its like could not read."""
+    values = [
+        (name, value)
+        for name, given in vars(args).items()
+        for value in (given if isinstance(given, list) else [given])
+    ]
+    return [f"--{name} {value}" for name, value in values if isinstance(value, Problem)]
+
+
+def stop_at(problems):
+    """Says them, one a line, and ends with code 2, if there are any."""
     if problems:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
         sys.exit(2)
-    return args
 
 
 def read_toml(path):

@@ -31,7 +31,7 @@ from model.distillation import Teacher
 from model.lora import hash_of
 from model.loss import IGNORE
 from trainer import checkpoint
-from trainer.arguments import ROOT, Parser, Problem, number, one_of, source
+from trainer.arguments import ROOT, Parser, number, one_of, source, stop_at, wrong_values
 from trainer.teacher import layers_of
 from trainer.trainer_utils import pick_device, pick_dtype
 
@@ -101,12 +101,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=number(int, 0), default=1)
     args = parser.parse_args(argv)
-    wrong = [
-        f"--{name} {value}" for name, value in vars(args).items() if isinstance(value, Problem)
-    ]
-    wrong += [f"--data_path {path}" for path in args.data_path or [] if isinstance(path, Problem)]
-    if wrong:
-        raise UserError("; ".join(wrong))
+    stop_at(wrong_values(args))
     return args
 
 
