@@ -201,3 +201,16 @@ def recorded(trained, data, tmp_path_factory):
     replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
     export(trained, data, folder, "--eval_split", 0.1, *replay, "--aux_layers", "1,2")
     return folder
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The modules that get compiled: by all of torch.compile but the C++ compiler, in seconds."""
+    import torch
+
+    modules, plain = [], torch.nn.Module.compile
+    monkeypatch.setattr("trainer.compiling.require_compiler", lambda device: None)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m: modules.append(m) or plain(m, backend="aot_eager")
+    )
+    return modules

@@ -127,7 +127,7 @@ def test_resumed_is_uninterrupted(lora_run, data, tmp_path, capsys):
 
 
 def test_several_processes_and_compiled_layers_give_the_same_adapters(
-    trained, data, tmp_path, monkeypatch
+    trained, data, tmp_path, compiled
 ):
     how = ["--data_path", data / "sft.jsonl", "--from_weight", trained / "pretrain_32.pth"]
     how += ["--use_lora", 1, "--max_seq_len", 96, "--learning_rate", 1e-2, "--dtype", "fp32"]
@@ -138,11 +138,6 @@ def test_several_processes_and_compiled_layers_give_the_same_adapters(
     done = run(*launch, script, *how, tmp_path / "two", "--batch_size", 1, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
 
-    compiled, plain = [], torch.nn.Module.compile  # all of torch.compile but the C++ compiler
-    monkeypatch.setattr("trainer.compiling.require_compiler", lambda device: None)
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda m: compiled.append(m) or plain(m, backend="aot_eager")
-    )
     out = [tmp_path / "compiled", "--batch_size", 2, "--use_compile", 1]
     train_full_sft.main(list(map(str, [*how, *out])))
     assert len(compiled) == 2
