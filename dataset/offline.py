@@ -78,16 +78,20 @@ def tokens_of(part):
 
 
 class OfflineTeacher:
-    """Gives of DIR/train what the teacher gave; a sample is found by its tokens."""
+    """Gives of DIR/train what the teacher gave, that of its chosen layers with_layers; a sample is
+    found by its tokens.
+    """
 
-    def __init__(self, folder, device):
+    def __init__(self, folder, device, with_layers=True):
         manifest = read_manifest(folder)
-        self.layers, self.config = manifest["aux_layers"], SimpleNamespace(**manifest["config"])
+        self.layers = manifest["aux_layers"] if with_layers else []
+        self.config = SimpleNamespace(**manifest["config"])
         self.output, self.samples = None, {}
         if not manifest["top_k"]:
             self.output = torch.load(folder / "output.pt", weights_only=True, map_location=device)
+        wanted = ["hidden_states", "top_ids", "top_log_p", *["aux_hidden_states"] * with_layers]
         for shard in shards(folder / "train"):
-            said = {name: shard[name] for name in shard if "states" in name or "top" in name}
+            said = {name: part for name, part in shard.items() if name in wanted}
             ids, start = shard["input_ids"].numpy(), 0
             for length in shard["lengths"].tolist():
                 end = start + length

@@ -3,16 +3,19 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dataset.errors import UserError
+from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
 from model.loss import IGNORE
 from tests.conftest import TINY, export, write_jsonl
 from trainer import checkpoint, compiling, train_distillation, train_full_sft, train_tokenizer
+from trainer.teacher import with_teacher
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -294,6 +297,21 @@ def test_projections_are_resumed(recorded, tmp_path):
     assert one["model"]["projections.0.weight"].shape == (32, 16)
     assert one["run"]["step"] == other["run"]["step"]
     assert all(torch.equal(weight, other["model"][name]) for name, weight in one["model"].items())
+
+
+def test_projections_learn_though_all_else_is_frozen(recorded):
+    student = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1))
+    add_projections(student, 32, 3)
+    student.requires_grad_(False)
+    args = {"offline_dir": recorded, "parallel": "ddp", "max_seq_len": 96, "aux_layers": ""}
+    args |= {"distill_alpha": 0.1, "distill_temperature": 1.0, "hidden_weight": 0.1, "seed": 1}
+    module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
+    learn = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    assert learn == {f"student.projections.{index}.weight" for index in range(3)}
+    assert set(module.teacher.said) == {"hidden_states", "aux_hidden_states"}
+    args["hidden_weight"] = 0.0  # then nothing is read that nothing asks for
+    module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
+    assert set(module.teacher.said) == {"hidden_states"}
 
 
 def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):

@@ -22,7 +22,7 @@ def with_teacher(model, tokenizer, args):
     if path:
         require_fitting(read_manifest(path), args)
         its_tokenizer = load_tokenizer(path / "tokenizer.json")
-        teacher = OfflineTeacher(path, device)
+        teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
     else:
         path = checkpoint.find(args.save_dir, args.teacher_weight)
         its_model, its_tokenizer = checkpoint.build(checkpoint.load(path), path)
@@ -32,10 +32,11 @@ def with_teacher(model, tokenizer, args):
             f"the teacher {path} has another tokenizer than the student, so their probabilities "
             "cannot be compared; start the student with its --tokenizer_path"
         )
-    if args.hidden_weight and not hasattr(model, "projections"):
-        torch.manual_seed(args.seed)
-        add_projections(model, teacher.config.hidden_size, 1 + len(teacher.layers))
     if args.hidden_weight:
+        if not hasattr(model, "projections"):
+            torch.manual_seed(args.seed)
+            add_projections(model, teacher.config.hidden_size, 1 + len(teacher.layers))
+        # Those of a resumed run were frozen with the rest, where --freeze_base 1 says so.
         model.projections.requires_grad_(True)
     print(f"taught by {path}: {args.distill_alpha} of the loss is that of the data")
     how = args.distill_alpha, args.distill_temperature, args.hidden_weight
@@ -62,4 +63,6 @@ def require_fitting(manifest, args):
     if args.aux_layers:
         wrong.append(f"--aux_layers is that of the recording, {manifest['aux_layers']}")
     if wrong:
-        raise UserError(f"--offline_dir {args.offline_dir}: {'; '.join(wrong)}. Export it anew")
+        raise UserError(
+            f"--offline_dir {args.offline_dir}: {'; '.join(wrong)}. Give what fits, or export anew"
+        )

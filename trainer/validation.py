@@ -14,11 +14,11 @@ def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_
     """(mean loss per supervised token over the rows in nats, more for the log). Where the rows come
     from several files, that is {"val_losses": {file: its mean}}. Each process does its share.
     """
-    file_of, sums = dataset.rows[rows, 0], {}
+    rows, sums = np.asarray(rows), {}
+    file_of = dataset.rows[rows, 0]
     model.eval()
     for file in np.unique(file_of).tolist():
-        own = np.asarray(rows)[file_of == file]
-        plan = epoch_plan(dataset, own, args, 0, rank, world_size)
+        plan = epoch_plan(dataset, rows[file_of == file], args, 0, rank, world_size)
         micro_batches = [rows_of_batch for step in plan for rows_of_batch in step]
         total, count = 0.0, 0
         for batch in batches(dataset, micro_batches, args):
