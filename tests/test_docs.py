@@ -64,6 +64,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
             made = request.getfixturevalue(fixture)
             files |= {f"out/{folder}/{path.name}": path for path in made.iterdir()}
             files |= {"FOLDER": request.getfixturevalue(raw), f"out/{folder}": tmp_path / folder}
+    if "out/gsm8k_run" in line:
+        for path in request.getfixturevalue("gsm8k").iterdir():
+            files[f"out/gsm8k_run/data/{path.name}"] = path
     if "--teacher_weight" in line:
         files["full_sft"] = trained / "full_sft_32.pth"
     if "train_pretrain" in line:
@@ -119,12 +122,13 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words += ["--limit", 20] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
-        if {"sft_scratch", "gsm8k", "few", "round1", "all"} & set(words):
+        named = {"sft_scratch", "gsm8k", "few", "round1", "all"} & set(words)
+        if named and "--lora" not in words:
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:
             words += ["--weight", request.getfixturevalue("extended") / "full_sft_32.pth"]
         if "--lora" in words:
-            words += ["--save_dir", request.getfixturevalue("lora_run")]
+            words += ["--lora", "full_sft", "--save_dir", request.getfixturevalue("lora_run")]
     elif script == "trainer/merge_lora.py":
         words += ["--save_dir", request.getfixturevalue("lora_run")]
         if "--from_peft" in words:
