@@ -49,13 +49,14 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 3 * self.hidden_size
         if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size // self.num_experts_per_tok
+            share = self.intermediate_size // self.num_experts_per_tok
+            self.moe_intermediate_size = max(1, share)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of values")
         if self.use_moe and self.num_experts_per_tok > self.num_experts:
             raise ValueError(

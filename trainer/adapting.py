@@ -20,7 +20,9 @@ def choose_what_learns(model, tokenizer, args):
             "--use_lora 1 keeps all weights as they are, so it excludes --extend_tokens and "
             "--freeze_base 1; add the tokens in a run of their own first"
         )
-    if args.extend_tokens:
+    if args.extend_tokens and args.from_resume:
+        require_known(args.extend_tokens, tokenizer)
+    elif args.extend_tokens:
         added = extend_vocab(model, tokenizer, read_tokens(args.extend_tokens))
         print(f"{added} new tokens; the vocabulary has {model.config.vocab_size} entries")
     if args.use_lora and not getattr(model, "lora", None):
@@ -47,6 +49,19 @@ def choose_what_learns(model, tokenizer, args):
         sizes[0] = sum(weight[weight.first_row :].numel() for weight in learn)
     if sizes[0] < sizes[1]:
         print(f"{sizes[0]:,} of {sizes[1]:,} parameters learn ({sizes[0] / sizes[1]:.1%})")
+
+
+def require_known(path, tokenizer):
+    """Raises UserError if a file has tokens that the checkpoint of a run does not have. The run
+    does not need the file any more, so it may be gone.
+    """
+    tokens = read_tokens(path) if path.is_file() else {}
+    new = [token for token in tokens if tokenizer.token_to_id(token) is None]
+    if new:
+        raise UserError(
+            f"--extend_tokens {path} has tokens that the run did not begin with, such as {new[0]}; "
+            "give the file as it was, leave the flag out, or start a new run"
+        )
 
 
 def description(model):

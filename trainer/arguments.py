@@ -27,6 +27,9 @@ OF_THE_COMMAND = (
 )
 
 
+MOST = 2**53  # every number above is a mistake, and floats no longer hold all whole ones
+
+
 class Problem(str):
     """What is wrong with a flag's value. Kept in its place, so that all can be said at once."""
 
@@ -39,9 +42,10 @@ def number(kind, low, high=None):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= (value if high is None else high):
+        if value is None or not low <= value <= (MOST if high is None else high):
             limits = f"from {low} up" if high is None else f"from {low} to {high}"
-            return Problem(f"{text}: give {'a whole' if kind is int else 'a'} number {limits}")
+            whole = "a whole" if kind is int else "a"
+            return Problem(f"{text:.40}: give {whole} number {limits}")
         return value
 
     return convert
@@ -161,14 +165,22 @@ def training_parser(description, **defaults):
 def source(text):
     """An argparse type: a file, or one with its share (a.jsonl:0.7) or its copies (a.jsonl*3)."""
     match = re.fullmatch(r"(.+?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
-    path, weight, copies = match.groups() if not Path(text).is_file() else (text, None, None)
-    if not Path(path).is_file():
+    path, weight, copies = match.groups() if not is_file(Path(text)) else (text, None, None)
+    if not is_file(Path(path)):
         return Problem(f"{path}: there is no such file; give a path from here")
     weight = number(float, 1e-9)(weight) if weight else None
     copies = number(int, 1)(copies) if copies else 1
     problem = next((part for part in (weight, copies) if isinstance(part, Problem)), None)
     # The same file, wherever the run is resumed from.
     return problem or Source(Path(path).resolve(), weight, copies)
+
+
+def is_file(path):
+    """Whether there is such a file; False for a name that the system cannot have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def reading(args, rank):
@@ -218,7 +230,9 @@ def parse_once(parser, argv):
         problems.append("--data_path: give every file a share, or none")
     for name in ("eval_data_path", "tokenizer_path", "replay_path", "extend_tokens"):
         path = getattr(args, name, None)
-        if path is not None and not path.is_file():
+        if name == "extend_tokens" and args.from_resume:
+            continue  # the checkpoint has them
+        if path is not None and not is_file(path):
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
         elif path is not None:
             setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
@@ -246,8 +260,22 @@ def parse_once(parser, argv):
         problems += [f"--{name}: needs trained weights; give --from_weight" for name in given]
     if args.use_lora is True and not str(args.save_weight).startswith("lora_"):
         args.save_weight = f"lora_{args.save_weight}"
-    if args.save_weight in (None, "") or Path(args.save_weight).name != args.save_weight:
-        problems.append(f"--save_weight {args.save_weight}: give a name without folders")
+    name = str(args.save_weight)
+    if not re.fullmatch(r"\w[\w .+=-]{0,99}", name) or name.endswith(".pth"):
+        problems.append(
+            f"--save_weight {name:.110}: give a name of at most 100 letters, digits and _-+=. "
+            "without folders and without .pth"
+        )
+    if args.sample_prompt is not None and not 0 < len(args.sample_prompt) <= 500:
+        problems.append("--sample_prompt: give from 1 to 500 characters")
+    if args.loss_curve and args.loss_curve.is_dir():
+        problems.append(f"--loss_curve {args.loss_curve} is a folder; give a file in it")
+    if not (args.eval_split or args.eval_data_path):
+        given = [
+            flag for flag in ("early_stop_patience", "save_best_at_end") if getattr(args, flag)
+        ]
+        given += ["best_metric"] if getattr(args, "best_metric", "val_loss") != "val_loss" else []
+        problems += [f"--{flag} needs --eval_split above 0, or --eval_data_path" for flag in given]
     stop_at(problems)
     return args
 

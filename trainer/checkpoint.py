@@ -10,12 +10,12 @@ out/checkpoints/NAME_best.pth        the weights that did best in validation
 """
 
 import dataclasses
+import itertools
 import math
 import pickle
 import re
 import shutil
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,19 +27,11 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import add_projections
 from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
 from trainer.adapting import choose_what_learns, description
-from trainer.distributed import is_first, load_optimizer, whole
+from trainer.distributed import is_first, whole
+from trainer.run import flags_of
 
 FORMAT = 1
 EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
-# Flags that a resumed run may change: the weights come out the same, or, with another device,
-# nearly the same.
-FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir rebuild_cache
-    device num_workers use_compile grad_checkpoint profile parallel deterministic log_interval
-    save_interval eval_interval sample_interval sample_prompt strict_data keep_checkpoints
-    best_metric early_stop_patience save_best_at_end max_bad_steps loss_curve offline_dir""".split()
-FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
-FREE += ["data_path", "eval_data_path", "replay_path"]  # the content of the files is compared
-QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ
 MAKE = {
     "pretrain": "make it with: python trainer/train_pretrain.py",
     "full_sft": "make it with: python trainer/train_full_sft.py",
@@ -78,6 +70,8 @@ def load(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than plain values and tensors, or is damaged; it is not opened, "
@@ -86,7 +80,8 @@ def load(path):
     except Exception as error:  # the readers of zip and pickle raise nearly anything on any bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason}); train anew, or get it again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    if not ours or not isinstance(content.get("stage"), str):
         raise UserError(f"{path} is not a weights file of this program; it needs format {FORMAT}")
     return content
 
@@ -120,6 +115,36 @@ def matching(folder, name, hidden_size=None, use_moe=None, ending=""):
     return found
 
 
+def files_of(save_dir, name, more=""):
+    """The files that a run writes under a name, which is a pattern, with more after each."""
+    endings = {".": r"\.pth", "checkpoints": r"_(resume|best|new|step\d+)\.pth"}
+    endings["logs"] = r"(\.jsonl|_loss\.png)"
+    return [
+        path
+        for folder, ending in endings.items()
+        for path in sorted((save_dir / folder).glob("*"))
+        if re.fullmatch(name + ending + more, path.name)
+    ]
+
+
+def keep_previous(args, name):
+    """Renames the files of an earlier run to NAME_previous..., unless this one goes on with it, and
+    says so. They stay until this run is complete. What a killed run had half written is removed.
+    """
+    escaped = re.escape(name)
+    for path in files_of(args.save_dir, rf"\.{escaped}", r"\.\d+\.part"):
+        path.unlink()
+    files = files_of(args.save_dir, escaped)
+    if args.from_resume or not any(path.suffix == ".pth" for path in files):
+        return
+    numbers = itertools.chain([""], itertools.count(2))
+    names = (f"{name}_previous{number}" for number in numbers)
+    kept = next(free for free in names if not files_of(args.save_dir, re.escape(free)))
+    for path in files:
+        path.rename(path.with_name(kept + path.name.removeprefix(name)))
+    print(f"the earlier run {name} is kept as {kept} until this one is complete")
+
+
 def step_of(path):
     """The step in a checkpoint's name; that of the latest is above all."""
     match = re.search(r"_step(\d+)$", path.stem)
@@ -146,7 +171,8 @@ def load_latest(args):
     for path in sorted(ours, key=step_of, reverse=True):
         try:
             content = load(path)
-            if "run" not in content:
+            parts = ("run", "arguments", "optimizer", "scaler")
+            if not all(isinstance(content.get(part), dict) for part in parts):
                 raise UserError(f"{path} is no checkpoint of this version; start the run anew")
         except UserError as error:
             failed = failed or error
@@ -164,27 +190,51 @@ def weights_to_start_from(args):
     return load(find(args.save_dir, f"lora_{args.lora}"))["under"] if args.lora else "full_sft"
 
 
+def require_plain(config, content):
+    """Raises ValueError unless the values in a file are of the kind that a model takes."""
+    weights, first = content["model"], content.get("first_new_token", 1)
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), type(getattr(ModelConfig(), field.name))
+        fits = type(value) in (int, float) if kind is float else type(value) is kind
+        if not fits or not 0 <= value < math.inf or (kind is int and value == 0):
+            raise ValueError(f"{field.name} is {value!r}")
+    if max(config.num_hidden_layers, config.use_moe * config.num_experts) > len(weights):
+        raise ValueError("it has fewer weights than layers or experts")
+    if type(first) is not int or not 0 < first <= config.vocab_size:
+        raise ValueError(f"first_new_token is {first!r}")
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or weight.layout != torch.strided:
+            raise ValueError(f"{name} does not hold floating point numbers")
+
+
+def empty_model(config, content):
+    """A model of the shape that a file names, with its adapters and projections."""
+    model = CausalLM(config)
+    if "lora" in content:
+        add_lora(model, **content["lora"])
+    if "projections" in content:
+        add_projections(model, *content["projections"])
+    return model
+
+
 def build(content, path, args=None):
     """(model, tokenizer) of a loaded file; every weight must be there and fit.
 
     args: the flags; lora names adapters to merge into the weights.
     Raises UserError with the missing and unexpected names and the shapes that differ.
     """
+    if "lora" in content and "run" not in content:
+        raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
     try:
+        weights, tokenizer = content["model"], load_tokenizer(json_text=content["tokenizer"])
         config = ModelConfig(**content["config"])
-        tokenizer = load_tokenizer(json_text=content["tokenizer"])
-        weights = content["model"]
-    except (KeyError, TypeError, ValueError) as error:
+        config.dropout = getattr(args, "dropout", 0.0)
+        require_plain(config, content)
+        with torch.device("meta"):  # takes no memory, whatever sizes a damaged file names
+            expected = empty_model(config, content).state_dict()
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not say what model it holds: {error}") from None
-    config.dropout = getattr(args, "dropout", 0.0)
-    model = CausalLM(config)
-    if "lora" in content:
-        if "run" not in content:
-            raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
-        add_lora(model, **content["lora"])
-    if "projections" in content:
-        add_projections(model, *content["projections"])
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    expected = {name: tuple(weight.shape) for name, weight in expected.items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not part of the model" for name in found if name not in expected]
@@ -199,6 +249,7 @@ def build(content, path, args=None):
     if size > config.vocab_size:
         both = f"its tokenizer has {size} tokens, but its model only {config.vocab_size}"
         raise UserError(f"{path}: {both}; it was put together from two runs")
+    model = empty_model(config, content)
     model.load_state_dict(weights)
     model.first_new_token = content.get("first_new_token")
     if getattr(args, "lora", None):
@@ -210,46 +261,6 @@ def build(content, path, args=None):
     elif hasattr(args, "use_lora"):
         choose_what_learns(model, tokenizer, args)
     return model, tokenizer
-
-
-@dataclass
-class Run:
-    """Where a run is. Random numbers and the learning rate follow from the step and the flags."""
-
-    data: list  # the hash of each file
-    rows: int
-    rows_per_step: int
-    processes: int
-    step: int = 0
-    tokens: int = 0  # trained on
-    bad_steps: int = 0  # the last ones, left out because their gradients were not finite
-    log_bytes: int = 0  # of the metrics log
-    saved_step: int | None = None  # that of the latest checkpoint
-    best_score: float | None = None
-    evaluations_since_best: int = 0
-
-    def judge(self, score):
-        """Takes note of a validation (higher is better); returns whether it is the best so far."""
-        best = self.best_score is None or score > self.best_score
-        best = best and not math.isnan(score)
-        self.best_score = score if best else self.best_score
-        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
-        return best
-
-    def stalled(self, patience):
-        """Whether the last `patience` validations found nothing better; with 0, never."""
-        return 0 < patience <= self.evaluations_since_best
-
-
-def flags_of(args):
-    """The flags as weights_only=True may load them."""
-
-    def plain(value):
-        if isinstance(value, list):
-            return [tuple(map(plain, source)) for source in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: plain(value) for name, value in vars(args).items()}
 
 
 def save_weights(path, args, model, tokenizer, stage, run, state=None):
@@ -279,19 +290,25 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
         more["run"], more["arguments"] = dataclasses.asdict(run), flags_of(args)
         new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
         save(new, state, model.config, tokenizer, stage, **more, **description(model))
-        earlier = sorted(folder.glob(f"{name}_step*.pth"), key=step_of)
-        if before is None:  # this run did not begin with them: it replaces another one
-            for path in earlier:
-                path.unlink()
-        else:
-            place = folder / f"{name}_step{before:06d}.pth"
-            if latest.exists() and place not in earlier:  # there: the latest was damaged
-                latest.replace(place)
-                earlier.append(place)
-            for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
-                path.unlink()
+        place = folder / f"{name}_step{before or 0:06d}.pth"
+        if latest.exists() and not place.exists():  # there already: the latest was damaged
+            latest.replace(place)
         new.replace(latest)
+        which = args.save_weight, model.config.hidden_size, model.config.use_moe
+        earlier = sorted(matching(folder, *which, r"_step\d+"), key=step_of)
+        for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
+            path.unlink()
         save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run, state)
+
+
+def complete(args, name, run):
+    """Ends a run that is finished: the best weights become those of the run where
+    --save_best_at_end says so, and the files of the run before it go.
+    """
+    if args.save_best_at_end and run.best_score is not None:
+        put_best_in_place(args, name)
+    for path in files_of(args.save_dir, rf"{re.escape(name)}_previous\d*"):
+        path.unlink()
 
 
 def put_best_in_place(args, name):
@@ -300,48 +317,3 @@ def put_best_in_place(args, name):
     load(best)  # raises an error if it is damaged
     with best.open("rb") as source, replacing(args.save_dir / f"{name}.pth") as file:
         shutil.copyfileobj(source, file)
-
-
-def go_on(run, resume, args, optimizer, scaler):
-    """The Run of a checkpoint, and its state for optimizer and scaler; run holds what is known of
-    this one before its first step.
-
-    Prints which flags differ. Raises UserError with all that make it another run, unless
-    args.force_resume.
-    """
-    path, content = resume
-    before, saved = content["arguments"], Run(**content["run"])
-    now = flags_of(args)
-    differ = {
-        name: f"{name} is {value} and was {before.get(name)}"
-        for name, value in now.items()
-        if value != before.get(name)
-    }
-    free = [name for name in FREE if name in differ]
-    if "epochs" in differ and now["epochs"] > before["epochs"]:
-        free.append("epochs")
-    harm = [text for name, text in differ.items() if name not in free]
-    if (run.data, run.rows) != (saved.data, saved.rows):
-        harm.append("the data is not what it was when the run began")
-    if run.rows_per_step != saved.rows_per_step:
-        harm.append(
-            f"a step takes {run.rows_per_step} rows (batch_size x accumulation_steps x processes) "
-            f"and took {saved.rows_per_step}"
-        )
-    elif run.processes != saved.processes:
-        print(
-            f"{run.processes} processes go on where {saved.processes} stopped: a step takes "
-            f"{run.rows_per_step} rows as before, so none is repeated or left out"
-        )
-    print("".join(f"{differ[name]}\n" for name in free if name not in QUIET), end="")
-    if harm and not args.force_resume:
-        raise UserError(
-            f"--from_resume 1 goes on with the run of {path}, but {'; '.join(harm)}. "
-            "Give what it was, or --force_resume 1"
-        )
-    for text in harm:
-        print(f"warning: {text}")
-    load_optimizer(optimizer, content["optimizer"])
-    scaler.load_state_dict(content["scaler"])
-    now_known = ("data", "rows", "rows_per_step", "processes")
-    return dataclasses.replace(saved, **{name: getattr(run, name) for name in now_known})

@@ -102,22 +102,3 @@ class RunLock:
 
     def release(self):
         self.file.close()
-
-
-def report_end(args, run, total_steps, batch):
-    """Says why a run ended before its last step, and how to go on; batch is where the last step's
-    rows came from. Ends the program unless the run is done.
-    """
-    if run.bad_steps >= args.max_bad_steps:
-        raise UserError(
-            f"{run.bad_steps} steps in a row had no finite gradient; saved at step {run.step}. The "
-            f"last one was trained on {batch}. Look at these, or lower --learning_rate and start "
-            "anew; --from_resume 1 goes on"
-        )
-    if run.stalled(args.early_stop_patience):
-        print(
-            f"Stopped at step {run.step}: {args.early_stop_patience} validations without a better"
-        )
-    elif run.step < total_steps:
-        print(f"Stopped at step {run.step} of {total_steps}, saved. Go on with --from_resume 1.")
-        sys.exit(130)

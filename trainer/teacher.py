@@ -6,6 +6,7 @@ from dataset.errors import UserError
 from dataset.offline import OfflineTeacher, read_manifest
 from dataset.tokenizer import load_tokenizer
 from model.distillation import Distillation, Teacher, add_projections
+from model.lora import hash_of
 from trainer import checkpoint
 
 
@@ -23,9 +24,11 @@ def with_teacher(model, tokenizer, args):
         require_fitting(read_manifest(path), args)
         its_tokenizer = load_tokenizer(path / "tokenizer.json")
         teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
+        weights = read_manifest(path)["teacher"]
     else:
         path = checkpoint.find(args.save_dir, args.teacher_weight)
         its_model, its_tokenizer = checkpoint.build(checkpoint.load(path), path)
+        weights = hash_of(its_model)
         teacher = Teacher(its_model.to(device), layers_of(args.aux_layers, its_model, path))
     if its_tokenizer.to_str() != tokenizer.to_str():
         raise UserError(
@@ -40,7 +43,9 @@ def with_teacher(model, tokenizer, args):
         model.projections.requires_grad_(True)
     print(f"taught by {path}: {args.distill_alpha} of the loss is that of the data")
     how = args.distill_alpha, args.distill_temperature, args.hidden_weight
-    return Distillation(model, teacher, *how)
+    taught = Distillation(model, teacher, *how)
+    taught.teacher_hash = weights
+    return taught
 
 
 def layers_of(text, model, path):

@@ -32,7 +32,8 @@ from trainer.arguments import number, one_of, parse_training_args, reading, trai
 from trainer.compiling import compile_layers
 from trainer.metrics import MetricsLog, step_profiler
 from trainer.optimizer import make_optimizer
-from trainer.stopping import RunLock, StopSignal, report_end
+from trainer.run import Run, go_on, report_end
+from trainer.stopping import RunLock, StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
     describe,
@@ -108,20 +109,30 @@ def main(argv=None):
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
-    runner = distributed.parallelise(with_teacher(model, tokenizer, args), args.parallel, dtype)
+    taught = with_teacher(model, tokenizer, args)
+    runner = distributed.parallelise(taught, args.parallel, dtype)
     optimizer = make_optimizer(model, args)
     rows_per_step = args.batch_size * args.accumulation_steps * world_size
     content = data.content + eval_data.content
-    run = checkpoint.Run(content, len(train_rows), rows_per_step, world_size)
+    teacher = getattr(taught, "teacher_hash", None)
+    run = Run(content, len(train_rows), rows_per_step, world_size, teacher)
     if resume:
-        run = checkpoint.go_on(run, resume, args, optimizer, scaler)
+        run = go_on(run, resume, args, optimizer, scaler)
+    if rank == 0:
+        checkpoint.keep_previous(args, name)
     steps_per_epoch = len(epoch_plan(data, train_rows, args, 0, rank, world_size))
     total_steps = steps_per_epoch * args.epochs
+    log = MetricsLog(args.save_dir / "logs" / f"{name}.jsonl", run.log_bytes, silent=rank > 0)
     if run.step >= total_steps or run.stalled(args.early_stop_patience):
-        print(f"This run is finished: {run.step} of {total_steps} steps. More --epochs go on.")
+        # A kill may have come between the last checkpoint and the weights, so they are written.
+        place = args.save_dir / f"{name}.pth"
+        checkpoint.save_weights(place, args, model, tokenizer, "full_sft", run)
+        if rank == 0:
+            checkpoint.complete(args, name, run)
+            log.draw(args.loss_curve)
+        print(f"This run is finished: {run.step} of {total_steps} steps. weights: {place}")
         return
 
-    log = MetricsLog(args.save_dir / "logs" / f"{name}.jsonl", run.log_bytes, silent=rank > 0)
     profiler = step_profiler(log.path, args.profile and rank == 0)
     stop = StopSignal()
     bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=rank > 0 or None)
@@ -236,10 +247,10 @@ def main(argv=None):
     distributed.end()
     if rank > 0:
         return
+    if done and not hopeless:
+        checkpoint.complete(args, name, run)
     lock.release()
     report_end(args, run, total_steps, data.where(sum(micro_batches, [])))
-    if args.save_best_at_end and run.best_score is not None:
-        checkpoint.put_best_in_place(args, name)
     print(f"weights: {args.save_dir / name}.pth\nloss curve: {log.draw(args.loss_curve)}")
     print("next: python eval_llm.py")
 
