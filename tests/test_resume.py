@@ -1,0 +1,278 @@
+"""What a run leaves, whatever ends it: a finished run has its weights, a new run keeps the files of
+the one before, and whatever decides the result is compared before a run goes on.
+"""
+
+import copy
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.errors import UserError
+from tests.conftest import chat, run_here, write_jsonl
+from tests.test_errors import refused
+from tests.test_training import StopAt, assert_equal, flags, log, weights
+from trainer import checkpoint, train_full_sft
+from trainer.run import FREE, Run, go_on
+
+SFT = "trainer/train_full_sft.py"
+RESUME = "checkpoints/full_sft_32_resume.pth"
+
+
+def stopped_at(step, command, monkeypatch):
+    """The run of these flags, stopped after some steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_full_sft, "StopSignal", StopAt(step))
+        with pytest.raises(SystemExit):
+            train_full_sft.main(command)
+
+
+def resume(out, *more):
+    train_full_sft.main(["--save_dir", str(out), "--from_resume", "1", *map(str, more)])
+
+
+def files(out):
+    return {str(path.relative_to(out)) for path in out.rglob("*.pth")}
+
+
+# ------------------------------------------------------------------------------- finished, or not
+
+
+@pytest.mark.parametrize("best", [0, 1])
+@pytest.mark.parametrize("left", ["nothing", "earlier weights"])
+def test_a_finished_run_that_is_resumed_writes_the_weights_that_are_missing(
+    data, tmp_path, monkeypatch, best, left
+):
+    """As after a kill, or a full disk, between the last checkpoint and the weights."""
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: (next(losses), {}))
+    more = {"eval_interval": 1, "save_interval": 1, "save_best_at_end": best}
+    train_full_sft.main(flags(data, tmp_path, **more))
+    expected = weights(tmp_path)
+    last = checkpoint.load(tmp_path / RESUME)
+    assert (checkpoint.load(tmp_path / "full_sft_32.pth")["training"]["step"] == 2) == best
+    (tmp_path / "full_sft_32.pth").unlink()
+    if left == "earlier weights":
+        content = checkpoint.load(tmp_path / "checkpoints/full_sft_32_step000004.pth")
+        checkpoint.save_tensors(tmp_path / "full_sft_32.pth", content)
+    resume(tmp_path)
+    assert_equal(expected, weights(tmp_path))
+    assert torch.equal(expected["model.norm.weight"], last["model"]["model.norm.weight"]) != best
+
+
+def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
+    data, tmp_path, monkeypatch, capsys
+):
+    command = flags(data, tmp_path, save_interval=2)
+    train_full_sft.main(command)
+    old, before, old_log = weights(tmp_path), files(tmp_path), log(tmp_path)
+    capsys.readouterr()
+    stopped_at(1, [*command, "--seed", "5"], monkeypatch)  # the same again, then Ctrl-C
+    assert "full_sft_32 is kept as full_sft_32_previous until" in capsys.readouterr().out
+    kept = {name.replace("full_sft_32", "full_sft_32_previous") for name in before}
+    assert kept <= files(tmp_path)
+    assert_equal(old, weights(tmp_path, "full_sft_32_previous"))
+    assert log(tmp_path, "full_sft_32_previous") == old_log
+    assert checkpoint.load(tmp_path / RESUME)["run"]["step"] == 1
+
+    stopped_at(1, [*command, "--seed", "6"], monkeypatch)  # and again: neither is lost
+    assert kept <= files(tmp_path) and "full_sft_32_previous2.pth" in files(tmp_path)
+    assert_equal(old, weights(tmp_path, "full_sft_32_previous"))
+
+    resume(tmp_path)
+    assert not [name for name in files(tmp_path) if "previous" in name]
+    assert log(tmp_path)[-1]["step"] == 5 and not list((tmp_path / "logs").glob("*previous*"))
+
+
+def test_a_run_of_another_name_or_size_is_left_alone(data, tmp_path):
+    """A name is no pattern: [1] is three letters of it."""
+    for name in ("run", "run2", "run_32"):
+        train_full_sft.main(flags(data, tmp_path, save_weight=name, save_interval=2))
+    train_full_sft.main(flags(data, tmp_path, save_weight="run", use_moe=1))
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    ours = [
+        name for name in before if re.fullmatch(r"(.*/)?run_32(_(best|resume|step\d+))?.pth", name)
+    ]
+    assert len(ours) == 4
+    train_full_sft.main(flags(data, tmp_path, save_weight="run", seed=7, save_interval=2))
+    after = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    assert {name for name in before if before[name] != after[name]} == set(ours)
+
+
+@pytest.mark.parametrize(
+    "name", ["run[1]", "a*", "a/b", "..", "", "x.pth", "x" * 300, "a\0b", "a\n"]
+)
+def test_a_name_that_is_a_folder_or_a_pattern_is_refused(data, tmp_path, name):
+    command = flags(data, tmp_path, save_weight=name)
+    refused(run_here(SFT, *command), "--save_weight", "give a name of at most 100 letters")
+
+
+def test_half_a_file_of_a_killed_run_goes_when_the_run_starts_again(data, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    half = [folder / ".full_sft_32_new.pth.4242.part", tmp_path / ".full_sft_32.pth.4242.part"]
+    others = [tmp_path / ".full_sft_32_moe.pth.4242.part", folder / ".other_32_new.pth.1.part"]
+    for path in half + others:
+        path.write_bytes(b"half")
+    train_full_sft.main(flags(data, tmp_path))
+    assert [path.exists() for path in half + others] == [False, False, True, True]
+
+
+def test_the_checkpoint_before_stays_until_the_new_one_has_its_name(data, tmp_path, monkeypatch):
+    """At each moment of a save some checkpoint is found and can be read."""
+    seen, args = [], parse(["--save_dir", str(tmp_path)])
+
+    def watched(act):
+        def action(path, *more):
+            done = act(path, *more)
+            if tmp_path in path.parents:
+                try:
+                    seen.append(checkpoint.load_latest(args)[1]["run"]["step"])
+                except UserError:
+                    seen.append(0)
+            return done
+
+        return action
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(f"pathlib.Path.{name}", watched(getattr(Path, name)))
+    train_full_sft.main(flags(data, tmp_path, keep_checkpoints=0, save_interval=1))
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3, 4, 5}
+
+
+def test_of_several_sizes_the_newest_run_goes_on_and_the_newest_weights_are_taken(
+    data, tmp_path, capsys
+):
+    for size in (32, 48):
+        train_full_sft.main([*flags(data, tmp_path), "--hidden_size", str(size)])
+    for size, newest in ((48, 32), (32, 48)):
+        for path in tmp_path.rglob(f"*{size}*.pth"):
+            os.utime(path, (1_000_000, 1_000_000))
+        for path in tmp_path.rglob(f"*{newest}*.pth"):
+            os.utime(path, (2_000_000, 2_000_000))
+        assert checkpoint.find(tmp_path, "full_sft").name == f"full_sft_{newest}.pth"
+        args = parse(["--save_dir", str(tmp_path)])
+        assert checkpoint.load_latest(args)[0].name == f"full_sft_{newest}_resume.pth"
+
+
+# ------------------------------------------------------------------------------ what may change
+
+
+def parse(line):
+    """The flags of the SFT script, as it reads them."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        read = train_full_sft.parse_training_args
+        keep = lambda *given: found.append(read(*given)[0]) or sys.exit()  # noqa: E731
+        patch.setattr(train_full_sft, "parse_training_args", keep)
+        with pytest.raises(SystemExit):
+            train_full_sft.main(line)
+    return found[0]
+
+
+OTHER = {  # a value that each flag that decides the result may have instead
+    "epochs": 0, "learning_rate": 0.5, "min_lr_ratio": 0.3, "warmup_steps": 7, "weight_decay": 0.3,
+    "optimizer": "muon", "grad_clip": 0.3, "max_seq_len": 99, "packing": False, "dropout": 0.3,
+    "eval_split": 0.3, "tokenizer_path": "x.json", "hidden_size": 48, "num_hidden_layers": 7,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 9, "use_moe": True,
+    "num_experts": 9, "num_experts_per_tok": 3, "dtype": "bf16", "seed": 9, "use_lora": True,
+    "lora_rank": 3, "lora_alpha": 3.0, "lora_dropout": 0.3, "lora_target": "q_proj",
+    "teacher_weight": "x", "distill_alpha": 0.3, "distill_temperature": 3.0, "hidden_weight": 0.3,
+    "aux_layers": "1", "freeze_base": True, "freeze": "x", "best_metric": "tiny_world",
+    "replay_share": 0.3, "data_format": "qa", "overlong": "drop", "keep_think": "none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_flag_that_decides_the_result_may_not_change(name):
+    args = parse(["--from_weight", "none"])
+    saved = {"arguments": vars(args), "run": vars(Run(["x"], 5, 8, 1))}
+    changed = copy.copy(args)
+    setattr(changed, name, OTHER[name])
+    with pytest.raises(UserError, match=rf"but {name} is {re.escape(str(OTHER[name]))} and was"):
+        go_on(Run(["x"], 5, 8, 1), ("it.pth", saved), changed, None, None)
+
+
+def test_every_flag_may_change_or_may_not():
+    """A new flag must be put on one of the two sides."""
+    known = set(vars(parse(["--from_weight", "none"])))
+    assert known == set(OTHER) | set(FREE) and not set(OTHER) & set(FREE)
+
+
+CHANGES = """--device cpu --grad_checkpoint 1 --deterministic 0 --log_interval 3 --save_interval 1
+    --eval_interval 3 --sample_interval 2 --sample_prompt Hm --strict_data 1 --keep_checkpoints 3
+    --early_stop_patience 50 --max_bad_steps 3 --rebuild_cache 1 --from_weight x --parallel fsdp"""
+# Tested where these flags are, or not part of the result.
+ELSEWHERE = """from_resume force_resume save_dir save_weight config save_best_at_end batch_size
+    profile
+    accumulation_steps num_workers use_compile data_path eval_data_path replay_path offline_dir
+    extend_tokens cache_dir loss_curve""".split()
+
+
+def test_a_flag_that_may_change_changes_no_bit_of_the_result(data, tmp_path, monkeypatch):
+    train_full_sft.main(flags(data, tmp_path / "whole", dropout=0.1, epochs=2))
+    stopped_at(3, flags(data, tmp_path / "parts", dropout=0.1, epochs=2), monkeypatch)
+    changed = re.findall(r"--(\w+)", CHANGES)
+    assert sorted(changed + ELSEWHERE) == sorted(FREE)
+    places = ["--cache_dir", tmp_path / "cache", "--loss_curve", tmp_path / "curve.png"]
+    resume(tmp_path / "parts", *CHANGES.split(), *places)
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_other_shares_of_the_data_are_refused_on_resume(data, tmp_path, monkeypatch):
+    other = write_jsonl(tmp_path / "other.jsonl", [chat("Hello?", f"Hello {i}") for i in range(40)])
+    command = flags(data, tmp_path)
+    at = command.index("--data_path")
+    both = [f"{data / 'sft.jsonl'}:0.5", f"{other}:0.5"]
+    command[at : at + 2] = ["--data_path", *both]
+    stopped_at(3, command, monkeypatch)
+    again = ["--save_dir", tmp_path, "--from_resume", 1, "--data_path"]
+    changed = [f"{data / 'sft.jsonl'}:0.4", f"{other}:0.6"]
+    refused(run_here(SFT, *again, *changed), "--data_path gives other shares or copies")
+    assert run_here(SFT, *again, *both).returncode == 0
+
+
+def test_a_teacher_with_other_weights_is_refused_on_resume(data, trained, tmp_path, monkeypatch):
+    teacher = tmp_path / "teacher_32.pth"
+    teacher.write_bytes((trained / "full_sft_32.pth").read_bytes())
+    more = {"teacher_weight": teacher, "from_weight": "none"}
+    stopped_at(3, flags(data, tmp_path / "out", **more), monkeypatch)
+    content = checkpoint.load(teacher)
+    content["model"]["model.norm.weight"] += 0.01
+    checkpoint.save_tensors(teacher, content)
+    again = ["--save_dir", tmp_path / "out", "--from_resume", 1]
+    refused(run_here(SFT, *again), "the teacher has other weights than when the run began")
+    teacher.write_bytes((trained / "full_sft_32.pth").read_bytes())
+    assert run_here(SFT, *again).returncode == 0
+
+
+def test_new_tokens_come_from_the_checkpoint_and_their_file_is_not_needed(
+    data, trained, tmp_path, monkeypatch
+):
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("<a>\n<b>\n", encoding="utf-8")
+    command = flags(data, tmp_path / "whole", from_weight=trained / "pretrain_32.pth", epochs=2)
+    command += ["--extend_tokens", str(tokens)]
+    train_full_sft.main(command)
+    command[command.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
+    stopped_at(3, command, monkeypatch)
+    tokens.write_text("<a>\n<b>\n<c>\n<d>\n", encoding="utf-8")
+    again = ["--save_dir", tmp_path / "parts", "--from_resume", 1]
+    refused(run_here(SFT, *again), "tokens.txt has tokens that the run did not begin with", "<c>")
+    tokens.unlink()
+    assert run_here(SFT, *again).returncode == 0
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="comes with torch 2.9")
+def test_an_optimizer_that_does_not_fit_is_said_even_by_force(data, tmp_path, monkeypatch):
+    stopped_at(3, flags(data, tmp_path), monkeypatch)
+    force = ["--save_dir", tmp_path, "--from_resume", 1, "--force_resume", 1]
+    done = run_here(SFT, *force, "--optimizer", "muon")
+    refused(done, "optimizer state does not fit this run", "was adamw", "--from_weight full_sft")
+    done = run_here(SFT, *force, "--freeze", "layers.0")
+    refused(done, "optimizer state does not fit this run")
+    assert run_here(SFT, *force, "--learning_rate", 0.01).returncode == 0
