@@ -1,10 +1,13 @@
-"""Kills training runs at random moments, resumes them, and compares with runs left alone.
+"""Kills training runs, resumes them, and compares with runs left alone.
 
-    python bench/faults.py --kills 100
+    python bench/faults.py --kills 100      # at random moments
+    python bench/faults.py --writes         # before each write of a file, so after each, too
 
 Each kill hits a fresh run: while its data is tokenised, while it trains, while it saves. Right
-after, every .pth file must be complete. The run is then resumed (or started again, where nothing
-was saved yet), and must end in the same weights, to the bit, and the same log, but for timings.
+after, every .pth file must be complete, and the latest checkpoint that was written must be found.
+The run is then resumed (or started again, where nothing was saved yet), and must end in the same
+weights, to the bit, and the same log, but for timings. Where the run replaces an earlier one of its
+name, the weights of that one must be there until the new one is complete.
 Ends with code 1 if one differs; its folder stays.
 """
 
@@ -27,12 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from trainer import checkpoint
+from dataset.errors import UserError, mistakes_in_plain_words
+from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import ROOT
 
 TOY = """--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --from_weight none
     --device cpu --dtype fp32 --save_interval 1 --eval_interval 4 --log_interval 1
     --max_seq_len 128"""
+SCRIPTS = {"full_sft": train_full_sft, "pretrain": train_pretrain}
 RUNS = {  # name: (script, its flags)
     "SFT, dropout, accumulation": ("full_sft", "--dropout 0.1 --accumulation_steps 2 --epochs 2"),
     "SFT, MoE, not packed": ("full_sft", "--use_moe 1 --packing 0 --batch_size 16 --epochs 4"),
@@ -65,9 +70,12 @@ def start(line):
     )
 
 
-def result(name, out):
+def stem_of(name):
+    return f"{RUNS[name][0]}_32{'_moe' if 'moe' in RUNS[name][1] else ''}"
+
+
+def result(stem, out):
     """(weights, log without timings) of a finished run."""
-    stem = f"{RUNS[name][0]}_32{'_moe' if 'moe' in RUNS[name][1] else ''}"
     lines = (out / "logs" / f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()
     timings = ("tokens_per_s", "data_wait_s")
     log = [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
@@ -104,18 +112,154 @@ def trial(number, data, folder, references, seed):
     printed, _ = process.communicate()
     if process.returncode:
         return when, saved, f"{name}: {printed} ({out})"
-    weights, log = result(name, out)
-    same = weights.keys() == expected[0].keys()
-    same = same and all(torch.equal(weights[key], expected[0][key]) for key in weights)
-    if not same or log != expected[1]:
-        return when, saved, f"{name}: other {'log' if same else 'weights'} ({out})"
+    if not same(result(stem_of(name), out), expected):
+        return when, saved, f"{name}: other weights, or another log ({out})"
     shutil.rmtree(out)
     return when, saved, None
+
+
+# ------------------------------------------------------------------------- killed at each write
+
+WRITES = {  # name: (script, its flags, whether it replaces a finished run of its name)
+    "SFT, the best weights at the end": (
+        "full_sft",
+        "--eval_interval 2 --save_best_at_end 1",
+        False,
+    ),
+    "pretraining, no earlier checkpoint": ("pretrain", "--keep_checkpoints 0", False),
+    "SFT, under an old name": ("full_sft", "--seed 5", True),
+}
+CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.fsync")
+
+
+def run_killed(script, flags, out, kill_at):
+    """Runs a script in a forked process and kills it before its write of that number.
+
+    Returns (exit code, its writes as [(event, file)]).
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        run_watched(script, flags, out, kill_at, writer)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as lines:
+        events = [tuple(line.rstrip("\n").split(" ", 1)) for line in lines]
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), events
+
+
+def run_watched(script, flags, out, kill_at, writer):
+    """The part of `run_killed` in the child; does not return."""
+    done = 0
+
+    def before(event, given):
+        nonlocal done
+        if event == "open" and not (isinstance(given[2], int) and given[2] & CHANGING):
+            return
+        if event not in ("open", *EVENTS) or not str(given[0]).startswith(str(out)):
+            return
+        if done == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        target = given[1] if event == "os.rename" else given[0]
+        os.write(writer, f"{event} {target}\n".encode())
+
+    def fsync(file):
+        before("os.fsync", [str(out)])
+        sync(file)
+
+    sync, os.fsync = os.fsync, fsync
+    sys.addaudithook(before)
+    code = 1
+    try:
+        with (out.parent / f"{out.name}.txt").open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            with mistakes_in_plain_words():
+                SCRIPTS[script].main(flags)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os._exit(code)
+
+
+def newest_step(out, script):
+    """The step of the checkpoint that a resumed run would take; 0 where there is none."""
+    args = argparse.Namespace(save_dir=out, save_weight=script, hidden_size=None, use_moe=None)
+    try:
+        return checkpoint.load_latest(args)[1]["run"]["step"]
+    except UserError:
+        return 0
+
+
+def each_write(name, data, folder, every):
+    """Kills a run before every so many of its writes; returns (kills, [what was lost])."""
+    script, more, replaces = WRITES[name]
+    flags = [*TOY.split(), *more.split(), "--data_path", str(data / f"few_{script}.jsonl")]
+    stem, failures = f"{script}_32", []
+    flags += ["--packing", "0", "--batch_size", "13", "--save_dir"]
+    old = folder / "old"
+    if replaces:
+        seed = [word if word != "5" else "1" for word in flags]
+        assert run_killed(script, [*seed, str(old)], old, None)[0] == 0
+        earlier = result(stem, old)
+
+    def fresh(number):
+        out = folder / f"{stem} {number}"
+        shutil.rmtree(out, ignore_errors=True)
+        if replaces:
+            shutil.copytree(old, out)
+        return out
+
+    out = fresh("whole")
+    code, writes = run_killed(script, [*flags, str(out)], out, None)
+    assert code == 0, (out.parent / f"{out.name}.txt").read_text()
+    expected = result(stem, out)
+    saved = [event == "os.rename" and "_resume.pth" in file for event, file in writes]
+    # A rename whose source is the old run's keeps its files; it saves nothing of this run.
+    saved = [mark and "previous" not in file for mark, (_, file) in zip(saved, writes, strict=True)]
+    for at in range(0, len(writes), every):
+        out = fresh(at)
+        code, _ = run_killed(script, [*flags, str(out)], out, at)
+        place = f"{name}, killed before write {at}, {' '.join(writes[at])}"
+        assert code == -signal.SIGKILL, place
+        for path in out.rglob("*.pth"):
+            checkpoint.load(path)
+        began = any("logs" in file for _, file in writes[:at]) or not replaces
+        step = newest_step(out, script) if began else 0
+        if step < sum(saved[:at]) and began:
+            failures.append(
+                f"{place}: {sum(saved[:at])} checkpoints were written, step {step} found"
+            )
+        if replaces and not any(
+            same(result(path.stem, out), earlier) for path in out.glob("*.pth")
+        ):
+            failures.append(f"{place}: the earlier run is gone")
+        again = ["--from_resume", "1"] if step else []
+        code, _ = run_killed(script, [*flags, str(out), *again], out, None)
+        said = (out.parent / f"{out.name}.txt").read_text()
+        if code or not same(result(stem, out), expected):
+            failures.append(f"{place}, then {again}: code {code}, {said} ({out})")
+        elif list(out.rglob("*.part")) or list(out.rglob("*_previous*")):
+            failures.append(f"{place}: something stays behind in {out}")
+        else:
+            shutil.rmtree(out)
+    return len(range(0, len(writes), every)), failures
+
+
+def same(one, other):
+    """Whether two results have the same weights, to the bit, and the same log."""
+    names = one[0].keys() == other[0].keys()
+    return names and one[1] == other[1] and all(torch.equal(one[0][k], other[0][k]) for k in one[0])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--writes", action="store_true", help="kill at each write instead")
+    parser.add_argument("--every", type=int, default=1, help="with --writes, only each so many")
     parser.add_argument("--jobs", type=int, default=2, help="trials at once")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -128,6 +272,18 @@ def main():
     for stage, records in (("pretrain", [{"text": t} for t in texts]), ("full_sft", chats)):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{stage}.jsonl").write_text(lines, encoding="utf-8")
+        few = "".join(lines.splitlines(keepends=True)[:40])
+        (folder / f"few_{stage}.jsonl").write_text(few, encoding="utf-8")
+
+    if args.writes:
+        torch.set_num_threads(1)  # the children are forked, and threads do not survive that
+        lost = []
+        for name in WRITES:
+            kills, failures = each_write(name, folder, folder, args.every)
+            print(f"{name:36}{kills:4} kills, {len(failures)} lost something", flush=True)
+            lost += failures
+        shutil.rmtree(folder) if not lost else None
+        sys.exit("\n".join(lost))
 
     references = {}
     for name in list(RUNS)[: args.kills]:
@@ -139,7 +295,7 @@ def main():
             time.sleep(0.01)
         if process.returncode:
             sys.exit(process.stdout.read())
-        references[name] = result(name, out), time.perf_counter() - began, earliest
+        references[name] = result(stem_of(name), out), time.perf_counter() - began, earliest
         print(f"{name}: {references[name][0][1][-1]['step']} steps, saved after each")
 
     failures, table, done = [], Counter(), 0

@@ -37,9 +37,9 @@ def load_tokenizer(path=SHIPPED_TOKENIZER, json_text=None):
 
     Raises UserError, with the remedy, for a file that is no tokenizer or has other control tokens.
     """
-    source = "the tokenizer inside the weights" if json_text else str(path)
+    source = str(path) if json_text is None else "the tokenizer inside the weights"
     try:
-        text = json_text or Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8") if json_text is None else json_text
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises nothing more precise than Exception
         raise UserError(

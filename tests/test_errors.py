@@ -1,6 +1,8 @@
 """Bad input: one clear sentence with place and remedy, exit code 2, no traceback, nothing lost."""
 
+import copy
 import json
+import math
 import os
 import pickle
 import shutil
@@ -15,6 +17,7 @@ from dataset.files import replacing
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import ROOT, TINY, chat, run, run_here, write_jsonl
+from trainer import checkpoint
 
 SFT = ["trainer/train_full_sft.py", "--from_weight", "none", *TINY]
 
@@ -209,6 +212,121 @@ def test_damaged_weights(trained, tmp_path, how, says):
     done = run_here("eval_llm.py", "--weight", path, "--prompt", "Hi")
     refused(done, "full_sft_32.pth", says)
     assert "harmed" not in done.stdout
+
+
+CONFIG = {  # a value that no file of ours has
+    "vocab_size": (0, -1, 10**12, "x", 2048.0, None), "hidden_size": (0, 10**9, [32], True),
+    "num_hidden_layers": (0, 10**9, -3, "2"), "num_attention_heads": (0, 3, 10**9, None),
+    "num_key_value_heads": (9, -2, "x"), "head_dim": (15, -16, 10**6),
+    "intermediate_size": (-1, "x"),
+    "rope_theta": ("x", math.nan, math.inf), "rms_norm_eps": (None, -1.0), "use_moe": (1, "no", {}),
+    "num_experts_per_tok": (0, -1, "2"), "qk_norm": (None, 5), "tie_word_embeddings": ("yes",),
+    "max_position_embeddings": (0, "x"), "unknown": (1,),
+}  # fmt: skip
+PARTS = {
+    "config": ({}, None, [], "x"), "tokenizer": (None, "", "{}", 5), "stage": (None, 5),
+    "model": ({}, None, [], {"x": 1}, {5: torch.zeros(1)}, {"x": torch.zeros(1)}),
+    "lora": ({}, None, {"rank": 4}, "x"), "projections": (5, [3], ["a", "b"]),
+    "first_new_token": (-1, "x", 10**9), "format": (None, 2, "1"),
+}  # fmt: skip
+WEIGHTS = {
+    "ints": lambda w: w.long(), "complex": lambda w: w.to(torch.complex64),
+    "sparse": lambda w: w.to_sparse(), "scalar": lambda w: w.sum(), "a number": lambda w: 1.0,
+}  # fmt: skip
+
+
+def changed(content, part, name, value):
+    content = copy.deepcopy(content)
+    if part:
+        content[part][name] = value
+    else:
+        content[name] = value
+    return content
+
+
+@pytest.mark.parametrize("part, name", [("config", k) for k in CONFIG] + [(None, k) for k in PARTS])
+def test_crafted_weights_are_refused_in_a_sentence(trained, tmp_path, part, name):
+    content = torch.load(trained / "full_sft_32.pth", weights_only=True)
+    for value in (CONFIG if part else PARTS)[name]:
+        path = tmp_path / "crafted_32.pth"
+        torch.save(changed(content, part, name, value), path)
+        with pytest.raises(UserError, match="crafted_32.pth"):
+            checkpoint.build(checkpoint.load(path), path)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_no_floating_point_numbers_are_refused(trained, tmp_path, kind):
+    content = torch.load(trained / "full_sft_32.pth", weights_only=True)
+    content["model"]["model.norm.weight"] = WEIGHTS[kind](content["model"]["model.norm.weight"])
+    torch.save(content, tmp_path / "crafted_32.pth")
+    with pytest.raises(UserError, match="crafted_32.pth.*model"):
+        checkpoint.build(checkpoint.load(tmp_path / "crafted_32.pth"), "crafted_32.pth")
+
+
+@pytest.mark.parametrize("name", ["run", "arguments", "optimizer", "scaler"])
+def test_a_crafted_checkpoint_is_refused_in_a_sentence(trained, data, tmp_path, name):
+    content = torch.load(trained / "checkpoints/full_sft_32_resume.pth", weights_only=True)
+    (tmp_path / "checkpoints").mkdir()
+    place = tmp_path / "checkpoints/full_sft_32_resume.pth"
+    resume = ["--save_dir", tmp_path, "--from_resume", 1]
+    values = {"run": [None, {}, content["run"] | {"step": "x"}], "optimizer": [None, {}]}
+    for value in values.get(name, [None]):
+        torch.save(changed(content, None, name, value), place)
+        refused(run_here("trainer/train_full_sft.py", *resume), "full_sft_32_resume.pth")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "folder_32.pth"
+    folder.mkdir()
+    said = refused(run_here("eval_llm.py", "--weight", folder), "folder_32.pth cannot be read: ")
+    assert "damaged" not in said
+    monkeypatch.setattr("zipfile.is_zipfile", denied)
+    said = refused(run_here("eval_llm.py", "--weight", trained / "full_sft_32.pth"), "denied")
+    assert "damaged" not in said and "full_sft_32.pth cannot be read: " in said
+
+
+def denied(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+BIG = "9" * 20
+WRONG_FLAGS = [
+    (["--seed", BIG], "--seed 9999"),
+    (["--seed", "-1"], "--seed -1: give a whole number from 0 up"),
+    (["--epochs", "9" * 5000], "--epochs 9999"),
+    (["--learning_rate", "nan"], "--learning_rate nan"),
+    (["--learning_rate", "inf"], "--learning_rate inf"),
+    (["--sample_prompt", ""], "--sample_prompt: give from 1 to 500 characters"),
+    (["--sample_prompt", "x" * 501], "--sample_prompt: give from 1 to 500 characters"),
+    (["--loss_curve", "."], "--loss_curve . is a folder"),
+    (["--eval_data_path", "x" * 300], "there is no such file"),
+    (["--config", "x" * 300], "File name too long"),
+    (["--save_dir", "x" * 300], "--save_dir xxx"),
+    (["--save_dir", "x" * 300, "--from_resume", "1"], "File name too long"),
+    (["--from_weight", "x" * 300], "there is no "),
+    (["--from_weight", "x" * 300 + ".pth"], "cannot be read: File name too long"),
+    (["--num_attention_heads", "100"], "head_dim (0) must be even"),
+    (
+        ["--early_stop_patience", "1", "--eval_split", "0"],
+        "--early_stop_patience needs --eval_split",
+    ),
+    (["--save_best_at_end", "1", "--eval_split", "0"], "--save_best_at_end needs --eval_split"),
+    (["--best_metric", "tiny_world", "--eval_split", "0"], "--best_metric needs --eval_split"),
+]
+
+
+@pytest.mark.parametrize("flags, says", WRONG_FLAGS, ids=[" ".join(f)[:40] for f, _ in WRONG_FLAGS])
+def test_a_wrong_value_of_a_flag_is_said(data, tmp_path, flags, says):
+    where = [] if "--save_dir" in flags else ["--save_dir", tmp_path]
+    said = refused(run_here(*SFT, "--data_path", data / "sft.jsonl", *where, *flags), says)
+    assert len(said) < 1000 and not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_mixture_of_experts_of_the_smallest_width_trains(data, tmp_path):
+    small = ["--use_moe", 1, "--intermediate_size", 1, "--save_dir", tmp_path]
+    done = run_here(*SFT, "--data_path", data / "sft.jsonl", *small)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / "full_sft_32_moe.pth")["config"]["moe_intermediate_size"] == 1
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

@@ -260,6 +260,10 @@ def parse_once(parser, argv):
         problems += [f"--{name}: needs trained weights; give --from_weight" for name in given]
     if args.use_lora is True and not str(args.save_weight).startswith("lora_"):
         args.save_weight = f"lora_{args.save_weight}"
+    try:
+        args.save_dir.exists()
+    except OSError as error:
+        problems.append(f"--save_dir {str(args.save_dir):.60}: {error.strerror}")
     name = str(args.save_weight)
     if not re.fullmatch(r"\w[\w .+=-]{0,99}", name) or name.endswith(".pth"):
         problems.append(

@@ -28,7 +28,7 @@ from model.distillation import add_projections
 from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
 from trainer.adapting import choose_what_learns, description
 from trainer.distributed import is_first, whole
-from trainer.run import flags_of
+from trainer.run import Run, flags_of
 
 FORMAT = 1
 EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
@@ -171,9 +171,7 @@ def load_latest(args):
     for path in sorted(ours, key=step_of, reverse=True):
         try:
             content = load(path)
-            parts = ("run", "arguments", "optimizer", "scaler")
-            if not all(isinstance(content.get(part), dict) for part in parts):
-                raise UserError(f"{path} is no checkpoint of this version; start the run anew")
+            require_checkpoint(content, path)
         except UserError as error:
             failed = failed or error
             continue
@@ -181,6 +179,18 @@ def load_latest(args):
             print(f"warning: {failed}. Going on from the one before, {path}")
         return path, content
     raise failed
+
+
+def require_checkpoint(content, path):
+    """Raises UserError unless a loaded file is one that `save_run` wrote."""
+    parts = ("run", "arguments", "optimizer", "scaler")
+    try:
+        ours = all(isinstance(content[part], dict) for part in parts)
+        ours = ours and isinstance(Run(**content["run"]).step, int)
+    except (KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{path} is no checkpoint of this version; start the run anew")
 
 
 def weights_to_start_from(args):
@@ -226,13 +236,20 @@ def build(content, path, args=None):
     if "lora" in content and "run" not in content:
         raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
     try:
-        weights, tokenizer = content["model"], load_tokenizer(json_text=content["tokenizer"])
+        weights, tokenizer = content["model"], load_tokenizer(json_text=str(content["tokenizer"]))
         config = ModelConfig(**content["config"])
         config.dropout = getattr(args, "dropout", 0.0)
         require_plain(config, content)
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged file names
             expected = empty_model(config, content).state_dict()
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise UserError(f"{path} does not say what model it holds: {error}") from None
     expected = {name: tuple(weight.shape) for name, weight in expected.items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
