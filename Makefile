@@ -1,6 +1,8 @@
 # make demo          sets itself up, trains for some minutes, shows before and after, opens the chat
 # make demo FRESH=1  starts over
-# make test          sets itself up, runs every test
+# make test          sets itself up, runs every test on all cores
+# make mutants       puts realistic mistakes into the code and sees whether tests notice; an hour
+#                    ONLY=trainer: in these files alone
 # make lint          ruff, rules and format
 # make bench DATA=F TEXT=G  speed, side by side with others; F: GSM8K's training file, G: Tiny Shakespeare
 PYTHON ?= python3
@@ -10,13 +12,16 @@ else
 PY := .venv/bin/python
 endif
 
-.PHONY: demo test lint bench
+.PHONY: demo test mutants lint bench
 
 demo: .venv/ready
 	@$(PY) demo.py $(if $(FRESH),--fresh)
 
 test: .venv/ready-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal -rs
+
+mutants: .venv/ready-dev
+	$(PY) tests/mutants.py --only "$(ONLY)"
 
 lint: .venv/ready-dev
 	$(PY) -m ruff check .

@@ -74,12 +74,18 @@ def stem_of(name):
     return f"{RUNS[name][0]}_32{'_moe' if 'moe' in RUNS[name][1] else ''}"
 
 
+def log_of(path):
+    """A log without its timings; None if there is none."""
+    if not path.exists():
+        return None
+    timings = ("tokens_per_s", "data_wait_s")
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+
+
 def result(stem, out):
     """(weights, log without timings) of a finished run."""
-    lines = (out / "logs" / f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()
-    timings = ("tokens_per_s", "data_wait_s")
-    log = [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
-    return checkpoint.load(out / f"{stem}.pth")["model"], log
+    return checkpoint.load(out / f"{stem}.pth")["model"], log_of(out / "logs" / f"{stem}.jsonl")
 
 
 def phase(out):
@@ -120,14 +126,10 @@ def trial(number, data, folder, references, seed):
 
 # ------------------------------------------------------------------------- killed at each write
 
-WRITES = {  # name: (script, its flags, whether it replaces a finished run of its name)
-    "SFT, the best weights at the end": (
-        "full_sft",
-        "--eval_interval 2 --save_best_at_end 1",
-        False,
-    ),
-    "pretraining, no earlier checkpoint": ("pretrain", "--keep_checkpoints 0", False),
-    "SFT, under an old name": ("full_sft", "--seed 5", True),
+WRITES = {  # name: (script, its flags, its seed; with 2, it replaces a finished run of seed 1)
+    "SFT, the best weights at the end": ("full_sft", "--eval_interval 2 --save_best_at_end 1", 1),
+    "pretraining, no earlier checkpoint": ("pretrain", "--keep_checkpoints 0", 1),
+    "SFT, under an old name": ("full_sft", "--keep_checkpoints 1", 2),
 }
 CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.fsync")
@@ -185,74 +187,79 @@ def run_watched(script, flags, out, kill_at, writer):
         os._exit(code)
 
 
-def newest_step(out, script):
-    """The step of the checkpoint that a resumed run would take; 0 where there is none."""
+def newest_step(out, script, seed):
+    """The step of the checkpoint that the run of this seed would go on from; 0 if there is none."""
     args = argparse.Namespace(save_dir=out, save_weight=script, hidden_size=None, use_moe=None)
     try:
-        return checkpoint.load_latest(args)[1]["run"]["step"]
+        content = checkpoint.load_latest(args)[1]
     except UserError:
         return 0
+    return content["run"]["step"] if content["arguments"]["seed"] == seed else 0
 
 
-def each_write(name, data, folder, every):
+def is_kept(out, earlier):
+    """Whether an earlier run's weights and log are there, under whatever name."""
+    stems = {path.stem for path in [*out.glob("*.pth"), *out.glob("logs/*.jsonl")]}
+    weights = [checkpoint.load(path)["model"] for path in out.glob("*.pth")]
+    logs = [log_of(out / "logs" / f"{stem}.jsonl") for stem in stems]
+    return any(equal(found, earlier[0]) for found in weights) and earlier[1] in logs
+
+
+def each_write(name, data, every):
     """Kills a run before every so many of its writes; returns (kills, [what was lost])."""
-    script, more, replaces = WRITES[name]
-    flags = [*TOY.split(), *more.split(), "--data_path", str(data / f"few_{script}.jsonl")]
-    stem, failures = f"{script}_32", []
-    flags += ["--packing", "0", "--batch_size", "13", "--save_dir"]
-    old = folder / "old"
-    if replaces:
-        seed = [word if word != "5" else "1" for word in flags]
-        assert run_killed(script, [*seed, str(old)], old, None)[0] == 0
-        earlier = result(stem, old)
+    script, more, seed = WRITES[name]
+    flags = f"{TOY} {more} --packing 0 --batch_size 13 --data_path {data / f'few_{script}.jsonl'}"
+    stem, failures, old = f"{script}_32", [], data / "old"
+
+    def go(out, seed, kill_at=None, resume=0):
+        last = ["--save_dir", str(out), "--seed", str(seed), "--from_resume", str(resume)]
+        return run_killed(script, [*flags.split(), *last], out, kill_at)
 
     def fresh(number):
-        out = folder / f"{stem} {number}"
+        """A folder in which, for a seed of 2, a run of seed 1 has ended under the same name."""
+        out = data / f"{stem}-{number}"
         shutil.rmtree(out, ignore_errors=True)
-        if replaces:
+        if seed == 2:
             shutil.copytree(old, out)
         return out
 
+    if seed == 2:
+        go(old, 1)
+        earlier = result(stem, old)
     out = fresh("whole")
-    code, writes = run_killed(script, [*flags, str(out)], out, None)
-    assert code == 0, (out.parent / f"{out.name}.txt").read_text()
+    _, writes = go(out, seed)
     expected = result(stem, out)
-    saved = [event == "os.rename" and "_resume.pth" in file for event, file in writes]
-    # A rename whose source is the old run's keeps its files; it saves nothing of this run.
-    saved = [mark and "previous" not in file for mark, (_, file) in zip(saved, writes, strict=True)]
+    steps, saved = expected[1][-1]["step"], []
+    for event, file in writes:  # how many checkpoints were complete before each of them
+        moved = event == "os.rename" and file.endswith(f"{stem}_resume.pth")
+        saved.append((saved or [0])[-1] + moved)
     for at in range(0, len(writes), every):
-        out = fresh(at)
-        code, _ = run_killed(script, [*flags, str(out)], out, at)
-        place = f"{name}, killed before write {at}, {' '.join(writes[at])}"
-        assert code == -signal.SIGKILL, place
+        out, place = fresh(at), f"{name}, killed before write {at}, {' '.join(writes[at])}"
+        code, _ = go(out, seed, at)
+        step, before = newest_step(out, script, seed), saved[at - 1] if at else 0
         for path in out.rglob("*.pth"):
-            checkpoint.load(path)
-        began = any("logs" in file for _, file in writes[:at]) or not replaces
-        step = newest_step(out, script) if began else 0
-        if step < sum(saved[:at]) and began:
-            failures.append(
-                f"{place}: {sum(saved[:at])} checkpoints were written, step {step} found"
-            )
-        if replaces and not any(
-            same(result(path.stem, out), earlier) for path in out.glob("*.pth")
-        ):
+            checkpoint.load(path)  # complete, or an error
+        if code != -signal.SIGKILL or step < before:
+            failures.append(f"{place}: {before} checkpoints were written, step {step} was found")
+        if seed == 2 and step < steps and not is_kept(out, earlier):
             failures.append(f"{place}: the earlier run is gone")
-        again = ["--from_resume", "1"] if step else []
-        code, _ = run_killed(script, [*flags, str(out), *again], out, None)
-        said = (out.parent / f"{out.name}.txt").read_text()
+        code, _ = go(out, seed, resume=int(step > 0))
         if code or not same(result(stem, out), expected):
-            failures.append(f"{place}, then {again}: code {code}, {said} ({out})")
-        elif list(out.rglob("*.part")) or list(out.rglob("*_previous*")):
+            failures.append(f"{place}: other weights, or another log ({out})")
+        elif list(out.rglob(".*.part")) or list(out.rglob("*_previous*")):
             failures.append(f"{place}: something stays behind in {out}")
         else:
             shutil.rmtree(out)
     return len(range(0, len(writes), every)), failures
 
 
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def same(one, other):
     """Whether two results have the same weights, to the bit, and the same log."""
-    names = one[0].keys() == other[0].keys()
-    return names and one[1] == other[1] and all(torch.equal(one[0][k], other[0][k]) for k in one[0])
+    return equal(one[0], other[0]) and one[1] == other[1]
 
 
 def main():
@@ -279,7 +286,7 @@ def main():
         torch.set_num_threads(1)  # the children are forked, and threads do not survive that
         lost = []
         for name in WRITES:
-            kills, failures = each_write(name, folder, folder, args.every)
+            kills, failures = each_write(name, folder, args.every)
             print(f"{name:36}{kills:4} kills, {len(failures)} lost something", flush=True)
             lost += failures
         shutil.rmtree(folder) if not lost else None

@@ -14,14 +14,18 @@ import pytest
 
 from dataset.errors import mistakes_in_plain_words
 
+# The cores are shared by pytest-xdist's processes; set before torch is loaded, for children too.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ["OMP_NUM_THREADS"] = str(max(1, min(2, (os.cpu_count() or 1) // WORKERS)))
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --device cpu --dtype fp32"
 TINY = TINY.split()
 
 
 def run(*command, cwd=ROOT, text_input=None, timeout=120, **environment):
-    """A command as a user types it; python is this one, and two threads are enough for anyone."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8", **environment}
+    """A command as a user types it; python is this one."""
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -69,6 +73,18 @@ def sft(out, *flags):
     train_full_sft.main(list(map(str, [*common, *flags])))
 
 
+@pytest.fixture
+def pictures():
+    """A test that asks for this has its loss curves drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing a loss curve takes a third of the time of a tiny run."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("trainer.metrics.MetricsLog.draw", lambda log, path=None: log.path)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with pretrain.jsonl and sft.jsonl: a few dozen records of ragged lengths."""
@@ -92,7 +108,7 @@ def trained(data, tmp_path_factory):
         ("train_pretrain.py", "pretrain.jsonl", TINY),
         ("train_full_sft.py", "sft.jsonl", ["--dtype", "fp32", "--device", "cpu"]),
     ):
-        done = run(f"trainer/{script}", *common, *more, "--data_path", data / name)
+        done = run_here(f"trainer/{script}", *common, *more, "--data_path", data / name)
         assert done.returncode == 0, done.stderr
     return out
 

@@ -14,7 +14,7 @@ from trainer import checkpoint, train_full_sft
 from trainer.metrics import MetricsLog
 
 
-def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path, monkeypatch):
+def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path, monkeypatch, pictures):
     other = write_jsonl(
         tmp_path / "other.jsonl", [chat("Hello?", f"Hello, {i}!") for i in range(30)]
     )
