@@ -8,6 +8,8 @@ by one: no rows, no padding, no micro-batches, no processes.
 import inspect
 import json
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +73,8 @@ def documents(world, stage, name="train"):
 
 def flags(world, out, stage, model="dense", **more):
     values = {"save_dir": out, "from_weight": world / f"{model}.pth", "epochs": 3, "seed": 4}
-    values |= {"data_path": world / f"{stage}_train.jsonl", "eval_split": 0, "max_seq_len": 80}
+    values |= {"data_path": world / f"{stage}_train.jsonl", "max_seq_len": 80}
+    values |= {"eval_data_path": world / f"{stage}_valid.jsonl"}
     values |= {"learning_rate": 0.5, "warmup_steps": 1, "min_lr_ratio": 0.2, "grad_clip": 0}
     values |= {"device": "cpu", "dtype": "fp32", "log_interval": 1, "eval_interval": 1}
     values |= {"save_interval": 1, "keep_checkpoints": 9, "packing": 0, "batch_size": 8, **more}
@@ -86,20 +89,22 @@ def watched_run(stage, flags, broken=None, sgd=True):
 
     broken: the number of one whose loss becomes NaN.
     """
-    script, seen = SCRIPTS[stage], []
+    script, seen, held = SCRIPTS[stage], [], []
     make_optimizer, signature = script.make_optimizer, inspect.signature(CausalLM.forward)
 
     def before(model, args, kwargs):
         if torch.is_grad_enabled():
             given = signature.bind(model, *args, **kwargs).arguments
             batch = {name: part.clone() for name, part in given.items() if name != "self"}
-            batch |= {"training": model.training, "random": torch.get_rng_state()}
+            batch |= {"held": held[0], "training": model.training, "random": torch.get_rng_state()}
             seen.append(batch)
 
     def after(model, args, loss):
         return loss * math.nan if torch.is_grad_enabled() and len(seen) - 1 == broken else None
 
     def watch(model, args):
+        local = [getattr(weight, "_local_tensor", weight) for weight in model.parameters()]
+        held.append(sum(weight.numel() for weight in local))
         model.register_forward_pre_hook(before, with_kwargs=True)
         model.register_forward_hook(after)
         return torch.optim.SGD(model.parameters(), 1.0) if sgd else make_optimizer(model, args)
@@ -117,7 +122,13 @@ def run_cases(text):
     with distributed.ending_in_plain_words():
         rank, processes = distributed.start("gloo")
         distributed.start, distributed.end = lambda backend: (rank, processes), lambda: None
-        for case in json.loads(text):
+        cases, mark = json.loads(text), Path("first")
+        with distributed.first_process_first():
+            if rank == 0:
+                time.sleep(0.5)
+                mark.touch()
+            assert mark.exists()
+        for case in cases:
             seen = watched_run(case["stage"], case["flags"], case["broken"] if rank else None)
             torch.save(seen, f"{case['out']}/seen_{rank}.pt")
 
@@ -184,6 +195,9 @@ def check_steps(world, out, stage, model, seen, grad_clip=0, skipped=None):
         assert all(batch["training"] for batch in micro_batches)
         assert line["lr"] == pytest.approx(RATES[step])
         before, after = weights[step : step + 2]
+        with torch.no_grad():
+            held_out = mean_loss(model_with(world, model, after), documents(world, stage, "valid"))
+        assert line["val_loss"] == pytest.approx(held_out.item(), rel=2e-5)
         if step == skipped:
             assert line["loss"] is None and line["grad_norm"] is None
             assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -244,36 +258,40 @@ def test_a_step_that_is_left_out_leaves_nothing_for_the_next(world, tmp_path, st
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_weight_decay_pulls_on_matrices_alone(world, tmp_path, stage):
-    """AdamW's first step, whose length is the learning rate whatever the gradient's is."""
-    how = {"epochs": 1, "learning_rate": 0.01, "warmup_steps": 0, "weight_decay": 3.0}
+def test_adamw_is_its_formula_and_weight_decay_pulls_on_matrices_alone(world, tmp_path, stage):
+    how = {"learning_rate": 0.01, "weight_decay": 3.0}
     watched_run(stage, flags(world, tmp_path, stage, **how), sgd=False)
-    before, after = states(world, tmp_path, stage, "dense")
-    plain = model_with(world, "dense", before)
-    mean_loss(plain, documents(world, stage)).backward()
-    for name, weight in plain.named_parameters():
-        decay = 0.0 if "norm" in name else 0.01 * 3.0
-        expected = before[name] * (1 - decay) - 0.01 * weight.grad.sign()
-        clear = weight.grad.abs() > 1e-5  # AdamW's eps makes the steps of others shorter
-        assert clear.any()
-        torch.testing.assert_close(after[name][clear], expected[clear], atol=2e-5, rtol=0)
+    weights = states(world, tmp_path, stage, "dense")
+    m, v = ({name: torch.zeros_like(w) for name, w in weights[0].items()} for _ in range(2))
+    clear = {}  # AdamW divides by the size of the gradient: of tiny ones only noise is left
+    for step, (before, after) in enumerate(zip(weights[:-1], weights[1:], strict=True)):
+        lr = 0.02 * RATES[step]
+        plain = model_with(world, "dense", before)
+        mean_loss(plain, documents(world, stage)).backward()
+        for name, weight in plain.named_parameters():
+            m[name] = 0.9 * m[name] + 0.1 * weight.grad
+            v[name] = 0.95 * v[name] + 0.05 * weight.grad**2
+            mean, square = m[name] / (1 - 0.9 ** (step + 1)), v[name] / (1 - 0.95 ** (step + 1))
+            decay = 0.0 if "norm" in name else lr * 3.0
+            expected = before[name] * (1 - decay) - lr * mean / (square.sqrt() + 1e-8)
+            clear[name] = clear.get(name, True) & (weight.grad.abs() > 1e-4)
+            assert clear[name].any()
+            one, other = after[name][clear[name]], expected[clear[name]]
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_dropout_is_used_on_loaded_weights_and_not_in_validation(world, tmp_path, stage):
-    how = {"dropout": 0.5, "eval_data_path": world / f"{stage}_valid.jsonl"}
-    seen = watched_run(stage, flags(world, tmp_path, stage, **how))
+    seen = watched_run(stage, flags(world, tmp_path, stage, dropout=0.5))
     assert all(batch["training"] for batch in seen)  # after a validation, too
-    weights, samples = states(world, tmp_path, stage, "dense"), documents(world, stage)
-    for line, before, after in zip(
-        log(tmp_path, stage, "dense"), weights[:-1], weights[1:], strict=True
-    ):
+    weights = states(world, tmp_path, stage, "dense")
+    for step, line in enumerate(log(tmp_path, stage, "dense")):
         with torch.no_grad():
-            plain = mean_loss(model_with(world, "dense", before), samples).item()
-            held_out = documents(world, stage, "valid")
-            valid = mean_loss(model_with(world, "dense", after), held_out).item()
+            before, after = (model_with(world, "dense", state) for state in weights[step:][:2])
+            plain = mean_loss(before, documents(world, stage)).item()
+            held_out = mean_loss(after, documents(world, stage, "valid")).item()
         assert abs(line["loss"] - plain) > 1e-2
-        assert line["val_loss"] == pytest.approx(valid, rel=2e-5)
+        assert line["val_loss"] == pytest.approx(held_out, rel=2e-5)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -282,8 +300,7 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(
 ):
     losses = iter([3.0, 2.0, 4.0])
     monkeypatch.setattr(SCRIPTS[stage], "validation_loss", lambda *_: (next(losses), {}))
-    held_out = {"eval_data_path": world / f"{stage}_valid.jsonl"}
-    SCRIPTS[stage].main(flags(world, tmp_path, stage, **held_out, save_best_at_end=1))
+    SCRIPTS[stage].main(flags(world, tmp_path, stage, save_best_at_end=1))
     second = states(world, tmp_path, stage, "dense")[2]
     for path in (tmp_path / f"{stage}_32.pth", tmp_path / f"checkpoints/{stage}_32_best.pth"):
         best = checkpoint.load(path)
@@ -317,7 +334,8 @@ def two_processes(world, tmp_path_factory):
         cases.append({**case, "broken": 3 if "broken" in name else None})  # of the second process
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests import test_step"
     (folder / "job.py").write_text(f"{start}\ntest_step.run_cases(sys.argv[1])\n", encoding="utf-8")
-    done = run(*TORCHRUN, folder / "job.py", json.dumps(cases), OMP_NUM_THREADS="1")
+    job = [*TORCHRUN, folder / "job.py", json.dumps(cases)]
+    done = run(*job, cwd=folder, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -341,3 +359,11 @@ def test_every_process_draws_random_numbers_of_its_own_in_each_step(two_processe
         per_step = len(seen[0]) // 3
         states = [batch["random"].numpy().tobytes() for part in seen for batch in part[::per_step]]
         assert len(set(states)) == len(states) == 6
+
+
+def test_fsdp_shards_what_ddp_copies(world, two_processes):
+    for name, (_, model, more) in TWO.items():
+        held = [part[0]["held"] for part in seen_by_both(two_processes / name)]
+        state = checkpoint.load(world / f"{model}.pth")["model"]
+        size = sum(w.numel() for n, w in state.items() if n != "lm_head.weight")  # it is tied
+        assert held == [size / 2 if "parallel" in more else size] * 2
