@@ -87,7 +87,7 @@ RATES = [0.25, 0.5, 0.1]  # half way up, the highest, and 0.2 of it
 def watched_run(stage, flags, broken=None, sgd=True):
     """Runs a train script; returns the micro-batches that this process computed, in order.
 
-    broken: the number of one whose loss becomes NaN.
+    broken: the number of one whose loss becomes NaN. sgd: instead of the script's own optimizer.
     """
     script, seen, held = SCRIPTS[stage], [], []
     make_optimizer, signature = script.make_optimizer, inspect.signature(CausalLM.forward)

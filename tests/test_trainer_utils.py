@@ -283,6 +283,33 @@ def test_alone_a_process_adds_nothing_and_waits_for_nobody(monkeypatch):
     assert distributed.local_rank() == 3
 
 
+def end_with(error):
+    with distributed.ending_in_plain_words():
+        raise error
+
+
+def test_a_process_that_lost_another_says_so_and_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    for reason in ("[gloo/tcp] Connection closed by peer", "Timed out waiting", "NCCL error"):
+        with pytest.raises(UserError, match="process 1 lost another .*--from_resume 1") as error:
+            end_with(RuntimeError(f"{reason}\nmore"))
+        assert reason in str(error.value) and "more" not in str(error.value)
+    with pytest.raises(RuntimeError, match="shapes"):
+        end_with(RuntimeError("shapes do not fit"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="peer"):
+        end_with(RuntimeError("peer"))
+
+
+def test_a_script_ends_with_its_code():
+    end_with(SystemExit(0))
+    for code in (2, 130):
+        with pytest.raises(SystemExit) as end:
+            end_with(SystemExit(code))
+        assert end.value.code == code
+
+
 def test_gradients_are_sent_in_a_steps_last_micro_batch_alone():
     """Each micro-batch's would give the same sum, in more time."""
     runner = torch.nn.Linear(1, 1)
