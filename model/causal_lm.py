@@ -233,7 +233,8 @@ class CausalLM(nn.Module):
         if kv_cache is not None:
             document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
         mask, device = None, input_ids.device
-        packed = document_ids is not None and kv_cache is None
+        # A single token, the batch of a process without rows, is no work for blocks.
+        packed = document_ids is not None and kv_cache is None and T > 1
         if packed and attention.blocks_available(device, self.config.head_dim):
             mask = attention.document_blocks(document_ids)
         elif document_ids is not None or (past > 0 and T > 1):

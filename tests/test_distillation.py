@@ -154,6 +154,44 @@ def test_the_hidden_states_error_is_the_formula(batch):
     torch.testing.assert_close(losses[1] - losses[0], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "depth, teacher_depth, layers, compared",
+    [
+        (2, 4, [2, 4], [1, 2]),
+        (4, 2, [1, 2], [2, 4]),
+        (3, 3, [3, 1], [3, 1]),
+        (1, 8, [1, 7], [1, 1]),
+    ],
+)
+def test_a_teachers_layer_is_compared_with_the_students_at_its_share_of_the_depth(
+    batch, depth, teacher_depth, layers, compared
+):
+    ids, labels = batch
+    torch.manual_seed(0)
+    student, teacher = (
+        CausalLM(ModelConfig(hidden_size=width, **{**SMALL, "num_hidden_layers": layers_of}))
+        for width, layers_of in ((16, depth), (32, teacher_depth))
+    )
+    add_projections(student, 32, 3)
+    losses = [
+        Distillation(student, Teacher(teacher, layers), 0.5, 2.0, beta)(ids, labels=labels)
+        for beta in (0, 0.3)
+    ]
+    outputs = {}
+    for name, model in (("ours", student), ("theirs", teacher)):
+        for number, layer in enumerate(model.model.layers, start=1):
+            layer.register_forward_hook(
+                lambda *call, at=(name, number): outputs.update({at: call[2]})
+            )
+        outputs[name, "last"] = model.hidden_states(ids)
+    pairs = [("last", "last"), *zip(compared, layers, strict=True)]
+    supervised, expected = labels[:, 1:] != IGNORE, 0.0
+    for matrix, (mine, other) in zip(student.projections, pairs, strict=True):
+        error = outputs["ours", mine] @ matrix.weight.T - outputs["theirs", other]
+        expected = expected + 0.3 * error.square().mean(dim=-1)[:, :-1][supervised].sum()
+    torch.testing.assert_close(losses[1] - losses[0], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 def test_layers_that_are_watched_may_be_compiled_or_computed_twice(batch, how, compiled):
     ids, labels = batch

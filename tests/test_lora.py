@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from model.generation import complete
 from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for_good, unmerge
 from tests.conftest import LORA, ROOT, run, sft
 from trainer import checkpoint, merge_lora, train_full_sft
+from trainer.adapting import choose_what_learns
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -63,6 +65,28 @@ def test_an_adapter_computes_the_formula():
     expected = x @ linear.weight.T + 8 / 4 * (x @ linear.lora_A.T @ linear.lora_B.T)
     assert torch.allclose(linear(x), expected, atol=1e-6)
     assert len(adapters(model)) == 2  # a layer each
+
+
+def test_dropout_is_on_what_adapters_read_and_only_in_training():
+    model = with_adapters(small(), dropout=1.0)
+    assert torch.equal(model.train()(IDS), small()(IDS))  # nothing reaches the adapters
+    assert torch.equal(model.eval()(IDS), with_adapters(small())(IDS))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_adapters_of_a_run_begin_as_its_seed_says(dropout):
+    def begin(seed):
+        torch.randn(3)  # whatever was drawn before
+        flags = {"seed": seed, "use_lora": True, "lora_rank": 2, "lora_alpha": 4.0}
+        flags |= {"lora_dropout": dropout, "lora_target": "q_proj,down_proj"}
+        others = dict.fromkeys(("freeze_base", "extend_tokens", "freeze"))
+        model = CausalLM(ModelConfig(**SMALL))
+        choose_what_learns(model, None, SimpleNamespace(**flags, **others))
+        assert model.lora.dropout == dropout and model.lora.alpha == 4.0
+        return torch.stack([module.lora_A.norm() for module in adapters(model)])
+
+    assert torch.equal(begin(1), begin(1)) and len(begin(1)) == 4
+    assert not torch.equal(begin(1), begin(2))
 
 
 def test_generation_uses_the_adapters():

@@ -18,8 +18,9 @@ SHAPE = dict(
     head_dim=16,
     intermediate_size=112,
     max_position_embeddings=128,
-    rms_norm_eps=1e-6,
+    rms_norm_eps=0.05,  # as the base of RoPE: not the default, so that a lost one is seen
 )
+THETA = 500.0
 
 
 def randomised(model, seed=0):
@@ -34,12 +35,13 @@ def randomised(model, seed=0):
 
 def pair(kind, tie=False):
     """Our model and transformers' with the same weights, loaded by strict state_dict."""
-    config = ModelConfig(**SHAPE, qk_norm=kind == "qwen3", tie_word_embeddings=tie)
+    more = {"qk_norm": kind == "qwen3", "tie_word_embeddings": tie, "rope_theta": THETA}
+    config = ModelConfig(**SHAPE, **more)
     ours = randomised(CausalLM(config))
     name = {"qwen3": "Qwen3", "llama": "Llama"}[kind]
     config = getattr(transformers, name + "Config")(
         **SHAPE,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         tie_word_embeddings=tie,
         attention_bias=False,
         attn_implementation="eager",
@@ -114,14 +116,17 @@ def test_moe_loads_into_transformers_from_its_published_format(tmp_path, input_i
         torch.testing.assert_close(ours(input_ids), theirs(input_ids).logits, atol=1e-4, rtol=0)
 
 
-def test_moe_equals_a_dense_computation_that_runs_every_expert():
-    config = ModelConfig(**SHAPE, use_moe=True, num_experts=5, num_experts_per_tok=2)
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_moe_equals_a_dense_computation_that_runs_every_expert(norm_topk_prob):
+    more = {"use_moe": True, "num_experts": 5, "norm_topk_prob": norm_topk_prob}
+    config = ModelConfig(**SHAPE, **more, num_experts_per_tok=2)
     moe = randomised(CausalLM(config)).model.layers[0].mlp
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(2))
     probability = torch.softmax(moe.gate(x), dim=-1)
     threshold = probability.sort(dim=-1, descending=True).values[..., 1:2]
     weight = torch.where(probability >= threshold, probability, 0.0)
-    weight = weight / weight.sum(dim=-1, keepdim=True)
+    if norm_topk_prob:
+        weight = weight / weight.sum(dim=-1, keepdim=True)
     every = torch.stack([expert(x) for expert in moe.experts], dim=-1)  # (B, T, D, E)
     torch.testing.assert_close(moe(x), (every * weight[:, :, None]).sum(dim=-1))
 
@@ -190,6 +195,37 @@ def test_blocks_of_documents_see_what_the_plain_mask_sees(monkeypatch):
         found = model(input_ids, document_ids=document_ids)
     assert len(calls) == 1 + model.config.num_hidden_layers
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rows_first_token_is_not_supervised_whatever_its_label():
+    labels = torch.tensor([[5, 6, loss.IGNORE], [loss.IGNORE, 7, 8], [9, *[loss.IGNORE] * 2]])
+    assert loss.supervised_tokens(labels) == 3
+
+
+def test_dropout_is_on_the_embeddings_and_on_both_results_of_each_layer(input_ids):
+    """With all of them dropped, what is left shows where dropout is."""
+    model = CausalLM(ModelConfig(**SHAPE, dropout=1.0)).train()
+    assert not model.hidden_states(input_ids).any()
+    model.model.dropout.p = 0.0
+    embedded = model.model.norm(model.model.embed_tokens(input_ids))
+    assert torch.equal(model.hidden_states(input_ids), embedded)
+    model.eval()
+    assert not torch.allclose(model.hidden_states(input_ids), embedded)
+
+
+def test_the_first_weights_that_end_an_mlp_are_smaller_in_a_deeper_model():
+    """What all layers add to the residual stream has one size then; others keep theirs."""
+    torch.manual_seed(0)
+    sizes = []
+    for depth in (1, 9):
+        model = CausalLM(ModelConfig(**{**SHAPE, "num_hidden_layers": depth}))
+        layer = {name: weight.std() for name, weight in model.model.layers[0].named_parameters()}
+        sizes.append({name: size.item() for name, size in layer.items() if "norm" not in name})
+    for name, size in sizes[1].items():
+        assert size == pytest.approx(sizes[0][name] / (3 if "down_proj" in name else 1), rel=0.1)
+        # Attention keeps the size of what it reads; an MLP begins with little.
+        expected = 0.02 if "mlp" in name else 64**-0.5
+        assert sizes[0][name] == pytest.approx(expected / (2**0.5 if "down" in name else 1), 0.1)
 
 
 def test_the_first_loss_is_near_that_of_guessing(input_ids):

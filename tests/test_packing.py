@@ -1,13 +1,18 @@
 """Packed rows: every document once, untouched, as if it were alone."""
 
 import random
+from itertools import chain
 
 import pytest
 import torch
 
+from dataset.lm_dataset import SFTDataset
 from dataset.packing import SHORTEST, best_fit_decreasing, pack, pad
+from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import IGNORE, summed_cross_entropy, supervised_tokens
+from tests.conftest import chat, write_jsonl
+from tests.test_chat_template import marked
 
 
 def random_rows(rng, count, longest):
@@ -69,6 +74,42 @@ def test_best_fit_decreasing_needs_as_many_rows_as_trl():
         rows = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
         theirs = trl.pack_dataset(rows, row_length, strategy="bfd")
         assert len(theirs) == len(best_fit_decreasing(lengths, row_length))
+
+
+CONVERSATIONS = [chat("Hi", "Hello!", "Bye", "See you."), chat("1+1?", "2"), chat("Name?", "I am.")]
+# The same by hand: what is supervised stands in brackets.
+TEXTS = [
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Hello!<|im_end|>]\n"
+    "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[See you.<|im_end|>]\n",
+    "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n[2<|im_end|>]\n",
+    "<|im_start|>user\nName?<|im_end|>\n<|im_start|>assistant\n[I am.<|im_end|>]\n",
+]
+
+
+@pytest.mark.parametrize("row_length", [64, 90])
+@pytest.mark.parametrize("packing", [True, False])
+def test_conversations_become_the_batch_that_is_written_here_by_hand(tmp_path, row_length, packing):
+    tokenizer = load_tokenizer()
+    data = SFTDataset(write_jsonl(tmp_path / "x.jsonl", CONVERSATIONS), tokenizer)
+    documents = [data[row] for row in range(3)]
+    ids, labels, positions, numbers = pack(documents, row_length) if packing else pad(documents)
+    found = []
+    for row in range(len(ids)):
+        count = int(numbers[row].max()) + 1
+        lengths = [int((numbers[row] == number).sum()) for number in range(count)]
+        padding = ids.shape[1] - sum(lengths)
+        in_order = [number for number in range(count) for _ in range(lengths[number])]
+        assert numbers[row].tolist() == in_order + [-1] * padding
+        assert labels[row, sum(lengths) :].tolist() == [IGNORE] * padding
+        assert positions[row].tolist() == [*chain(*map(range, lengths)), *[0] * padding]
+        pieces = (part[row].split([*lengths, padding]) for part in (ids, labels))
+        for its_ids, its_labels in zip(*pieces, strict=True):
+            supervised = its_labels != IGNORE
+            assert torch.equal(its_labels[supervised], its_ids[supervised])
+            found.append(marked(its_ids.tolist(), supervised.tolist()))
+        assert set(found.pop()) <= set("<|endoftext|>")
+    assert sorted(found) == sorted(TEXTS)
+    assert len(ids) == {(True, 90): 1, (True, 64): 2}.get((packing, row_length), 3)
 
 
 def test_short_rows_waste_little_and_are_short():

@@ -1,0 +1,127 @@
+"""Attention on every branch that a CPU can take, against the formula in float64."""
+
+import pytest
+import torch
+
+from dataset.packing import pack, pad
+from model import attention
+from model.attention import attend, visible
+from model.causal_lm import CausalLM, ModelConfig
+
+LENGTHS = (1, 2, 63, 127, 128, 129, 200, 256, 257, 400)  # a block of queries on a CPU has 128
+B, H, d = 2, 4, 8
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU, so that `attend` takes that branch."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+def formula(q, k, v, past, documents):
+    """softmax(q k^T / sqrt(d)) v for each head; query t stands at place past + t."""
+    q, k, v = q.double(), k.double(), v.double()
+    T, S, shared = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    heads = []
+    for head in range(q.shape[1]):
+        keys, values = k[:, head // shared], v[:, head // shared]  # neighbours share one
+        scores = q[:, head] @ keys.transpose(1, 2) / q.shape[3] ** 0.5
+        for row in range(len(q)):
+            allowed = torch.arange(S)[None, :] <= torch.arange(past, past + T)[:, None]
+            if documents is not None:
+                allowed = allowed & (documents[row, past:, None] == documents[row, None, :])
+            scores[row][~allowed] = -torch.inf
+        heads.append(scores.softmax(dim=-1) @ values)
+    return torch.stack(heads, dim=1)
+
+
+def tensors(T, K, past, with_documents):
+    generator = torch.Generator().manual_seed(T + past)
+    q = torch.randn(B, H, T, d, generator=generator).requires_grad_()
+    k, v = (torch.randn(B, K, past + T, d, generator=generator).requires_grad_() for _ in range(2))
+    documents = None
+    if with_documents:  # of all lengths, with padding (-1) at the beginning or the end
+        documents = torch.randint(-1, 6, (B, past + T), generator=generator).sort(dim=1).values
+        documents[1] = documents[1].flip(0)
+    return (q, k, v), documents
+
+
+def compare(found, expected, weights):
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).double()
+    ours = torch.autograd.grad((found.double() * direction).sum(), weights)
+    theirs = torch.autograd.grad((expected * direction).sum(), weights)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("past", [0, 5, 130])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_attention_on_a_cpu_is_the_formula(K, past, with_documents):
+    for T in LENGTHS:
+        weights, documents = tensors(T, K, past, with_documents)
+        mask = visible(past, T, documents, "cpu") if with_documents else None
+        compare(attend(*weights, mask), formula(*weights, past, documents), weights)
+        if not with_documents:  # the causal mask, spelled out
+            given = visible(past, T, None, "cpu")
+            compare(attend(*weights, given), formula(*weights, past, None), weights)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("past", [0, 5, 130])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_attention_on_a_gpu_is_the_formula(K, past, with_documents):
+    for T in LENGTHS:
+        weights, documents = tensors(T, K, past, with_documents)
+        # As the model has it: without a mask the queries are all there are.
+        plain = not with_documents and past == 0
+        mask = None if plain else visible(past, T, documents, "cpu")
+        q, k, v = weights
+        found = attend(q.as_subclass(OnGPU), k, v, mask)
+        compare(found.as_subclass(torch.Tensor), formula(*weights, past, documents), weights)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_flex_attention_is_the_formula(K, monkeypatch):
+    """Uncompiled. Its backward pass does not run on a CPU."""
+    monkeypatch.setattr(attention, "compile_once", lambda function: function)
+    for T in LENGTHS[1:]:
+        (q, k, v), documents = tensors(T, K, 0, True)
+        with torch.no_grad():
+            q, k, v = q.detach(), k.detach(), v.detach()
+            found = attend(q, k, v, attention.document_blocks(documents))
+        expected = formula(q, k, v, 0, documents)
+        torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("collate", [lambda documents: pack(documents, 64), pad])
+def test_a_process_without_rows_computes_its_empty_batch_where_blocks_are_used(
+    collate, monkeypatch
+):
+    """On a GPU with several processes: `pad` gives it a batch of a single token."""
+    monkeypatch.setattr(attention, "blocks_available", lambda device, head_dim: True)
+    monkeypatch.setattr(attention, "compile_once", lambda function: function)
+    model = CausalLM(ModelConfig(vocab_size=9, hidden_size=16, num_attention_heads=2))
+    ids, labels, *where = collate([])
+    with torch.no_grad():
+        assert model(ids, *where, labels=labels) == 0
+
+
+def test_queries_in_another_precision_than_the_cache_keep_theirs():
+    """In a model cast to bf16 the cache holds fp32: keys are read as they are."""
+    for T in (1, 3, 130):
+        (q, k, v), _ = tensors(T, 2, 5, False)
+        found = attend(q.bfloat16(), k, v, visible(5, T, None, "cpu"))
+        assert found.dtype == torch.bfloat16
+        expected = formula(q.bfloat16(), k, v, 5, None)
+        torch.testing.assert_close(found.double(), expected, atol=5e-3, rtol=1e-2)
+
+
+def test_autocast_leaves_the_scores_of_a_cpu_in_fp32():
+    (q, k, v), _ = tensors(200, 2, 0, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v, None)
+    torch.testing.assert_close(found.double(), formula(q, k, v, 0, None), atol=2e-6, rtol=1e-5)

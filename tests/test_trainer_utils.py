@@ -1,0 +1,337 @@
+"""What both train scripts call: optimizers, random numbers, precision, what learns, the log."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dataset.errors import UserError
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.tokenizer import load_tokenizer
+from model.causal_lm import CausalLM, ModelConfig
+from model.extend_vocab import extend_vocab, freeze_base
+from tests.conftest import chat, write_jsonl
+from trainer import adapting, distributed, train_distillation, train_full_sft, trainer_utils
+from trainer.compiling import require_compiler
+from trainer.metrics import MetricsLog
+from trainer.optimizer import make_optimizer
+from trainer.trainer_utils import describe, init_model, pick_device, pick_dtype, seed_step
+
+
+def small(vocab_size=64, **more):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CausalLM(ModelConfig(vocab_size=vocab_size, **shape, **more))
+
+
+def args_of(**more):
+    flags = {"optimizer": "adamw", "parallel": "ddp", "learning_rate": 0.1, "weight_decay": 0.5}
+    flags |= dict.fromkeys(("use_lora", "extend_tokens", "freeze_base", "freeze"))
+    return SimpleNamespace(**{**flags, "seed": 1, "from_weight": "none", **more})
+
+
+# ----------------------------------------------------------------------------------- optimizers
+
+muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="comes with torch 2.9")
+
+
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=muon)])
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_each_weight_that_learns_has_one_place_and_decays_if_it_is_a_matrix(kind, use_moe):
+    model = small(use_moe=use_moe, tie_word_embeddings=False)
+    model.model.layers[0].requires_grad_(False)
+    groups = make_optimizer(model, args_of(optimizer=kind)).param_groups
+    decay = {id(w): group["weight_decay"] for group in groups for w in group["params"]}
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(learning) == len(decay)
+    assert all(decay[id(w)] == (0.5 if w.dim() > 1 else 0.0) for w in learning)
+
+
+@muon
+def test_muon_is_for_the_matrices_of_the_layers_and_both_parts_work_as_one():
+    model = small()
+    optimizer = make_optimizer(model, args_of(optimizer="muon"))
+    matrices = {id(w) for w in model.model.layers.parameters() if w.dim() > 1}
+    its = {id(w) for group in optimizer.parts["muon"].param_groups for w in group["params"]}
+    assert its == matrices
+    ids = torch.arange(20)[None]
+    for lr in (0.0, 0.1):  # the schedule's rate reaches every part
+        before = copy.deepcopy(model.state_dict())
+        model(ids, labels=ids).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not any(w.grad is not None and w.grad.any() for w in model.parameters())
+        moved = [not torch.equal(w, before[name]) for name, w in model.state_dict().items()]
+        assert all(moved) if lr else not any(moved)
+
+
+@muon
+def test_what_muon_cannot_do_is_said(monkeypatch):
+    with pytest.raises(UserError, match="ddp"):
+        make_optimizer(small(), args_of(optimizer="muon", parallel="fsdp"))
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match="torch 2.9"):
+        make_optimizer(small(), args_of(optimizer="muon"))
+
+
+def test_rows_that_stay_do_not_decay():
+    """With a decay of a half of each step the old rows stay to the bit, and new ones move."""
+    tokenizer = load_tokenizer()
+    model = small(tokenizer.get_vocab_size())
+    extend_vocab(model, tokenizer, {"<a_1>": "", "<b_1>": ""})
+    freeze_base(model)
+    optimizer = make_optimizer(model, args_of(weight_decay=5.0))
+    before, ids = model.lm_head.weight.clone(), torch.tensor([[5, 2048, 2049, 7, 2048]])
+    for _ in range(3):
+        model(ids, labels=ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model.lm_head.weight[:2048], before[:2048])
+    assert ((model.lm_head.weight - before)[2048:].abs() > 0.01).any(dim=1).all()
+
+
+# ------------------------------------------------------------------------------- random numbers
+
+
+def test_the_random_numbers_of_a_step_follow_from_seed_step_and_process():
+    drawn = {}
+    for _ in range(2):
+        for place in [
+            (seed, step, rank) for seed in (1, 2) for step in (0, 1, 2) for rank in (0, 1)
+        ]:
+            torch.randn(3)  # whatever was drawn before
+            seed_step(SimpleNamespace(seed=place[0]), *place[1:])
+            drawn.setdefault(place, []).append(tuple(torch.rand(2).tolist()))
+    assert all(one == other for one, other in drawn.values())
+    assert len(set(map(tuple, drawn.values()))) == 12
+
+
+def test_first_weights_follow_from_the_seed(capsys):
+    def begin(seed):
+        torch.randn(3)
+        flags = {"hidden_size": 16, "num_hidden_layers": 1, "tokenizer_path": None, "dropout": 0.3}
+        model, _, content = init_model(args_of(seed=seed, max_seq_len=3000, **flags))
+        assert model.model.dropout.p == 0.3 and content is None
+        assert model.config.max_position_embeddings == 3000  # as long as the rows
+        return model.lm_head.weight
+
+    assert torch.equal(begin(1), begin(1)) and not torch.equal(begin(1), begin(2))
+    assert "from scratch: 0.04 M parameters, vocabulary 2048" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- device and precision
+
+
+@pytest.mark.parametrize(
+    "device, bf16, picked", [("cpu", 1.0, "bf16"), ("cpu", 1.9, "fp32"), ("meta", 1.0, "fp32")]
+)
+def test_auto_computes_in_bf16_where_a_cpu_is_clearly_faster(monkeypatch, device, bf16, picked):
+    seconds = {torch.bfloat16: bf16, torch.float32: 2.0}
+    monkeypatch.setattr(trainer_utils, "seconds_of_product", seconds.get)
+    args = SimpleNamespace(dtype="auto")
+    dtype = pick_dtype(args, torch.device(device))
+    assert args.dtype == picked  # so that a resumed run computes as it began
+    assert dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[picked]
+
+
+def test_a_given_precision_is_taken():
+    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.half}.items():
+        assert pick_dtype(SimpleNamespace(dtype=name), torch.device("cpu")) == dtype
+
+
+def test_a_device_that_is_not_there_is_named():
+    assert pick_device("cpu") == torch.device("cpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name} .*auto"):
+            pick_device(name)
+
+
+def test_a_missing_compiler_is_told_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "clang++" else None)
+    require_compiler(torch.device("cpu"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    require_compiler(torch.device("cuda"))  # Triton compiles there
+    with pytest.raises(UserError, match="--use_compile 1 needs a C"):
+        require_compiler(torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------ what learns
+
+
+@pytest.mark.parametrize(
+    "freeze, learn",
+    [
+        ("layers", ["model.embed_tokens.weight", "model.norm.weight"]),
+        ("embed|layers", ["model.norm.weight"]),
+    ],
+)
+def test_weights_named_by_freeze_do_not_learn_and_the_rest_is_counted(freeze, learn, capsys):
+    model = small()
+    adapting.choose_what_learns(model, None, args_of(freeze=freeze))
+    named = dict(model.named_parameters())
+    assert [name for name in named if named[name].requires_grad] == learn
+    count = sum(named[name].numel() for name in learn)
+    total = sum(weight.numel() for weight in named.values())
+    said = f"{count:,} of {total:,} parameters learn ({100 * count / total:.1f}%)"
+    assert said in capsys.readouterr().out
+
+
+def test_new_rows_alone_are_counted(tmp_path, capsys):
+    (tmp_path / "new.txt").write_text("<a_1>\n<b_1>\n", encoding="utf-8")
+    tokenizer = load_tokenizer()
+    model = small(tokenizer.get_vocab_size())
+    args = args_of(extend_tokens=tmp_path / "new.txt", freeze_base=True)
+    adapting.choose_what_learns(model, tokenizer, args)
+    said = capsys.readouterr().out
+    assert "2 new tokens; the vocabulary has 2050 entries" in said and "\n64 of " in said
+    assert adapting.description(model) == {"first_new_token": 2048}
+    args.parallel = "fsdp"
+    with pytest.raises(UserError, match="--freeze_base 1 needs whole matrices"):
+        adapting.choose_what_learns(model, tokenizer, args)
+
+
+def test_a_model_that_learns_as_a_whole_needs_no_words(capsys):
+    model = small()
+    adapting.choose_what_learns(model, None, args_of())
+    assert capsys.readouterr().out == "" and adapting.description(model) == {}
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+def test_what_cannot_be_used_of_the_data_is_counted_and_five_bad_lines_are_shown(tmp_path, capsys):
+    records = [chat("Hi?", "Hello!"), chat("Long? " * 40, "x"), chat("Long?", "Yes. " * 40)]
+    records += [{"conversations": []}] * 7
+    path = write_jsonl(tmp_path / "data.jsonl", records)
+    data = SFTDataset(path, load_tokenizer(), max_length=30)
+    describe(data, range(len(data)), [], SimpleNamespace(max_seq_len=30))
+    lines = capsys.readouterr().out.splitlines()
+    mean = sum(len(data[row][0]) for row in range(len(data))) / len(data)
+    assert lines[0] == f"2 rows of {mean:.0f} tokens to train on, 0 to validate on"
+    assert "2 records are longer than --max_seq_len 30" in lines
+    assert "1 records dropped: nothing to learn within --max_seq_len" in lines
+    assert "7 bad records left out (--strict_data 1 stops at them):" in lines
+    shown = [line.split(":")[0].strip() for line in lines if line.startswith("  line ")]
+    assert shown == [f"line {number}" for number in range(4, 9)]
+
+
+def test_flawless_data_takes_one_line(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "data.jsonl", [{"text": "one two"}, {"text": "three"}])
+    data = PretrainDataset(path, load_tokenizer())
+    describe(data, [0], [1], SimpleNamespace(max_seq_len=30))
+    said = capsys.readouterr().out
+    assert said == f"1 rows of {len(data[0][0])} tokens to train on, 1 to validate on\n"
+
+
+# --------------------------------------------------------------------------------------- the log
+
+
+def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
+    path = tmp_path / "logs" / "x.jsonl"
+    log = MetricsLog(path)
+    kept = log.write(step=1, loss=1 / 3)
+    log.write(step=2, loss=float("nan"))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.333333},
+        {"step": 2, "loss": None},
+    ]
+    assert MetricsLog(path, kept).write(step=2, loss=1.0) == path.stat().st_size
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.333333, 1.0]
+    assert MetricsLog(tmp_path / "y.jsonl", silent=True).write(step=1) == 0
+    assert not (tmp_path / "y.jsonl").exists()
+    MetricsLog(path)  # a new run begins a new log
+    assert path.read_bytes() == b""
+
+
+def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_are_seen(
+    tmp_path, monkeypatch
+):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, scales, plot = {}, [], axes.plot
+
+    def watch(self, x, y, *style, label):
+        drawn[label] = list(zip(x, y, strict=True))
+        return plot(self, x, y, *style, label=label)
+
+    monkeypatch.setattr(axes, "plot", watch)
+    monkeypatch.setattr(axes, "set_yscale", lambda self, scale: scales.append(scale))
+    for highest in (3.0, 300.0):
+        log = MetricsLog(tmp_path / "x.jsonl")
+        for tokens, loss, val_loss in (
+            (10, highest, None),
+            (20, float("inf"), 2.5),
+            (30, 2.0, None),
+        ):
+            log.write(tokens=tokens, loss=loss, val_loss=val_loss)
+        assert log.draw() == tmp_path / "x_loss.png" and log.draw().stat().st_size > 1000
+        assert drawn == {"training": [(10, highest), (30, 2.0)], "validation": [(20, 2.5)]}
+    assert scales == ["log"] * 2  # of the second, which was drawn twice
+
+
+# ----------------------------------------------------------------------- processes and other ways
+
+
+def test_alone_a_process_adds_nothing_and_waits_for_nobody(monkeypatch):
+    assert distributed.add_up(3, True, torch.tensor(2.5)) == [3.0, 1.0, 2.5]
+    assert distributed.is_first() and distributed.start("gloo") == (0, 1)
+    distributed.wait_for_all()
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed.local_rank() == 3
+
+
+def end_with(error):
+    with distributed.ending_in_plain_words():
+        raise error
+
+
+def test_a_process_that_lost_another_says_so_and_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    for reason in ("[gloo/tcp] Connection closed by peer", "Timed out waiting", "NCCL error"):
+        with pytest.raises(UserError, match="process 1 lost another .*--from_resume 1") as error:
+            end_with(RuntimeError(f"{reason}\nmore"))
+        assert reason in str(error.value) and "more" not in str(error.value)
+    with pytest.raises(RuntimeError, match="shapes"):
+        end_with(RuntimeError("shapes do not fit"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="peer"):
+        end_with(RuntimeError("peer"))
+
+
+def test_a_script_ends_with_its_code():
+    end_with(SystemExit(0))
+    for code in (2, 130):
+        with pytest.raises(SystemExit) as end:
+            end_with(SystemExit(code))
+        assert end.value.code == code
+
+
+def test_gradients_are_sent_in_a_steps_last_micro_batch_alone():
+    """Each micro-batch's would give the same sum, in more time."""
+    runner = torch.nn.Linear(1, 1)
+    runner.no_sync = lambda: "not sent"
+    assert distributed.adding_gradients(runner, False) == "not sent"
+    assert distributed.adding_gradients(runner, True) != "not sent"
+
+
+def test_distillation_has_a_teacher_unless_the_run_has_one(monkeypatch):
+    given = []
+    monkeypatch.setattr(train_full_sft, "main", given.append)
+    usual = ["--save_weight", "distilled"]
+    train_distillation.main(["--student", "none", "--epochs", "2"])
+    assert given.pop() == [
+        *usual,
+        "--teacher_weight",
+        "full_sft",
+        "--from_weight",
+        "none",
+        "--epochs",
+        "2",
+    ]
+    for flag in ("--from_resume", "--offline_dir"):
+        train_distillation.main([flag, "1"])
+        assert given.pop() == [*usual, flag, "1"]
