@@ -15,7 +15,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from tests.conftest import chat, write_jsonl
 from trainer import adapting, distributed, train_distillation, train_full_sft, trainer_utils
-from trainer.compiling import require_compiler
+from trainer.compiling import compile_layers, require_compiler
 from trainer.metrics import MetricsLog
 from trainer.optimizer import make_optimizer
 from trainer.trainer_utils import describe, init_model, pick_device, pick_dtype, seed_step
@@ -157,6 +157,14 @@ def test_a_missing_compiler_is_told_before_the_first_step(monkeypatch):
     require_compiler(torch.device("cuda"))  # Triton compiles there
     with pytest.raises(UserError, match="--use_compile 1 needs a C"):
         require_compiler(torch.device("cpu"))
+
+
+def test_each_layer_is_compiled_by_itself_and_computes_what_it_did(compiled):
+    model, ids = small(), torch.arange(20)[None]
+    before = model(ids)
+    compile_layers(model)
+    assert compiled == [*model.model.layers]
+    torch.testing.assert_close(model(ids), before)
 
 
 # ------------------------------------------------------------------------------------ what learns
