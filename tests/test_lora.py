@@ -163,6 +163,17 @@ def test_chat_with_adapters_and_with_them_merged(lora_run):
     assert merged.stdout.splitlines()[-1] == apart.stdout.splitlines()[-1]
 
 
+def test_merged_weights_still_know_which_tokens_are_new(extended, shop_data, tmp_path):
+    under = extended / "full_sft_32.pth"
+    mark = checkpoint.load(under)["first_new_token"]
+    flags = ["--data_path", shop_data / "train.jsonl", "--from_weight", under, "--epochs", 1]
+    sft(tmp_path, *flags, *LORA)
+    merge_lora.main(["--lora", "full_sft", "--save_dir", str(tmp_path)])
+    merged = checkpoint.load(tmp_path / "full_sft_merged_32.pth")
+    assert merged.get("first_new_token") == mark and mark is not None
+    assert "lora" not in merged
+
+
 def test_other_weights_beneath_are_refused(lora_run, trained):
     flags = ["--prompt", "x", "--save_dir", lora_run, "--lora", "full_sft"]
     done = run("eval_llm.py", *flags, "--weight", trained / "full_sft_32.pth")
