@@ -4,6 +4,8 @@ are all right; the figures against their definitions."""
 import csv
 import itertools
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +110,8 @@ def test_a_run_and_its_report(trained, gsm8k, tmp_path):
     evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k", "--limit", 7)
     folder = tmp_path / "eval" / "gsm8k"
     assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".json", ".md"]
-    result = json.loads((folder / "full_sft_32.json").read_text(encoding="utf-8"))
+    name = "full_sft_32_limit_7"
+    result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     rows = result["problems"]
     assert [row["problem"] for row in rows] == list(range(7))
     assert result["totals"]["problems"] == 7 and result["scores"]["overall"] <= 1
@@ -118,9 +121,9 @@ def test_a_run_and_its_report(trained, gsm8k, tmp_path):
         said = judge("gsm8k", row["output"], row["gold"], row["truncated"])
         assert said.items() <= row.items()
         assert row["tokens"] <= 20 and row["truncated"] == (row["tokens"] == 20)
-    table = list(csv.DictReader((folder / "full_sft_32.csv").open(encoding="utf-8")))
+    table = list(csv.DictReader((folder / f"{name}.csv").open(encoding="utf-8")))
     assert [line["verdict"] for line in table] == [row["verdict"] for row in rows]
-    text = (folder / "full_sft_32.md").read_text(encoding="utf-8")
+    text = (folder / f"{name}.md").read_text(encoding="utf-8")
     assert result["weights_sha256"][:16] in text and result["command"] in text
     assert "python evaluation/run_eval.py --weight" in text and "--limit 7" in text
 
@@ -128,9 +131,9 @@ def test_a_run_and_its_report(trained, gsm8k, tmp_path):
 def test_greedy_answers_are_the_same_whatever_the_batch_size(trained, gsm8k, tmp_path):
     rows = []
     for size in (1, 5, 12):
-        flags = ["--task", "gsm8k", "--batch_size", size]
+        flags = ["--task", "gsm8k", "--batch_size", size, "--run", size]
         evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)
-        result = without_times(tmp_path / "eval" / "gsm8k" / "full_sft_32.json")
+        result = without_times(tmp_path / "eval" / "gsm8k" / f"{size}.json")
         rows.append(result["problems"])
     assert rows[0] == rows[1] == rows[2]
 
@@ -166,13 +169,78 @@ def test_a_run_killed_on_the_way_ends_in_the_same_result(trained, gsm8k, tmp_pat
     assert before, "the run was over before it was killed; nothing was tested"
 
 
-def test_an_unfinished_run_with_other_flags_is_not_gone_on_with(trained, gsm8k, tmp_path):
-    part = tmp_path / "it.part"
-    rows = [{"problem": i} for i in range(5)]
-    run_eval.Part(part, {"weights_sha256": "a", "command": "x"}, 2).add(rows)
+def test_an_unfinished_run_is_gone_on_with_and_another_ones_answers_are_kept(tmp_path):
+    part, rows = tmp_path / "it.part", [{"problem": i} for i in range(5)]
+
+    def opened(command="x", **other):
+        run = {"weights_sha256": "a", "command": command, "settings": {"limit": 0}}
+        return run_eval.Part(part, run | other, 2, "--run NAME")
+
+    opened().add(rows)
     for _ in range(2):  # whole batches alone, and a second stop changes nothing
-        assert run_eval.Part(part, {"weights_sha256": "a", "command": "y"}, 2).rows == rows[:4]
-    assert run_eval.Part(part, {"weights_sha256": "b", "command": "x"}, 2).rows == []
+        assert opened(command="y").rows == rows[:4]
+    for other, says in (
+        ({"weights_sha256": "b"}, "weights_sha256 was a and is b"),
+        ({"settings": {"limit": 3}}, "limit was 0 and is 3"),
+    ):
+        with pytest.raises(UserError, match=rf"it.part is of another run: {says}.*--run NAME"):
+            opened(**other)
+        assert opened().rows == rows[:4]
+    text = part.read_text(encoding="utf-8").splitlines()
+    part.write_text("\n".join([*text[:4], "{torn", text[4], ""]), encoding="utf-8")
+    assert opened().rows == rows[:2]  # of three whole lines
+    for damaged in ("[1]\n", "{\n", '{"settings": 1}\n'):
+        part.write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match="does not say which"):
+            opened()
+        assert part.read_text(encoding="utf-8") == damaged
+
+
+def test_another_question_never_replaces_stored_answers(trained, gsm8k, tmp_path):
+    """Its name is another, or the command is refused; the same command goes on or runs again."""
+    test, folder = gsm8k / "test.jsonl", tmp_path / "eval" / "gsm8k"
+    evaluate(trained, test, tmp_path, "--task", "gsm8k")
+    evaluate(trained, test, tmp_path, "--task", "gsm8k", "--limit", 3)
+    evaluate(trained, test, tmp_path, "--task", "gsm8k", "--dtype", "bf16", "--limit", 1)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    names = ("full_sft_32", "full_sft_32_limit_1_bf16", "full_sft_32_limit_3")
+    assert sorted(path.stem for path in folder.glob("*.json")) == list(names)
+    other = write_jsonl(tmp_path / "other.jsonl", read(test)[:5])
+    weights = shutil.copy(trained / "pretrain_32.pth", tmp_path / "full_sft_32.pth")
+    for data, flags, says in (
+        (other, [], "data_sha256 was"),
+        (test, ["--weight", weights], "weights_sha256 was"),
+        (test, ["--max_new_tokens", 7], "max_new_tokens was 20 and is 7"),
+        (test, ["--batch_size", 3], "batch_size was 16 and is 3"),
+        (test, ["--seed", 0], "seed was 1 and is 0"),
+        (test, ["--run", "full_sft_32", "--limit", 3], "limit was 0 and is 3"),
+    ):
+        with pytest.raises(UserError, match=rf"full_sft_32.json is of .*{says}.*--run NAME"):
+            evaluate(trained, data, tmp_path, "--task", "gsm8k", *flags)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (moved := tmp_path / "moved.jsonl").write_bytes(test.read_bytes())
+    old = without_times(folder / "full_sft_32.json")
+    evaluate(trained, moved, tmp_path, "--task", "gsm8k")
+    assert without_times(folder / "full_sft_32.json")["problems"] == old["problems"]
+
+
+def test_a_damaged_result_beside_it_does_not_cost_the_report(trained, gsm8k, tmp_path):
+    folder = tmp_path / "eval" / "gsm8k"
+    folder.mkdir(parents=True)
+    for name, content in (
+        ("torn", '{"run": "torn", "tot'),
+        ("list", "[1]"),
+        ("deep", "[" * 100_000),
+        ("shares", json.dumps({"run": "x", "totals": {"problems": 1, "accuracy": "all"}})),
+        ("old", "{}"),
+    ):
+        (folder / f"{name}.json").write_text(content, encoding="utf-8")
+    (folder / "bytes.json").write_bytes(b"\xff\x00")
+    evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k", "--limit", 1)
+    text = (folder / "full_sft_32_limit_1.md").read_text(encoding="utf-8")
+    for name in ("torn", "list", "deep", "shares", "old", "bytes"):
+        assert f"| {name}.json cannot be read: " in text
+    assert text.count("| full_sft_32_limit_1 | 1 |") == 1
 
 
 @pytest.mark.parametrize("task", ["tiny_world", "gsm8k", "math"])
@@ -209,6 +277,47 @@ def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path, capsys
     assert "lenient 100.0%" in capsys.readouterr().out
 
 
+def store(folder, name, rows, **more):
+    """A result as run_eval.py writes it."""
+    result = dict.fromkeys(("command", "weights", "weights_sha256", "data", "data_sha256"), "x")
+    result |= {"task": "gsm8k", "run": name, "params": 1, "seconds": 1.0}
+    result |= {"totals": {"accuracy": 0.5}, "problems": rows, **more}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    return path
+
+
+def test_compare_pairs_the_same_problems_of_shuffled_data(tmp_path, capsys):
+    """Problems whose last turn, prompt, or prompt and gold answer are equal are told apart."""
+    turns = ("And she?", "And she?", "And she?", "Why?", "Why?", "Why?", "When?")
+    firsts, golds = "AABCCCD", ("1", "1", "1", "1", "2", "2", "1")
+    rows = []
+    for index, (first, turn, gold) in enumerate(zip(firsts, turns, golds, strict=True)):
+        prompt = [{"role": role, "content": c} for role, c in (("user", first), ("assistant", "-"))]
+        prompt.append({"role": "user", "content": turn})
+        for sample in range(2):
+            right = (index + sample) % 2 == 0
+            row = {"problem": index, "sample": sample, "prompt": prompt, "gold": gold}
+            row |= {"output": gold if right else "7", "extracted": gold if right else "7"}
+            row |= {"verdict": "correct" if right else "wrong", "truncated": False, "tokens": 1}
+            rows.append(row)
+    old = store(tmp_path, "old", rows, data_sha256="old")
+    for seed in range(20):
+        order = random.Random(seed).sample(range(7), 7)
+        same = {0: 1, 4: 5}  # equal problems: their order stays
+        for a, b in same.items():
+            i, j = sorted((order.index(a), order.index(b)))
+            order[i], order[j] = a, b
+        moved = [
+            {**row, "problem": place}
+            for place, index in enumerate(order)
+            for row in rows[2 * index : 2 * index + 2]
+        ]
+        run_eval.main(["--compare", str(old), str(store(tmp_path, "new", moved, data_sha256="n"))])
+        said = capsys.readouterr().out
+        assert "14 answers in both" in said and "0 became right, 0 wrong; p = 1.000" in said
+
+
 @pytest.mark.parametrize("data", [{"a": "x", "b": "x"}, {"a": "x", "b": "y"}])
 def test_compare_shows_what_flipped(tmp_path, capsys, data):
     paths = []
@@ -221,14 +330,11 @@ def test_compare_shows_what_flipped(tmp_path, capsys, data):
                 "verdict": "correct" if mark == "R" else "wrong",
                 "extracted": mark,
                 "gold": "g",
-                "output": "",
+                **{"output": "", "truncated": False, "tokens": 1},
             }
             for i, mark in enumerate(verdicts)
         ]
-        result = {"task": "gsm8k", "run": name, "totals": {"accuracy": 0.5}, "problems": rows}
-        result["data_sha256"] = data[name]
-        paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_text(json.dumps(result), encoding="utf-8")
+        paths.append(store(tmp_path, name, rows, data_sha256=data[name]))
     run_eval.main(["--compare", *map(str, paths)])
     printed = capsys.readouterr().out
     assert "3 became right, 1 wrong; p = 0.625" in printed  # 2 (1 + 4) / 16

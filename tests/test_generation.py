@@ -35,6 +35,15 @@ def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone():
     assert len(set(map(tuple, alone))) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_it_writes_in_half_precision_on_every_cpu(dtype, prompts):
+    """Also where the processor cannot lay such matrices out."""
+    ours, _ = pair("qwen3")
+    answers = complete(ours.to(dtype), prompts, max_new_tokens=5, temperature=0, stop_ids=())
+    assert [len(answer) for answer in answers] == [5] * len(prompts)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
 def test_the_fused_step_writes_the_same_and_knows_new_weights(prompts):
