@@ -16,14 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing
-from evaluation.run_eval import (
-    Part,
-    answer_all,
-    answering_flags,
-    answering_parser,
-    open_model,
-    require_same_run,
-)
+from evaluation.run_eval import answer_all, answering_flags, answering_parser, open_model
+from evaluation.stored import Part, require_same_run
 from evaluation.tasks import judge, read_problems
 from trainer.arguments import ROOT, number, stop_at, wrong_values
 

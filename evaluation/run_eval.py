@@ -12,7 +12,6 @@ same name is never overwritten.
 
 import argparse
 import hashlib
-import json
 import shlex
 import sys
 import time
@@ -20,20 +19,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from tqdm import tqdm
-
-from dataset.chat_template import render
 from dataset.errors import UserError, mistakes_in_plain_words
-from dataset.files import replacing
-from dataset.tiny_world import EVAL
-from evaluation import report
-from evaluation.tasks import PROMPTS, TASKS, held_to, judge, problem, read_problems, same_answer
-from model.generation import STOP, generate
-from trainer import checkpoint
-from trainer.arguments import ROOT, Parser, number, stop_at, wrong_values
-from trainer.compiling import require_compiler
-from trainer.trainer_utils import init_model, pick_device, pick_dtype
+
+with mistakes_in_plain_words():  # torch takes seconds to load, in which Ctrl-C may be pressed
+    import numpy as np
+    from tqdm import tqdm
+
+    from dataset.chat_template import render
+    from dataset.tiny_world import EVAL
+    from evaluation import report
+    from evaluation.stored import Part, read_result, require_same_run
+    from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
+    from model.generation import STOP, generate
+    from trainer import checkpoint
+    from trainer.arguments import ROOT, Parser, number, stop_at, wrong_values
+    from trainer.compiling import require_compiler
+    from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
 
 def parse(argv):
@@ -94,6 +95,8 @@ def open_model(args):
     if args.use_compile:
         require_compiler(device)
     args.from_weight = checkpoint.weights_to_start_from(args)
+    if args.from_weight == "none":
+        raise UserError("--weight none: only trained weights can answer; give a name or a path")
     model, tokenizer, _ = init_model(args, device)
     model.to(pick_dtype(args, device))
     paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
@@ -172,95 +175,6 @@ def finish(result, path):
         print(f"{'majority vote':24} {found['majority']:6.1%}")
     print(f"report: {path.with_suffix('.md')}\nevery answer: {path}")
     return scores
-
-
-TEXT = "task run command weights weights_sha256 data data_sha256".split()
-OF_RESULT = dict.fromkeys(TEXT, str) | {"params": int, "seconds": int | float, "totals": dict}
-OF_ROW = {"problem": int, "sample": int, "tokens": int, "truncated": bool, "prompt": list}
-OF_ROW |= {"output": str, "verdict": str, "level": str | None, "type": str | None}
-
-
-def read_result(path):
-    """A stored result. Raises UserError, naming the field, if path holds none."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        require_kinds(result, OF_RESULT)
-        require_kinds(result["totals"], {"accuracy": int | float})
-        for row in [*result["problems"]] or [{}]:
-            require_kinds(row, OF_ROW)
-            problem(result["task"], row["prompt"], row["gold"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is no result of run_eval.py: {error}") from None
-    return result
-
-
-def require_kinds(values, kinds):
-    if not isinstance(values, dict):
-        raise ValueError(f"it holds {values!r} and no record")
-    for name, kind in kinds.items():
-        if not isinstance(values.get(name), kind):
-            raise ValueError(f"its {name} is {values.get(name)!r}")
-
-
-MAY_DIFFER = "run command weights data params settings".split()  # names, places, what follows
-
-
-def require_same_run(path, head, run, flag):
-    """Raises UserError, naming what differs, unless the run that a file describes in its JSON text
-    head is this one: the same question with the same weights.
-    """
-    try:
-        before = json.loads(head)
-        before = {**before, **before.get("settings", {}), **before.get("source", {})}
-    except (ValueError, TypeError, AttributeError):
-        before = {}
-    other = [
-        f"{name} was {before.get(name)} and is {value}"
-        for name, value in {**run, **run.get("settings", {})}.items()
-        if name not in MAY_DIFFER and before.get(name, value) != value
-    ]
-    if other or "weights_sha256" not in before:
-        differ = "; ".join(other) or "it does not say which"
-        raise UserError(f"{path} is of another run: {differ}. Give {flag}, or remove that file")
-
-
-class Part:
-    """The answers of a run so far, a line each, kept beside where its result will be.
-
-    Its whole batches are taken: a batch is drawn together, so it is repeated together. Raises
-    UserError, naming flag, if another run left answers there.
-    """
-
-    def __init__(self, path, run, batch_size, flag):
-        self.path, self.rows = path, []
-        head, *lines = (
-            path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else [""]
-        )
-        if head:
-            require_same_run(path, head, run, flag)
-        for line in lines:
-            try:
-                self.rows.append(json.loads(line))
-            except ValueError:
-                break  # a machine that went off left it in pieces
-        self.rows = self.rows[: len(self.rows) // batch_size * batch_size]
-        first = {key: value for key, value in run.items() if key != "command"}
-        with replacing(path) as file:
-            file.write(as_lines([first, *self.rows]))
-
-    def add(self, rows):
-        try:
-            with self.path.open("ab") as file:
-                file.write(as_lines(rows))
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written: {error.strerror}. Make room, and give the same "
-                "command again: it goes on"
-            ) from None
-
-
-def as_lines(values):
-    return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 def answer_all(problems, model, tokenizer, args, part=None):

@@ -376,6 +376,104 @@ def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
         assert says in f"{error.value} {capsys.readouterr().err}", flags
 
 
+@pytest.mark.parametrize("script", ["evaluation/run_eval.py", "dataset/rejection_sample.py"])
+def test_wrong_numbers_of_the_draws_are_told_before_any_work(script, tmp_path):
+    flags = ["--data_path", tmp_path / "none.jsonl", "--weight", "nowhere"]
+    for name, value in (
+        *(("temperature", text) for text in ("nan", "inf", "-1", "hot", "101")),
+        *(("seed", text) for text in ("-1", "9" * 20, "1.5")),
+        *(("limit", "-1"), ("batch_size", "0"), ("max_new_tokens", "0"), ("num_samples", "0")),
+    ):
+        done = run_here(script, *flags, f"--{name}", value)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"--{name} {value}: give a " in done.stderr
+    done = run_here("evaluation/run_eval.py", "--weight", "none")
+    assert done.returncode == 2 and "--weight none: only trained weights" in done.stderr
+
+
+def test_extreme_draws_that_are_allowed_are_drawn(trained, gsm8k, tmp_path):
+    """The coldest are greedy; the largest seed is a seed like any other."""
+    test, options = gsm8k / "test.jsonl", ["--task", "gsm8k", "--limit", 3, "--run"]
+    for name, more in (
+        ("greedy", []),
+        ("cold", ["--temperature", 1e-40]),
+        ("seed", ["--temperature", 1, "--seed", 2**63 - 1]),
+    ):
+        evaluate(trained, test, tmp_path, *options, name, *more)
+    greedy, cold, drawn = (
+        [row["output"] for row in without_times(tmp_path / f"eval/gsm8k/{name}.json")["problems"]]
+        for name in ("greedy", "cold", "seed")
+    )
+    assert greedy == cold != drawn
+
+
+MALFORMED = [  # of a Tiny World problem: its field, what is in it, what is said
+    *(("conversations", value, "a conversation is a list") for value in ([], "Hi", None, 5, {})),
+    ("conversations", ["Hi"], "message 1 is not"),
+    ("conversations", [{"role": "user", "content": 7}], "content 7, which is not text"),
+    ("conversations", [{"role": "user", "content": "\ud800"}], "lone surrogate"),
+    ("conversations", [{"role": ["user"], "content": "Hi"}], "has role"),
+    *(("expected", value, "no expected answer") for value in (None, 5, {"a": 1}, [1], [["a"]])),
+    *((name, ..., f"'{name}' is missing") for name in ("conversations", "expected", "category")),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "says"), MALFORMED)
+def test_a_malformed_problem_is_named_with_its_line(tmp_path, field, value, says):
+    good = {"category": "any", "conversations": [{"role": "user", "content": "Hi?"}]}
+    good |= {"expected": ["Hi"]}
+    bad = {name: part for name, part in (good | {field: value}).items() if part is not ...}
+    path = write_jsonl(tmp_path / "p.jsonl", [])
+    path.write_text("\n".join(map(json.dumps, [good, bad])), encoding="utf-8")
+    with pytest.raises(UserError, match=r"p.jsonl, line 2: ") as error:
+        read_problems("tiny_world", path)
+    assert says in str(error.value)
+
+
+def test_kinds_of_problems_that_are_not_text_are_counted_as_text(tmp_path):
+    """An evaluation of hours must not end in an error when it counts them."""
+    record = {"category": 3, "expected": "x", "conversations": [{"role": "user", "content": "?"}]}
+    path = write_jsonl(tmp_path / "p.jsonl", [record, record | {"category": [1]}])
+    assert [problem["type"] for problem in read_problems("tiny_world", path)] == ["3", "[1]"]
+
+
+@pytest.mark.parametrize("turns", [[], 5, ["x"], [{"role": "user"}], None])
+def test_solved_problems_without_a_solution_are_named(gsm8k, tmp_path, turns):
+    solved = [record | {"conversations": turns} for record in read(gsm8k / "train.jsonl")]
+    path = write_jsonl(tmp_path / "shots.jsonl", solved)
+    with pytest.raises(UserError, match="shots.jsonl: a record is no solved problem"):
+        read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", path)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "values"),
+    [
+        ("result", "task", ["sums", None, 5]),
+        ("result", "totals", [None, 5, {}, {"accuracy": "all"}]),
+        ("result", "problems", [[], None, 5, "x", {}, [5], [[]]]),
+        *(("result", name, [None, 5]) for name in ("run", "data_sha256", "weights", "command")),
+        *(("result", name, [None, "x"]) for name in ("params", "seconds")),
+        *(("row", name, [None, "x", [5]]) for name in ("problem", "sample", "tokens", "prompt")),
+        ("row", "gold", [None, 5, ["18"], {}]),
+        ("row", "output", [None, 5, ["18"]]),
+        ("row", "truncated", [None, "no"]),
+        *(("row", name, [5, ["x"]]) for name in ("level", "type", "verdict")),
+    ],
+)
+def test_a_result_that_was_tampered_with_is_refused(evaluated, tmp_path, where, field, values):
+    result, path = json.loads(evaluated.read_text(encoding="utf-8")), tmp_path / "it.json"
+    for value in values:
+        row = result["problems"][0] | ({field: value} if where == "row" else {})
+        crafted = result | {"problems": [row]} | ({field: value} if where == "result" else {})
+        path.write_text(json.dumps(crafted), encoding="utf-8")
+        for flags in (["--rescore", path], ["--compare", path, evaluated]):
+            done = run_here("evaluation/run_eval.py", *flags)
+            assert done.returncode == 2 and "it.json is no result of run_eval.py" in done.stderr
+        assert json.loads(path.read_text(encoding="utf-8")) == crafted
+    path.write_text(json.dumps(result), encoding="utf-8")
+    assert run_here("evaluation/run_eval.py", "--rescore", path).returncode == 0
+
+
 # ---------------------------------------------------------------------------------------- figures
 
 
