@@ -171,6 +171,10 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(tra
     assert "the context is full" in capsys.readouterr().out
     assert talk.messages[0]["content"] == "Be brief."
     assert "number 7" in talk.messages[-2]["content"] and len(talk.messages) < 17
+    asked, roles = talk.messages[1::2], [message["role"] for message in talk.messages[1:]]
+    assert roles == ["user", "assistant"] * len(asked)  # whole exchanges are forgotten
+    numbers = [int(re.search(r"number (\d)", message["content"])[1]) for message in asked]
+    assert numbers == list(range(8 - len(asked), 8))
     with pytest.raises(eval_llm.UserError) as error:
         talk.answer("word " * 400)
     length, kept, room = map(int, re.findall(r"\b\d+\b", str(error.value)))
@@ -180,6 +184,18 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(tra
         talk.answer("word " * 30)
     talk.settings["max_new_tokens"] = 4
     assert "number 7" in talk.messages[-2]["content"]  # nothing is lost of what was said
+
+
+def test_of_a_long_text_the_end_is_continued(trained):
+    talk = chat(trained, weight="pretrain", max_new_tokens=2)
+    talk.model.config.max_position_embeddings = room = 20
+    text = " ".join(f"{number} and" for number in range(99))
+    ids = talk.prompt(text)
+    assert (
+        len(ids) == room - 1
+        and talk.tokenizer.decode(ids) == text[-len(talk.tokenizer.decode(ids)) :]
+    )
+    assert talk.prompt("one and") == talk.tokenizer.encode("one and").ids
 
 
 def test_a_character_of_several_tokens_is_printed_whole(trained, capsys, monkeypatch):

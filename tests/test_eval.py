@@ -16,7 +16,10 @@ import pytest
 from dataset.errors import UserError
 from evaluation import report, run_eval
 from evaluation.tasks import TASKS, judge, read_problems
+from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, run, run_here, write_jsonl
+from tests.solutions import gsm8k_records, math_records
+from tests.test_model import SHAPE, randomised
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -244,24 +247,28 @@ def test_a_damaged_result_beside_it_does_not_cost_the_report(trained, gsm8k, tmp
 
 
 @pytest.mark.parametrize("task", ["tiny_world", "gsm8k", "math"])
-def test_gold_answers_are_all_right(task, gsm8k, tmp_path):
-    """With their own solutions in the place of the model's."""
-    path = {"gsm8k": gsm8k / "test.jsonl", "math": SHARED / "math" / "test.jsonl"}.get(task)
-    if task == "math" and not path.exists():
-        solution = {"problem": "?", "solution": r"so $\boxed{\frac{1}{2}}$", "level": "1"}
-        path = write_jsonl(tmp_path / "test.jsonl", [solution])
-    solutions = (
-        [r.get("solution") or r["conversations"][-1]["content"] for r in read(path)]
-        if path
-        else None
-    )
-    for index, problem in enumerate(read_problems(task, path)):
-        gold = problem["gold"]
-        output = (
-            solutions[index] if solutions else gold if isinstance(gold, str) else " ".join(gold)
-        )
-        said = judge(task, output, gold, truncated=False)
+@pytest.mark.parametrize("source", ["own", "shared"])
+def test_gold_answers_are_all_right(task, source, tmp_path):
+    """With their own solutions instead of the model's; each but its own is wrong elsewhere."""
+    own = {"gsm8k": gsm8k_records(), "math": math_records()}.get(task)
+    path = own and write_jsonl(tmp_path / "test.jsonl", own)
+    if source == "shared":
+        path = SHARED / str(task) / "test.jsonl"
+        if not path.exists():
+            pytest.skip("needs the shared data")
+    problems = read_problems(task, path)
+    if task == "tiny_world":
+        golds = [problem["gold"] for problem in problems]
+        solutions = [gold if isinstance(gold, str) else " ".join(gold) for gold in golds]
+    else:
+        solutions = [r.get("solution") or r["answer"] for r in read(path)]
+    wrong = 0
+    for index, (problem, solution) in enumerate(zip(problems, solutions, strict=True)):
+        said = judge(task, solution, problem["gold"], truncated=False)
         assert said["verdict"] == said["strict_verdict"] == "correct" and said["error"] is None
+        other = judge(task, solutions[index - 1], problem["gold"], truncated=False)
+        wrong += other["verdict"] == "wrong" and other["error"] is not None
+    assert wrong > 0.8 * len(problems)
 
 
 def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path, capsys):
@@ -474,6 +481,27 @@ def test_a_result_that_was_tampered_with_is_refused(evaluated, tmp_path, where, 
     assert run_here("evaluation/run_eval.py", "--rescore", path).returncode == 0
 
 
+def test_an_answer_is_truncated_unless_it_came_to_its_stop_token(monkeypatch):
+    """Its length says nothing: it may end at its last token, or fill the context before that."""
+    steps = [[5, 6, 2, 0], [5, 2, None, None], [5, None, None, None]]
+    monkeypatch.setattr(run_eval, "generate", lambda *a, **k: iter(steps))
+    for longest in (3, 50):
+        args = run_eval.parse(["--max_new_tokens", str(longest)])
+        got = run_eval.write_answers([[3]] * 4, 0, None, args)
+        assert got == [([5, 5, 5], False), ([6], True), ([], True), ([], True)]
+
+
+def test_each_batch_has_draws_of_its_own_and_a_repeated_one_the_same():
+    model = randomised(CausalLM(ModelConfig(**SHAPE)))
+    args = run_eval.parse(["--max_new_tokens", "8", "--temperature", "5", "--num_samples", "2"])
+    drawn = [run_eval.write_answers([[3, 4]] * 2, first, model, args) for first in (0, 2, 4, 2)]
+    assert drawn[1] == drawn[3]
+    assert len({tuple(ids) for batch in drawn[:3] for ids, _ in batch}) == 6
+    for seed in (0, 2):
+        args.seed = seed
+        assert run_eval.write_answers([[3, 4]] * 2, 0, model, args) != drawn[0]
+
+
 # ---------------------------------------------------------------------------------------- figures
 
 
@@ -509,3 +537,9 @@ def test_totals_of_several_samples():
     assert found["majority"] == 2 / 3
     assert found["pass_at"]["4"] == 1 and found["pass_at"]["1"] == pytest.approx(0.5)
     assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 3 / 6 + 6 / 6) / 3)
+    # More samples of the same problems make no interval narrower: problems are what is drawn.
+    more = [row | {"sample": row["sample"] + 4 * turn} for turn in range(9) for row in rows]
+    again = report.totals(more, lambda a, b: a == b)
+    for name in ("accuracy_95", "strict_accuracy_95"):
+        assert again[name] == pytest.approx(found[name])
+        assert found[name] == pytest.approx(report.wilson(1.5, 3))

@@ -74,6 +74,16 @@ def test_generation_uses_the_adapters():
     assert complete(model, prompts, **options) != complete(small(), prompts, **options)
 
 
+def test_nothing_is_dropped_while_a_model_in_training_writes():
+    """Neither of the adapters' input nor of the layers'."""
+    options = {"max_new_tokens": 8, "temperature": 0, "stop_ids": ()}
+    for more in ({}, {"use_moe": True}):
+        model = with_adapters(small(dropout=0.6, **more), dropout=0.6).train()
+        drawn = [complete(model, [[5, 6, 7], [8]], **options) for _ in range(3)]
+        assert all(module.training for module in model.modules())
+        assert drawn == [complete(model.eval(), [[5, 6, 7], [8]], **options)] * 3
+
+
 def test_the_hash_is_of_the_weights_beneath():
     model = small()
     before = hash_of(model)
