@@ -65,12 +65,11 @@ class Part:
 
     def __init__(self, path, run, batch_size, flag):
         self.path, self.rows = path, []
-        head, *lines = (
-            path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else [""]
-        )
-        if head:
+        text = path.read_text("utf-8", "replace") if path.exists() else ""
+        head, _, rest = text.partition("\n")
+        if text:
             require_same_run(path, head, run, flag)
-        for line in lines:
+        for line in rest.split("\n")[:-1]:
             try:
                 self.rows.append(json.loads(line))
             except ValueError:

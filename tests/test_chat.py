@@ -68,6 +68,16 @@ def test_commands_and_their_mistakes(trained, capsys):
     assert (talk.messages, talk.settings) == before
 
 
+def test_conversations_are_saved_below_those_that_are_there(trained, tmp_path):
+    talk, path = chat(trained, max_new_tokens=2), tmp_path / "c.jsonl"
+    for question in ("Hi", "Who?"):
+        talk.command("/reset")
+        talk.answer(question)
+        talk.command(f"/save {path}")
+    saved = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [record["conversations"][0]["content"] for record in saved] == ["Hi", "Who?"]
+
+
 def test_the_coldest_and_the_narrowest_draw_the_likeliest(trained):
     """A temperature that logits overflow at, and a top_p that not even one token may fit into."""
     cold = [{"temperature": value} for value in (0, 1e-40, 1e-7, 1e-300)]

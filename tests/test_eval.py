@@ -192,7 +192,9 @@ def test_an_unfinished_run_is_gone_on_with_and_another_ones_answers_are_kept(tmp
     text = part.read_text(encoding="utf-8").splitlines()
     part.write_text("\n".join([*text[:4], "{torn", text[4], ""]), encoding="utf-8")
     assert opened().rows == rows[:2]  # of three whole lines
-    for damaged in ("[1]\n", "{\n", '{"settings": 1}\n'):
+    part.write_bytes(b"")
+    assert opened().rows == []
+    for damaged in ("[1]\n", "{\n", '{"settings": 1}\n', '{"weights', "[" * 100_000):
         part.write_text(damaged, encoding="utf-8")
         with pytest.raises(UserError, match="does not say which"):
             opened()
@@ -519,6 +521,49 @@ def test_pass_at_k_against_counting():
         draws = list(itertools.combinations(marks, k))
         share = sum(map(any, draws)) / len(draws)
         assert report.pass_at(k, 5, 2) == pytest.approx(share)
+
+
+def test_expected_words_are_whole_words_and_all_of_them():
+    for output, right in (
+        ("She likes bells and red kites.", True),
+        ("Bells, bells: bells and a red kite.", False),
+        ("She likes doorbells and red kites.", False),
+        ("bells", False),
+    ):
+        said = judge("tiny_world", output, ["bells", "red kites"], False)
+        assert (said["verdict"] == "correct") is right
+    assert judge("tiny_world", " It is 5. ", "It is 5.", False)["verdict"] == "correct"
+    assert judge("tiny_world", "It is 5. Or 6.", "It is 5.", False)["verdict"] == "wrong"
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_kinds_of_error_say_what_is_wrong_with_an_answer(task):
+    for output, truncated, error in (
+        ("So it is \\boxed{18}", False, None),
+        ("So it is \\boxed{18}", True, None),  # it is right all the same
+        ("So it is \\boxed{19}", False, "wrong"),
+        ("So it is \\boxed{19}", True, "truncated"),
+        ("", False, "no_answer"),
+        ("I wonder", True, "truncated"),
+        ("I wonder", False, "no_answer"),
+    ):
+        assert judge(task, output, "18", truncated)["error"] == error
+    assert judge("math", r"\boxed{(3, -4)}", "18", False)["error"] == "wrong"
+    assert judge("math", r"\boxed{3 +}", "18", False)["error"] == "parse_error"
+
+
+def test_samples_without_an_answer_have_no_vote():
+    def group(*extracted):
+        rows = [{"extracted": text, "verdict": "wrong"} for text in extracted]
+        return [row | ({"verdict": "correct"} if row["extracted"] == "1" else {}) for row in rows]
+
+    def same(a, b):
+        return float(a) == float(b)
+
+    assert report.majority(group(None, None, None, "1"), same)
+    assert report.majority(group("2", "1", "1", "2", "1"), same)
+    assert not report.majority(group("1", "2", "2.0"), same)
+    assert not report.majority(group(None, None), same)
 
 
 def test_totals_of_several_samples():

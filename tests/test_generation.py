@@ -137,6 +137,19 @@ def test_the_context_is_the_limit():
         complete(small, [[]])
 
 
+def test_what_a_model_learns_after_it_wrote_is_what_it_computes_with():
+    """Nothing of the matrices that were laid out to write stays."""
+    model = randomised(CausalLM(ModelConfig(**SHAPE)))
+    before = complete(model, PROMPTS, max_new_tokens=6, temperature=0)
+    randomised(model, seed=5)
+    fresh = CausalLM(ModelConfig(**SHAPE))
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.tensor(PROMPTS[:1])
+    assert torch.equal(model(ids), fresh(ids)) and model(ids).requires_grad
+    after = complete(model, PROMPTS, max_new_tokens=6, temperature=0)
+    assert after == complete(fresh, PROMPTS, max_new_tokens=6, temperature=0) != before
+
+
 def test_generating_leaves_the_model_training_if_it_was():
     model = randomised(CausalLM(ModelConfig(**SHAPE))).train()
     complete(model, [[3]], max_new_tokens=2)

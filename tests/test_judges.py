@@ -70,6 +70,13 @@ def test_the_official_rule_of_gsm8k(text, official):
     assert gsm8k.extract_answer(text, strict=True) == official
 
 
+def test_the_strict_judge_forgives_no_other_spelling():
+    assert gsm8k.is_correct("#### 1,000", "#### 1000", strict=True)
+    for answer in ("#### 1000.0", "#### 1000.", "#### 2000/2", "####1000", "The answer is 1000"):
+        assert not gsm8k.is_correct(answer, "#### 1000", strict=True)
+        assert gsm8k.is_correct(answer, "#### 1000")
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

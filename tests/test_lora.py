@@ -10,7 +10,7 @@ from dataset.errors import UserError
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for_good, unmerge
-from tests.conftest import LORA, ROOT, run, sft
+from tests.conftest import LORA, ROOT, run, run_here, sft
 from trainer import checkpoint, merge_lora, train_full_sft
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -182,6 +182,23 @@ def test_merged_weights_still_know_which_tokens_are_new(extended, shop_data, tmp
     merged = checkpoint.load(tmp_path / "full_sft_merged_32.pth")
     assert merged.get("first_new_token") == mark and mark is not None
     assert "lora" not in merged
+
+
+def test_an_evaluation_is_of_weights_and_adapters_together(lora_run, gsm8k, tmp_path):
+    """Other adapters on the same weights are another run."""
+    for name in ("pretrain_32.pth", "lora_full_sft_32.pth"):
+        (tmp_path / name).write_bytes((lora_run / name).read_bytes())
+    flags = ["--task", "gsm8k", "--data_path", gsm8k / "test.jsonl", "--limit", 1]
+    flags += ["--max_new_tokens", 2, "--save_dir", tmp_path]
+    done = run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft")
+    assert done.returncode == 0, done.stderr
+    assert run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft").returncode == 0
+    saved = checkpoint.load(tmp_path / "lora_full_sft_32.pth")
+    for weight in saved["model"].values():
+        weight += 1
+    torch.save(saved, tmp_path / "lora_full_sft_32.pth")
+    done = run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft")
+    assert done.returncode == 2 and "weights_sha256 was" in done.stderr
 
 
 def test_other_weights_beneath_are_refused(lora_run, trained):
