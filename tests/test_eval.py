@@ -19,7 +19,6 @@ from evaluation.tasks import TASKS, judge, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, run, run_here, write_jsonl
 from tests.solutions import gsm8k_records, math_records
-from tests.test_model import SHAPE, randomised
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -364,6 +363,7 @@ def test_few_shot_prompts_show_the_same_solved_problems(gsm8k):
         for question, answer in zip(asked, answered, strict=True):
             assert solved[question["content"]] == answer["content"]
         assert last["role"] == "user"
+    assert read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", shots) == problems
 
 
 def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
@@ -494,7 +494,7 @@ def test_an_answer_is_truncated_unless_it_came_to_its_stop_token(monkeypatch):
 
 
 def test_each_batch_has_draws_of_its_own_and_a_repeated_one_the_same():
-    model = randomised(CausalLM(ModelConfig(**SHAPE)))
+    model = CausalLM(ModelConfig(64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     args = run_eval.parse(["--max_new_tokens", "8", "--temperature", "5", "--num_samples", "2"])
     drawn = [run_eval.write_answers([[3, 4]] * 2, first, model, args) for first in (0, 2, 4, 2)]
     assert drawn[1] == drawn[3]

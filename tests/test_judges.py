@@ -274,6 +274,9 @@ EQUAL = [
     (r"\sin^2 x", r"(\sin x)^2"),
     ("2516_8", "2516_{8}"),
     ("3!", "6"),
+    ("2^-1", "0.5"),
+    (r"3 \cdot -2", "-6"),
+    ("-3^2", "-9"),
     (r"\binom{5}{2}", "10"),
     (r"|{-3}|", "3"),
     ("1.41421356", r"\sqrt{2}"),
@@ -363,6 +366,18 @@ def seconds_to_judge(text):
         act()
         longest = max(longest, time.process_time() - began)
     return longest
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["x_", "$x_$", "2_", "110_", "x_{{1}", "9^{9^{9^{9^9}}}"],
+    ids=["letter", "formula", "digit", "number", "braces", "power"],
+)
+def test_what_has_no_end_or_no_value_is_judged_at_once(answer):
+    code = "import sys; from evaluation.tasks import judge; "
+    code += "print(judge('math', sys.argv[1], '18', False)['verdict'])"
+    done = run("-c", code, f"\\boxed{{{answer}}}", timeout=30)
+    assert done.stdout.strip() == "wrong", done.stderr
 
 
 def test_hostile_text_is_judged_like_any_other():
