@@ -100,12 +100,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="start over")
     if parser.parse_args().fresh:
-        for path in [
-            REPORT,
-            *RESUME,
-            *PARTS,
-            *(path for stage in STAGES.values() for path in stage[1]),
-        ]:
+        left = [path for _, leaves, _ in STAGES.values() for path in leaves]
+        for path in [REPORT, *RESUME, *PARTS, *left]:
             path.unlink(missing_ok=True)
     # Ctrl-C is for the stage that runs: training saves and ends, the chat stops its answer.
     signal.signal(signal.SIGINT, lambda *_: None)

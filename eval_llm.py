@@ -189,7 +189,7 @@ class Chat:
             with Path(name).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise UserError(f"/save {name!r}: {error}") from None
+            raise UserError(f"/save {name!r}: {getattr(error, 'strerror', error)}") from None
         print(f"[saved to {name}]")
 
 

@@ -4,7 +4,8 @@ kept that the task's judge accepts.
     python dataset/rejection_sample.py --task gsm8k --weight gsm8k --data_path out/gsm8k/train.jsonl
     python trainer/train_full_sft.py --from_weight gsm8k --data_path out/accepted.jsonl
 
-A run that was stopped goes on where it was when the same command is given again.
+A run that was stopped goes on where it was when the same command is given again. What another run
+left in --out is never overwritten.
 """
 
 import hashlib
@@ -21,10 +22,8 @@ from evaluation.stored import Part, require_same_run
 from evaluation.tasks import judge, read_problems
 from trainer.arguments import ROOT, number, stop_at, wrong_values
 
-SETTINGS = (
-    "task temperature seed num_samples batch_size max_new_tokens limit keep dtype use_compile"
-)
-SETTINGS = SETTINGS.split()  # another one makes it another run
+SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit keep dtype
+    use_compile""".split()  # with another one it is another run
 
 
 def main(argv=None):
@@ -33,14 +32,8 @@ def main(argv=None):
     add("--task", choices=["tiny_world", "gsm8k", "math"], default="gsm8k")
     answering_flags(add, batch_size=64, max_new_tokens=256, temperature=0.8)
     add("--data_path", type=Path, required=True, help="problems with their answers")
-    add(
-        "--samples",
-        "--num_samples",
-        dest="num_samples",
-        type=positive,
-        default=8,
-        help="answers to each problem",
-    )
+    each = {"dest": "num_samples", "type": positive, "help": "answers to each problem"}
+    add("--samples", "--num_samples", default=8, **each)
     add("--keep", type=positive, default=4, help="different right ones of a problem at most")
     add("--out", type=Path, default=ROOT / "out" / "accepted.jsonl", help="conversations")
     args = parser.parse_args(argv)
