@@ -18,6 +18,7 @@ OUT = ROOT / "out"
 REPORT = OUT / "demo.json"
 DATA = [ROOT / "dataset" / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval")]
 ANSWERS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain", "full_sft")]
+PARTS = [path.with_suffix(".part") for path in ANSWERS]  # of an evaluation that was stopped
 WEIGHTS = [OUT / "pretrain_384.pth", OUT / "full_sft_384.pth"]
 RESUME = [OUT / "checkpoints" / f"{path.stem}_resume.pth" for path in WEIGHTS]
 CURVES = [OUT / "logs" / f"{path.stem}.jsonl" for path in WEIGHTS]
@@ -40,6 +41,18 @@ STAGES = {  # stage: (its commands, what they leave, what says that it was stopp
         None,
     ),
 }
+
+
+def begin_anew(stage, report):
+    """Forgets that a stage, and those after it, were done: they have to follow from this run."""
+    for name in list(STAGES)[list(STAGES).index(stage) :]:
+        resume = STAGES[name][2]
+        if report["seconds"].pop(name, None) is not None and resume:
+            resume.unlink(missing_ok=True)
+    if stage != "eval":
+        for path in [*ANSWERS, *PARTS]:
+            path.unlink(missing_ok=True)
+    REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def run_stage(commands, resume):
@@ -87,7 +100,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="start over")
     if parser.parse_args().fresh:
-        for path in [REPORT, *RESUME, *(path for stage in STAGES.values() for path in stage[1])]:
+        left = [path for _, leaves, _ in STAGES.values() for path in leaves]
+        for path in [REPORT, *RESUME, *PARTS, *left]:
             path.unlink(missing_ok=True)
     # Ctrl-C is for the stage that runs: training saves and ends, the chat stops its answer.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -95,15 +109,12 @@ def main():
     setup = ROOT / ".venv" / "setup-seconds"
     report["seconds"]["setup"] = round(float(setup.read_text())) if setup.exists() else 0
 
-    renewed = False  # a stage that ran makes those after it run too
     for stage, (commands, leaves, resume) in STAGES.items():
-        done = stage in report["seconds"]
-        if done and not renewed and all(path.exists() for path in leaves):
+        if stage in report["seconds"] and all(path.exists() for path in leaves):
             print(f"{stage}: done before, in {report['seconds'][stage]} s (make demo FRESH=1 anew)")
             continue
-        if done and resume:
-            resume.unlink(missing_ok=True)
-        report["seconds"][stage], renewed = run_stage(commands, resume), True
+        begin_anew(stage, report)
+        report["seconds"][stage] = run_stage(commands, resume)
         memory = [size for size in (report.get("peak_rss_mb"), peak_memory()) if size]
         report["peak_rss_mb"] = max(memory, default=None)
         REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -11,29 +11,33 @@ import json
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from dataset.errors import UserError, mistakes_in_plain_words
+
+with suppress(ImportError):  # not on Windows
+    import readline  # noqa: F401  input() then has no limit of length, but a history
 
 HELP = """/system TEXT   a system prompt for a new conversation; without TEXT: none
 /set NAME VALUE one of: temperature, top_k, top_p, repetition_penalty, max_new_tokens, seed
 /reset          forget the conversation
 /save FILE      write it as a line of JSONL that train_full_sft.py reads
 /quit           or Ctrl-D; Ctrl-C stops an answer"""
-SAMPLING = {
-    "temperature": (float, 0.0, "0: always the likeliest token"),
-    "top_k": (int, 0, "draw from the k likeliest tokens; 0: from all"),
-    "top_p": (float, 1.0, "draw from the likeliest that add up to this probability"),
-    "repetition_penalty": (float, 1.0, "above 1: repeats less"),
-    "max_new_tokens": (int, 256, "longest answer"),
-    "seed": (int, 1, "of the draws"),
+SAMPLING = {  # name: (kind, default, lowest, highest, meaning)
+    "temperature": (float, 0.0, 0, 100, "0: always the likeliest token"),
+    "top_k": (int, 0, 0, 10**9, "draw from the k likeliest tokens; 0: from all"),
+    "top_p": (float, 1.0, 0, 1, "draw from the likeliest that add up to this probability"),
+    "repetition_penalty": (float, 1.0, 0.01, 100, "above 1: repeats less"),
+    "max_new_tokens": (int, 256, 1, 10**9, "longest answer"),
+    "seed": (int, 1, 0, 2**63 - 1, "of the draws"),
 }
+LONGEST_LINE = 4095  # bytes that a terminal of Linux passes on where readline does not read it
 
 
 def in_range(name, text):
-    """The value of a sampling setting; ValueError with the limits if text is none."""
-    kind, low = SAMPLING[name][0], {"max_new_tokens": 1, "repetition_penalty": 0.01}.get(name, 0)
-    high = {"top_p": 1}.get(name, float("inf"))
+    """The value of a sampling setting. Raises UserError with the limits if text is none."""
+    kind, _, low, high, _ = SAMPLING[name]
     try:
         value = kind(text)
     except ValueError:
@@ -57,11 +61,16 @@ def parse(argv):
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
     add("--use_compile", type=int, choices=[0, 1], default=0, help="1: fuse; needs a compiler")
-    for name, (_, default, text) in SAMPLING.items():
+    for name, (_, default, *_, text) in SAMPLING.items():
         add(f"--{name}", default=default, help=text)
     args = parser.parse_args(argv)
     for name in SAMPLING:
         setattr(args, name, in_range(name, getattr(args, name)))
+    text = args.system + (args.prompt or "")
+    if text != text.encode("utf-8", "replace").decode():
+        raise UserError("--prompt and --system: give text in UTF-8")
+    if args.from_weight == "none":
+        raise UserError("--weight none: only trained weights can chat; give a name or a path")
     return args
 
 
@@ -88,18 +97,23 @@ class Chat:
     def prompt(self, text):
         """The ids to go on from. Drops the oldest turns, with a notice, when they leave no room."""
         from dataset.chat_template import render
+        from dataset.tokenizer import END_OF_TEXT
 
         room = self.model.config.max_position_embeddings
         if self.continues:
-            return self.tokenizer.encode(text).ids[-room + 1 :]
+            return self.tokenizer.encode(text).ids[-room + 1 :] or [END_OF_TEXT]
         messages, dropped = [*self.messages, {"role": "user", "content": text}], 0
+        for_answer = min(self.settings["max_new_tokens"], room // 2)
         while True:
             ids, _ = render(messages, add_generation_prompt=True, tokenizer=self.tokenizer)
-            if len(ids) + min(self.settings["max_new_tokens"], room // 2) <= room:
+            if len(ids) + for_answer <= room:
                 break
             first = int(messages[0]["role"] == "system")
             if len(messages) - first < 3:
-                raise UserError(f"that is too long: {len(ids)} tokens, and the context is {room}")
+                raise UserError(
+                    f"that is too long: {len(ids)} tokens, and {for_answer} are kept for the "
+                    f"answer (max_new_tokens); the context has {room}. Shorten one of them"
+                )
             del messages[first : first + 2]
             dropped += 1
         if dropped:
@@ -174,8 +188,8 @@ class Chat:
         try:
             with Path(name).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except OSError as error:
-            raise UserError(f"/save {name}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise UserError(f"/save {name!r}: {getattr(error, 'strerror', error)}") from None
         print(f"[saved to {name}]")
 
 
@@ -187,18 +201,13 @@ def main(argv=None):
         return
     if chat.continues:
         print("These weights were only pretrained: they continue your text and do not answer yet.")
+    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end the chat
     terminal = sys.stdin.isatty()
     if terminal:
         print("Write something; /help lists the commands, /quit ends.")
     while True:
         try:
-            line = input("> " if terminal else "").strip()
-        except KeyboardInterrupt:
-            print()
-            continue
-        except EOFError:
-            break
-        try:
+            line = read_line(terminal)
             if line.startswith("/"):
                 if not chat.command(line):
                     break
@@ -206,6 +215,22 @@ def main(argv=None):
                 chat.answer(line)
         except UserError as error:  # in a chat a mistake is told, and the chat goes on
             print(f"[{error}]")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            break
+
+
+def read_line(terminal):
+    """The next line that the user writes. Raises UserError if the terminal may have cut it."""
+    line = input("> " if terminal else "")
+    by_readline = sys.modules.get("readline") and sys.stdout.isatty()
+    if terminal and not by_readline and len(line.encode()) == LONGEST_LINE:
+        raise UserError(
+            f"a line has at most {LONGEST_LINE} bytes in this terminal, and the rest of yours is "
+            "lost; give it in shorter lines, or in a pipe: python eval_llm.py < FILE"
+        )
+    return line.strip()
 
 
 if __name__ == "__main__":

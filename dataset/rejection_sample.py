@@ -4,10 +4,10 @@ kept that the task's judge accepts.
     python dataset/rejection_sample.py --task gsm8k --weight gsm8k --data_path out/gsm8k/train.jsonl
     python trainer/train_full_sft.py --from_weight gsm8k --data_path out/accepted.jsonl
 
-A run that was stopped goes on where it was when the same command is given again.
+A run that was stopped goes on where it was when the same command is given again. What another run
+left in --out is never overwritten.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -17,34 +17,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing
-from evaluation.run_eval import Part, answer_all, answering_flags, open_model, positive
+from evaluation.run_eval import answer_all, answering_flags, answering_parser, open_model
+from evaluation.stored import Part, require_same_run
 from evaluation.tasks import judge, read_problems
-from trainer.arguments import ROOT
+from trainer.arguments import ROOT, number, stop_at, wrong_values
+
+SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit keep dtype
+    use_compile""".split()  # with another one it is another run
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
+    parser = answering_parser(__doc__)
+    add, positive = parser.add_argument, number(int, 1)
     add("--task", choices=["tiny_world", "gsm8k", "math"], default="gsm8k")
     answering_flags(add, batch_size=64, max_new_tokens=256, temperature=0.8)
     add("--data_path", type=Path, required=True, help="problems with their answers")
-    add("--samples", dest="num_samples", type=positive, default=8, help="answers to each problem")
+    each = {"dest": "num_samples", "type": positive, "help": "answers to each problem"}
+    add("--samples", "--num_samples", default=8, **each)
     add("--keep", type=positive, default=4, help="different right ones of a problem at most")
     add("--out", type=Path, default=ROOT / "out" / "accepted.jsonl", help="conversations")
     args = parser.parse_args(argv)
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: at 0 all samples are the same")
+    stop_at(wrong_values(args))
+    if args.temperature == 0:
+        raise UserError("--temperature 0: all samples are the same; give a number above 0")
 
     problems = read_problems(args.task, args.data_path)[: args.limit or None]
     model, tokenizer, weights = open_model(args)
     data_sha256 = hashlib.sha256(args.data_path.read_bytes()).hexdigest()
-    how = {name: getattr(args, name) for name in ("task", "temperature", "seed", "num_samples")}
-    source = how | {"weights_sha256": weights["weights_sha256"], "data_sha256": data_sha256}
-    names = ("batch_size", "max_new_tokens", "limit", "dtype", "use_compile")
-    settings = source | {name: getattr(args, name) for name in names}
-    part = Part(args.out.with_suffix(".part"), settings, args.batch_size)
+    source = {name: getattr(args, name) for name in SETTINGS}
+    source |= {"weights_sha256": weights["weights_sha256"], "data_sha256": data_sha256}
+    if args.out.exists() and args.out.stat().st_size:
+        with args.out.open(encoding="utf-8", errors="replace") as file:
+            head = file.readline()
+        require_same_run(args.out, head, source, "--out FILE")
+    part = Part(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
     rows = answer_all(problems, model, tokenizer, args, part)
 
     kept = accepted(rows, args.task, args.keep)

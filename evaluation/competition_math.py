@@ -224,8 +224,18 @@ def is_malformed(answer):
     """Whether an answer is nothing that can be read: no number, expression, list, word."""
     if len(answer) > LONGEST_ANSWER:
         return True
-    parts = [answer]
-    for split in (unions, rows, entries):
+    parts = [tidy(answer)]
+    for split in (unions, rows, entries, inner, inner, sides):
         parts = [piece for part in parts for piece in split(part)]
-    parts = [tidy(part).strip("()[]{}\\ ") for part in parts]
-    return not all(re.search(r"[a-zA-Z]{2}", part) or is_readable(value_of(part)) for part in parts)
+    return not all(re.search(r"[a-zA-Z]{2}", part) or is_readable(part) for part in parts)
+
+
+def inner(text):
+    """What stands in the brackets of a tuple, a set or an interval."""
+    found = bracketed(text)
+    return found[1] if found else [text]
+
+
+def sides(text):
+    """Those of an equation or inequality."""
+    return re.split(r"[=<>]", value_of(text))

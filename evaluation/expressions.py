@@ -196,7 +196,9 @@ class Expression:
             begin, braces = self.at, 0
             while self.at == begin or braces:
                 token = self.take()
-                braces += (token == "{") - (token in ("}", ""))
+                if not token:
+                    raise ValueError(f"the index of {name} does not end")
+                braces += (token == "{") - (token == "}")
                 name += token if token not in ("{", "}") else ""
         self.variables.add(name)
         return Fraction(2 * random.Random(f"{name} {self.point}").randrange(-999, 999) + 1, 997)

@@ -90,8 +90,8 @@ def percent(share, interval=None):
     return text if interval is None else f"{text} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
-def markdown(result, earlier):
-    """The report of a run; earlier: other results of the same task, in a table beside it."""
+def markdown(result, beside):
+    """The report of a run; beside: the lines of other runs in the table that ends it."""
     found = result["totals"]
     lines = [
         f"# {result['task']}: {result['run']}",
@@ -126,14 +126,18 @@ def markdown(result, earlier):
         "| run | problems | lenient | strict | weights | data |",
         "|---|---|---|---|---|---|",
     ]
-    for other in [*earlier, result]:
-        t = other["totals"]
-        lines.append(
-            f"| {other['run']} | {t['problems']} | {percent(t['accuracy'], t['accuracy_95'])} | "
-            f"{percent(t['strict_accuracy'])} | {other['weights_sha256'][:8]} | "
-            f"{other['data_sha256'][:8]} |"
-        )
+    lines += [*beside, line_of(result)]
     return "\n".join([*lines, "", "Intervals: 95 %, Wilson.", ""])
+
+
+def line_of(result):
+    """A result in the table of all runs of its task."""
+    t = result["totals"]
+    return (
+        f"| {result['run']} | {t['problems']} | {percent(t['accuracy'], t['accuracy_95'])} | "
+        f"{percent(t['strict_accuracy'])} | {result['weights_sha256'][:8]} | "
+        f"{result['data_sha256'][:8]} |"
+    )
 
 
 COLUMNS = "problem sample level type gold extracted verdict strict_verdict error tokens seconds"
@@ -150,13 +154,16 @@ def table(rows):
 
 def write(path, result):
     """Writes a result as path, a .json file, and its report beside it as .md and .csv."""
-    earlier = []
+    beside = []
     for other in sorted(path.parent.glob("*.json"), key=lambda other: other.stat().st_mtime):
         if other != path:
-            earlier.append(json.loads(other.read_text(encoding="utf-8")))
+            try:
+                beside.append(line_of(json.loads(other.read_text(encoding="utf-8"))))
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                beside.append(f"| {other.name} cannot be read: {error!r} | | | | | |")
     written = {
         ".csv": table(result["problems"]),
-        ".md": markdown(result, [other for other in earlier if "totals" in other]),
+        ".md": markdown(result, beside),
         ".json": json.dumps(result, ensure_ascii=False, indent=1),
     }
     for suffix, text in written.items():
@@ -170,11 +177,17 @@ def compare(old, new):
     """
 
     def by_problem(result):
-        """Other data may have other numbers; then it is the question that says which problem."""
+        """Other data may have other numbers; then prompt and gold answer say which problem, and of
+        those that are equal in both it is the first, the second, ...
+        """
         same = old["data_sha256"] == new["data_sha256"]
-        rows = result["problems"]
-        keys = [row["problem"] if same else row["prompt"][-1]["content"] for row in rows]
-        return {(key, row["sample"]): row for key, row in zip(keys, rows, strict=True)}
+        rows, times = {}, Counter()
+        for row in result["problems"]:
+            asked = row["problem"] if same else json.dumps([row["prompt"], row["gold"]])
+            key = asked, row["sample"]
+            rows[*key, times[key]] = row
+            times[key] += 1
+        return rows
 
     before, after = by_problem(old), by_problem(new)
     shared = [key for key in before if key in after]

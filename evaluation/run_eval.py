@@ -6,12 +6,12 @@
     python evaluation/run_eval.py --compare A.json B.json                     # what flipped
 
 Every prompt, answer and verdict goes to out/eval/TASK/RUN.json, a report beside it. A run that was
-stopped goes on where it was when the same command is given again.
+stopped goes on where it was when the same command is given again. What another run left under the
+same name is never overwritten.
 """
 
 import argparse
 import hashlib
-import json
 import shlex
 import sys
 import time
@@ -19,41 +19,47 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from tqdm import tqdm
-
-from dataset.chat_template import render
 from dataset.errors import UserError, mistakes_in_plain_words
-from dataset.files import replacing
-from dataset.tiny_world import EVAL
-from evaluation import report
-from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
-from model.generation import STOP, generate
-from trainer import checkpoint
-from trainer.arguments import ROOT
-from trainer.compiling import require_compiler
-from trainer.trainer_utils import init_model, pick_device, pick_dtype
+
+with mistakes_in_plain_words():  # torch takes seconds to load, in which Ctrl-C may be pressed
+    import numpy as np
+    from tqdm import tqdm
+
+    from dataset.chat_template import render
+    from dataset.tiny_world import EVAL
+    from evaluation import report
+    from evaluation.stored import Part, read_result, require_same_run
+    from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
+    from model.generation import STOP, generate
+    from trainer import checkpoint
+    from trainer.arguments import ROOT, Parser, number, stop_at, wrong_values
+    from trainer.compiling import require_compiler
+    from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = answering_parser(__doc__)
     add = parser.add_argument
     answering_flags(add, batch_size=16, max_new_tokens=512, temperature=0.0)
     add("--task", choices=TASKS, default="tiny_world")
     add("--data_path", type=Path, help="problems, official or prepared; default: Tiny World's")
     add("--prompt_style", default="zero_shot", help=f"a table of evaluation/{PROMPTS.name}")
     add("--shots_path", type=Path, help="solved problems, for few_shot")
-    add("--num_samples", type=positive, default=1, help="answers to each problem")
+    add("--num_samples", type=number(int, 1), default=1, help="answers to each problem")
     add("--run", help="name of the result; default: that of the weights, and what is unusual")
     add("--rescore", type=Path, metavar="FILE", help="judge a stored run again, without the model")
     two = {"nargs": 2, "type": Path, "metavar": ("OLD", "NEW")}
     add("--compare", **two, help="what flipped between two stored runs")
     args = parser.parse_args(argv)
-    if args.temperature < 0 or (args.num_samples > 1 and args.temperature == 0):
-        parser.error(f"--temperature {args.temperature}: give 0, or above 0 for several samples")
+    stop_at(wrong_values(args))
+    if args.num_samples > 1 and args.temperature == 0:
+        parser.error(f"--num_samples {args.num_samples} are all the same at --temperature 0")
     return args
+
+
+def answering_parser(doc):
+    how = argparse.ArgumentDefaultsHelpFormatter
+    return Parser(description=doc.splitlines()[0], formatter_class=how)
 
 
 def answering_flags(add, **defaults):
@@ -63,13 +69,21 @@ def answering_flags(add, **defaults):
     add("--lora", metavar="NAME", help="adapters to lay on the weights: lora_NAME_512.pth")
     add("--hidden_size", type=int, help="only where several sizes have the name")
     add("--save_dir", type=Path, default=ROOT / "out", help="of weights and results")
-    add("--limit", type=count, default=0, help="the first so many problems; 0: all")
+    add("--limit", type=number(int, 0), default=0, help="the first so many problems; 0: all")
     at_once, longest = defaults["batch_size"], defaults["max_new_tokens"]
+    positive = number(int, 1)
     add("--batch_size", type=positive, default=at_once, help="answers written at once")
     add("--max_new_tokens", type=positive, default=longest, help="longest answer")
     likeliest = "0: always the likeliest token"
-    add("--temperature", type=float, default=defaults["temperature"], help=likeliest)
-    add("--seed", type=int, default=1, help="of the draws, above temperature 0")
+    add(
+        "--temperature", type=number(float, 0, 100), default=defaults["temperature"], help=likeliest
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=1,
+        help="of the draws, above temperature 0",
+    )
     add("--device", default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
     add("--use_compile", type=int, choices=[0, 1], default=0)
@@ -81,6 +95,8 @@ def open_model(args):
     if args.use_compile:
         require_compiler(device)
     args.from_weight = checkpoint.weights_to_start_from(args)
+    if args.from_weight == "none":
+        raise UserError("--weight none: only trained weights can answer; give a name or a path")
     model, tokenizer, _ = init_model(args, device)
     model.to(pick_dtype(args, device))
     paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
@@ -89,16 +105,6 @@ def open_model(args):
         paths.append(checkpoint.find(args.save_dir, f"lora_{args.lora}", size))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}
-
-
-def count(text, low=0):
-    if not text.isdigit() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from {low} up")
-    return int(text)
-
-
-def positive(text):
-    return count(text, 1)
 
 
 def main(argv=None):
@@ -126,7 +132,9 @@ def main(argv=None):
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
     args.allowed = held_to(args.task, data, tokenizer)
-    part = Part(path.with_suffix(".part"), result, args.batch_size)
+    if path.exists():
+        require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
+    part = Part(path.with_suffix(".part"), result, args.batch_size, "--run NAME")
     rows = answer_all(problems, model, tokenizer, args, part)
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
     scores = finish(result | {"problems": rows}, path)
@@ -140,6 +148,9 @@ def run_name(args):
     unusual += [args.prompt_style] if args.prompt_style != "zero_shot" else []
     unusual += [f"{args.num_samples}_samples"] if args.num_samples > 1 else []
     unusual += [f"temperature_{args.temperature:g}"] if args.temperature else []
+    unusual += [f"limit_{args.limit}"] if args.limit else []
+    unusual += [args.dtype] if args.dtype != "fp32" else []
+    unusual += ["compiled"] if args.use_compile else []
     return "_".join([Path(args.from_weight).stem, *unusual])
 
 
@@ -164,51 +175,6 @@ def finish(result, path):
         print(f"{'majority vote':24} {found['majority']:6.1%}")
     print(f"report: {path.with_suffix('.md')}\nevery answer: {path}")
     return scores
-
-
-def read_result(path):
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        result["task"], result["totals"], result["data_sha256"], result["problems"][0]["output"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is no result of run_eval.py: {error}") from None
-    return result
-
-
-class Part:
-    """The answers of a run so far, a line each, kept beside where its result will be.
-
-    What another run left there is not taken; of this one, its whole batches are: a batch is drawn
-    together, so it is repeated together.
-    """
-
-    def __init__(self, path, run, batch_size):
-        self.path, self.rows = path, []
-        first = {key: value for key, value in run.items() if key != "command"}
-        first = json.loads(json.dumps(first))
-        try:
-            head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            if json.loads(head) == first:
-                lines = lines[: len(lines) // batch_size * batch_size]
-                self.rows = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
-            pass  # no such file, or one that a machine left in pieces: from the beginning
-        with replacing(path) as file:
-            file.write(as_lines([first, *self.rows]))
-
-    def add(self, rows):
-        try:
-            with self.path.open("ab") as file:
-                file.write(as_lines(rows))
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written: {error.strerror}. Make room, and give the same "
-                "command again: it goes on"
-            ) from None
-
-
-def as_lines(values):
-    return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 def answer_all(problems, model, tokenizer, args, part=None):

@@ -5,6 +5,7 @@ import random
 import tomllib
 from pathlib import Path
 
+from dataset.chat_template import pieces
 from dataset.errors import UserError
 from dataset.formats import read_records
 from dataset.tasks import read_task
@@ -24,19 +25,42 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
     path = write_missing(path or EVAL) if task == "tiny_world" else path
     if path is None:
         raise UserError(f"--data_path is missing: give a test file of {task}, as prepare.py writes")
-    if task == "tiny_world":
-        problems = tiny_world_problems(path)
-    elif task == "sid":
-        problems = sid_problems(path)
+    if task in ("tiny_world", "sid"):
+        place, records = "line", read_records(path)
+        parts = tiny_world_parts if task == "tiny_world" else sid_parts
     else:
-        problems = question_problems(task, path, style, shots_path)
+        place, records = "record", enumerate(read_task(task, [path]), 1)
+        parts = question_parts(task, style, shots_path)
+    problems = []
+    for number, record in records:
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            problems.append(problem(task, *parts(record)))
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise UserError(f"--data_path {path}, {place} {number}: {reason}") from None
     if not problems:
         raise UserError(f"--data_path {path} is empty")
     return problems
 
 
-def question_problems(task, path, style, shots_path):
-    """Those of GSM8K and MATH, put as a table of prompts.toml says."""
+def problem(task, prompt, gold, level=None, kind=None):
+    """A problem. Raises ValueError for a prompt that is no conversation, and a gold answer that no
+    judge reads.
+    """
+    pieces(prompt)
+    texts = gold if task == "tiny_world" and isinstance(gold, list) else [gold]
+    if task not in TASKS or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{gold!r} is no expected answer of {task}")
+    level, kind = (value if value is None else str(value) for value in (level, kind))
+    return {"prompt": prompt, "gold": gold, "level": level, "type": kind}
+
+
+def question_parts(task, style, shots_path):
+    """A function from a record of GSM8K or MATH to the parts of a problem, put as a table of
+    prompts.toml says.
+    """
     styles = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
     if style not in styles:
         raise UserError(f"--prompt_style {style}: {PROMPTS.name} has {', '.join(styles)}")
@@ -53,46 +77,31 @@ def question_problems(task, path, style, shots_path):
         if len(solved) < shots:
             raise UserError(f"--shots_path {shots_path} has {len(solved)} problems, not {shots}")
         for record in random.Random(styles[style]["seed"]).sample(solved, shots):
-            examples += [asked(record), record["conversations"][-1]]
-    return [
-        {
-            "prompt": [*examples, asked(record)],
-            "gold": record["final_answer"],
-            "level": record.get("level"),
-            "type": record.get("type"),
-        }
-        for record in read_task(task, [path])
-    ]
+            try:
+                examples += [asked(record), record["conversations"][-1]]
+                pieces(examples)
+            except (LookupError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"--shots_path {shots_path}: a record is no solved problem: {error}"
+                ) from None
+
+    def parts(record):
+        prompt = [*examples, asked(record)]
+        return prompt, record["final_answer"], record.get("level"), record.get("type")
+
+    return parts
 
 
-def tiny_world_problems(path):
-    problems = []
-    for number, record in read_records(path):
-        if isinstance(record, ValueError):
-            raise UserError(f"--data_path {path}, line {number}: {record}")
-        missing = {"category", "conversations", "expected"} - set(record)
-        if missing:
-            raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} is missing")
-        problems.append({"prompt": record["conversations"], "gold": record["expected"]})
-        problems[-1] |= {"level": None, "type": record["category"]}
-    return problems
+def tiny_world_parts(record):
+    return record["conversations"], record["expected"], None, record["category"]
 
 
-def sid_problems(path):
-    """Conversations whose last turn is the id of an item, as prepare.py sid writes."""
-    problems = []
-    for number, record in read_records(path):
-        try:
-            if record["source"] != "sid":
-                raise ValueError(f"its source is {record['source']}")
-            *prompt, answer = record["conversations"]
-            problems.append({"prompt": prompt, "gold": answer["content"]})
-            problems[-1] |= {"level": None, "type": record["task"]}
-        except (LookupError, ValueError, TypeError) as error:
-            raise UserError(
-                f"--data_path {path}, line {number}: no sid record: {error!r}"
-            ) from None
-    return problems
+def sid_parts(record):
+    """Of a conversation whose last turn is the id of an item, as prepare.py sid writes."""
+    if record["source"] != "sid":
+        raise ValueError(f"its source is {record['source']}")
+    *prompt, answer = record["conversations"]
+    return prompt, answer["content"], None, record["task"]
 
 
 class Allowed:

@@ -30,10 +30,11 @@ def generate(
     """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
 
     prompts             B lists of token ids, of any lengths above 0
-    temperature         0 takes the likeliest token always; higher flattens the distribution
+    temperature         0 takes the likeliest token always, and so does what is below 1e-6, where
+                        logits would overflow; higher flattens the distribution
     top_k               draws from the k likeliest only; 0: from all
-    top_p               draws from the fewest tokens whose probability adds up to top_p
-                        (arXiv:1904.09751)
+    top_p               draws from the fewest tokens whose probability adds up to top_p, one at
+                        least (arXiv:1904.09751)
     repetition_penalty  above 1 makes tokens of prompt and answer less likely (arXiv:1909.05858)
     stop_ids            a row that draws one of these is finished; it is yielded, then None
     seed                of the draws; None: another each time
@@ -97,7 +98,9 @@ def matrices_laid_out(model, batch_size):
     lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     weight = model.lm_head.weight
     whole = weight.device.type == "cpu" and not hasattr(weight, "full_tensor")  # fsdp shards it
-    if lay_out and whole and not model.config.use_moe:
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype)
+    able = half is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)()
+    if lay_out and whole and able and not model.config.use_moe:
         linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     try:
         for linear in linears:
@@ -168,7 +171,7 @@ def penalise(logits, seen, pads, penalty):
 
 def choose(logits, temperature, top_k, top_p, generator):
     """One token id for each row of logits (B, V) -> (B, 1)."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k > 0:
@@ -177,6 +180,7 @@ def choose(logits, temperature, top_k, top_p, generator):
     if top_p < 1:
         probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = probability.cumsum(dim=-1) - probability  # of all likelier tokens together
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        unlikely = (before >= top_p) & (before > 0)
+        dropped = torch.zeros_like(unlikely).scatter(1, order, unlikely)
         logits = logits.masked_fill(dropped, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

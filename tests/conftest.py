@@ -148,7 +148,7 @@ def evaluated(trained, gsm8k, tmp_path_factory):
     data = ["--task", "gsm8k", "--data_path", gsm8k / "test.jsonl"]
     done = run_here("evaluation/run_eval.py", *data, *flags)
     assert done.returncode == 0, done.stderr
-    return out / "eval" / "gsm8k" / "full_sft_32.json"
+    return out / "eval" / "gsm8k" / "full_sft_32_limit_2.json"
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,17 @@
 """The chat as a user meets it: from a pipe, with commands, with a full context."""
 
 import json
+import os
+import re
+import select
+import subprocess
+import sys
 
+import pytest
 import torch
 
 import eval_llm
-from tests.conftest import run
+from tests.conftest import ROOT, run, run_here
 
 
 def test_it_answers_every_line_of_a_pipe_and_keeps_the_history(trained, tmp_path):
@@ -49,13 +55,124 @@ def test_commands_and_their_mistakes(trained, capsys):
     assert talk.command("/set temperature 0.5") and talk.settings["temperature"] == 0.5
     assert talk.command("/help") and not talk.command("/quit")
     assert "Ctrl-C stops an answer" in capsys.readouterr().out
-    for wrong in ("/set heat 1", "/set top_p 2", "/set top_k many", "/nothing", "/save"):
-        try:
-            talk.command(wrong)
-        except eval_llm.UserError as error:
-            assert wrong.split()[0].strip("/") in str(error) or wrong.split()[1] in str(error)
-        else:
-            raise AssertionError(f"{wrong} was taken")
+    before = list(talk.messages), dict(talk.settings)
+    wrong = [f"/set temperature {text}" for text in ("nan", "inf", "-1", "101", "1e400")]
+    wrong += [f"/set seed {text}" for text in ("9" * 20, "-1", str(2**63), "1.5")]
+    wrong += [f"/set top_p {text}" for text in ("nan", "2", "-0.1")]
+    wrong += ["/set repetition_penalty inf", "/set max_new_tokens 0", "/set top_k many"]
+    for line in ("/set heat", *wrong, "/nothing", "/save", "/save a\0b", "/save /no/folder"):
+        with pytest.raises(eval_llm.UserError) as error:
+            talk.command(line)
+        words = line.split("\0")[0].split()
+        assert all(word in str(error.value) for word in words[1:] or words)
+    assert (talk.messages, talk.settings) == before
+
+
+def test_conversations_are_saved_below_those_that_are_there(trained, tmp_path):
+    talk, path = chat(trained, max_new_tokens=2), tmp_path / "c.jsonl"
+    for question in ("Hi", "Who?"):
+        talk.command("/reset")
+        talk.answer(question)
+        talk.command(f"/save {path}")
+    saved = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [record["conversations"][0]["content"] for record in saved] == ["Hi", "Who?"]
+
+
+def test_the_coldest_and_the_narrowest_draw_the_likeliest(trained):
+    """A temperature that logits overflow at, and a top_p that not even one token may fit into."""
+    cold = [{"temperature": value} for value in (0, 1e-40, 1e-7, 1e-300)]
+    said = set()
+    for settings in [*cold, *({"temperature": 5, "top_p": value} for value in (0, 1e-40))]:
+        talk = chat(trained, max_new_tokens=12, dtype="fp32")
+        for name, value in settings.items():
+            talk.command(f"/set {name} {value}")
+        talk.answer("What is 3?")
+        said.add(talk.messages[-1]["content"])
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seed", "9" * 20], "seed 9999"),
+        (["--seed", -1], "seed -1: give a number from 0 to 9223372036854775807"),
+        (["--temperature", "nan"], "temperature nan: give a number from 0 to 100"),
+        (["--temperature", "inf"], "temperature inf"),
+        (["--top_p", "nan"], "top_p nan: give a number from 0 to 1"),
+        (["--prompt", "\udcff"], "--prompt and --system: give text in UTF-8"),
+        (["--weight", "none"], "--weight none: only trained weights can chat"),
+    ],
+)
+def test_wrong_flags_are_told_in_a_sentence(trained, flags, says):
+    done = run_here("eval_llm.py", "--save_dir", trained, *flags)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_largest_seed_and_an_empty_text_are_taken(trained):
+    flags = ["--save_dir", trained, "--weight", "pretrain", "--max_new_tokens", 3, "--prompt", ""]
+    done = run_here("eval_llm.py", *flags, "--temperature", 1, "--seed", 2**63 - 1)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat(trained, tmp_path):
+    command = [sys.executable, eval_llm.__file__, "--save_dir", trained, "--max_new_tokens", 2]
+    lines = f"\xff\nHi\n/save {tmp_path / 'c.jsonl'}\n".encode("latin-1")
+    done = subprocess.run(list(map(str, command)), input=lines, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    messages = json.loads((tmp_path / "c.jsonl").read_text(encoding="utf-8"))["conversations"]
+    assert [m["content"] for m in messages[::2]] == ["\ufffd", "Hi"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
+@pytest.mark.parametrize("readline", [True, False])
+def test_a_long_line_reaches_the_chat_whole_or_is_told(trained, tmp_path, readline):
+    """A terminal passes on 4,095 bytes of a line, without a word, unless readline reads it."""
+    import pty
+
+    if not readline and sys.platform != "linux":
+        pytest.skip("other systems have other limits")
+    hidden = "" if readline else "sys.modules['readline'] = None"  # as where Python has none
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {hidden}\nimport eval_llm\n"
+    code += "eval_llm.main(sys.argv[1:])"
+    saved, flags = tmp_path / "c.jsonl", ["--save_dir", str(trained), "--max_new_tokens", "1"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="dumb", OMP_NUM_THREADS="1")
+        os.execv(sys.executable, [sys.executable, "-c", code, *flags])
+    said = b""
+
+    def until(words):
+        nonlocal said
+        while words not in said:
+            assert select.select([terminal], [], [], 60)[0], said
+            said += os.read(terminal, 65536)
+        said = said.partition(words)[2]
+
+    until(b"> ")
+    text = b"long " * 1200  # 6000 bytes
+    for begin in range(0, len(text), 500):
+        os.write(terminal, text[begin : begin + 500])
+    os.write(terminal, b"end\n")
+    until(b"tokens, " if readline else b"at most 4095 bytes")
+    until(b"> ")
+    os.write(terminal, b"Hi\n")
+    until(b"tokens, ")
+    os.write(terminal, f"/save {saved}\n/quit\n".encode())
+    until(b"saved to")
+    os.waitpid(pid, 0)
+    messages = json.loads(saved.read_text(encoding="utf-8"))["conversations"]
+    asked = [m["content"] for m in messages if m["role"] == "user"]
+    assert asked == ([text.decode() + "end"] if readline else []) + ["Hi"]
+
+
+@pytest.mark.parametrize("script", ["eval_llm.py", "evaluation/run_eval.py"])
+def test_ctrl_c_while_torch_loads_ends_with_a_sentence(script, tmp_path):
+    press = "import signal; signal.raise_signal(signal.SIGINT)"
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text(press, encoding="utf-8")
+    done = run(script, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert "stopped at once" in done.stderr
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(trained, capsys):
@@ -66,11 +183,31 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(tra
     assert "the context is full" in capsys.readouterr().out
     assert talk.messages[0]["content"] == "Be brief."
     assert "number 7" in talk.messages[-2]["content"] and len(talk.messages) < 17
-    try:
+    asked, roles = talk.messages[1::2], [message["role"] for message in talk.messages[1:]]
+    assert roles == ["user", "assistant"] * len(asked)  # whole exchanges are forgotten
+    numbers = [int(re.search(r"number (\d)", message["content"])[1]) for message in asked]
+    assert numbers == list(range(8 - len(asked), 8))
+    with pytest.raises(eval_llm.UserError) as error:
         talk.answer("word " * 400)
-    except eval_llm.UserError as error:
-        assert "too long" in str(error)
+    length, kept, room = map(int, re.findall(r"\b\d+\b", str(error.value)))
+    assert (kept, room) == (4, 120) and length > 116
+    talk.settings["max_new_tokens"] = 9999  # half the context is kept for it
+    with pytest.raises(eval_llm.UserError, match="and 60 are kept for the answer"):
+        talk.answer("word " * 30)
+    talk.settings["max_new_tokens"] = 4
     assert "number 7" in talk.messages[-2]["content"]  # nothing is lost of what was said
+
+
+def test_of_a_long_text_the_end_is_continued(trained):
+    talk = chat(trained, weight="pretrain", max_new_tokens=2)
+    talk.model.config.max_position_embeddings = room = 20
+    text = " ".join(f"{number} and" for number in range(99))
+    ids = talk.prompt(text)
+    assert (
+        len(ids) == room - 1
+        and talk.tokenizer.decode(ids) == text[-len(talk.tokenizer.decode(ids)) :]
+    )
+    assert talk.prompt("one and") == talk.tokenizer.encode("one and").ids
 
 
 def test_a_character_of_several_tokens_is_printed_whole(trained, capsys, monkeypatch):

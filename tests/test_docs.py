@@ -36,7 +36,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     files = {"mine.jsonl": data / "sft.jsonl", "out/mine.jsonl": data / "sft.jsonl"}
     files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
     files |= {"out/mine.json": SHIPPED_TOKENIZER, "out/peft": tmp_path / "peft"}
-    files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k", "other")}
+    files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k_limit_200", "other")}
     if "cot" in line or "out/misconceptions" in line:
         trace = dict.fromkeys(("question", "correct", "incorrect", "cot", "misconception"), "x y")
         files["traces.jsonl"] = write_jsonl(tmp_path / "traces.jsonl", [trace] * 10)
@@ -120,7 +120,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--out", tmp_path / "t.json"]
     elif script in ("eval_llm.py", "evaluation/run_eval.py"):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
-        words += ["--limit", 20] if "run_eval" in script else []
+        words += ["--limit", 20, "--run", tmp_path.name] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
         named = {"sft_scratch", "gsm8k", "few", "round1", "all"} & set(words)
         if named and "--lora" not in words:

@@ -4,6 +4,8 @@ are all right; the figures against their definitions."""
 import csv
 import itertools
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import pytest
 from dataset.errors import UserError
 from evaluation import report, run_eval
 from evaluation.tasks import TASKS, judge, read_problems
+from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, run, run_here, write_jsonl
+from tests.solutions import gsm8k_records, math_records
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -108,7 +112,8 @@ def test_a_run_and_its_report(trained, gsm8k, tmp_path):
     evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k", "--limit", 7)
     folder = tmp_path / "eval" / "gsm8k"
     assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".json", ".md"]
-    result = json.loads((folder / "full_sft_32.json").read_text(encoding="utf-8"))
+    name = "full_sft_32_limit_7"
+    result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     rows = result["problems"]
     assert [row["problem"] for row in rows] == list(range(7))
     assert result["totals"]["problems"] == 7 and result["scores"]["overall"] <= 1
@@ -118,9 +123,9 @@ def test_a_run_and_its_report(trained, gsm8k, tmp_path):
         said = judge("gsm8k", row["output"], row["gold"], row["truncated"])
         assert said.items() <= row.items()
         assert row["tokens"] <= 20 and row["truncated"] == (row["tokens"] == 20)
-    table = list(csv.DictReader((folder / "full_sft_32.csv").open(encoding="utf-8")))
+    table = list(csv.DictReader((folder / f"{name}.csv").open(encoding="utf-8")))
     assert [line["verdict"] for line in table] == [row["verdict"] for row in rows]
-    text = (folder / "full_sft_32.md").read_text(encoding="utf-8")
+    text = (folder / f"{name}.md").read_text(encoding="utf-8")
     assert result["weights_sha256"][:16] in text and result["command"] in text
     assert "python evaluation/run_eval.py --weight" in text and "--limit 7" in text
 
@@ -128,9 +133,9 @@ def test_a_run_and_its_report(trained, gsm8k, tmp_path):
 def test_greedy_answers_are_the_same_whatever_the_batch_size(trained, gsm8k, tmp_path):
     rows = []
     for size in (1, 5, 12):
-        flags = ["--task", "gsm8k", "--batch_size", size]
+        flags = ["--task", "gsm8k", "--batch_size", size, "--run", size]
         evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)
-        result = without_times(tmp_path / "eval" / "gsm8k" / "full_sft_32.json")
+        result = without_times(tmp_path / "eval" / "gsm8k" / f"{size}.json")
         rows.append(result["problems"])
     assert rows[0] == rows[1] == rows[2]
 
@@ -166,34 +171,105 @@ def test_a_run_killed_on_the_way_ends_in_the_same_result(trained, gsm8k, tmp_pat
     assert before, "the run was over before it was killed; nothing was tested"
 
 
-def test_an_unfinished_run_with_other_flags_is_not_gone_on_with(trained, gsm8k, tmp_path):
-    part = tmp_path / "it.part"
-    rows = [{"problem": i} for i in range(5)]
-    run_eval.Part(part, {"weights_sha256": "a", "command": "x"}, 2).add(rows)
+def test_an_unfinished_run_is_gone_on_with_and_another_ones_answers_are_kept(tmp_path):
+    part, rows = tmp_path / "it.part", [{"problem": i} for i in range(5)]
+
+    def opened(command="x", **other):
+        run = {"weights_sha256": "a", "command": command, "settings": {"limit": 0}}
+        return run_eval.Part(part, run | other, 2, "--run NAME")
+
+    opened().add(rows)
     for _ in range(2):  # whole batches alone, and a second stop changes nothing
-        assert run_eval.Part(part, {"weights_sha256": "a", "command": "y"}, 2).rows == rows[:4]
-    assert run_eval.Part(part, {"weights_sha256": "b", "command": "x"}, 2).rows == []
+        assert opened(command="y").rows == rows[:4]
+    for other, says in (
+        ({"weights_sha256": "b"}, "weights_sha256 was a and is b"),
+        ({"settings": {"limit": 3}}, "limit was 0 and is 3"),
+    ):
+        with pytest.raises(UserError, match=rf"it.part is of another run: {says}.*--run NAME"):
+            opened(**other)
+        assert opened().rows == rows[:4]
+    text = part.read_text(encoding="utf-8").splitlines()
+    part.write_text("\n".join([*text[:4], "{torn", text[4], ""]), encoding="utf-8")
+    assert opened().rows == rows[:2]  # of three whole lines
+    part.write_bytes(b"")
+    assert opened().rows == []
+    for damaged in ("[1]\n", "{\n", '{"settings": 1}\n', '{"weights', "[" * 100_000):
+        part.write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match="does not say which"):
+            opened()
+        assert part.read_text(encoding="utf-8") == damaged
+
+
+def test_another_question_never_replaces_stored_answers(trained, gsm8k, tmp_path):
+    """Its name is another, or the command is refused; the same command goes on or runs again."""
+    test, folder = gsm8k / "test.jsonl", tmp_path / "eval" / "gsm8k"
+    evaluate(trained, test, tmp_path, "--task", "gsm8k")
+    evaluate(trained, test, tmp_path, "--task", "gsm8k", "--limit", 3)
+    evaluate(trained, test, tmp_path, "--task", "gsm8k", "--dtype", "bf16", "--limit", 1)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    names = ("full_sft_32", "full_sft_32_limit_1_bf16", "full_sft_32_limit_3")
+    assert sorted(path.stem for path in folder.glob("*.json")) == list(names)
+    other = write_jsonl(tmp_path / "other.jsonl", read(test)[:5])
+    weights = shutil.copy(trained / "pretrain_32.pth", tmp_path / "full_sft_32.pth")
+    for data, flags, says in (
+        (other, [], "data_sha256 was"),
+        (test, ["--weight", weights], "weights_sha256 was"),
+        (test, ["--max_new_tokens", 7], "max_new_tokens was 20 and is 7"),
+        (test, ["--batch_size", 3], "batch_size was 16 and is 3"),
+        (test, ["--seed", 0], "seed was 1 and is 0"),
+        (test, ["--run", "full_sft_32", "--limit", 3], "limit was 0 and is 3"),
+    ):
+        with pytest.raises(UserError, match=rf"full_sft_32.json is of .*{says}.*--run NAME"):
+            evaluate(trained, data, tmp_path, "--task", "gsm8k", *flags)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (moved := tmp_path / "moved.jsonl").write_bytes(test.read_bytes())
+    old = without_times(folder / "full_sft_32.json")
+    evaluate(trained, moved, tmp_path, "--task", "gsm8k")
+    assert without_times(folder / "full_sft_32.json")["problems"] == old["problems"]
+
+
+def test_a_damaged_result_beside_it_does_not_cost_the_report(trained, gsm8k, tmp_path):
+    folder = tmp_path / "eval" / "gsm8k"
+    folder.mkdir(parents=True)
+    for name, content in (
+        ("torn", '{"run": "torn", "tot'),
+        ("list", "[1]"),
+        ("deep", "[" * 100_000),
+        ("shares", json.dumps({"run": "x", "totals": {"problems": 1, "accuracy": "all"}})),
+        ("old", "{}"),
+    ):
+        (folder / f"{name}.json").write_text(content, encoding="utf-8")
+    (folder / "bytes.json").write_bytes(b"\xff\x00")
+    evaluate(trained, gsm8k / "test.jsonl", tmp_path, "--task", "gsm8k", "--limit", 1)
+    text = (folder / "full_sft_32_limit_1.md").read_text(encoding="utf-8")
+    for name in ("torn", "list", "deep", "shares", "old", "bytes"):
+        assert f"| {name}.json cannot be read: " in text
+    assert text.count("| full_sft_32_limit_1 | 1 |") == 1
 
 
 @pytest.mark.parametrize("task", ["tiny_world", "gsm8k", "math"])
-def test_gold_answers_are_all_right(task, gsm8k, tmp_path):
-    """With their own solutions in the place of the model's."""
-    path = {"gsm8k": gsm8k / "test.jsonl", "math": SHARED / "math" / "test.jsonl"}.get(task)
-    if task == "math" and not path.exists():
-        solution = {"problem": "?", "solution": r"so $\boxed{\frac{1}{2}}$", "level": "1"}
-        path = write_jsonl(tmp_path / "test.jsonl", [solution])
-    solutions = (
-        [r.get("solution") or r["conversations"][-1]["content"] for r in read(path)]
-        if path
-        else None
-    )
-    for index, problem in enumerate(read_problems(task, path)):
-        gold = problem["gold"]
-        output = (
-            solutions[index] if solutions else gold if isinstance(gold, str) else " ".join(gold)
-        )
-        said = judge(task, output, gold, truncated=False)
+@pytest.mark.parametrize("source", ["own", "shared"])
+def test_gold_answers_are_all_right(task, source, tmp_path):
+    """With their own solutions instead of the model's; each but its own is wrong elsewhere."""
+    own = {"gsm8k": gsm8k_records(), "math": math_records()}.get(task)
+    path = own and write_jsonl(tmp_path / "test.jsonl", own)
+    if source == "shared":
+        path = SHARED / str(task) / "test.jsonl"
+        if not path.exists():
+            pytest.skip("needs the shared data")
+    problems = read_problems(task, path)
+    if task == "tiny_world":
+        golds = [problem["gold"] for problem in problems]
+        solutions = [gold if isinstance(gold, str) else " ".join(gold) for gold in golds]
+    else:
+        solutions = [r.get("solution") or r["answer"] for r in read(path)]
+    wrong = 0
+    for index, (problem, solution) in enumerate(zip(problems, solutions, strict=True)):
+        said = judge(task, solution, problem["gold"], truncated=False)
         assert said["verdict"] == said["strict_verdict"] == "correct" and said["error"] is None
+        other = judge(task, solutions[index - 1], problem["gold"], truncated=False)
+        wrong += other["verdict"] == "wrong" and other["error"] is not None
+    assert wrong > 0.8 * len(problems)
 
 
 def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path, capsys):
@@ -209,6 +285,47 @@ def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path, capsys
     assert "lenient 100.0%" in capsys.readouterr().out
 
 
+def store(folder, name, rows, **more):
+    """A result as run_eval.py writes it."""
+    result = dict.fromkeys(("command", "weights", "weights_sha256", "data", "data_sha256"), "x")
+    result |= {"task": "gsm8k", "run": name, "params": 1, "seconds": 1.0}
+    result |= {"totals": {"accuracy": 0.5}, "problems": rows, **more}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    return path
+
+
+def test_compare_pairs_the_same_problems_of_shuffled_data(tmp_path, capsys):
+    """Problems whose last turn, prompt, or prompt and gold answer are equal are told apart."""
+    turns = ("And she?", "And she?", "And she?", "Why?", "Why?", "Why?", "When?")
+    firsts, golds = "AABCCCD", ("1", "1", "1", "1", "2", "2", "1")
+    rows = []
+    for index, (first, turn, gold) in enumerate(zip(firsts, turns, golds, strict=True)):
+        prompt = [{"role": role, "content": c} for role, c in (("user", first), ("assistant", "-"))]
+        prompt.append({"role": "user", "content": turn})
+        for sample in range(2):
+            right = (index + sample) % 2 == 0
+            row = {"problem": index, "sample": sample, "prompt": prompt, "gold": gold}
+            row |= {"output": gold if right else "7", "extracted": gold if right else "7"}
+            row |= {"verdict": "correct" if right else "wrong", "truncated": False, "tokens": 1}
+            rows.append(row)
+    old = store(tmp_path, "old", rows, data_sha256="old")
+    for seed in range(20):
+        order = random.Random(seed).sample(range(7), 7)
+        same = {0: 1, 4: 5}  # equal problems: their order stays
+        for a, b in same.items():
+            i, j = sorted((order.index(a), order.index(b)))
+            order[i], order[j] = a, b
+        moved = [
+            {**row, "problem": place}
+            for place, index in enumerate(order)
+            for row in rows[2 * index : 2 * index + 2]
+        ]
+        run_eval.main(["--compare", str(old), str(store(tmp_path, "new", moved, data_sha256="n"))])
+        said = capsys.readouterr().out
+        assert "14 answers in both" in said and "0 became right, 0 wrong; p = 1.000" in said
+
+
 @pytest.mark.parametrize("data", [{"a": "x", "b": "x"}, {"a": "x", "b": "y"}])
 def test_compare_shows_what_flipped(tmp_path, capsys, data):
     paths = []
@@ -221,14 +338,11 @@ def test_compare_shows_what_flipped(tmp_path, capsys, data):
                 "verdict": "correct" if mark == "R" else "wrong",
                 "extracted": mark,
                 "gold": "g",
-                "output": "",
+                **{"output": "", "truncated": False, "tokens": 1},
             }
             for i, mark in enumerate(verdicts)
         ]
-        result = {"task": "gsm8k", "run": name, "totals": {"accuracy": 0.5}, "problems": rows}
-        result["data_sha256"] = data[name]
-        paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_text(json.dumps(result), encoding="utf-8")
+        paths.append(store(tmp_path, name, rows, data_sha256=data[name]))
     run_eval.main(["--compare", *map(str, paths)])
     printed = capsys.readouterr().out
     assert "3 became right, 1 wrong; p = 0.625" in printed  # 2 (1 + 4) / 16
@@ -249,6 +363,7 @@ def test_few_shot_prompts_show_the_same_solved_problems(gsm8k):
         for question, answer in zip(asked, answered, strict=True):
             assert solved[question["content"]] == answer["content"]
         assert last["role"] == "user"
+    assert read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", shots) == problems
 
 
 def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
@@ -270,6 +385,125 @@ def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
         assert says in f"{error.value} {capsys.readouterr().err}", flags
 
 
+@pytest.mark.parametrize("script", ["evaluation/run_eval.py", "dataset/rejection_sample.py"])
+def test_wrong_numbers_of_the_draws_are_told_before_any_work(script, tmp_path):
+    flags = ["--data_path", tmp_path / "none.jsonl", "--weight", "nowhere"]
+    for name, value in (
+        *(("temperature", text) for text in ("nan", "inf", "-1", "hot", "101")),
+        *(("seed", text) for text in ("-1", "9" * 20, "1.5")),
+        *(("limit", "-1"), ("batch_size", "0"), ("max_new_tokens", "0"), ("num_samples", "0")),
+    ):
+        done = run_here(script, *flags, f"--{name}", value)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"--{name} {value}: give a " in done.stderr
+    done = run_here("evaluation/run_eval.py", "--weight", "none")
+    assert done.returncode == 2 and "--weight none: only trained weights" in done.stderr
+
+
+def test_extreme_draws_that_are_allowed_are_drawn(trained, gsm8k, tmp_path):
+    """The coldest are greedy; the largest seed is a seed like any other."""
+    test, options = gsm8k / "test.jsonl", ["--task", "gsm8k", "--limit", 3, "--run"]
+    for name, more in (
+        ("greedy", []),
+        ("cold", ["--temperature", 1e-40]),
+        ("seed", ["--temperature", 1, "--seed", 2**63 - 1]),
+    ):
+        evaluate(trained, test, tmp_path, *options, name, *more)
+    greedy, cold, drawn = (
+        [row["output"] for row in without_times(tmp_path / f"eval/gsm8k/{name}.json")["problems"]]
+        for name in ("greedy", "cold", "seed")
+    )
+    assert greedy == cold != drawn
+
+
+MALFORMED = [  # of a Tiny World problem: its field, what is in it, what is said
+    *(("conversations", value, "a conversation is a list") for value in ([], "Hi", None, 5, {})),
+    ("conversations", ["Hi"], "message 1 is not"),
+    ("conversations", [{"role": "user", "content": 7}], "content 7, which is not text"),
+    ("conversations", [{"role": "user", "content": "\ud800"}], "lone surrogate"),
+    ("conversations", [{"role": ["user"], "content": "Hi"}], "has role"),
+    *(("expected", value, "no expected answer") for value in (None, 5, {"a": 1}, [1], [["a"]])),
+    *((name, ..., f"'{name}' is missing") for name in ("conversations", "expected", "category")),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "says"), MALFORMED)
+def test_a_malformed_problem_is_named_with_its_line(tmp_path, field, value, says):
+    good = {"category": "any", "conversations": [{"role": "user", "content": "Hi?"}]}
+    good |= {"expected": ["Hi"]}
+    bad = {name: part for name, part in (good | {field: value}).items() if part is not ...}
+    path = write_jsonl(tmp_path / "p.jsonl", [])
+    path.write_text("\n".join(map(json.dumps, [good, bad])), encoding="utf-8")
+    with pytest.raises(UserError, match=r"p.jsonl, line 2: ") as error:
+        read_problems("tiny_world", path)
+    assert says in str(error.value)
+
+
+def test_kinds_of_problems_that_are_not_text_are_counted_as_text(tmp_path):
+    """An evaluation of hours must not end in an error when it counts them."""
+    record = {"category": 3, "expected": "x", "conversations": [{"role": "user", "content": "?"}]}
+    path = write_jsonl(tmp_path / "p.jsonl", [record, record | {"category": [1]}])
+    assert [problem["type"] for problem in read_problems("tiny_world", path)] == ["3", "[1]"]
+
+
+@pytest.mark.parametrize("turns", [[], 5, ["x"], [{"role": "user"}], None])
+def test_solved_problems_without_a_solution_are_named(gsm8k, tmp_path, turns):
+    solved = [record | {"conversations": turns} for record in read(gsm8k / "train.jsonl")]
+    path = write_jsonl(tmp_path / "shots.jsonl", solved)
+    with pytest.raises(UserError, match="shots.jsonl: a record is no solved problem"):
+        read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", path)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "values"),
+    [
+        ("result", "task", ["sums", None, 5]),
+        ("result", "totals", [None, 5, {}, {"accuracy": "all"}]),
+        ("result", "problems", [[], None, 5, "x", {}, [5], [[]]]),
+        *(("result", name, [None, 5]) for name in ("run", "data_sha256", "weights", "command")),
+        *(("result", name, [None, "x"]) for name in ("params", "seconds")),
+        *(("row", name, [None, "x", [5]]) for name in ("problem", "sample", "tokens", "prompt")),
+        ("row", "gold", [None, 5, ["18"], {}]),
+        ("row", "output", [None, 5, ["18"]]),
+        ("row", "truncated", [None, "no"]),
+        *(("row", name, [5, ["x"]]) for name in ("level", "type", "verdict")),
+    ],
+)
+def test_a_result_that_was_tampered_with_is_refused(evaluated, tmp_path, where, field, values):
+    result, path = json.loads(evaluated.read_text(encoding="utf-8")), tmp_path / "it.json"
+    for value in values:
+        row = result["problems"][0] | ({field: value} if where == "row" else {})
+        crafted = result | {"problems": [row]} | ({field: value} if where == "result" else {})
+        path.write_text(json.dumps(crafted), encoding="utf-8")
+        for flags in (["--rescore", path], ["--compare", path, evaluated]):
+            done = run_here("evaluation/run_eval.py", *flags)
+            assert done.returncode == 2 and "it.json is no result of run_eval.py" in done.stderr
+        assert json.loads(path.read_text(encoding="utf-8")) == crafted
+    path.write_text(json.dumps(result), encoding="utf-8")
+    assert run_here("evaluation/run_eval.py", "--rescore", path).returncode == 0
+
+
+def test_an_answer_is_truncated_unless_it_came_to_its_stop_token(monkeypatch):
+    """Its length says nothing: it may end at its last token, or fill the context before that."""
+    steps = [[5, 6, 2, 0], [5, 2, None, None], [5, None, None, None]]
+    monkeypatch.setattr(run_eval, "generate", lambda *a, **k: iter(steps))
+    for longest in (3, 50):
+        args = run_eval.parse(["--max_new_tokens", str(longest)])
+        got = run_eval.write_answers([[3]] * 4, 0, None, args)
+        assert got == [([5, 5, 5], False), ([6], True), ([], True), ([], True)]
+
+
+def test_each_batch_has_draws_of_its_own_and_a_repeated_one_the_same():
+    model = CausalLM(ModelConfig(64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    args = run_eval.parse(["--max_new_tokens", "8", "--temperature", "5", "--num_samples", "2"])
+    drawn = [run_eval.write_answers([[3, 4]] * 2, first, model, args) for first in (0, 2, 4, 2)]
+    assert drawn[1] == drawn[3]
+    assert len({tuple(ids) for batch in drawn[:3] for ids, _ in batch}) == 6
+    for seed in (0, 2):
+        args.seed = seed
+        assert run_eval.write_answers([[3, 4]] * 2, 0, model, args) != drawn[0]
+
+
 # ---------------------------------------------------------------------------------------- figures
 
 
@@ -289,6 +523,49 @@ def test_pass_at_k_against_counting():
         assert report.pass_at(k, 5, 2) == pytest.approx(share)
 
 
+def test_expected_words_are_whole_words_and_all_of_them():
+    for output, right in (
+        ("She likes bells and red kites.", True),
+        ("Bells, bells: bells and a red kite.", False),
+        ("She likes doorbells and red kites.", False),
+        ("bells", False),
+    ):
+        said = judge("tiny_world", output, ["bells", "red kites"], False)
+        assert (said["verdict"] == "correct") is right
+    assert judge("tiny_world", " It is 5. ", "It is 5.", False)["verdict"] == "correct"
+    assert judge("tiny_world", "It is 5. Or 6.", "It is 5.", False)["verdict"] == "wrong"
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_kinds_of_error_say_what_is_wrong_with_an_answer(task):
+    for output, truncated, error in (
+        ("So it is \\boxed{18}", False, None),
+        ("So it is \\boxed{18}", True, None),  # it is right all the same
+        ("So it is \\boxed{19}", False, "wrong"),
+        ("So it is \\boxed{19}", True, "truncated"),
+        ("", False, "no_answer"),
+        ("I wonder", True, "truncated"),
+        ("I wonder", False, "no_answer"),
+    ):
+        assert judge(task, output, "18", truncated)["error"] == error
+    assert judge("math", r"\boxed{(3, -4)}", "18", False)["error"] == "wrong"
+    assert judge("math", r"\boxed{3 +}", "18", False)["error"] == "parse_error"
+
+
+def test_samples_without_an_answer_have_no_vote():
+    def group(*extracted):
+        rows = [{"extracted": text, "verdict": "wrong"} for text in extracted]
+        return [row | ({"verdict": "correct"} if row["extracted"] == "1" else {}) for row in rows]
+
+    def same(a, b):
+        return float(a) == float(b)
+
+    assert report.majority(group(None, None, None, "1"), same)
+    assert report.majority(group("2", "1", "1", "2", "1"), same)
+    assert not report.majority(group("1", "2", "2.0"), same)
+    assert not report.majority(group(None, None), same)
+
+
 def test_totals_of_several_samples():
     def row(problem, sample, extracted, gold="1"):
         verdict = "correct" if extracted == gold else "wrong"
@@ -305,3 +582,9 @@ def test_totals_of_several_samples():
     assert found["majority"] == 2 / 3
     assert found["pass_at"]["4"] == 1 and found["pass_at"]["1"] == pytest.approx(0.5)
     assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 3 / 6 + 6 / 6) / 3)
+    # More samples of the same problems make no interval narrower: problems are what is drawn.
+    more = [row | {"sample": row["sample"] + 4 * turn} for turn in range(9) for row in rows]
+    again = report.totals(more, lambda a, b: a == b)
+    for name in ("accuracy_95", "strict_accuracy_95"):
+        assert again[name] == pytest.approx(found[name])
+        assert found[name] == pytest.approx(report.wilson(1.5, 3))

@@ -28,11 +28,34 @@ def test_greedy_is_token_for_token_that_of_transformers(kind):
         assert [token for (token,) in steps] == expected
 
 
+def test_a_repetition_penalty_is_of_prompt_and_answer_as_in_transformers():
+    ours, theirs = pair("qwen3")
+    prompt = list(range(20, 90))
+    for penalty in (1.05, 1.3, 3.0):
+        options = {"max_new_tokens": 25, "repetition_penalty": penalty}
+        expected = theirs.generate(
+            torch.tensor([prompt]), do_sample=False, eos_token_id=2, pad_token_id=0, **options
+        )[0, len(prompt) :].tolist()
+        for prompts in ([prompt], [prompt, prompt[:3]]):
+            steps = list(generate(ours, prompts, temperature=0, stop_ids=(2,), **options))
+            assert [step[0] for step in steps][: len(expected)] == expected
+        assert not set(expected) & set(prompt) or penalty < 3
+
+
 def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone():
     ours, _ = pair("qwen3")
     alone = [complete(ours, [p], max_new_tokens=20, temperature=0)[0] for p in PROMPTS]
     assert complete(ours, PROMPTS, max_new_tokens=20, temperature=0) == alone
     assert len(set(map(tuple, alone))) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_it_writes_in_half_precision_on_every_cpu(dtype, prompts):
+    """Also where the processor cannot lay such matrices out."""
+    ours, _ = pair("qwen3")
+    answers = complete(ours.to(dtype), prompts, max_new_tokens=5, temperature=0, stop_ids=())
+    assert [len(answer) for answer in answers] == [5] * len(prompts)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
@@ -95,11 +118,14 @@ def test_filters_and_penalty_equal_those_of_transformers():
 
 def test_a_seed_repeats_its_draws_and_draws_nothing_from_the_global_generator():
     ours, _ = pair("qwen3")
-    first = complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=7)
-    state = torch.get_rng_state()
-    assert complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=7) == first
-    assert torch.equal(torch.get_rng_state(), state)
-    assert complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=8) != first
+    for seed in (0, 7):
+        first = complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=seed)
+        state = torch.get_rng_state()
+        assert complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=seed) == first
+        assert torch.equal(torch.get_rng_state(), state)
+        assert complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0, seed=8) != first
+    draws = [complete(ours, PROMPTS, max_new_tokens=15, temperature=1.0) for _ in range(2)]
+    assert draws[0] != draws[1]
 
 
 def test_the_context_is_the_limit():
@@ -109,6 +135,19 @@ def test_the_context_is_the_limit():
         complete(small, [[3] * 11])
     with pytest.raises(ValueError, match="from 1 to 10"):
         complete(small, [[]])
+
+
+def test_what_a_model_learns_after_it_wrote_is_what_it_computes_with():
+    """Nothing of the matrices that were laid out to write stays."""
+    model = randomised(CausalLM(ModelConfig(**SHAPE)))
+    before = complete(model, PROMPTS, max_new_tokens=6, temperature=0)
+    randomised(model, seed=5)
+    fresh = CausalLM(ModelConfig(**SHAPE))
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.tensor(PROMPTS[:1])
+    assert torch.equal(model(ids), fresh(ids)) and model(ids).requires_grad
+    after = complete(model, PROMPTS, max_new_tokens=6, temperature=0)
+    assert after == complete(fresh, PROMPTS, max_new_tokens=6, temperature=0) != before
 
 
 def test_generating_leaves_the_model_training_if_it_was():

@@ -1,5 +1,6 @@
 """The judges of GSM8K and MATH: the official rules, what models really write, no false "equal"."""
 
+import itertools
 import json
 import random
 import time
@@ -9,7 +10,8 @@ import pytest
 from evaluation import competition_math, gsm8k
 from evaluation.competition_math import is_equiv
 from evaluation.expressions import same_value
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
+from tests.solutions import gsm8k_records, math_records
 
 SHARED = ROOT.parent / "shared" / "data"
 HOSTILE = (
@@ -40,6 +42,9 @@ HOSTILE = (
     "\\cup 1" * 140,
     "{1," * 300,
     "12 \\frac{1}{2}" * 60,
+    "x_",
+    "2_}",
+    "x_{{1}",
 )
 
 
@@ -63,6 +68,13 @@ HOSTILE = (
 )
 def test_the_official_rule_of_gsm8k(text, official):
     assert gsm8k.extract_answer(text, strict=True) == official
+
+
+def test_the_strict_judge_forgives_no_other_spelling():
+    assert gsm8k.is_correct("#### 1,000", "#### 1000", strict=True)
+    for answer in ("#### 1000.0", "#### 1000.", "#### 2000/2", "####1000", "The answer is 1000"):
+        assert not gsm8k.is_correct(answer, "#### 1000", strict=True)
+        assert gsm8k.is_correct(answer, "#### 1000")
 
 
 @pytest.mark.parametrize(
@@ -115,17 +127,46 @@ def test_is_correct(answer, gold, right):
     assert gsm8k.is_correct(answer, gold) is right
 
 
-def test_every_gold_answer_of_gsm8k_is_found():
-    path = SHARED / "gsm8k" / "test.jsonl"
+@pytest.mark.parametrize("name", ["own", "test", "train"])
+def test_every_gold_answer_of_gsm8k_is_found(name):
+    for record in gsm8k_records() if name == "own" else shared("gsm8k", name):
+        answer = record["answer"]
+        official = gsm8k.extract_answer(answer, strict=True)
+        assert official == answer.rpartition("#### ")[2].replace(",", "")
+        assert gsm8k.is_correct(answer, answer, strict=True)
+        assert gsm8k.extract_answer(answer) == official and gsm8k.is_correct(answer, answer)
+
+
+def shared(folder, name):
+    path = SHARED / folder / f"{name}.jsonl"
     if not path.exists():
         pytest.skip("needs the shared data")
-    for name in ("train", "test"):
-        for line in path.with_name(f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)["answer"]
-            official = gsm8k.extract_answer(answer, strict=True)
-            assert official == answer.rpartition("#### ")[2].replace(",", "")
-            assert gsm8k.is_correct(answer, answer, strict=True)
-            assert gsm8k.extract_answer(answer) == official and gsm8k.is_correct(answer, answer)
+    return map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_last_mark_counts_and_before_it_nothing():
+    """Whatever a solution tries on the way; the official rule alone takes the first."""
+    solutions = [record["answer"] for record in gsm8k_records()]
+    for first, last in zip(solutions, solutions[1:] + solutions[:1], strict=True):
+        both = f"{first}\nNo, that is not it.\n{last}"
+        for place, text in ((last, both), (first, f"{last}\n{first}")):
+            assert gsm8k.extract_answer(text) == gsm8k.extract_answer(place)
+        assert gsm8k.is_correct(both, last) and gsm8k.is_correct(both, first, strict=True)
+        same = gsm8k.extract_answer(first) == gsm8k.extract_answer(last)
+        assert gsm8k.is_correct(both, first) is same
+
+
+def test_whole_numbers_and_fractions_are_compared_exactly_however_they_are_written():
+    """A relative tolerance is for decimals that were rounded; these were not."""
+    rng = random.Random(0)
+    for _ in range(200):
+        number, over = rng.randrange(10**7, 10**12), rng.randrange(2, 99)
+        for written in (f"{number}", f"{number}.0", f"{number:,}"):
+            for other in (f"{number + 1}", f"{number - 1}.00", f"{number}/1"):
+                right = other.endswith("/1")
+                assert gsm8k.is_correct(written, other) is right, (written, other)
+                assert is_equiv(written, other) is right, (written, other)
+        assert not is_equiv(f"{number}/{over}", f"{number * over + 1}/{over * over}")
 
 
 # ------------------------------------------------------------------------------------------- MATH
@@ -233,6 +274,9 @@ EQUAL = [
     (r"\sin^2 x", r"(\sin x)^2"),
     ("2516_8", "2516_{8}"),
     ("3!", "6"),
+    ("2^-1", "0.5"),
+    (r"3 \cdot -2", "-6"),
+    ("-3^2", "-9"),
     (r"\binom{5}{2}", "10"),
     (r"|{-3}|", "3"),
     ("1.41421356", r"\sqrt{2}"),
@@ -248,6 +292,8 @@ DIFFERENT = [
     ("1,2", "1,2,2"),
     (r"\{1,2\}", r"\{1,2,2\}"),
     ("1000001", "1000000"),
+    ("1000001.0", "1000000"),
+    ("1/3", "333333/1000000"),
     ("10000000x", "10000001x"),
     ("x", "y"),
     ("x", "X"),
@@ -282,24 +328,23 @@ def test_no_false_equal(a, b):
     assert not is_equiv(a, b, strict=True)
 
 
-def test_every_solution_of_math_is_its_own_answer():
-    path = SHARED / "math" / "test.jsonl"
-    if not path.exists():
-        pytest.skip("needs the shared data")
+@pytest.mark.parametrize("name", ["own", "test"])
+def test_every_solution_of_math_is_its_own_answer(name):
     answers = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        solution = json.loads(line)["solution"]
+    for record in math_records() if name == "own" else shared("math", name):
         for strict in (True, False):
-            answer = competition_math.extract_answer(solution, strict)
+            answer = competition_math.extract_answer(record["solution"], strict)
             assert answer and is_equiv(answer, answer, strict)
+            assert answer in record["solution"]
+        assert not competition_math.is_malformed(answer) or name == "test"
         answers.append(answer)
     # And the lenient judge calls few of different answers equal, all of them rightly.
-    equal = {
-        (a, b)
-        for a, b in zip(answers, answers[1:] + answers[:1], strict=True)
-        if is_equiv(a, b) and not is_equiv(a, b, strict=True)
-    }
-    assert len(equal) < 10, equal
+    if name == "own":
+        pairs = itertools.combinations(answers, 2)
+    else:
+        pairs = zip(answers, answers[1:] + answers[:1], strict=True)
+    equal = {(a, b) for a, b in pairs if is_equiv(a, b) and not is_equiv(a, b, strict=True)}
+    assert len(equal) < (1 if name == "own" else 10), equal
 
 
 # ---------------------------------------------------------------------------------------- hostile
@@ -323,16 +368,39 @@ def seconds_to_judge(text):
     return longest
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["x_", "$x_$", "2_", "110_", "x_{{1}", "9^{9^{9^{9^9}}}"],
+    ids=["letter", "formula", "digit", "number", "braces", "power"],
+)
+def test_what_has_no_end_or_no_value_is_judged_at_once(answer):
+    code = "import sys; from evaluation.tasks import judge; "
+    code += "print(judge('math', sys.argv[1], '18', False)['verdict'])"
+    done = run("-c", code, f"\\boxed{{{answer}}}", timeout=30)
+    assert done.stdout.strip() == "wrong", done.stderr
+
+
 def test_hostile_text_is_judged_like_any_other():
-    pieces = [*HOSTILE, *(a for pair in EQUAL for a in pair), "\\", "}", "\x00", "é", "\ud800"]
+    """In a process of its own: a judge that does not end cannot be stopped in this one."""
+    done = run("-m", "tests.test_judges", timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def judge_hostile_texts():
+    """Takes seconds, and raises nothing."""
+    for text in HOSTILE:
+        print(f"{seconds_to_judge(text) * 1000:8.2f} ms  {text[:50]!r}")
+    for text in (a for pair in EQUAL for a in pair):
+        for end in range(len(text)):
+            seconds_to_judge(text[:end] + "_")
+    pieces = [*HOSTILE, *(a for pair in EQUAL for a in pair), "\\", "}", "_", "\x00", "é", "\ud800"]
     rng = random.Random(1)
     for text in (
         *HOSTILE,
         *("".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(300)),
     ):
-        seconds_to_judge(text[:60_000])  # no exception, and it ends
+        seconds_to_judge(text[:60_000])
 
 
-if __name__ == "__main__":  # python -m tests.test_judges: the slowest of the hostile texts
-    for text in HOSTILE:
-        print(f"{seconds_to_judge(text) * 1000:8.2f} ms  {text[:50]!r}")
+if __name__ == "__main__":
+    judge_hostile_texts()

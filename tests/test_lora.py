@@ -11,7 +11,7 @@ from dataset.errors import UserError
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for_good, unmerge
-from tests.conftest import LORA, ROOT, run, sft
+from tests.conftest import LORA, ROOT, run, run_here, sft
 from trainer import checkpoint, merge_lora, train_full_sft
 from trainer.adapting import choose_what_learns
 
@@ -96,6 +96,16 @@ def test_generation_uses_the_adapters():
     options = {"max_new_tokens": 8, "temperature": 0, "stop_ids": ()}
     assert complete(model, prompts, **options) == complete(merged, prompts, **options)
     assert complete(model, prompts, **options) != complete(small(), prompts, **options)
+
+
+def test_nothing_is_dropped_while_a_model_in_training_writes():
+    """Neither of the adapters' input nor of the layers'."""
+    options = {"max_new_tokens": 8, "temperature": 0, "stop_ids": ()}
+    for more in ({}, {"use_moe": True}):
+        model = with_adapters(small(dropout=0.6, **more), dropout=0.6).train()
+        drawn = [complete(model, [[5, 6, 7], [8]], **options) for _ in range(3)]
+        assert all(module.training for module in model.modules())
+        assert drawn == [complete(model.eval(), [[5, 6, 7], [8]], **options)] * 3
 
 
 def test_the_hash_is_of_the_weights_beneath():
@@ -185,6 +195,34 @@ def test_chat_with_adapters_and_with_them_merged(lora_run):
     merged = run("eval_llm.py", "--weight", "full_sft_merged", *ask)
     assert merged.returncode == 0, merged.stderr
     assert merged.stdout.splitlines()[-1] == apart.stdout.splitlines()[-1]
+
+
+def test_merged_weights_still_know_which_tokens_are_new(extended, shop_data, tmp_path):
+    under = extended / "full_sft_32.pth"
+    mark = checkpoint.load(under)["first_new_token"]
+    flags = ["--data_path", shop_data / "train.jsonl", "--from_weight", under, "--epochs", 1]
+    sft(tmp_path, *flags, *LORA)
+    merge_lora.main(["--lora", "full_sft", "--save_dir", str(tmp_path)])
+    merged = checkpoint.load(tmp_path / "full_sft_merged_32.pth")
+    assert merged.get("first_new_token") == mark and mark is not None
+    assert "lora" not in merged
+
+
+def test_an_evaluation_is_of_weights_and_adapters_together(lora_run, gsm8k, tmp_path):
+    """Other adapters on the same weights are another run."""
+    for name in ("pretrain_32.pth", "lora_full_sft_32.pth"):
+        (tmp_path / name).write_bytes((lora_run / name).read_bytes())
+    flags = ["--task", "gsm8k", "--data_path", gsm8k / "test.jsonl", "--limit", 1]
+    flags += ["--max_new_tokens", 2, "--save_dir", tmp_path]
+    done = run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft")
+    assert done.returncode == 0, done.stderr
+    assert run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft").returncode == 0
+    saved = checkpoint.load(tmp_path / "lora_full_sft_32.pth")
+    for weight in saved["model"].values():
+        weight += 1
+    torch.save(saved, tmp_path / "lora_full_sft_32.pth")
+    done = run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft")
+    assert done.returncode == 2 and "weights_sha256 was" in done.stderr
 
 
 def test_other_weights_beneath_are_refused(lora_run, trained):

@@ -49,6 +49,20 @@ def test_a_run(trained, tmp_path):
     assert len(set(texts)) == len(texts)
     assert len(SFTDataset(outs[0], load_tokenizer(), 256)) > 0
     assert not list(tmp_path.glob("*.part"))
+    again = tmp_path / "a.jsonl"
+    rejection_sample.main(list(map(str, [*flags, "--out", again])))  # the same: it runs again
+    assert again.read_bytes() == outs[1].read_bytes()
+    for other in (["--limit", 1], ["--seed", 2], ["--keep", 1], ["--batch_size", 5]):
+        says = f"a.jsonl is of another run: {other[0][2:]} was .* and is {other[1]}.*--out FILE"
+        with pytest.raises(UserError, match=says):
+            rejection_sample.main(list(map(str, [*flags, *other, "--out", again])))
+    part = again.replace(tmp_path / "b.part")
+    for out, file in ((tmp_path / "b.jsonl", part), (data, data)):
+        outs[1].unlink(missing_ok=True)
+        before = file.read_bytes()
+        with pytest.raises(UserError, match=f"{file.name} is of another run"):
+            rejection_sample.main(list(map(str, [*flags, "--seed", 2, "--out", out])))
+        assert file.read_bytes() == before
 
 
 def test_samples_that_would_all_be_the_same_are_refused(tmp_path):

@@ -71,7 +71,8 @@ def main(argv=None):
             return
         content |= {"stage": adapters["stage"], "training": adapters["training"]}
         file = checkpoint.file_name(args.save_weight or f"{args.lora}_merged", model.config)
-        state, more = merge_for_good(model).state_dict(), {"training": content["training"]}
+        state = merge_for_good(model).state_dict()
+        more = {**description(model), "training": content["training"]}
     target = args.save_dir / f"{file}.pth"
     checkpoint.save(target, state, model.config, tokenizer, content["stage"], **more)
     print(f"written: {target}")

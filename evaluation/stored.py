@@ -1,0 +1,94 @@
+"""The answers of a run on disk: while it goes, and its result. Another run never replaces them."""
+
+import json
+
+from dataset.errors import UserError
+from dataset.files import replacing
+from evaluation.tasks import problem
+
+TEXT = "task run command weights weights_sha256 data data_sha256".split()
+OF_RESULT = dict.fromkeys(TEXT, str) | {"params": int, "seconds": int | float, "totals": dict}
+OF_ROW = {"problem": int, "sample": int, "tokens": int, "truncated": bool, "prompt": list}
+OF_ROW |= {"output": str, "verdict": str, "level": str | None, "type": str | None}
+
+
+def read_result(path):
+    """A stored result. Raises UserError, naming the field, if path holds none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        require_kinds(result, OF_RESULT)
+        require_kinds(result["totals"], {"accuracy": int | float})
+        for row in [*result["problems"]] or [{}]:
+            require_kinds(row, OF_ROW)
+            problem(result["task"], row["prompt"], row["gold"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is no result of run_eval.py: {error}") from None
+    return result
+
+
+def require_kinds(values, kinds):
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds {values!r} and no record")
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise ValueError(f"its {name} is {values.get(name)!r}")
+
+
+MAY_DIFFER = "run command weights data params settings".split()  # names, places, what follows
+
+
+def require_same_run(path, head, run, flag):
+    """Raises UserError, naming what differs, unless the run that a file describes in its JSON text
+    head is this one: the same question with the same weights.
+    """
+    try:
+        before = json.loads(head)
+        before = {**before, **before.get("settings", {}), **before.get("source", {})}
+    except (ValueError, TypeError, RecursionError):
+        before = {}
+    other = [
+        f"{name} was {str(before.get(name)):.12} and is {str(value):.12}"
+        for name, value in {**run, **run.get("settings", {})}.items()
+        if name not in MAY_DIFFER and before.get(name, value) != value
+    ]
+    if other or "weights_sha256" not in before:
+        differ = "; ".join(other) or "it does not say which"
+        raise UserError(f"{path} is of another run: {differ}. Give {flag}, or remove that file")
+
+
+class Part:
+    """The answers of a run so far, a line each, kept beside where its result will be.
+
+    Its whole batches are taken: a batch is drawn together, so it is repeated together. Raises
+    UserError, naming flag, if another run left answers there.
+    """
+
+    def __init__(self, path, run, batch_size, flag):
+        self.path, self.rows = path, []
+        text = path.read_text("utf-8", "replace") if path.exists() else ""
+        head, _, rest = text.partition("\n")
+        if text:
+            require_same_run(path, head, run, flag)
+        for line in rest.split("\n")[:-1]:
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:
+                break  # a machine that went off left it in pieces
+        self.rows = self.rows[: len(self.rows) // batch_size * batch_size]
+        first = {key: value for key, value in run.items() if key != "command"}
+        with replacing(path) as file:
+            file.write(as_lines([first, *self.rows]))
+
+    def add(self, rows):
+        try:
+            with self.path.open("ab") as file:
+                file.write(as_lines(rows))
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Make room, and give the same "
+                "command again: it goes on"
+            ) from None
+
+
+def as_lines(values):
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
