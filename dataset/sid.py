@@ -9,7 +9,6 @@ import csv
 import json
 
 from dataset.errors import UserError
-from dataset.files import replacing
 from dataset.split import shares, write_parts
 
 ASK = {  # task: the question; {0} is the history, the title or the id
@@ -48,13 +47,11 @@ def prepare_sid(args):
             ) from None
     files = {f"{name}.jsonl": records for name, records in parts.items()}
     how = {"task": "sid", "source": str(args.raw), "seed": args.seed}
-    write_parts(args.out, files, how | {"max_history": args.max_history})
     tokens = sorted({token for item in index.values() for token in item})
     sids = sorted({"".join(item) for item in index.values()})
     lines = "".join(f"{token}\n" for token in tokens)
-    for name, text in (("tokens.txt", lines), ("sids.json", json.dumps(sids))):
-        with replacing(args.out / name) as file:
-            file.write(text.encode("utf-8"))
+    how |= {"max_history": args.max_history}
+    write_parts(args.out, files, how, texts={"tokens.txt": lines, "sids.json": json.dumps(sids)})
     return 0
 
 

@@ -119,6 +119,7 @@ def prepare(args):
     and test where there is no official one. Returns 0.
     """
     files = official_files(args.raw)
+    sources = sum(files.values(), [])
     parts = {name: read_task(args.task, paths, args.calculator) for name, paths in files.items()}
     rest, ratios = parts.pop("train"), {"train": 8, "valid": 1}
     if not parts["test"]:
@@ -133,7 +134,7 @@ def prepare(args):
         files["text.jsonl"] = [{"text": f"{r['question']}\n{answer_of(r)}"} for r in parts["train"]]
     how = {"task": args.task, "source": str(args.raw), "seed": args.seed}
     how |= {"calculator": args.calculator, "stratify": bool(args.stratify)}
-    write_parts(args.out, files, how)
+    write_parts(args.out, files, how, sources)
     return 0
 
 

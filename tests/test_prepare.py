@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
 
+from dataset import split
 from dataset.chat_template import render
 from dataset.formats import read_records
 from dataset.tokenizer import load_tokenizer
@@ -155,3 +157,59 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     del record["cot"]
     done = run_here("dataset/prepare.py", "cot", write_jsonl(path, [record]), "--out", tmp_path)
     assert done.returncode == 2 and "line 1" in done.stderr and "cot" in done.stderr
+
+
+LINK = pytest.param(True, marks=pytest.mark.skipif(sys.platform == "win32", reason="links"))
+
+
+@pytest.mark.parametrize("link", [False, LINK])
+def test_a_split_never_replaces_what_it_reads(tmp_path, link):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": f"{i}"} for i in range(150)])
+    before, given = path.read_bytes(), path
+    if link:  # the same file under another name
+        given = tmp_path / "mine.jsonl"
+        given.symlink_to(path)
+    done = run_here("dataset/prepare.py", "split", "--out", tmp_path, given)
+    assert done.returncode == 2 and "another --out" in done.stderr, done.stderr
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.part"))
+    assert not (tmp_path / "valid.jsonl").exists()
+
+
+def test_official_files_are_not_replaced(gsm8k_raw, tmp_path):
+    for path in gsm8k_raw.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = run_here("dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path)
+    assert done.returncode == 2 and "another --out" in done.stderr
+    for path in gsm8k_raw.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    problem = {"problem": "1+1?", "solution": r"\boxed{2}", "level": "1", "type": "sums"}
+    (tmp_path / "math").mkdir()
+    path = write_jsonl(tmp_path / "math" / "train.jsonl", [problem])
+    done = run_here("dataset/prepare.py", "math", "--raw", path.parent, "--out", path.parent)
+    assert done.returncode == 2 and "another --out" in done.stderr
+    trace = {name: "x" for name in ("question", "correct", "incorrect", "cot", "misconception")}
+    path = write_jsonl(tmp_path / "valid.jsonl", [trace])
+    done = run_here("dataset/prepare.py", "cot", path, "--out", tmp_path)
+    assert done.returncode == 2 and "another --out" in done.stderr
+    assert [record for _, record in read_records(path)] == [trace]
+
+
+def test_parts_appear_all_or_none(tmp_path, monkeypatch):
+    """The disk is full when the last file is written: no part has been replaced then."""
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": f"{i}"} for i in range(50)])
+    out = tmp_path / "parts"
+    command = ["dataset/prepare.py", "split", "--out", out, path]
+    assert run_here(*command).returncode == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    write, written = split.json.dumps, []
+
+    def fails_at_the_end(value, **how):
+        written.append(value)
+        if len(written) == 50:
+            raise OSError(28, "No space left on device")
+        return write(value, **how)
+
+    monkeypatch.setattr(split.json, "dumps", fails_at_the_end)
+    done = run_here(*command, "--seed", 2)
+    assert done.returncode == 2 and "test.jsonl cannot be written: No space" in done.stderr
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
