@@ -6,7 +6,7 @@ import pytest
 
 from dataset.errors import UserError
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
-from tests.conftest import run
+from tests.conftest import run, run_here
 
 
 def test_control_tokens_have_their_fixed_ids():
@@ -58,3 +58,13 @@ def test_another_programs_tokenizer_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "broken.json").write_text(text[:100], encoding="utf-8")
     with pytest.raises(UserError, match="broken.json.*train_tokenizer.py"):
         load_tokenizer(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_a_file_without_text_makes_no_tokenizer(tmp_path, content):
+    (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
+    (tmp_path / "t.json").write_text("before", encoding="utf-8")
+    flags = ["--data_path", tmp_path / "x.jsonl", "--out", tmp_path / "t.json"]
+    done = run_here("trainer/train_tokenizer.py", *flags)
+    assert done.returncode == 2 and "x.jsonl: there is no text in it" in done.stderr
+    assert (tmp_path / "t.json").read_text(encoding="utf-8") == "before"
