@@ -1,6 +1,5 @@
 """Which rows a run takes: by properties that hold for any data and any seed."""
 
-
 import pytest
 
 from dataset.errors import UserError
