@@ -66,8 +66,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     bad one. options is a list of whatever else decides what to_pieces gives.
     Raises UserError for a missing file, a full disk, and with strict at the first bad record.
     """
-    # A folder is tokens already, with what a teacher says of them.
-    if os.path.isdir(path):  # noqa: PTH112, Path.is_dir raises for a name that is too long
+    if formats.is_folder(path):  # tokens already, with what a teacher says of them
         return Tokens(**offline.tokens_of(path))
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32

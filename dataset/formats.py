@@ -15,6 +15,7 @@ A file is JSONL or one JSON array. Its format is that of its first record in one
 
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def open_file(path):
         return path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
+
+
+def read_json(path):
+    """What a JSON file says. Raises UserError if it is none."""
+    with open_file(path) as file:
+        try:
+            return json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is no JSON: {error}") from None
+
+
+def is_folder(path):
+    """Whether there is a folder; Path.is_dir raises OSError for a name that is too long."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def lines(file):

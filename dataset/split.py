@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def split(args):
         ratios = [float(ratio) for ratio in args.ratios.split(":")]
     except ValueError:
         ratios = []
-    if not 2 <= len(ratios) <= 3 or min(ratios) < 0 or sum(ratios) <= 0:
+    usable = all(ratio >= 0 for ratio in ratios) and 0 < sum(ratios) < math.inf
+    if not usable or not 2 <= len(ratios) <= 3:
         raise UserError(f"--ratios {args.ratios}: give two or three numbers, as 8:1:1")
     names = ["train", "valid", "test"] if len(ratios) == 3 else ["train", "test"]
     groups = []

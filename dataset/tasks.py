@@ -5,11 +5,10 @@
 GSM8K names no level; here it is the number of steps of the solution.
 """
 
-import json
 import re
 
 from dataset.errors import UserError
-from dataset.formats import read_records
+from dataset.formats import is_folder, read_json, read_records
 from dataset.split import shares, write_parts
 from evaluation.competition_math import extract_answer
 
@@ -65,7 +64,7 @@ def official_files(folder):
     """{"train": [files], "test": [files]}: a folder or a file of that name. Where nothing is called
     train, all others are; GSM8K's folder has test_socratic.jsonl, too, which is neither.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"--raw {folder}: there is no such folder")
     files, others = {"train": [], "test": []}, []
     paths = [path for path in folder.rglob("*.json*") if path.suffix in (".json", ".jsonl")]
@@ -86,10 +85,7 @@ def records_of(path):
     """(line, record) of a JSONL file, or of a .json file, which holds one record or a list."""
     if path.suffix != ".json":
         return read_records(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        content = ValueError(f"{error}")
+    content = read_json(path)
     return [(1, record) for record in (content if isinstance(content, list) else [content])]
 
 

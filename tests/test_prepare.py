@@ -1,10 +1,12 @@
 """dataset/prepare.py: what it says of data is what stands in it."""
 
 import json
+import os
 import re
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -213,3 +215,128 @@ def test_parts_appear_all_or_none(tmp_path, monkeypatch):
     done = run_here(*command, "--seed", 2)
     assert done.returncode == 2 and "test.jsonl cannot be written: No space" in done.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+LONG = "x" * 300 + ".jsonl"
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["check", "--data_path", "F", "--max_seq_len", 1], "--max_seq_len 1: give a whole"),
+        (["check", "--data_path", "F", "--batch_size", 0], "--batch_size 0: give a whole"),
+        (["check", "--data_path", "F", "--batch_size", "x"], "--batch_size x: give a whole"),
+        (["show", "--data_path", "F", "-n", -1], "--n -1: give a whole number from 1"),
+        (["show", "--data_path", "F", "--max_seq_len", 0], "--max_seq_len 0: give a whole"),
+        (["split", "F", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
+        (["gsm8k", "--raw", "D", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
+        (["sid", "--raw", "D", "--out", "O", "--max_history", 0], "--max_history 0: give a whole"),
+        (["cot", "F", "--out", "O", "--seed", 1.5], "--seed 1.5: give a whole"),
+        (["split", "F", "--out", "O", "--ratios", "nan:1"], "--ratios nan:1"),
+        (["split", "F", "--out", "O", "--ratios", "inf:1"], "--ratios inf:1"),
+        (["split", "F", "--out", "O", "--ratios", "1e308:1e308"], "--ratios 1e308:1e308"),
+        (["split", "F", "--out", "O", "--ratios", "2:-1"], "--ratios 2:-1"),
+        (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios 0:0"),
+        (["split", LONG, "--out", "O"], "xx.jsonl: File name too long"),
+        (["check", "--data_path", LONG], "xx.jsonl: File name too long"),
+        (["check", "--data_path", ""], "is no file"),
+        (["check", "--data_path", "D"], "is no file"),
+        (["cot", LONG, "--out", "O"], "File name too long"),
+        (["gsm8k", "--raw", LONG, "--out", "O"], "there is no such folder"),
+        (["sid", "--raw", LONG, "--out", "O"], "there is no *.index.json in it"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_told_in_a_sentence(data, tmp_path, flags, says):
+    if "too long" in says and sys.platform == "win32":
+        pytest.skip("the words of Unix")
+    places = {"F": data / "sft.jsonl", "D": data, "O": tmp_path / "out", LONG: tmp_path / LONG}
+    done = run_here("dataset/prepare.py", *(places.get(flag, flag) for flag in flags))
+    assert done.returncode == 2 and says in done.stderr, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    """Opening it would wait for somebody to write."""
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    (tmp_path / "train.jsonl").symlink_to(pipe)
+    for command in (
+        ["dataset/prepare.py", "check", "--data_path", pipe],
+        ["dataset/prepare.py", "split", pipe, "--out", tmp_path],
+        ["dataset/prepare.py", "cot", pipe, "--out", tmp_path],
+        ["dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out"],
+        ["trainer/train_tokenizer.py", "--data_path", pipe, "--out", tmp_path / "t.json"],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", pipe],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", f"{pipe}*2"],
+    ):
+        done = run_here(*command)
+        assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
+        assert "is no file" in done.stderr and "Traceback" not in done.stderr
+    for kind in ("index.json", "item.json"):
+        (tmp_path / f"x.{kind}").symlink_to(pipe)
+    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
+
+
+def test_data_that_must_not_be_read_is_told_in_a_sentence(data, tmp_path, monkeypatch):
+    path, stat = tmp_path / "x" / "x.jsonl", Path.stat
+
+    def denied(self, *how, **more):
+        if "x.jsonl" in str(self):
+            raise PermissionError(13, "Permission denied")
+        return stat(self, *how, **more)
+
+    monkeypatch.setattr(Path, "stat", denied)  # as in a folder that must not be entered
+    for command in (
+        ["dataset/prepare.py", "check", "--data_path", path],
+        ["dataset/prepare.py", "split", "--out", tmp_path, path],
+        ["trainer/train_tokenizer.py", "--out", tmp_path / "t.json", "--data_path", path],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", path],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", f"{path}:0.5"],
+    ):
+        done = run_here(*command)
+        assert done.returncode == 2 and f"{path}: Permission denied" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", ["", "x" * 300, "x" * 300 + "*2", ".", "no.jsonl"])
+def test_files_to_train_on_that_are_none_are_told_in_a_sentence(given):
+    done = run_here("trainer/train_full_sft.py", "--from_weight", "none", "--data_path", given)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"--data_path {given.removesuffix('*2') or repr('')}: " in done.stderr
+
+
+def test_a_number_too_long_to_read_is_a_bad_record_of_each_reader(tmp_path):
+    digits = "7" * 5000
+    trace = f'{{"question": "?", "correct": {digits}}}\n'
+    (tmp_path / "x.jsonl").write_text(trace, encoding="utf-8")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "train.json").write_text(f'{{"question": {digits}}}', encoding="utf-8")
+    (tmp_path / "x.index.json").write_text(f'{{"1": {digits}}}', encoding="utf-8")
+    for command in (
+        ["cot", tmp_path / "x.jsonl"],
+        ["split", tmp_path / "x.jsonl"],
+        ["gsm8k", "--raw", tmp_path / "raw"],
+        ["sid", "--raw", tmp_path],
+    ):
+        done = run_here("dataset/prepare.py", *command, "--out", tmp_path / "out")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "digits" in done.stderr and str(tmp_path) in done.stderr
+    done = run_here("dataset/prepare.py", "check", "--data_path", tmp_path / "x.jsonl")
+    assert done.returncode == 2 and "more digits" in done.stderr
+
+
+def test_deeply_nested_json_is_told_in_a_sentence(tmp_path):
+    nested = "[" * 10**5
+    for name in ("x.jsonl", "x.index.json", "raw/train.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'{{"a": {nested}', encoding="utf-8")
+    for command in (
+        ["cot", tmp_path / "x.jsonl"],
+        ["gsm8k", "--raw", tmp_path / "raw"],
+        ["sid", "--raw", tmp_path],
+    ):
+        done = run_here("dataset/prepare.py", *command, "--out", tmp_path / "out")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
