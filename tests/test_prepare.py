@@ -164,6 +164,29 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
 LINK = pytest.param(True, marks=pytest.mark.skipif(sys.platform == "win32", reason="links"))
 
 
+def test_every_splitting_command_takes_its_seed(tmp_path, gsm8k_raw, shop):
+    """The same seed gives the same parts, another seed others, of the same records."""
+    traces = [
+        {name: f"{i}" for name in ("question", "correct", "incorrect", "cot", "misconception")}
+        for i in range(40)
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", traces)
+    for command in (
+        ["split", path],
+        ["cot", path],
+        ["gsm8k", "--raw", gsm8k_raw],
+        ["sid", "--raw", shop],
+    ):
+        found = []
+        for number, seed in enumerate((1, 1, 2)):
+            out = tmp_path / f"{command[0]}{number}"
+            flags = [*command, "--out", out, "--seed", seed]
+            assert run_here("dataset/prepare.py", *flags).returncode == 0
+            found.append([(out / f"{part}.jsonl").read_bytes() for part in ("train", "valid")])
+            assert json.loads((out / "manifest.json").read_bytes())["seed"] == seed
+        assert found[0] == found[1] and found[0][0] != found[2][0] and found[0][1] != found[2][1]
+
+
 @pytest.mark.parametrize("link", [False, LINK])
 def test_a_split_never_replaces_what_it_reads(tmp_path, link):
     path = write_jsonl(tmp_path / "train.jsonl", [{"text": f"{i}"} for i in range(150)])
