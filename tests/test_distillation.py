@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from dataset import offline
 from dataset.errors import UserError
+from dataset.lm_dataset import SFTDataset
+from dataset.plan import split_rows
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
@@ -282,6 +285,27 @@ def test_recorded_probabilities_agree_too(trained, data, tmp_path):
         from_disk(tmp_path / "top", tmp_path / "no", *HIDDEN)
 
 
+def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_common(
+    trained, data, tmp_path
+):
+    split = ["--eval_split", 0.2, "--test_split", 0.2, "--seed", 3]
+    export(trained, data, tmp_path, *split)
+    dataset = SFTDataset(data / "sft.jsonl", load_tokenizer(), 96)
+    whole = [tuple(part.tolist()) for row in dataset for part in row]
+    whole, found = Counter(zip(whole[::2], whole[1::2], strict=True)), Counter()
+    valid = Counter(dataset[row][0].numpy().tobytes() for row in split_rows(dataset, 0.2, 3)[1])
+    for part in ("train", "valid", "test"):
+        recorded = SFTDataset(tmp_path / part, load_tokenizer(), 96)
+        assert len(recorded) > 1
+        found += Counter((tuple(ids.tolist()), tuple(labels.tolist())) for ids, labels in recorded)
+        for number, (_, labels) in enumerate(recorded):
+            learned = int((labels[1:] != IGNORE).sum())
+            assert recorded.files[0].supervised[number] == learned
+        if part == "valid":
+            assert Counter(ids.numpy().tobytes() for ids, _ in recorded) == valid
+    assert found == whole
+
+
 def test_projections_are_resumed(recorded, tmp_path):
     from_disk(recorded, tmp_path / "whole", *HIDDEN)
     parts, moved = tmp_path / "parts", tmp_path / "moved"
@@ -480,6 +504,7 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
         export(trained, data, tmp_path / "x", "--top_k", "-1", "--data_path", tmp_path / "no.jsonl")
     said = capsys.readouterr().err
     assert "--top_k -1: give a whole number" in said and "no.jsonl: there is no such" in said
-    for flags, says in ((["--aux_layers", "3"], "layers 1 to 2"), (["--top_k", 10**6], "--top_k")):
+    layers = [(["--aux_layers", given], "layers 1 to 2") for given in ("3", "0", "1,x", "-1")]
+    for flags, says in (*layers, (["--top_k", 10**6], "--top_k")):
         with pytest.raises(UserError, match=says):
             export(trained, data, tmp_path / "x", *flags)

@@ -1,6 +1,7 @@
 """New tokens: what they begin as, that nothing else moves; recommendation data that uses them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -128,6 +129,12 @@ def test_histories_become_conversations(shop_data):
     }
     asked = [r["conversations"][0]["content"] for r in train if r["task"] == "next_id"]
     assert max(text.count("<a_") for text in asked) == 3  # of up to 4, the latest
+    index = [f"<a_{i % 3}><b_{i // 3}>" for i in range(6)]
+    for record in train + test:
+        if record["task"] == "next_id":  # the items follow one another in this shop
+            question, answer = (turn["content"] for turn in record["conversations"])
+            bought = [index.index(item) for item in re.findall(r"<a_.><b_.>", question)]
+            assert bought == [(index.index(answer) - n) % 6 for n in range(len(bought), 0, -1)]
     assert sum(r["task"] == "title_to_id" for r in train) == 5
     assert list(read_tokens(shop_data / "tokens.txt")) == [
         "<a_0>",

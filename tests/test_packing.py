@@ -71,6 +71,15 @@ def test_best_fit_decreasing_needs_as_many_rows_as_trl():
         assert len(theirs) == len(best_fit_decreasing(lengths, row_length))
 
 
+def test_a_row_is_never_longer_than_asked_for():
+    rng = random.Random(5)
+    for _ in range(100):
+        row_length = rng.randrange(4, 300)
+        documents = random_rows(rng, rng.randrange(1, 30), row_length + 1)
+        ids, _, positions, _ = pack(documents, row_length)
+        assert ids.shape[1] <= row_length and positions.max() < row_length
+
+
 def test_short_rows_waste_little_and_are_short():
     rng = random.Random(1)
     ids, *_, documents = pack(random_rows(rng, 64, 60), 512)

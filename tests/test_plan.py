@@ -10,6 +10,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.plan import Source, epoch_plan, mix, split_rows
 from dataset.split import shares
 from dataset.tokenizer import load_tokenizer
+from model.loss import IGNORE
 from tests.conftest import TINY, chat, run_here, write_jsonl
 
 SEEDS = range(200)
@@ -65,6 +66,17 @@ def test_what_fits_exactly_is_whole_and_one_token_more_is_cut(tmp_path, kind):
         assert (len(data), data.cut) == (1, 0)
     data = kind(path, load_tokenizer(), len(whole) - 1)
     assert data.cut == 1 and max(data.lengths) < len(whole)
+    if kind is SFTDataset:  # the newline after the last answer is cut, and no more
+        assert data[0][0].tolist() == whole[:-1].tolist()
+
+
+@pytest.mark.parametrize("kind, name", [(SFTDataset, "sft"), (PretrainDataset, "pretrain")])
+def test_the_supervised_tokens_of_a_record_are_those_with_a_label(data, kind, name):
+    """But the first, which nothing predicts."""
+    found = kind(data / f"{name}.jsonl", load_tokenizer(), 1000)
+    labels = [int((labels[1:] != IGNORE).sum()) for _, labels in found]
+    assert found.files[0].supervised.tolist() == labels
+    assert found.lengths.tolist() == [len(input_ids) for input_ids, _ in found]
 
 
 def orders(dataset, packing):

@@ -1,5 +1,6 @@
 """dataset/prepare.py: what it says of data is what stands in it."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,12 +8,16 @@ import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dataset import split
 from dataset.chat_template import render
 from dataset.formats import read_records
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.packing import best_fit_decreasing
+from dataset.plan import epoch_plan
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import chat, run, run_here, write_jsonl
 
@@ -57,10 +62,50 @@ def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
     assert re.search(r"packed +\d+ rows, \d+\.\d% full", done.stdout)
 
 
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_check_says_what_a_run_would_do(data, name):
+    """Its rows and steps are those of the plan; its shares are those of the batches."""
+    path, size = data / f"{name}.jsonl", 3
+    flags = ["--data_path", path, "--max_seq_len", 40, "--batch_size", size, "--json"]
+    (table,) = json.loads(run_here("dataset/prepare.py", "check", *flags).stdout)
+    kind = SFTDataset if name == "sft" else PretrainDataset
+    dataset, whole = (kind(path, load_tokenizer(), length) for length in (40, 1000))
+    how = {"seed": 1, "packing": True, "max_seq_len": 40, "batch_size": size}
+    args = SimpleNamespace(**how, accumulation_steps=1, num_workers=0)
+    plan = epoch_plan(dataset, range(len(dataset)), args, 0)
+    rows = best_fit_decreasing(dataset.lengths.tolist(), 40)
+    assert (table["rows"], table["packed_rows"]) == (len(dataset), len(rows))
+    assert table["steps_per_epoch"] == len(plan) == -(-len(rows) // size)
+    assert table["packing_efficiency"] == pytest.approx(sum(dataset.lengths) / len(rows) / 40)
+    assert table["longer"] == sum(whole.lengths > 40) and table["dropped"] == dataset.dropped
+    lengths, labels = sum(whole.lengths), [labels[1:] for _, labels in whole]
+    assert table["tokens"] == lengths
+    assert table["supervised"] == pytest.approx(sum(int((x >= 0).sum()) for x in labels) / lengths)
+    assert table["length_quantiles"]["1"] == max(whole.lengths)
+    assert table["length_quantiles"]["0"] == min(whole.lengths)
+    words = load_tokenizer().decode([int(i) for ids, _ in whole for i in ids])
+    assert table["characters_per_token"] == pytest.approx(len(words) / lengths, rel=0.1)
+
+
+def green(shown):
+    return "".join(re.findall(r"\033\[32m(?:\033\[4m)?(.*?)\033\[0m", shown, re.DOTALL))
+
+
+def test_show_of_text_leaves_out_the_first_token_and_shows_whole_characters(tmp_path):
+    for text in ("one two", "日 🙂 naïve"):
+        path = write_jsonl(tmp_path / "x.jsonl", [{"text": text}, {"text": "second"}])
+        done = run_here("dataset/prepare.py", "show", "--data_path", path, "-n", 1)
+        first = load_tokenizer().decode(load_tokenizer().encode(text).ids[:1])
+        first = first.strip(
+            "\N{REPLACEMENT CHARACTER}"
+        )  # a part of a character is shown by its last
+        assert green(done.stdout) == text.removeprefix(first) + "<|endoftext|>"
+        assert "second" not in done.stdout
+
+
 def test_show_colours_what_is_learned(data):
     done = run_here("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
-    green = "".join(re.findall(r"\033\[32m(?:\033\[4m)?(.*?)\033\[0m", done.stdout, re.DOTALL))
-    assert green == "It is a number. <|im_end|>"
+    assert green(done.stdout) == "It is a number. <|im_end|>"
     plain = re.sub(r"\033\[\d+m", "", done.stdout)
     assert "<|im_start|>user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n" in plain
 
@@ -111,6 +156,8 @@ def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
     )
     manifest = json.loads((tmp_path / "a/manifest.json").read_text(encoding="utf-8"))
     assert manifest["files"]["valid.jsonl"]["records"] == 10 and manifest["seed"] == 1
+    for name, said in manifest["files"].items():
+        assert said["sha256"] == hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest()
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path, data):
