@@ -24,13 +24,8 @@ from dataset import formats, offline
 from dataset.chat_template import render_batch
 from dataset.errors import UserError
 
-CODE = (
-    "tokenizer",
-    "formats",
-    "chat_template",
-    "lm_dataset",
-    "cache",
-)  # a change of these makes it anew
+# A change of these makes it anew.
+CODE = ("tokenizer", "formats", "chat_template", "lm_dataset", "cache")
 ARRAYS = ("offsets", "supervised", "lines")
 CHARACTERS = 1_000_000  # are tokenised at once
 REASONS = 1000  # bad records that are kept with their reason; all are counted

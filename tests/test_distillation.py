@@ -306,6 +306,22 @@ def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_co
     assert found == whole
 
 
+def test_a_shard_holds_what_the_teacher_says_of_each_sample_alone(recorded, trained):
+    content = checkpoint.load(trained / "full_sft_32.pth")
+    model, _ = checkpoint.build(content, "it")
+    teacher = Teacher(model, layers=[1, 2])
+    shard, start = torch.load(recorded / "train" / "00000.pt", weights_only=True), 0
+    assert len(set(shard["lengths"].tolist())) > 3
+    for length in shard["lengths"].tolist():
+        ids = shard["input_ids"][start : start + length].long()
+        for name, part in teacher(ids[None]).items():
+            torch.testing.assert_close(
+                shard[name][start : start + length], part[0], atol=1e-4, rtol=1e-3
+            )
+        start += length
+    assert start == len(shard["input_ids"]) == len(shard["loss_mask"])
+
+
 def test_projections_are_resumed(recorded, tmp_path):
     from_disk(recorded, tmp_path / "whole", *HIDDEN)
     parts, moved = tmp_path / "parts", tmp_path / "moved"

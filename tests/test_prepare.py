@@ -18,6 +18,7 @@ from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import best_fit_decreasing
 from dataset.plan import epoch_plan
+from dataset.tasks import official_files, read_task
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import chat, run, run_here, write_jsonl
 
@@ -168,6 +169,26 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, data):
     ):
         done = run_here("dataset/prepare.py", *command)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_final_numbers_of_gsm8k_have_no_commas(tmp_path):
+    problem = {"question": "How many?", "answer": "He has 1,000+234.\n#### 1,234 "}
+    path = write_jsonl(tmp_path / "test.jsonl", [problem])
+    (record,) = read_task("gsm8k", [path])
+    assert record["final_answer"] == "1234"
+    assert record["rationale"] == "He has 1,000+234."  # of the rest, nothing is changed
+    assert record["conversations"][1]["content"] == "He has 1,000+234.\n#### 1234"
+
+
+def test_what_is_neither_to_train_on_nor_the_test_is_left_out(tmp_path):
+    for name in ("test", "test_socratic", "manifest", "easy", "hard"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{}])
+    names = {
+        part: [path.stem for path in files] for part, files in official_files(tmp_path).items()
+    }
+    assert names == {"train": ["easy", "hard"], "test": ["test"]}
+    write_jsonl(tmp_path / "train.jsonl", [{}])
+    assert [path.stem for path in official_files(tmp_path)["train"]] == ["train"]
 
 
 def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
@@ -327,10 +348,16 @@ def test_flags_that_cannot_be_meant_are_told_in_a_sentence(data, tmp_path, flags
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
-def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path, monkeypatch):
     """Opening it would wait for somebody to write."""
-    pipe = tmp_path / "pipe.jsonl"
+    pipe, opened = tmp_path / "pipe.jsonl", Path.open
     os.mkfifo(pipe)
+
+    def opens(path, *how, **more):
+        assert not path.is_fifo(), f"{path} is opened"
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", opens)
     (tmp_path / "train.jsonl").symlink_to(pipe)
     for command in (
         ["dataset/prepare.py", "check", "--data_path", pipe],
