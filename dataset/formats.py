@@ -225,7 +225,7 @@ def message(turn, number):
         parts = {"text": [], "reasoning": [], "tool_call": []}
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in parts:
+            if kind not in list(parts):  # which may be a list or an object
                 raise ValueError(f"{where} has a part of type {kind!r}, which is not text")
             parts[kind].append(part[kind] if kind in part else part.get("text", part.get("value")))
         content = "".join(text_of(part, where) for part in parts["text"])

@@ -144,6 +144,8 @@ def test_a_turn_is_learned_by_its_weight(key):
         ({"role": "user", "content": 7}, "content is 7"),
         ({"role": "user", "content": "\ud83d"}, "half a character"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url'"),
+        ({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, "part of type .'text'."),
+        ({"role": "user", "content": [{"type": {}}]}, "part of type {}"),
         ({"role": "assistant", "content": "", "tool_calls": "{"}, "not JSON"),
         ("Hi", "message 2 is not"),
         ({"role": "assistant", "content": "", "tool_calls": "[" * 10**5}, "not JSON"),
