@@ -156,12 +156,8 @@ def main(argv=None):
         return add
 
     add = reader("check", check, "reads everything and reports; exit code 1 if a record is bad")
-    add(
-        "--batch_size",
-        type=positive,
-        default=16,
-        help="rows of a step, for the estimate (%(default)s)",
-    )
+    rows = "rows of a step, for the estimate (%(default)s)"
+    add("--batch_size", type=positive, default=16, help=rows)
     add("--overlong", choices=["truncate", "drop", "split"], help="what happens to longer ones")
     add("--json", action="store_true", help="for machines")
     add = reader("show", show, "shows tokens in colour: supervised, not supervised, control")
