@@ -213,6 +213,7 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
         "A student answered: \\boxed{6}\n"
     )
     assert shown.startswith("Question: 2+2?\nA student answered: 22\nReason: joined {question}\n\n")
+    assert "A student was asked: What is" in shown  # the second template
     ids, mask = render(found[0]["conversations"])
     tokenizer = load_tokenizer()
     learned = [token for token, learns in zip(ids, mask, strict=True) if learns]
