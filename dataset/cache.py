@@ -3,7 +3,8 @@
     out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  lines.npy  report.json
 
 The key is a hash of all that decides the tokens: the file's content, the tokenizer, the code
-between them, the options. A folder appears under its key when it is complete.
+between them, the options. A folder appears under its key when it is complete, and is made anew
+when the hash of one of its files is another than report.json says.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ from dataset import formats, offline
 from dataset.chat_template import render_batch
 from dataset.errors import UserError
 
-CODE = ("formats", "chat_template", "lm_dataset", "cache")  # a change of these makes it anew
+# A change of these makes it anew.
+CODE = ("tokenizer", "formats", "chat_template", "lm_dataset", "cache")
 ARRAYS = ("offsets", "supervised", "lines")
 CHARACTERS = 1_000_000  # are tokenised at once
 REASONS = 1000  # bad records that are kept with their reason; all are counted
@@ -59,7 +61,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     bad one. options is a list of whatever else decides what to_pieces gives.
     Raises UserError for a missing file, a full disk, and with strict at the first bad record.
     """
-    if Path(path).is_dir():  # tokens already, with what a teacher says of them
+    if formats.is_folder(path):  # tokens already, with what a teacher says of them
         return Tokens(**offline.tokens_of(path))
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
@@ -72,9 +74,12 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     try:
         if rebuild:
             shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir() and not is_whole(folder):
+            print(f"the cache {folder} is damaged: tokenising {path} anew")
+            shutil.rmtree(folder)
         if not folder.is_dir():
             build(folder, path, tokenizer, to_pieces, strict, dtype)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))[1]["report"]
         if strict and report["bad"]:
             raise bad_record(path, *report["bad_lines"][0])
         offsets, *more = (np.load(folder / f"{name}.npy") for name in ARRAYS)
@@ -91,19 +96,32 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
 
 
 def content_hash(path):
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"--data_path {path}: {error.strerror}; give a JSONL file") from None
+    with formats.open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_key(content, tokenizer, options):
     """A name for what comes out: the same for the same input, whatever the file is called."""
     modules = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     code = [module.read_text(encoding="utf-8") for module in modules]
-    parts = json.dumps([content, tokenizer.to_str(), code, options])
-    return hashlib.sha256(parts.encode("utf-8")).hexdigest()[:32]
+    return hash_of_values([content, tokenizer.to_str(), code, options])[:32]
+
+
+def hash_of_values(values):
+    return hashlib.sha256(json.dumps(values).encode("utf-8")).hexdigest()
+
+
+def is_whole(folder):
+    """Whether each file of a cache is as `build` wrote it."""
+    try:
+        digest, said = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return (
+            digest == hash_of_values(said)
+            and said["key"] == folder.name
+            and all(content_hash(folder / name) == was for name, was in said["sha256"].items())
+        )
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def build(folder, path, tokenizer, to_pieces, strict, dtype):
@@ -113,12 +131,13 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
     try:
         with (part / "ids.bin").open("wb") as ids, (part / "mask.bin").open("wb") as mask:
             *arrays, report = write_tokens(path, tokenizer, to_pieces, strict, dtype, ids, mask)
-            for file in (ids, mask):
-                file.flush()
-                os.fsync(file.fileno())
         for name, array in zip(ARRAYS, arrays, strict=True):
             np.save(part / f"{name}.npy", array)
-        (part / "report.json").write_text(json.dumps(report), encoding="utf-8")
+        hashes = {file.name: hash_on_disk(file) for file in part.iterdir()}
+        said = {"key": folder.name, "sha256": hashes, "report": report}
+        text = json.dumps([hash_of_values(said), said])
+        (part / "report.json").write_text(text, encoding="utf-8")
+        hash_on_disk(part / "report.json")
         try:
             part.rename(folder)
         except OSError:
@@ -126,6 +145,13 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def hash_on_disk(path):
+    """The hash of a file whose content has reached the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file):

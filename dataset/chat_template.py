@@ -120,6 +120,8 @@ def check(messages):
                 if key == "content" and text is None and message.get("tool_calls"):
                     continue  # a turn that only calls tools
                 raise ValueError(f"message {number} has {key} {text!r}, which is not text")
+        if (weight := message.get("loss_weight")) not in (None, 0, 1):
+            raise ValueError(f"message {number} has loss_weight {weight!r}; give 0 or 1")
         if message.get("tool_calls") and message["role"] != "assistant":
             raise ValueError(f"message {number} has tool_calls, but only an assistant calls tools")
 
@@ -129,7 +131,7 @@ def as_json(value, key):
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{key} is text that is not JSON: {error}") from None
     if value and not isinstance(value, list):
         raise ValueError(f"{key} is not a list: {value!r}")
@@ -142,11 +144,16 @@ def tools_text(tools):
 
 
 def call_text(call):
-    """{"name": ..., "arguments": {...}} of a call, also when it comes wrapped as OpenAI's are."""
+    """{"name": ..., "arguments": {...}} of a call, also when it comes wrapped as OpenAI's are, or
+    with "parameters" as Llama's.
+    """
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or "name" not in call:
         raise ValueError(f"a tool call needs a name: {call!r}")
-    arguments = call.get("arguments", {})
+    arguments = call.get("arguments") or call.get("parameters") or {}
     if isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the arguments of {call['name']} are no JSON: {error}") from None
     return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)

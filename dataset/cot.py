@@ -9,7 +9,6 @@ import re
 import tomllib
 
 from dataset.errors import UserError
-from dataset.files import replacing
 from dataset.formats import read_records
 from dataset.split import shares, write_parts
 
@@ -42,9 +41,9 @@ def prepare_cot(args):
         name: [record for record, part in zip(records, part_of, strict=True) if part == place]
         for place, name in enumerate(names)
     }
-    write_parts(args.out, files, {"task": "cot", "source": str(args.file), "seed": args.seed})
-    with replacing(args.out / "tokens.txt") as file:
-        file.write("".join(f"{mark}\n" for mark in MARKS).encode())
+    how = {"task": "cot", "source": str(args.file), "seed": args.seed}
+    marks = "".join(f"{mark}\n" for mark in MARKS)
+    write_parts(args.out, files, how, [args.file, args.templates], {"tokens.txt": marks})
     return 0
 
 

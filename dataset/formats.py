@@ -15,6 +15,7 @@ A file is JSONL or one JSON array. Its format is that of its first record in one
 
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 
@@ -43,14 +44,10 @@ KEYS = {  # format: the keys that every record of it has; the first format that 
 def read_records(path):
     """Yields (line number, record) of a JSONL file or of one JSON array, never holding it whole.
 
-    What is no JSON object comes as a ValueError in the record's place. A broken array ends there.
-    Raises UserError if there is no such file.
+    What is no JSON object comes as a ValueError in the record's place. A broken array ends there,
+    and so does what follows an array. Raises UserError if there is no such file.
     """
-    try:
-        file = Path(path).open("rb")
-    except OSError as error:
-        raise UserError(f"--data_path {path}: {error.strerror}; give a JSONL file") from None
-    with file:
+    with open_file(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
         items = array_items(file) if start.startswith(b"[") else lines(file)
@@ -58,6 +55,31 @@ def read_records(path):
             if not isinstance(item, dict | ValueError):
                 item = ValueError(f"not a record in braces, but {type(item).__name__}")
             yield number, item
+
+
+def open_file(path):
+    """The file at path, open to be read as bytes. Raises UserError if there is none."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file, and data is read more than once; give a file")
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
+
+
+def read_json(path):
+    """What a JSON file says. Raises UserError if it is none."""
+    with open_file(path) as file:
+        try:
+            return json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is no JSON: {error}") from None
+
+
+def is_folder(path):
+    """Whether there is a folder; Path.is_dir raises OSError for a name that is too long."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def lines(file):
@@ -70,10 +92,13 @@ def lines(file):
             yield number, ValueError(f"not JSON: {error.msg}, at character {error.colno}")
         except RecursionError:
             yield number, ValueError("not JSON that can be read: it is nested too deeply")
-        except ValueError as error:
+        except UnicodeDecodeError as error:
             yield number, error
+        except ValueError:
+            yield number, ValueError(TOO_LONG)
 
 
+TOO_LONG = "a number in it has more digits than Python reads; write it as text"
 SEPARATOR = re.compile(r"[\s,]*")
 
 
@@ -81,16 +106,21 @@ def array_items(file, piece=1 << 20):
     """The items of a JSON array, decoded one after the other from pieces of the file."""
     # A byte that is not UTF-8 becomes a lone surrogate, which makes only its own record a bad one.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    decoder, text = json.JSONDecoder(), decode(file.read(piece))
+    text = decode(file.read(piece))
     at = text.index("[") + 1
     line = 1 + text.count("\n", 0, at)
     while True:
         begin = SEPARATOR.match(text, at).end()
         line += text.count("\n", at, begin)
         if text.startswith("]", begin):
+            rest = text[begin + 1 :] + decode(file.read(piece))
+            if rest.strip():
+                line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
+                end = "the JSON array ends before it; give one array, or a record in braces a line"
+                yield line, ValueError(end)
             return
         try:
-            item, at = decoder.raw_decode(text, begin)
+            item, at = decoded(text, begin)
             yield line, item
             line += text.count("\n", begin, at)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -99,6 +129,16 @@ def array_items(file, piece=1 << 20):
                 yield line, ValueError(f"not JSON, and the array ends there: {error}")
                 return
             text, at = text[begin:] + decode(more), 0
+
+
+def decoded(text, begin):
+    """(what the JSON at begin says, where it ends); a ValueError if a number in it is too long."""
+    try:
+        return json.JSONDecoder().raw_decode(text, begin)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return ValueError(TOO_LONG), json.JSONDecoder(parse_int=str).raw_decode(text, begin)[1]
 
 
 def format_of(record):
@@ -157,8 +197,9 @@ def turns(record, name):
             raise ValueError(f"a conversation is a list of messages, not {listed!r}")
         return found + listed
     question, answer = (record[key] for key in KEYS[name])
-    for pair in record.get("history") or []:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
+    history = record.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history is a list of [question, answer], but has {pair!r}")
         found += [{"role": r, "content": c} for r, c in zip(ROLES, pair, strict=False)]
     if record.get("input"):
@@ -184,7 +225,7 @@ def message(turn, number):
         parts = {"text": [], "reasoning": [], "tool_call": []}
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in parts:
+            if kind not in list(parts):  # which may be a list or an object
                 raise ValueError(f"{where} has a part of type {kind!r}, which is not text")
             parts[kind].append(part[kind] if kind in part else part.get("text", part.get("value")))
         content = "".join(text_of(part, where) for part in parts["text"])
@@ -200,7 +241,11 @@ def message(turn, number):
         own["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if turn.get("tools"):
         own["tools"] = turn["tools"]
-    if turn.get("loss_weight", turn.get("weight", 1)) == 0:
+    name = "loss_weight" if "loss_weight" in turn else "weight"
+    weight = turn.get(name)
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where}: {name} is {weight!r}, not 0 or 1")
+    if weight == 0:
         own["loss_weight"] = 0
     return own
 
@@ -211,7 +256,7 @@ def json_of(value, where):
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: a tool call is text that is not JSON: {error}") from None
 
 

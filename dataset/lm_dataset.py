@@ -38,6 +38,12 @@ class TokenDataset(Dataset):
             options = [type(self).__name__, *self.options]
             tokens = tokenised(path, tokenizer, self.to_pieces, options, strict, **cache)
             require_records(tokens.report, path)
+            if tokens.content in self.content:
+                first = self.files[self.content.index(tokens.content)].path
+                raise UserError(
+                    f"{path} is {first} again, so what one holds out to validate on would be "
+                    f"trained on in the other; for two copies, give --data_path '{first}*2'"
+                )
             self.rows.append(self.cut_rows(tokens, max_length, len(self.files)))
             self.files.append(tokens)
         self.rows = np.concatenate(self.rows)

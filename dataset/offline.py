@@ -7,11 +7,13 @@ distillation reads it in the teacher's place.
     DIR/train/00000.pt     shards, and as many as it takes; valid/ and test/ likewise
 
 A shard holds the n tokens of its samples, one sample after the other: input_ids (n,), loss_mask
-(n,), lengths of the samples, and of each token what `model.distillation.Teacher` gives of it.
+(n,), lengths of the samples, and of each token what `model.distillation.Teacher` gives of it;
+belongs, a hash that ties it to its place, the manifest and the tokenizer.
 """
 
 import hashlib
 import json
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,24 +33,53 @@ def read_manifest(folder):
         manifest["shards"], manifest["config"], manifest["top_k"], manifest["aux_layers"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{folder} is no folder of trainer/export_hidden_states.py: {error!r}"
+            f"{folder} is no folder of trainer/export_hidden_states.py: {error!r}; {ANEW}"
         ) from None
     return manifest
 
 
-def shards(part):
-    """The shards of DIR/train or another part, in memory only where they are read.
-
-    Raises UserError if some are not there yet, or damaged.
+def read_tensors(path, verify=True):
+    """What a .pt file holds, in memory only where it is read. Raises UserError if it is damaged;
+    without verify, its checksums are not compared, which reads all of it.
     """
-    count = read_manifest(part.parent)["shards"].get(part.name, 0)
-    for number in range(count):
-        path = part / f"{number:05d}.pt"
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = verify and file.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} in it is not as it was written")
+        return torch.load(path, mmap=True, weights_only=True)
+    except Exception as error:  # the readers of zip and pickle raise nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}); {ANEW}") from None
+
+
+def belongs(path):
+    """The hash of a shard's place and of what its folder says of all shards, (32,)."""
+    folder = path.parents[1]
+    content = path.relative_to(folder).as_posix().encode()
+    for name in ("manifest.json", "tokenizer.json"):
         try:
-            yield torch.load(path, mmap=True, weights_only=True)
-        except Exception as error:  # the readers of zip and pickle raise nearly anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} cannot be read ({reason}); {ANEW}") from None
+            content += hashlib.sha256((folder / name).read_bytes()).digest()
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}; {ANEW}") from None
+    return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
+
+
+def read_shard(path, verify=True):
+    """A shard. Raises UserError if it is not there yet, damaged, or of another recording."""
+    shard = read_tensors(path, verify)
+    expected = belongs(path)
+    if not torch.equal(shard.get("belongs", expected), expected):  # earlier versions wrote none
+        raise UserError(
+            f"{path} does not belong to the manifest.json and tokenizer.json of its folder; {ANEW}"
+        )
+    return shard
+
+
+def shards(part, verify=True):
+    """The shards of DIR/train or another part. Raises UserError as `read_shard` does."""
+    for number in range(read_manifest(part.parent)["shards"].get(part.name, 0)):
+        yield read_shard(part / f"{number:05d}.pt", verify)
 
 
 def tokens_of(part):
@@ -88,9 +119,9 @@ class OfflineTeacher:
         self.config = SimpleNamespace(**manifest["config"])
         self.output, self.samples = None, {}
         if not manifest["top_k"]:
-            self.output = torch.load(folder / "output.pt", weights_only=True, map_location=device)
+            self.output = read_tensors(folder / "output.pt").to(device)
         wanted = ["hidden_states", "top_ids", "top_log_p", *["aux_hidden_states"] * with_layers]
-        for shard in shards(folder / "train"):
+        for shard in shards(folder / "train", verify=False):  # done when they were read as data
             said = {name: part for name, part in shard.items() if name in wanted}
             ids, start = shard["input_ids"].numpy(), 0
             for length in shard["lengths"].tolist():

@@ -6,7 +6,6 @@ python dataset/prepare.py split --ratios 8:1:1 --out parts mine.jsonl
 python dataset/prepare.py gsm8k --raw FOLDER --out out/gsm8k    # the official files; math, too
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -26,6 +25,7 @@ from dataset.sid import prepare_sid
 from dataset.split import split
 from dataset.tasks import RECORD_OF, prepare
 from dataset.tokenizer import SHIPPED_TOKENIZER
+from trainer import arguments
 
 
 def check(args):
@@ -141,7 +141,8 @@ def lines_of(numbers):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
+    count, positive = arguments.number(int, 0), arguments.number(int, 1)
     parts = parser.add_subparsers(required=True)
 
     def reader(name, run, text):
@@ -149,23 +150,25 @@ def main(argv=None):
         add = part.add_argument
         add("--data_path", type=Path, nargs="+", required=True, help="files in any known format")
         add("--tokenizer_path", type=Path, default=SHIPPED_TOKENIZER)
-        add("--max_seq_len", type=int, default=512, help="tokens of a row at most (%(default)s)")
+        longest = "tokens of a row at most (%(default)s)"
+        add("--max_seq_len", type=arguments.number(int, 2), default=512, help=longest)
         part.set_defaults(run=run)
         return add
 
     add = reader("check", check, "reads everything and reports; exit code 1 if a record is bad")
-    add("--batch_size", type=int, default=16, help="rows of a step, for the estimate (%(default)s)")
+    rows = "rows of a step, for the estimate (%(default)s)"
+    add("--batch_size", type=positive, default=16, help=rows)
     add("--overlong", choices=["truncate", "drop", "split"], help="what happens to longer ones")
     add("--json", action="store_true", help="for machines")
     add = reader("show", show, "shows tokens in colour: supervised, not supervised, control")
-    add("-n", type=int, default=3, help="rows to show (%(default)s)")
+    add("-n", "--n", type=positive, default=3, help="rows to show (%(default)s)")
     add("--packing", type=int, choices=[0, 1], default=0, help="1: packed rows")
     add("--ids", action="store_true", help="with the number of each token")
     add("--html", type=Path, metavar="FILE", help="a page instead")
     part = parts.add_parser("split", help="writes train, valid and test files with a manifest")
     part.add_argument("file", type=Path)
     part.add_argument("--ratios", default="8:1:1", help="sizes of the parts (%(default)s)")
-    part.add_argument("--seed", type=int, default=1)
+    part.add_argument("--seed", type=count, default=1)
     part.add_argument("--stratify", metavar="FIELD", help="keeps the shares of this field's values")
     part.add_argument("--out", type=Path, required=True, help="folder")
     part.set_defaults(run=split)
@@ -174,7 +177,7 @@ def main(argv=None):
         part = parts.add_parser(task, help=text, description=text)
         part.add_argument("--raw", type=Path, required=True, help="folder of the official files")
         part.add_argument("--out", type=Path, required=True, help="folder")
-        part.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
+        part.add_argument("--seed", type=count, default=1, help="of the split (%(default)s)")
         notes = "of notes like <<3*4=12>> (%(default)s)"
         part.add_argument("--calculator", choices=["strip", "keep"], default="strip", help=notes)
         levels = "1: the shares of level and type stay (%(default)s)"
@@ -184,18 +187,19 @@ def main(argv=None):
     part = parts.add_parser("sid", help=text, description=text)
     part.add_argument("--raw", type=Path, required=True, help="folder of index, items, histories")
     part.add_argument("--out", type=Path, required=True, help="folder")
-    part.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
-    part.add_argument("--max_history", type=int, default=10, help="latest items (%(default)s)")
+    part.add_argument("--seed", type=count, default=1, help="of the split (%(default)s)")
+    part.add_argument("--max_history", type=positive, default=10, help="latest items (%(default)s)")
     part.set_defaults(run=prepare_sid)
     text = "writes wrong answers, their reasons and misconceptions as conversations"
     part = parts.add_parser("cot", help=text, description=text)
     part.add_argument("file", type=Path)
     part.add_argument("--out", type=Path, required=True, help="folder")
-    part.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
+    part.add_argument("--seed", type=count, default=1, help="of the split (%(default)s)")
     place = Path(__file__).with_name("cot_prompts.toml")
     part.add_argument("--templates", type=Path, default=place, help="TOML; default: %(default)s")
     part.set_defaults(run=cot.prepare_cot)
     args = parser.parse_args(argv)
+    arguments.stop_at(arguments.wrong_values(args))
     return args.run(args)
 
 

@@ -6,10 +6,11 @@ Reads the usual files: *.index.json, {item: its tokens}; *.item.json, {item: {"t
 
 import ast
 import csv
+import io
 import json
 
 from dataset.errors import UserError
-from dataset.files import replacing
+from dataset.formats import is_folder, open_file, read_json
 from dataset.split import shares, write_parts
 
 ASK = {  # task: the question; {0} is the history, the title or the id
@@ -28,7 +29,8 @@ def prepare_sid(args):
     """Writes train, valid and test conversations, tokens.txt for --extend_tokens, sids.json with
     all ids there are, and a manifest. The test part asks for the next id alone. Returns 0.
     """
-    index, items = (read_json(args.raw, f"*.{kind}.json") for kind in ("index", "item"))
+    index, items = (read_objects(args.raw, f"*.{kind}.json") for kind in ("index", "item"))
+    check(args.raw, index, items)
     histories = [row for path in sorted(args.raw.glob("*.csv")) for row in read_histories(path)]
     if not histories:
         raise UserError(f"--raw {args.raw}: there is no *.csv file with histories in it")
@@ -39,49 +41,70 @@ def prepare_sid(args):
         records = of_history(row, items, args.max_history)
         parts[name] += records[:1] if name == "test" else records
     for item, tokens in index.items():
-        try:
-            if item in items:
-                parts["train"] += of_item("".join(tokens), items[item]["title"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"--raw {args.raw}: item {item} has no tokens or title: {error!r}"
-            ) from None
+        if item in items:
+            parts["train"] += of_item("".join(tokens), items[item]["title"])
     files = {f"{name}.jsonl": records for name, records in parts.items()}
     how = {"task": "sid", "source": str(args.raw), "seed": args.seed}
-    write_parts(args.out, files, how | {"max_history": args.max_history})
     tokens = sorted({token for item in index.values() for token in item})
     sids = sorted({"".join(item) for item in index.values()})
     lines = "".join(f"{token}\n" for token in tokens)
-    for name, text in (("tokens.txt", lines), ("sids.json", json.dumps(sids))):
-        with replacing(args.out / name) as file:
-            file.write(text.encode("utf-8"))
+    how |= {"max_history": args.max_history}
+    write_parts(args.out, files, how, texts={"tokens.txt": lines, "sids.json": json.dumps(sids)})
     return 0
 
 
-def read_json(folder, pattern):
-    paths = sorted(folder.glob(pattern))
+def read_objects(folder, pattern):
+    """The JSON objects of the files that match, as one."""
+    paths = sorted(folder.glob(pattern)) if is_folder(folder) else []
     if not paths:
         raise UserError(f"--raw {folder}: there is no {pattern} in it")
-    try:
-        return {k: v for p in paths for k, v in json.loads(p.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{paths[0]} is no JSON object: {error}") from None
+    found = {}
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is no JSON object: {content!r:.100}")
+        found |= content
+    return found
+
+
+def check(folder, index, items):
+    """Raises UserError for the first item without tokens or title."""
+    for item, about in items.items():
+        if not isinstance(about, dict) or not isinstance(about.get("description") or "", str):
+            raise UserError(
+                f'--raw {folder}: item {item} is not {{"title", "description"}} of text'
+            )
+    for item, tokens in index.items():
+        if not tokens or not is_texts(tokens):
+            raise UserError(f"--raw {folder}: item {item} has no list of tokens: {tokens!r:.100}")
+        if item in items and not isinstance(items[item].get("title"), str):
+            raise UserError(f"--raw {folder}: item {item} has no title that is text")
+
+
+def is_texts(value):
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def read_histories(path):
     """The rows of a CSV file, their list columns as lists. Raises UserError with the line."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        for row in reader:
-            try:
+        try:
+            for row in reader:
                 for name in LISTS:
                     row[name] = ast.literal_eval(row[name])
-                    if not isinstance(row[name], list):
-                        raise ValueError(f"{name} is no list")
-                row["item_sid"], row["item_title"], row["item_id"]
-            except (KeyError, ValueError, SyntaxError, TypeError) as error:
-                raise UserError(f"{path}, line {reader.line_num}: {error!r}") from None
-            yield row
+                    if not is_texts(row[name]):
+                        raise ValueError(f"{name} is no list of texts")
+                if not is_texts([row["item_sid"], row["item_title"], row["item_id"]]):
+                    raise ValueError("the line is too short")
+                yield row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}; store it as UTF-8") from None
+        except csv.Error as error:
+            why = f"{error}; is a quote not closed?"
+            raise UserError(f"{path}, after line {reader.line_num}: {why}") from None
+        except (KeyError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error!r:.200}") from None
 
 
 def of_history(row, items, max_history):

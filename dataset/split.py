@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +19,8 @@ def split(args):
         ratios = [float(ratio) for ratio in args.ratios.split(":")]
     except ValueError:
         ratios = []
-    if not 2 <= len(ratios) <= 3 or min(ratios) < 0 or sum(ratios) <= 0:
+    usable = all(ratio >= 0 for ratio in ratios) and 0 < sum(ratios) < math.inf
+    if not usable or not 2 <= len(ratios) <= 3:
         raise UserError(f"--ratios {args.ratios}: give two or three numbers, as 8:1:1")
     names = ["train", "valid", "test"] if len(ratios) == 3 else ["train", "test"]
     groups = []
@@ -37,7 +41,7 @@ def split(args):
 
     how = {"source": str(args.file), "ratios": args.ratios, "stratify": args.stratify}
     parts = {f"{name}.jsonl": records(part) for part, name in enumerate(names)}
-    write_parts(args.out, parts, how | {"seed": args.seed})
+    write_parts(args.out, parts, how | {"seed": args.seed}, [args.file])
     return 0
 
 
@@ -56,19 +60,31 @@ def shares(groups, ratios, seed):
     return part_of
 
 
-def write_parts(folder, parts, manifest):
-    """Writes {file name: records} as JSONL, and manifest.json with their counts and hashes."""
+def write_parts(folder, parts, manifest, sources=(), texts=None):
+    """Writes {file name: records} as JSONL, {file name: text} as it is, and manifest.json with the
+    counts and hashes of the parts. All appear when all are written.
+
+    Raises UserError if one of them would replace one of the sources, which are read meanwhile.
+    """
+    read = {Path(path).resolve() for path in sources}
+    for name in [*parts, *(texts or {}), "manifest.json"]:
+        if (folder / name).resolve() in read:
+            raise UserError(f"{folder / name} is read, and would be replaced; give another --out")
     manifest = manifest | {"files": {}}
-    for name, records in parts.items():
-        count, digest = 0, hashlib.sha256()
-        with replacing(folder / name) as file:
+    with ExitStack() as complete:  # moves the first last, so the manifest tells of what is there
+        about = complete.enter_context(replacing(folder / "manifest.json"))
+        for name, records in parts.items():
+            count, digest = 0, hashlib.sha256()
+            file = complete.enter_context(replacing(folder / name))
             for record in records:
                 line = json.dumps(record, ensure_ascii=False)
                 line = line.encode("utf-8", "backslashreplace") + b"\n"
                 file.write(line)
                 digest.update(line)
                 count += 1
-        manifest["files"][name] = {"records": count, "sha256": digest.hexdigest()}
-        print(f"{folder / name}: {count} records")
-    with replacing(folder / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8"))
+            manifest["files"][name] = {"records": count, "sha256": digest.hexdigest()}
+        for name, text in (texts or {}).items():
+            complete.enter_context(replacing(folder / name)).write(text.encode("utf-8"))
+        about.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8"))
+    for name, file in manifest["files"].items():
+        print(f"{folder / name}: {file['records']} records")

@@ -5,11 +5,10 @@
 GSM8K names no level; here it is the number of steps of the solution.
 """
 
-import json
 import re
 
 from dataset.errors import UserError
-from dataset.formats import read_records
+from dataset.formats import is_folder, read_json, read_records
 from dataset.split import shares, write_parts
 from evaluation.competition_math import extract_answer
 
@@ -65,7 +64,7 @@ def official_files(folder):
     """{"train": [files], "test": [files]}: a folder or a file of that name. Where nothing is called
     train, all others are; GSM8K's folder has test_socratic.jsonl, too, which is neither.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"--raw {folder}: there is no such folder")
     files, others = {"train": [], "test": []}, []
     paths = [path for path in folder.rglob("*.json*") if path.suffix in (".json", ".jsonl")]
@@ -86,10 +85,7 @@ def records_of(path):
     """(line, record) of a JSONL file, or of a .json file, which holds one record or a list."""
     if path.suffix != ".json":
         return read_records(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        content = ValueError(f"{error}")
+    content = read_json(path)
     return [(1, record) for record in (content if isinstance(content, list) else [content])]
 
 
@@ -119,6 +115,7 @@ def prepare(args):
     and test where there is no official one. Returns 0.
     """
     files = official_files(args.raw)
+    sources = sum(files.values(), [])
     parts = {name: read_task(args.task, paths, args.calculator) for name, paths in files.items()}
     rest, ratios = parts.pop("train"), {"train": 8, "valid": 1}
     if not parts["test"]:
@@ -133,7 +130,7 @@ def prepare(args):
         files["text.jsonl"] = [{"text": f"{r['question']}\n{answer_of(r)}"} for r in parts["train"]]
     how = {"task": args.task, "source": str(args.raw), "seed": args.seed}
     how |= {"calculator": args.calculator, "stratify": bool(args.stratify)}
-    write_parts(args.out, files, how)
+    write_parts(args.out, files, how, sources)
     return 0
 
 

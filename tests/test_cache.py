@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import torch
 
 from dataset import cache
 from dataset.errors import UserError
+from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import ROOT, chat, run, write_jsonl
@@ -64,6 +67,64 @@ def test_bad_records_and_notes_are_remembered(tmp_path):
         SFTDataset(path, load_tokenizer(), cache_dir=tmp_path / "cache", strict=True)
 
 
+FILES = ["ids.bin", "mask.bin", "offsets.npy", "supervised.npy", "lines.npy", "report.json"]
+
+
+def damages(path, other):
+    """Ways in which a file of a cache gets lost: a name, and what does it. other is a file of the
+    same name of another cache.
+    """
+    whole, rng = path.read_bytes(), random.Random(path.name)
+    yield "missing", path.unlink
+    yield "a folder", lambda: (path.unlink(), path.mkdir())
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        yield f"cut to {size} bytes", lambda size=size: path.write_bytes(whole[:size])
+    yield "longer", lambda: path.write_bytes(whole + b"\0")
+    yield "zeros", lambda: path.write_bytes(bytes(len(whole)))
+    yield "garbage", lambda: path.write_bytes(rng.randbytes(len(whole)))
+    yield "of another cache", lambda: path.write_bytes(other.read_bytes())
+    for bit in rng.sample(range(8 * len(whole)), 30):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield f"bit {bit} flipped", lambda flipped=flipped: path.write_bytes(flipped)
+    for twin in (path.with_name(name) for name in FILES if name != path.name):
+        yield f"swapped with {twin.name}", lambda twin=twin: swap(path, twin)
+
+
+def swap(one, other):
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+@pytest.mark.parametrize("name", [*FILES, "all"])
+def test_a_damaged_cache_is_made_anew_with_a_word(data, tmp_path, name, capsys):
+    tokenizer = load_tokenizer()
+    few = [record for _, record in read_records(data / "sft.jsonl")][:4]
+    path = write_jsonl(tmp_path / "path.jsonl", few)
+    other = write_jsonl(tmp_path / "other.jsonl", few[:0:-1])
+
+    def rows(path):
+        return rows_of(SFTDataset(path, tokenizer, 40, cache_dir=tmp_path / "cache"))
+
+    expected = rows(path)
+    (one,) = (tmp_path / "cache").iterdir()
+    assert rows(other) != expected
+    (another,) = set((tmp_path / "cache").iterdir()) - {one}
+    assert {file.name for file in one.iterdir()} == set(FILES)
+    assert rows(path) == expected and capsys.readouterr().out == ""
+    if name == "all":  # each file is whole, and of another cache
+        harms = [("all", lambda: shutil.copytree(another, one, dirs_exist_ok=True))]
+    else:
+        harms = damages(one / name, another / name)
+    for how, harm in harms:
+        harm()
+        assert rows(path) == expected, how
+        said = capsys.readouterr().out
+        assert len(said.splitlines()) == 1 and f"{one} is damaged" in said, (how, said)
+        assert rows(path) == expected and capsys.readouterr().out == "", how
+
+
 BUILD = """
 import sys
 from dataset.lm_dataset import SFTDataset
@@ -100,6 +161,20 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(many, tmp_path)
     assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
     done = run("-c", BUILD, many, folder, cwd=ROOT)
     assert done.stdout == "20000\n"
+
+
+def test_a_change_of_the_code_is_another_cache(data, tmp_path, monkeypatch):
+    """Of every module that decides the tokens."""
+    for name in ("tokenizer", "formats", "chat_template", "lm_dataset", "cache"):
+        shutil.copy(cache.__file__.replace("cache.py", f"{name}.py"), tmp_path)
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    tokenizer, keys = load_tokenizer(), set()
+    for module in [None, *sorted(tmp_path.glob("*.py"))]:
+        if module:
+            module.write_text(module.read_text("utf-8") + "# another line\n", "utf-8")
+        keys.add(cache.cache_key("content", tokenizer, []))
+        assert cache.cache_key("content", tokenizer, []) in keys
+    assert len(keys) == 6
 
 
 def test_a_cache_that_cannot_be_written_is_said_in_a_sentence(data, tmp_path):

@@ -1,5 +1,8 @@
 """Golden masks: what of a conversation is learned, spelled out by hand."""
 
+import json
+import re
+
 import pytest
 
 from dataset.chat_template import render
@@ -60,6 +63,21 @@ def test_reasoning_tool_call_and_tool_result():
         "<|im_start|>tool\n<tool_response>2</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n[Two.<|im_end|>]\n"
     )
+
+
+def test_letters_that_are_not_ascii_are_learned_as_they_are():
+    """And not as \\u00f6, which is six tokens and another text."""
+    arguments = {"größe": "zwölf 🙂", "list": ["日本", {"é": None}]}
+    for given in (arguments, json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)):
+        call = {"name": "schätze", "arguments": given}
+        for calls in ([call], [{"function": call}], json.dumps([call])):
+            answer = {"role": "assistant", "content": "", "tool_calls": calls}
+            tools = [{"name": "schätze", "description": "größer"}]
+            text = marked(*render([USER, answer], tools=tools))
+            learned = re.search(r"\[<tool_call>(.*)</tool_call><.im_end.>\]", text, re.DOTALL)[1]
+            assert json.loads(learned) == {"name": "schätze", "arguments": arguments}
+            assert all(word in learned for word in ("schätze", "größe", "zwölf 🙂", "日本", "é"))
+            assert "größer" in text and "\\u" not in text
 
 
 def test_tools_without_a_system_turn_get_one():

@@ -2,13 +2,18 @@
 
 import copy
 import json
+import random
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dataset import offline
 from dataset.errors import UserError
+from dataset.lm_dataset import SFTDataset
+from dataset.plan import split_rows
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
@@ -318,6 +323,48 @@ def test_recorded_probabilities_agree_too(trained, data, tmp_path):
         from_disk(tmp_path / "top", tmp_path / "no", *HIDDEN)
 
 
+def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_common(
+    trained, data, tmp_path
+):
+    split = ["--eval_split", 0.2, "--test_split", 0.2, "--seed", 3]
+    export(trained, data, tmp_path, *split)
+    dataset = SFTDataset(data / "sft.jsonl", load_tokenizer(), 96)
+    whole = [tuple(part.tolist()) for row in dataset for part in row]
+    whole, found = Counter(zip(whole[::2], whole[1::2], strict=True)), Counter()
+    valid = Counter(dataset[row][0].numpy().tobytes() for row in split_rows(dataset, 0.2, 3)[1])
+    for part in ("train", "valid", "test"):
+        recorded = SFTDataset(tmp_path / part, load_tokenizer(), 96)
+        assert len(recorded) > 1
+        found += Counter((tuple(ids.tolist()), tuple(labels.tolist())) for ids, labels in recorded)
+        if part == "valid":
+            assert Counter(ids.numpy().tobytes() for ids, _ in recorded) == valid
+    assert found == whole
+
+
+def test_recorded_samples_count_their_supervised_tokens_as_others_do(recorded):
+    """Of replayed text, the first token is learned by nobody, though its mask is 1."""
+    data = SFTDataset(recorded / "train", load_tokenizer(), 96)
+    labels = [labels for _, labels in data]
+    assert any(first != IGNORE for first, *_ in labels)
+    assert data.files[0].supervised.tolist() == [int((x[1:] != IGNORE).sum()) for x in labels]
+
+
+def test_a_shard_holds_what_the_teacher_says_of_each_sample_alone(recorded, trained):
+    content = checkpoint.load(trained / "full_sft_32.pth")
+    model, _ = checkpoint.build(content, "it")
+    teacher = Teacher(model, layers=[1, 2])
+    shard, start = torch.load(recorded / "train" / "00000.pt", weights_only=True), 0
+    assert len(set(shard["lengths"].tolist())) > 3
+    for length in shard["lengths"].tolist():
+        ids = shard["input_ids"][start : start + length].long()
+        for name, part in teacher(ids[None]).items():
+            torch.testing.assert_close(
+                shard[name][start : start + length], part[0], atol=1e-4, rtol=1e-3
+            )
+        start += length
+    assert start == len(shard["input_ids"]) == len(shard["loss_mask"])
+
+
 def test_projections_are_resumed(recorded, tmp_path):
     from_disk(recorded, tmp_path / "whole", *HIDDEN)
     parts, moved = tmp_path / "parts", tmp_path / "moved"
@@ -411,6 +458,100 @@ def test_a_damaged_folder_is_named(recorded, tmp_path):
             from_disk(folder, tmp_path / "out")
 
 
+def bit_flipped(path, at):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 4
+    path.write_bytes(content)
+
+
+HARMS = {
+    "missing": lambda path, other: path.unlink(),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "cut": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
+    "half": lambda path, other: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a bit flipped": lambda path, other: bit_flipped(path, 0.5),
+    "another bit flipped": lambda path, other: bit_flipped(path, 0.8),
+    "garbage": lambda path, other: path.write_bytes(random.Random(0).randbytes(5000)),
+    "of another": lambda path, other: path.write_bytes(other),
+}
+
+
+@pytest.mark.parametrize("how", HARMS)
+def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
+    recorded, trained, data, tmp_path, how
+):
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    command = ["--eval_split", 0.1, *replay, "--aux_layers", "1,2"]
+    folder = tmp_path / "copy"
+    shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
+    # The output layer alone says nothing of where it belongs.
+    shards = ["train/00000.pt", "train/00001.pt", "valid/00000.pt"]
+    names = [*shards, "tokenizer.json", *["output.pt"] * (how != "of another")]
+    whole = {name: (folder / name).read_bytes() for name in names}
+    others = dict(zip(shards, [whole[name] for name in shards[1:] + shards[:1]], strict=True))
+    others["tokenizer.json"] = whole["tokenizer.json"] + b"\n"
+
+    def read():
+        for part in ("train", "valid"):
+            offline.tokens_of(folder / part)
+        return offline.OfflineTeacher(folder, "cpu")
+
+    read()
+    for name in names:
+        HARMS[how](folder / name, others.get(name))
+        with pytest.raises(UserError, match="it goes on") as error:
+            read()
+        assert name == "tokenizer.json" or str(folder / name) in str(error.value)
+        (folder / name).write_bytes(whole[name])
+    kept = folder / "train" / "00002.pt"
+    before = kept.stat().st_mtime_ns
+    for name in names:
+        HARMS[how](folder / name, others.get(name))
+    export(trained, data, folder, *command)
+    assert kept.stat().st_mtime_ns == before
+    assert (folder / "tokenizer.json").read_bytes() == whole["tokenizer.json"]
+    output = torch.load(folder / "output.pt", weights_only=True)
+    assert torch.equal(output, read().output)
+    assert torch.equal(output, torch.load(recorded / "output.pt", weights_only=True))
+    for name in shards:
+        made, was = (torch.load(place / name, weights_only=True) for place in (folder, recorded))
+        assert made.keys() == was.keys()
+        assert all(torch.equal(part, was[key]) for key, part in made.items())
+
+
+def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data, tmp_path):
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    command = ["--eval_split", 0.1, *replay, "--aux_layers", "1,2"]
+    folder = tmp_path / "copy"
+    shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
+    shards = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
+    for content in (b"", b"\xff\xfe", b'{"teacher": '):
+        (folder / "manifest.json").write_bytes(content)
+        export(trained, data, folder, *command)
+        text = (recorded / "manifest.json").read_bytes()
+        assert (folder / "manifest.json").read_bytes() == text
+    assert shards == {path: path.stat().st_mtime_ns for path in shards}
+    # Shards of another recording, which lost its manifest, are not taken for this one's.
+    (folder / "manifest.json").unlink()
+    export(trained, data, folder, *command, "--seed", 2)
+    assert all(path.stat().st_mtime_ns != was for path, was in shards.items())
+
+
+def test_a_recording_of_an_earlier_version_is_read_and_goes_on(recorded, trained, data, tmp_path):
+    """Its shards do not say where they belong."""
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    folder = tmp_path / "copy"
+    shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
+    for path in folder.glob("*/*.pt"):
+        shard = torch.load(path, weights_only=True)
+        del shard["belongs"]
+        torch.save(shard, path)
+    assert len(offline.tokens_of(folder / "train")["lines"]) > 40
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
+    export(trained, data, folder, "--eval_split", 0.1, *replay, "--aux_layers", "1,2")
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
 def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         from_disk(tmp_path, tmp_path / "out")
@@ -422,6 +563,7 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
         export(trained, data, tmp_path / "x", "--top_k", "-1", "--data_path", tmp_path / "no.jsonl")
     said = capsys.readouterr().err
     assert "--top_k -1: give a whole number" in said and "no.jsonl: there is no such" in said
-    for flags, says in ((["--aux_layers", "3"], "layers 1 to 2"), (["--top_k", 10**6], "--top_k")):
+    layers = [(["--aux_layers", given], "layers 1 to 2") for given in ("3", "0", "1,x", "-1")]
+    for flags, says in (*layers, (["--top_k", 10**6], "--top_k")):
         with pytest.raises(UserError, match=says):
             export(trained, data, tmp_path / "x", *flags)

@@ -50,8 +50,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         files["dataset/sft_tiny.jsonl"] = data / "sft.jsonl"
         files["dataset/pretrain_tiny.jsonl"] = data / "pretrain.jsonl"
     if "out/sums" in line:
-        for name in ("solved", "accepted"):
-            files[f"out/sums/{name}.jsonl"] = data / "sft.jsonl"
+        for name, end in (("solved", b""), ("accepted", b"\n")):  # one file twice is refused
+            path = files[f"out/sums/{name}.jsonl"] = tmp_path / f"{name}.jsonl"
+            path.write_bytes((data / "sft.jsonl").read_bytes() + end)
         if not line.startswith("python trainer"):
             tiny_world.write_sums(tmp_path)
             for name in ("practice", "exam"):

@@ -1,6 +1,7 @@
 """New tokens: what they begin as, that nothing else moves; recommendation data that uses them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -77,6 +78,43 @@ def test_freezing_without_new_tokens_is_refused():
 # ------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.parametrize(
+    "name, before, after, says",
+    [
+        ("csv", b"Pen 1, new", b"Pen \xe9, new", "Shop.valid.csv is not UTF-8"),
+        ("csv", b"Pen 1, new", b"Pen " + b"1" * 200_000, "valid.csv, after line 2: field"),
+        ("csv", b"['<a_0><b_0>']", b"[None]", "line 2: ValueError"),
+        ("csv", b"['<a_0><b_0>']", b"[" * 10_000, "line 2: "),
+        ("csv", b",<a_1><b_0>\n", b"\n", "line 2: "),
+        ("item", b'"Pen 1"', b"null", "item 1"),
+        ("item", b'"Pen 1"', b"7", "item 1"),
+        ("item", b'"It writes. 1"', b"[7]", "item 1"),
+        ("item", b'{"title": "Pen 1", "description": "It writes. 1"}', b"null", "item 1"),
+        ("item", b"}}", b"}", "Shop.item.json is no JSON"),
+        ("item", b'"Pen 1"', b'"Pen \xe9"', "Shop.item.json is no JSON"),
+        ("item", None, b"[1]", "Shop.item.json is no JSON object"),
+        ("item", None, b"[]", "Shop.item.json is no JSON object"),
+        ("index", b'["<a_1>", "<b_0>"]', b"null", "item 1"),
+        ("index", b'["<a_1>", "<b_0>"]', b"[]", "item 1"),
+        ("index", b'["<a_1>", "<b_0>"]', b'["<a_1>", null]', "item 1"),
+        ("index", b'["<a_1>", "<b_0>"]', b'"<a_1>"', "item 1"),
+    ],
+)
+def test_a_shop_that_cannot_be_read_is_told_in_a_sentence(
+    shop, tmp_path, name, before, after, says
+):
+    for path in shop.iterdir():
+        content = path.read_bytes()
+        if name in path.name:
+            assert before is None or before in content
+            content = after if before is None else content.replace(before, after, 1)
+        (tmp_path / path.name).write_bytes(content)
+    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2 and says in done.stderr, (done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 600
+    assert not (tmp_path / "out").exists()
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -91,6 +129,12 @@ def test_histories_become_conversations(shop_data):
     }
     asked = [r["conversations"][0]["content"] for r in train if r["task"] == "next_id"]
     assert max(text.count("<a_") for text in asked) == 3  # of up to 4, the latest
+    index = [f"<a_{i % 3}><b_{i // 3}>" for i in range(6)]
+    for record in train + test:
+        if record["task"] == "next_id":  # the items follow one another in this shop
+            question, answer = (turn["content"] for turn in record["conversations"])
+            bought = [index.index(item) for item in re.findall(r"<a_.><b_.>", question)]
+            assert bought == [(index.index(answer) - n) % 6 for n in range(len(bought), 0, -1)]
     assert sum(r["task"] == "title_to_id" for r in train) == 5
     assert list(read_tokens(shop_data / "tokens.txt")) == [
         "<a_0>",
@@ -196,6 +240,7 @@ def test_a_broken_history_is_named(shop, tmp_path):
     (tmp_path / "Shop.item.json").write_text('{"0": {"description": "no title"}}')
     done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and "item 0" in done.stderr
+    assert not (tmp_path / "out").exists()
     write_jsonl(tmp_path / "x.jsonl", [{"source": "gsm8k"}])
     with pytest.raises(UserError, match="line 1"):
         read_problems("sid", tmp_path / "x.jsonl")

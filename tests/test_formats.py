@@ -1,6 +1,7 @@
 """Every usual format becomes the same conversation; what cannot be meant is a bad record."""
 
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -18,6 +19,7 @@ SETS += ["formats/reason_tool_use_demo_50.jsonl"]
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 SYSTEM = {"role": "system", "content": "Be kind."}
 CALL = {"name": "add", "arguments": {"a": 1}}
+LLAMA = {"name": "add", "parameters": {"a": 1}}
 
 
 def converted(record):
@@ -79,6 +81,9 @@ def test_tool_calls_in_all_their_spellings_are_the_same_tokens():
         {"role": "assistant", "content": None, "function_call": CALL},
         {"role": "assistant", "content": [{"type": "tool_call", "value": text}]},
         {"role": "assistant", "content": None, "tool_calls": [wrapped]},
+        {"from": "function_call", "value": '{"name": "add", "parameters": {"a": 1}}'},
+        {"role": "assistant", "content": None, "tool_calls": [LLAMA]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": LLAMA}]},
     ]
     rendered = []
     for turn in turns:
@@ -89,6 +94,11 @@ def test_tool_calls_in_all_their_spellings_are_the_same_tokens():
         rendered.append(render(messages, tools))
     assert all(one == rendered[0] for one in rendered)
     assert 5 in rendered[0][0] and sum(rendered[0][1]) > 3
+
+
+@pytest.mark.parametrize("more", [{}, {"arguments": None}, {"arguments": ""}, {"parameters": {}}])
+def test_a_call_without_arguments_has_none(more):
+    assert json.loads(call_text({"name": "now", **more})) == {"name": "now", "arguments": {}}
 
 
 def test_the_turns_that_are_left_out_are_counted():
@@ -109,6 +119,22 @@ def test_a_turn_of_loss_weight_0_is_not_learned():
     assert ids == whole and sum(mask) * 2 == sum(both) and not any(mask[len(mask) // 2 :])
 
 
+@pytest.mark.parametrize("key", ["loss_weight", "weight"])
+def test_a_turn_is_learned_by_its_weight(key):
+    plain = render([*ASKED, *ASKED])
+    for weight, learned in ((0, 1), (0.0, 1), (False, 1), (1, 2), (1.0, 2), (True, 2), (None, 2)):
+        ids, mask = render(
+            converted({"messages": [*ASKED, ASKED[0], {**ASKED[1], key: weight}]})[0]
+        )
+        assert ids == plain[0] and sum(mask) == sum(plain[1]) // 2 * learned, weight
+    for weight in (0.5, "0", "1", -1, 2, [], {}):
+        with pytest.raises(ValueError, match=f"message 3: {key} is .*, not 0 or 1"):
+            converted({"messages": [SYSTEM, ASKED[0], {**ASKED[1], key: weight}]})
+        if key == "loss_weight":
+            with pytest.raises(ValueError, match="message 2 has loss_weight .*0 or 1"):
+                render([ASKED[0], {**ASKED[1], key: weight}])
+
+
 @pytest.mark.parametrize(
     "turn, says",
     [
@@ -118,13 +144,22 @@ def test_a_turn_of_loss_weight_0_is_not_learned():
         ({"role": "user", "content": 7}, "content is 7"),
         ({"role": "user", "content": "\ud83d"}, "half a character"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url'"),
+        ({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, "part of type .'text'."),
+        ({"role": "user", "content": [{"type": {}}]}, "part of type {}"),
         ({"role": "assistant", "content": "", "tool_calls": "{"}, "not JSON"),
         ("Hi", "message 2 is not"),
+        ({"role": "assistant", "content": "", "tool_calls": "[" * 10**5}, "not JSON"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error_and_never_silently_a_user(turn, says):
     with pytest.raises(ValueError, match=says):
         to_conversation({"messages": [ASKED[0], turn]}, "openai", Counter())
+
+
+@pytest.mark.parametrize("history", [5, "Hi", {"Hi": "Hello."}, [5], ["Hi"], [["Hi"]]])
+def test_a_history_that_is_none_is_a_bad_record(history):
+    with pytest.raises(ValueError, match="history is a list of"):
+        converted({**ALPACA, "history": history})
 
 
 def test_a_json_array_is_read_piece_by_piece_with_line_numbers(tmp_path):
@@ -149,6 +184,43 @@ def test_a_json_array_is_read_piece_by_piece_with_line_numbers(tmp_path):
     found = [record for _, record in read_records(path)]
     assert found[0] == {"text": "a"} and found[3] == {"text": "c"}
     assert isinstance(found[2], ValueError) and found[1]["text"] == "\udcff"
+
+
+@pytest.mark.parametrize(
+    "text, good, line",
+    [
+        ('[{"text": "a"}]\n[{"text": "b"}]\n', ["a"], 2),
+        ('[{"text": "a"}][{"text": "b"}]', ["a"], 1),
+        ('[\n{"text": "a"}\n]\n\n{"text": "b"}\n', ["a"], 5),
+        ("[]\n[]", [], 2),
+        ('{"text": "a"}\n[{"text": "b"}]\n{"text": "c"}\n', ["a", "c"], 2),
+    ],
+)
+def test_what_follows_an_array_is_a_bad_record(tmp_path, text, good, line):
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    found = list(read_records(tmp_path / "x.json"))
+    assert [record["text"] for _, record in found if isinstance(record, dict)] == good
+    assert [number for number, record in found if isinstance(record, ValueError)] == [line]
+
+
+def test_an_array_may_end_where_a_piece_of_the_file_does(tmp_path):
+    path = tmp_path / "x.json"
+    for spaces in range(1 << 20, (1 << 20) + 3):
+        for end, bad in (("\n", 0), ("\n[]", 1)):
+            path.write_text(f'[{" " * (spaces - 16)}{{"text": "a"}}]{end}', encoding="utf-8")
+            found = [record for _, record in read_records(path)]
+            assert found[0] == {"text": "a"} and len(found) == 1 + bad
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("digits", [5000, 1_500_000])  # more than a piece of the file
+def test_a_number_too_long_to_read_is_one_bad_record(tmp_path, array, digits):
+    lines = ['{"text": "a"}', f'{{"text": "b", "n": [{"7" * digits}]}}', '{"text": "c"}']
+    text = f"[{', '.join(lines)}]" if array else "\n".join(lines)
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    one, bad, other = [record for _, record in read_records(tmp_path / "x.json")]
+    assert (one, other) == ({"text": "a"}, {"text": "c"})
+    assert isinstance(bad, ValueError) and "more digits" in str(bad)
 
 
 @pytest.mark.parametrize("keep_think, kept", [("all", [1, 1]), ("last", [0, 1]), ("none", [0, 0])])
@@ -179,13 +251,95 @@ def test_overlong_conversations_are_cut_between_turns(tmp_path, overlong, rows):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 @pytest.mark.parametrize("name", SETS)
 def test_masks_are_those_of_transformers_with_the_same_template(name):
+    assert compared_with_transformers(SHARED / name) >= 40
+
+
+PIECES = [
+    *(
+        "Hi",
+        "zwölf 🙂",
+        "请问北京的天气怎么样?",
+        " ",
+        "\n\n",
+        "12.50 + 7",
+        "It's\r\n",
+        "\t<b>",
+        "a\u2028b",
+    ),
+    *(
+        '{"a": "\\u00e9"}',
+        "```py\nf(x)\n```",
+        "#### 42",
+        "\\boxed{1}",
+        "<think",
+        "im_end|>",
+        "x" * 300,
+    ),
+]
+
+
+def talk(rng, spelling):
+    """A conversation in one of the spellings, with everything that may occur in it."""
+
+    def text():
+        return "".join(rng.choices(PIECES, k=rng.randrange(1, 6)))
+
+    call = {"name": f"f{rng.choice('äb')}", "arguments": {text(): [text(), 7, None, {"é": True}]}}
+    tools = [{"name": "f", "parameters": {"type": "object", "description": text()}}]
+    turns = [("system", text())] * rng.randrange(2)
+    for _ in range(rng.randrange(1, 4)):
+        turns.append(("user", text()))
+        if rng.random() < 0.4:
+            turns += [("call", call), ("tool", text())]
+        turns.append(("assistant", f"A{text()}"))
+    if spelling == "sharegpt":
+        names = {"user": "human", "call": "function_call", "tool": "observation"}
+        said = [(names.get(r, "gpt" if r == "assistant" else r), t) for r, t in turns]
+        said = [(name, json.dumps(t) if name == "function_call" else t) for name, t in said]
+        return sharegpt(*said, tools=rng.choice(["", json.dumps(tools, ensure_ascii=False)]))
+    messages = []
+    for role, said in turns:
+        message = {"role": role, "content": said}
+        if role == "call":
+            wrapped = {
+                "type": "function",
+                "function": {**call, "arguments": json.dumps(call["arguments"])},
+            }
+            message = {
+                "role": "assistant",
+                "content": rng.choice([None, "", text()]),
+                "tool_calls": [wrapped] * rng.randrange(1, 3),
+            }
+        if message["role"] == "assistant" and rng.random() < 0.3:
+            message["reasoning_content"] = text()
+        messages.append(message)
+    return {"messages": messages, **({"tools": tools} if rng.random() < 0.5 else {})}
+
+
+@pytest.mark.parametrize("spelling", ["openai", "sharegpt", "qa"])
+def test_masks_of_all_that_may_occur_are_those_of_transformers(tmp_path, spelling):
+    rng = random.Random(spelling)
+    records = [talk(rng, spelling) for _ in range(60)]
+    if spelling == "qa":
+        records = [
+            {"question": rng.choice(PIECES) + "?", "answer": rng.choice(PIECES) + f" {i}"}
+            for i in range(60)
+        ]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    assert {format_of(record) for record in records} == {spelling}
+    assert compared_with_transformers(path) == 60
+
+
+def compared_with_transformers(path):
+    """The number of records whose ids and mask are those of transformers; fails at another one."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, compared = load_tokenizer(), 0
     judge = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()))
     judge.chat_template = TEMPLATE
-    for _, record in read_records(SHARED / name):
+    for _, record in read_records(path):
         messages, tools = to_conversation(record, format_of(record), Counter())
         ids, mask = render(messages, tools, tokenizer=tokenizer)
         if tools := as_json(tools, "tools"):
@@ -202,8 +356,7 @@ def test_masks_are_those_of_transformers_with_the_same_template(name):
         )
         assert theirs["input_ids"] == ids and theirs["assistant_masks"] == mask
         compared += 1
-    print(f"{name}: {compared} compared")
-    assert compared >= 40
+    return compared
 
 
 TEMPLATE = """{%- for m in messages -%}

@@ -112,6 +112,15 @@ def test_conversations_become_the_batch_that_is_written_here_by_hand(tmp_path, r
     assert len(ids) == {(True, 90): 1, (True, 64): 2}.get((packing, row_length), 3)
 
 
+def test_a_row_is_never_longer_than_asked_for():
+    rng = random.Random(5)
+    for _ in range(100):
+        row_length = rng.randrange(4, 300)
+        documents = random_rows(rng, rng.randrange(1, 30), row_length + 1)
+        ids, _, positions, _ = pack(documents, row_length)
+        assert ids.shape[1] <= row_length and positions.max() < row_length
+
+
 def test_short_rows_waste_little_and_are_short():
     rng = random.Random(1)
     ids, *_, documents = pack(random_rows(rng, 64, 60), 512)

@@ -1,14 +1,24 @@
 """dataset/prepare.py: what it says of data is what stands in it."""
 
+import hashlib
 import json
+import os
 import re
+import sys
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dataset import split
 from dataset.chat_template import render
 from dataset.formats import read_records
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.packing import best_fit_decreasing
+from dataset.plan import epoch_plan
+from dataset.tasks import official_files, read_task
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import chat, run, run_here, write_jsonl
 
@@ -53,10 +63,50 @@ def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
     assert re.search(r"packed +\d+ rows, \d+\.\d% full", done.stdout)
 
 
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_check_says_what_a_run_would_do(data, name):
+    """Its rows and steps are those of the plan; its shares are those of the batches."""
+    path, size = data / f"{name}.jsonl", 3
+    flags = ["--data_path", path, "--max_seq_len", 40, "--batch_size", size, "--json"]
+    (table,) = json.loads(run_here("dataset/prepare.py", "check", *flags).stdout)
+    kind = SFTDataset if name == "sft" else PretrainDataset
+    dataset, whole = (kind(path, load_tokenizer(), length) for length in (40, 1000))
+    how = {"seed": 1, "packing": True, "max_seq_len": 40, "batch_size": size}
+    args = SimpleNamespace(**how, accumulation_steps=1, num_workers=0)
+    plan = epoch_plan(dataset, range(len(dataset)), args, 0)
+    rows = best_fit_decreasing(dataset.lengths.tolist(), 40)
+    assert (table["rows"], table["packed_rows"]) == (len(dataset), len(rows))
+    assert table["steps_per_epoch"] == len(plan) == -(-len(rows) // size)
+    assert table["packing_efficiency"] == pytest.approx(sum(dataset.lengths) / len(rows) / 40)
+    assert table["longer"] == sum(whole.lengths > 40) and table["dropped"] == dataset.dropped
+    lengths, labels = sum(whole.lengths), [labels[1:] for _, labels in whole]
+    assert table["tokens"] == lengths
+    assert table["supervised"] == pytest.approx(sum(int((x >= 0).sum()) for x in labels) / lengths)
+    assert table["length_quantiles"]["1"] == max(whole.lengths)
+    assert table["length_quantiles"]["0"] == min(whole.lengths)
+    words = load_tokenizer().decode([int(i) for ids, _ in whole for i in ids])
+    assert table["characters_per_token"] == pytest.approx(len(words) / lengths, rel=0.1)
+
+
+def green(shown):
+    return "".join(re.findall(r"\033\[32m(?:\033\[4m)?(.*?)\033\[0m", shown, re.DOTALL))
+
+
+def test_show_of_text_leaves_out_the_first_token_and_shows_whole_characters(tmp_path):
+    for text in ("one two", "日 🙂 naïve"):
+        path = write_jsonl(tmp_path / "x.jsonl", [{"text": text}, {"text": "second"}])
+        done = run_here("dataset/prepare.py", "show", "--data_path", path, "-n", 1)
+        first = load_tokenizer().decode(load_tokenizer().encode(text).ids[:1])
+        first = first.strip(
+            "\N{REPLACEMENT CHARACTER}"
+        )  # a part of a character is shown by its last
+        assert green(done.stdout) == text.removeprefix(first) + "<|endoftext|>"
+        assert "second" not in done.stdout
+
+
 def test_show_colours_what_is_learned(data):
     done = run_here("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
-    green = "".join(re.findall(r"\033\[32m(?:\033\[4m)?(.*?)\033\[0m", done.stdout, re.DOTALL))
-    assert green == "It is a number. <|im_end|>"
+    assert green(done.stdout) == "It is a number. <|im_end|>"
     plain = re.sub(r"\033\[\d+m", "", done.stdout)
     assert "<|im_start|>user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n" in plain
 
@@ -82,7 +132,8 @@ def test_show_writes_a_page_that_is_whole_and_escaped(tmp_path):
     tags = Tags()
     tags.feed(page.read_text(encoding="utf-8"))
     assert tags.seen["script"] == 0 and tags.seen["section"] == 1
-    assert "alert" in re.sub(r"\d", "", tags.text) and "é" in tags.text
+    written = re.sub(r"\d", "", tags.text)  # without the numbers of the tokens
+    assert "<script>alert()</script> für" in written and "é & <b>" in written
 
 
 def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
@@ -107,6 +158,8 @@ def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
     )
     manifest = json.loads((tmp_path / "a/manifest.json").read_text(encoding="utf-8"))
     assert manifest["files"]["valid.jsonl"]["records"] == 10 and manifest["seed"] == 1
+    for name, said in manifest["files"].items():
+        assert said["sha256"] == hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest()
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path, data):
@@ -117,6 +170,26 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, data):
     ):
         done = run_here("dataset/prepare.py", *command)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_final_numbers_of_gsm8k_have_no_commas(tmp_path):
+    problem = {"question": "How many?", "answer": "He has 1,000+234.\n#### 1,234 "}
+    path = write_jsonl(tmp_path / "test.jsonl", [problem])
+    (record,) = read_task("gsm8k", [path])
+    assert record["final_answer"] == "1234"
+    assert record["rationale"] == "He has 1,000+234."  # of the rest, nothing is changed
+    assert record["conversations"][1]["content"] == "He has 1,000+234.\n#### 1234"
+
+
+def test_what_is_neither_to_train_on_nor_the_test_is_left_out(tmp_path):
+    for name in ("test", "test_socratic", "manifest", "easy", "hard"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{}])
+    names = {
+        part: [path.stem for path in files] for part, files in official_files(tmp_path).items()
+    }
+    assert names == {"train": ["easy", "hard"], "test": ["test"]}
+    write_jsonl(tmp_path / "train.jsonl", [{}])
+    assert [path.stem for path in official_files(tmp_path)["train"]] == ["train"]
 
 
 def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
@@ -140,6 +213,7 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
         "A student answered: \\boxed{6}\n"
     )
     assert shown.startswith("Question: 2+2?\nA student answered: 22\nReason: joined {question}\n\n")
+    assert "A student was asked: What is" in shown  # the second template
     ids, mask = render(found[0]["conversations"])
     tokenizer = load_tokenizer()
     learned = [token for token, learns in zip(ids, mask, strict=True) if learns]
@@ -155,3 +229,213 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     del record["cot"]
     done = run_here("dataset/prepare.py", "cot", write_jsonl(path, [record]), "--out", tmp_path)
     assert done.returncode == 2 and "line 1" in done.stderr and "cot" in done.stderr
+
+
+LINK = pytest.param(True, marks=pytest.mark.skipif(sys.platform == "win32", reason="links"))
+
+
+def test_every_splitting_command_takes_its_seed(tmp_path, gsm8k_raw, shop):
+    """The same seed gives the same parts, another seed others, of the same records."""
+    traces = [
+        {name: f"{i}" for name in ("question", "correct", "incorrect", "cot", "misconception")}
+        for i in range(40)
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", traces)
+    for command in (
+        ["split", path],
+        ["cot", path],
+        ["gsm8k", "--raw", gsm8k_raw],
+        ["sid", "--raw", shop],
+    ):
+        found = []
+        for number, seed in enumerate((1, 1, 2)):
+            out = tmp_path / f"{command[0]}{number}"
+            flags = [*command, "--out", out, "--seed", seed]
+            assert run_here("dataset/prepare.py", *flags).returncode == 0
+            found.append([(out / f"{part}.jsonl").read_bytes() for part in ("train", "valid")])
+            assert json.loads((out / "manifest.json").read_bytes())["seed"] == seed
+        assert found[0] == found[1] and found[0][0] != found[2][0] and found[0][1] != found[2][1]
+
+
+@pytest.mark.parametrize("link", [False, LINK])
+def test_a_split_never_replaces_what_it_reads(tmp_path, link):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": f"{i}"} for i in range(150)])
+    before, given = path.read_bytes(), path
+    if link:  # the same file under another name
+        given = tmp_path / "mine.jsonl"
+        given.symlink_to(path)
+    done = run_here("dataset/prepare.py", "split", "--out", tmp_path, given)
+    assert done.returncode == 2 and "another --out" in done.stderr, done.stderr
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.part"))
+    assert not (tmp_path / "valid.jsonl").exists()
+
+
+def test_official_files_are_not_replaced(gsm8k_raw, tmp_path):
+    for path in gsm8k_raw.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = run_here("dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path)
+    assert done.returncode == 2 and "another --out" in done.stderr
+    for path in gsm8k_raw.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    problem = {"problem": "1+1?", "solution": r"\boxed{2}", "level": "1", "type": "sums"}
+    (tmp_path / "math").mkdir()
+    path = write_jsonl(tmp_path / "math" / "train.jsonl", [problem])
+    done = run_here("dataset/prepare.py", "math", "--raw", path.parent, "--out", path.parent)
+    assert done.returncode == 2 and "another --out" in done.stderr
+    trace = {name: "x" for name in ("question", "correct", "incorrect", "cot", "misconception")}
+    path = write_jsonl(tmp_path / "valid.jsonl", [trace])
+    done = run_here("dataset/prepare.py", "cot", path, "--out", tmp_path)
+    assert done.returncode == 2 and "another --out" in done.stderr
+    assert [record for _, record in read_records(path)] == [trace]
+
+
+def test_parts_appear_all_or_none(tmp_path, monkeypatch):
+    """The disk is full when the last file is written: no part has been replaced then."""
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": f"{i}"} for i in range(50)])
+    out = tmp_path / "parts"
+    command = ["dataset/prepare.py", "split", "--out", out, path]
+    assert run_here(*command).returncode == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    write, written = split.json.dumps, []
+
+    def fails_at_the_end(value, **how):
+        written.append(value)
+        if len(written) == 50:
+            raise OSError(28, "No space left on device")
+        return write(value, **how)
+
+    monkeypatch.setattr(split.json, "dumps", fails_at_the_end)
+    done = run_here(*command, "--seed", 2)
+    assert done.returncode == 2 and "test.jsonl cannot be written: No space" in done.stderr
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+LONG = "x" * 300 + ".jsonl"
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["check", "--data_path", "F", "--max_seq_len", 1], "--max_seq_len 1: give a whole"),
+        (["check", "--data_path", "F", "--batch_size", 0], "--batch_size 0: give a whole"),
+        (["check", "--data_path", "F", "--batch_size", "x"], "--batch_size x: give a whole"),
+        (["show", "--data_path", "F", "-n", -1], "--n -1: give a whole number from 1"),
+        (["show", "--data_path", "F", "--max_seq_len", 0], "--max_seq_len 0: give a whole"),
+        (["split", "F", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
+        (["gsm8k", "--raw", "D", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
+        (["sid", "--raw", "D", "--out", "O", "--max_history", 0], "--max_history 0: give a whole"),
+        (["cot", "F", "--out", "O", "--seed", 1.5], "--seed 1.5: give a whole"),
+        (["split", "F", "--out", "O", "--ratios", "nan:1"], "--ratios nan:1"),
+        (["split", "F", "--out", "O", "--ratios", "inf:1"], "--ratios inf:1"),
+        (["split", "F", "--out", "O", "--ratios", "1e308:1e308"], "--ratios 1e308:1e308"),
+        (["split", "F", "--out", "O", "--ratios", "2:-1"], "--ratios 2:-1"),
+        (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios 0:0"),
+        (["split", LONG, "--out", "O"], "xx.jsonl: File name too long"),
+        (["check", "--data_path", LONG], "xx.jsonl: File name too long"),
+        (["check", "--data_path", ""], "is no file"),
+        (["check", "--data_path", "D"], "is no file"),
+        (["cot", LONG, "--out", "O"], "File name too long"),
+        (["gsm8k", "--raw", LONG, "--out", "O"], "there is no such folder"),
+        (["sid", "--raw", LONG, "--out", "O"], "there is no *.index.json in it"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_told_in_a_sentence(data, tmp_path, flags, says):
+    if "too long" in says and sys.platform == "win32":
+        pytest.skip("the words of Unix")
+    places = {"F": data / "sft.jsonl", "D": data, "O": tmp_path / "out", LONG: tmp_path / LONG}
+    done = run_here("dataset/prepare.py", *(places.get(flag, flag) for flag in flags))
+    assert done.returncode == 2 and says in done.stderr, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path, monkeypatch):
+    """Opening it would wait for somebody to write."""
+    pipe, opened = tmp_path / "pipe.jsonl", Path.open
+    os.mkfifo(pipe)
+
+    def opens(path, *how, **more):
+        assert not path.is_fifo(), f"{path} is opened"
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", opens)
+    (tmp_path / "train.jsonl").symlink_to(pipe)
+    for command in (
+        ["dataset/prepare.py", "check", "--data_path", pipe],
+        ["dataset/prepare.py", "split", pipe, "--out", tmp_path],
+        ["dataset/prepare.py", "cot", pipe, "--out", tmp_path],
+        ["dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out"],
+        ["trainer/train_tokenizer.py", "--data_path", pipe, "--out", tmp_path / "t.json"],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", pipe],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", f"{pipe}*2"],
+    ):
+        done = run_here(*command)
+        assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
+        assert "is no file" in done.stderr and "Traceback" not in done.stderr
+    for kind in ("index.json", "item.json"):
+        (tmp_path / f"x.{kind}").symlink_to(pipe)
+    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
+
+
+def test_data_that_must_not_be_read_is_told_in_a_sentence(data, tmp_path, monkeypatch):
+    path, stat = tmp_path / "x" / "x.jsonl", Path.stat
+
+    def denied(self, *how, **more):
+        if "x.jsonl" in str(self):
+            raise PermissionError(13, "Permission denied")
+        return stat(self, *how, **more)
+
+    monkeypatch.setattr(Path, "stat", denied)  # as in a folder that must not be entered
+    for command in (
+        ["dataset/prepare.py", "check", "--data_path", path],
+        ["dataset/prepare.py", "split", "--out", tmp_path, path],
+        ["trainer/train_tokenizer.py", "--out", tmp_path / "t.json", "--data_path", path],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", path],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", f"{path}:0.5"],
+    ):
+        done = run_here(*command)
+        assert done.returncode == 2 and f"{path}: Permission denied" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", ["", "x" * 300, "x" * 300 + "*2", ".", "no.jsonl"])
+def test_files_to_train_on_that_are_none_are_told_in_a_sentence(given):
+    done = run_here("trainer/train_full_sft.py", "--from_weight", "none", "--data_path", given)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"--data_path {given.removesuffix('*2') or repr('')}: " in done.stderr
+
+
+def test_a_number_too_long_to_read_is_a_bad_record_of_each_reader(tmp_path):
+    digits = "7" * 5000
+    trace = f'{{"question": "?", "correct": {digits}}}\n'
+    (tmp_path / "x.jsonl").write_text(trace, encoding="utf-8")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "train.json").write_text(f'{{"question": {digits}}}', encoding="utf-8")
+    (tmp_path / "x.index.json").write_text(f'{{"1": {digits}}}', encoding="utf-8")
+    for command in (
+        ["cot", tmp_path / "x.jsonl"],
+        ["split", tmp_path / "x.jsonl"],
+        ["gsm8k", "--raw", tmp_path / "raw"],
+        ["sid", "--raw", tmp_path],
+    ):
+        done = run_here("dataset/prepare.py", *command, "--out", tmp_path / "out")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "digits" in done.stderr and str(tmp_path) in done.stderr
+    done = run_here("dataset/prepare.py", "check", "--data_path", tmp_path / "x.jsonl")
+    assert done.returncode == 2 and "more digits" in done.stderr
+
+
+def test_deeply_nested_json_is_told_in_a_sentence(tmp_path):
+    nested = "[" * 10**5
+    for name in ("x.jsonl", "x.index.json", "raw/train.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'{{"a": {nested}', encoding="utf-8")
+    for command in (
+        ["cot", tmp_path / "x.jsonl"],
+        ["gsm8k", "--raw", tmp_path / "raw"],
+        ["sid", "--raw", tmp_path],
+    ):
+        done = run_here("dataset/prepare.py", *command, "--out", tmp_path / "out")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

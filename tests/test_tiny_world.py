@@ -40,6 +40,15 @@ def test_same_seed_same_bytes_whatever_the_hash_seed(tmp_path):
     assert World(2).people != World(SEED).people
 
 
+def test_another_seed_is_another_village_in_all_files(files, tmp_path):
+    other, world = write_tiny_world(tmp_path, seed=2), World(2)
+    assert all(other[name] != files[name] for name in files)
+    text = " ".join(record["text"] for record in other["pretrain_tiny.jsonl"])
+    assert {person.name for person in world.people} <= words(text)
+    assert {p.name for p in world.held_out} & words(" ".join(spoken(other["eval_tiny.jsonl"])))
+    assert not {p.name for p in world.held_out} & words(" ".join(spoken(other["sft_tiny.jsonl"])))
+
+
 def test_villagers_of_recall_questions_are_in_the_pretraining_text_and_in_no_conversation(
     files, world
 ):

@@ -6,7 +6,7 @@ import pytest
 
 from dataset.errors import UserError
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
-from tests.conftest import run
+from tests.conftest import chat, run, run_here, write_jsonl
 
 
 def test_control_tokens_have_their_fixed_ids():
@@ -58,3 +58,39 @@ def test_another_programs_tokenizer_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "broken.json").write_text(text[:100], encoding="utf-8")
     with pytest.raises(UserError, match="broken.json.*train_tokenizer.py"):
         load_tokenizer(tmp_path / "broken.json")
+
+
+def test_a_tokenizer_of_little_data_keeps_all_text_and_each_digit(tmp_path):
+    texts = ["1234 1234 12341234 and the theatre " * 9] * 20
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts])
+    out = tmp_path / "t.json"
+    flags = ["--data_path", path, "--vocab_size", 300, "--out", out]
+    assert run_here("trainer/train_tokenizer.py", *flags).returncode == 0
+    tokenizer = load_tokenizer(out)
+    assert tokenizer.encode("91234").tokens == list("91234")
+    assert len(tokenizer.encode(" theatre").ids) < len("theatre")
+    assert [tokenizer.token_to_id(token) for token in CONTROL_TOKENS] == list(range(16))
+    for text in ("naïve 日本語 🙂\r\n\t x  y\u2028z\x00", " ", "ZQ~", "<|im_end|>", ""):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_a_tokenizer_learns_from_all_sides_of_a_conversation(tmp_path):
+    talks = [
+        {"messages": [{"role": "system", "content": "zebra " * 50}] + turns}
+        for turns in [chat("quokka " * 50, "yonder " * 50)["conversations"]]
+    ]
+    path, out = write_jsonl(tmp_path / "x.jsonl", talks), tmp_path / "t.json"
+    flags = ["--data_path", path, "--vocab_size", 320, "--out", out]
+    assert run_here("trainer/train_tokenizer.py", *flags).returncode == 0
+    for word in (" zebra", " quokka", " yonder"):
+        assert len(load_tokenizer(out).encode(word).ids) == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_a_file_without_text_makes_no_tokenizer(tmp_path, content):
+    (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
+    (tmp_path / "t.json").write_text("before", encoding="utf-8")
+    flags = ["--data_path", tmp_path / "x.jsonl", "--out", tmp_path / "t.json"]
+    done = run_here("trainer/train_tokenizer.py", *flags)
+    assert done.returncode == 2 and "x.jsonl: there is no text in it" in done.stderr
+    assert (tmp_path / "t.json").read_text(encoding="utf-8") == "before"

@@ -55,7 +55,7 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path, monkeypatc
 def test_files_of_one_name_are_told_apart_and_a_single_one_is_not_named(data, tmp_path):
     (tmp_path / "b").mkdir()
     twin = tmp_path / "b" / "sft.jsonl"
-    twin.write_bytes((data / "sft.jsonl").read_bytes())
+    twin.write_bytes((data / "sft.jsonl").read_bytes() + b"\n")  # one file twice is refused
     how = ["--from_weight", "none", *TINY, "--eval_split", 0.2]
     for files in ([data / "sft.jsonl", twin], [twin]):
         out = tmp_path / str(len(files))

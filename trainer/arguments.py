@@ -164,10 +164,19 @@ def training_parser(description, **defaults):
 
 def source(text):
     """An argparse type: a file, or one with its share (a.jsonl:0.7) or its copies (a.jsonl*3)."""
-    match = re.fullmatch(r"(.+?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
-    path, weight, copies = match.groups() if not is_file(Path(text)) else (text, None, None)
-    if not is_file(Path(path)):
-        return Problem(f"{path}: there is no such file; give a path from here")
+    match = re.fullmatch(r"(.*?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
+    path, weight, copies = match.groups()
+    try:
+        if Path(text).is_file():
+            path, weight, copies = text, None, None
+        if not Path(path).exists():
+            return Problem(f"{path}: there is no such file; give a path from here")
+        if not Path(path).is_file():
+            return Problem(
+                f"{path or repr('')}: is no file, and data is read more than once; give a file"
+            )
+    except OSError as error:
+        return Problem(f"{path}: {error.strerror}; give a path that can be read")
     weight = number(float, 1e-9)(weight) if weight else None
     copies = number(int, 1)(copies) if copies else 1
     problem = next((part for part in (weight, copies) if isinstance(part, Problem)), None)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from dataset import offline
 from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing, save_tensors
 from dataset.formats import KEYS
@@ -65,10 +66,9 @@ def main(argv=None):
     for part, shards in parts.items():
         for index, rows in enumerate(shards):
             place = args.offline_dir / part / f"{index:05d}.pt"
-            if not place.exists():
-                save_tensors(
-                    place, record(teacher, data, rows, args.batch_size, device, autocast, dtype)
-                )
+            if not is_whole(place):
+                shard = record(teacher, data, rows, args.batch_size, device, autocast, dtype)
+                save_tensors(place, shard | {"belongs": offline.belongs(place)})
             bar.update(len(rows))
     bar.close()
     size = sum(file.stat().st_size for file in args.offline_dir.rglob("*.pt"))
@@ -124,22 +124,37 @@ def read_data(args, tokenizer):
 
 
 def begin(folder, manifest, model, tokenizer):
-    """Writes what is not samples, or sees that it is what this run would write."""
+    """Writes what is not samples; raises UserError if other samples are there."""
     place = folder / "manifest.json"
-    text = json.dumps(manifest, indent=1)
-    if place.exists():
-        if place.read_text(encoding="utf-8") != text:
+    text = json.dumps(manifest, indent=1).encode("utf-8")
+    if place.exists() and place.read_bytes() != text:
+        try:
+            offline.read_manifest(folder)
+        except UserError:
+            print(f"{place} is damaged: it is written anew")
+        else:
             raise UserError(
                 f"{folder} was written from other data, flags or weights; give another "
                 "--offline_dir, or delete it"
             )
-        return
     with replacing(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str().encode("utf-8"))
     if not manifest["top_k"]:
         save_tensors(folder / "output.pt", model.lm_head.weight.detach().clone())
     with replacing(place) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text)
+
+
+def is_whole(place):
+    """Whether a shard is there as this run would write it; says so if it is damaged."""
+    if not place.exists():
+        return False
+    try:
+        offline.read_shard(place)
+    except UserError:
+        tqdm.write(f"{place} is damaged, or of another recording: it is written anew")
+        return False
+    return True
 
 
 def record(teacher, data, rows, batch_size, device, autocast, dtype):

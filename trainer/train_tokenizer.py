@@ -78,7 +78,12 @@ def main(argv=None):
             f"--vocab_size {args.vocab_size}: give at least {smallest}, "
             f"{len(CONTROL_TOKENS)} control tokens and 256 bytes"
         )
-    texts = [text for path in args.data_path for text in texts_of(write_missing(path))]
+    texts = []
+    for path in args.data_path:
+        found = list(texts_of(write_missing(path)))
+        if not any(found):
+            raise UserError(f"{path}: there is no text in it; give a file with text")
+        texts += found
     tokenizer = train(texts, args.vocab_size)
     with replacing(args.out) as file:
         file.write(tokenizer.to_str(pretty=True).encode("utf-8"))

@@ -1,0 +1,144 @@
+"""Which rows a run takes: by properties that hold for any data and any seed."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dataset.errors import UserError
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.plan import Source, epoch_plan, mix, split_rows
+from dataset.split import shares
+from dataset.tokenizer import load_tokenizer
+from model.loss import IGNORE
+from tests.conftest import TINY, chat, run_here, write_jsonl
+
+SEEDS = range(200)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two files of documents, short and long, of which no two are alike."""
+    folder, sizes = tmp_path_factory.mktemp("texts"), np.random.default_rng(0).integers(1, 40, 90)
+    records = [{"text": f"{i}" + " one" * int(size)} for i, size in enumerate(sizes)]
+    paths = [write_jsonl(folder / "a.jsonl", records[:50])]
+    paths += [write_jsonl(folder / "b.jsonl", records[50:])]
+    return PretrainDataset(paths, load_tokenizer(), 64)
+
+
+def evenly(drawn, of, share):
+    """Whether each of the items was drawn about as often as its share says; drawn has a set per
+    seed. Five standard deviations: a right drawing fails once in a hundred thousand times.
+    """
+    counts = np.array([sum(item in one for one in drawn) for item in of])
+    limit = 5 * np.sqrt(len(drawn) * share * (1 - share)) + 1
+    return bool((np.abs(counts - len(drawn) * share) < limit).all())
+
+
+@pytest.mark.parametrize("again", ["the same path", "a link", "a copy"])
+def test_a_file_given_twice_is_refused(tmp_path, again):
+    """What is held out of one would be trained on in the other."""
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("Hi", f"{i}") for i in range(9)])
+    other = path if again == "the same path" else tmp_path / "b.jsonl"
+    if again == "a copy":
+        other.write_bytes(path.read_bytes())
+    elif again == "a link":
+        other.hardlink_to(path)
+    for options in ({}, {"cache_dir": tmp_path / "cache"}):
+        with pytest.raises(UserError, match=r"a.jsonl.*'.*a\.jsonl\*2'"):
+            SFTDataset([path, other], load_tokenizer(), **options)
+    flags = ["--from_weight", "none", "--data_path", path, other, "--save_dir", tmp_path / "out"]
+    done = run_here("trainer/train_full_sft.py", *flags, *TINY)
+    assert done.returncode == 2 and "a.jsonl*2" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", [SFTDataset, PretrainDataset])
+def test_what_fits_exactly_is_whole_and_one_token_more_is_cut(tmp_path, kind):
+    turns, text = chat("Hi", "one two three", "Ho", "four five"), {"text": "one two three four"}
+    path = write_jsonl(tmp_path / "x.jsonl", [turns if kind is SFTDataset else text])
+    ((whole, labels),) = kind(path, load_tokenizer(), 1000)
+    ways = ("truncate", "split", "drop") if kind is SFTDataset else (None,)
+    for options in ({"overlong": way} if way else {} for way in ways):
+        data = kind(path, load_tokenizer(), len(whole), **options)
+        assert (len(data), data.cut, data.dropped) == (1, 0, 0)
+        assert data[0][0].tolist() == whole.tolist() and data[0][1].tolist() == labels.tolist()
+        data = kind(path, load_tokenizer(), len(whole) + 1, **options)
+        assert (len(data), data.cut) == (1, 0)
+    data = kind(path, load_tokenizer(), len(whole) - 1)
+    assert data.cut == 1 and max(data.lengths) < len(whole)
+    if kind is SFTDataset:  # the newline after the last answer is cut, and no more
+        assert data[0][0].tolist() == whole[:-1].tolist()
+
+
+@pytest.mark.parametrize("kind, name", [(SFTDataset, "sft"), (PretrainDataset, "pretrain")])
+def test_the_supervised_tokens_of_a_record_are_those_with_a_label(data, kind, name):
+    """But the first, which nothing predicts."""
+    found = kind(data / f"{name}.jsonl", load_tokenizer(), 1000)
+    labels = [int((labels[1:] != IGNORE).sum()) for _, labels in found]
+    assert found.files[0].supervised.tolist() == labels
+    assert found.lengths.tolist() == [len(input_ids) for input_ids, _ in found]
+
+
+def orders(dataset, packing):
+    """Of each of 20 epochs, the lengths of the longest document of each row, as they come."""
+    args = SimpleNamespace(
+        seed=1, packing=packing, max_seq_len=64, batch_size=1, accumulation_steps=1
+    )
+    for epoch in range(20):
+        plan = epoch_plan(dataset, range(len(dataset)), args, epoch)
+        yield [max(dataset.lengths[row] for row in rows) for (rows,) in plan]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_come_shuffled_and_not_in_the_order_of_their_lengths(texts, packing):
+    found = list(orders(texts, packing))
+    assert len({tuple(lengths) for lengths in found}) == 20
+    correlations = [np.corrcoef(range(len(lengths)), lengths)[0, 1] for lengths in found]
+    assert abs(np.mean(correlations)) < 0.3  # 1 or -1 where they are sorted
+
+
+def test_the_share_of_a_source_is_drawn_and_not_its_beginning(texts):
+    rows = list(range(len(texts)))
+    first, second = rows[:50], rows[50:]
+    sources = [Source("a", 0.25), Source("b", 0.75)]
+    mixed = [mix(rows, texts, sources, seed) for seed in SEEDS]
+    share = round(0.25 * len(rows)) / len(first)  # each at most once
+    assert all(len(one) == len(rows) for one in mixed)
+    assert evenly([set(one) & set(first) for one in mixed], first, share)
+    more = round(0.75 * len(rows)) / len(second) - 1  # each once, and some twice
+    twice = [{row for row in second if one.count(row) == 2} for one in mixed]
+    assert all(set(one) >= set(second) for one in mixed) and evenly(twice, second, more)
+
+
+def test_replayed_text_is_drawn_and_not_its_beginning(texts, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [chat("Hi", f"{i}") for i in range(20)])
+    talks, drawn = SFTDataset(path, load_tokenizer()), []
+    begin, files = talks.rows, talks.files
+    for seed in SEEDS:
+        talks.rows, talks.files = begin, files
+        added = talks.mix_in(texts, 1.5, seed)
+        assert list(added) == list(range(20, 50))
+        drawn.append({tuple(row) for row in (talks.rows[20:] - [1, 0, 0, 0]).tolist()})
+        assert len(drawn[-1]) == 30
+    assert evenly(drawn, [tuple(row) for row in texts.rows.tolist()], 30 / len(texts))
+
+
+def test_every_row_validates_under_some_seed(texts):
+    rows = list(range(len(texts)))
+    held_out = [split_rows(texts, 0.3, seed)[1] for seed in SEEDS]
+    assert evenly([set(one) for one in held_out], rows, 0.3)
+    assert sorted(split_rows(texts, 0.3, 5)[0] + held_out[5]) == rows
+    # Of two files alike in length, not the same places.
+    places = [
+        ({row for row in one if row < 40}, {row - 50 for row in one if row >= 50})
+        for one in held_out
+    ]
+    assert sum(one == other for one, other in places) < 5
+
+
+def test_every_record_is_in_each_part_under_some_seed():
+    drawn = [shares(["a", "b"] * 30, [7, 2, 1], seed) for seed in SEEDS]
+    for part, share in enumerate((0.7, 0.2, 0.1)):
+        chosen = [{i for i, p in enumerate(one) if p == part} for one in drawn]
+        assert all(len(one) == 60 * share for one in chosen)
+        assert evenly(chosen, range(60), share)
