@@ -135,7 +135,7 @@ print(len(SFTDataset(sys.argv[1], load_tokenizer(), cache_dir=sys.argv[2])))
 
 @pytest.fixture
 def many(tmp_path):
-    records = [chat(f"What is {i}?", f"The number {i * i}. " * 20) for i in range(20000)]
+    records = [chat(f"What is {i}?", f"The number {i * i}. " * 20) for i in range(4000)]
     return write_jsonl(tmp_path / "many.jsonl", records)
 
 
@@ -144,7 +144,7 @@ def test_two_processes_that_build_the_same_cache_do_not_harm_each_other(many, tm
     both = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    assert [process.communicate(timeout=120)[0] for process in both] == ["20000\n"] * 2
+    assert [process.communicate(timeout=120)[0] for process in both] == ["4000\n"] * 2
     (folder,) = (tmp_path / "cache").iterdir()
     assert not folder.name.startswith(".")
 
@@ -160,7 +160,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(many, tmp_path)
     process.wait()
     assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
     done = run("-c", BUILD, many, folder, cwd=ROOT)
-    assert done.stdout == "20000\n"
+    assert done.stdout == "4000\n"
 
 
 def test_a_change_of_the_code_is_another_cache(data, tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -203,10 +205,7 @@ def test_ctrl_c_twice_stops_at_once_with_a_sentence(data, tmp_path):
 
 
 @unix
-def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    out.chmod(0o555)
+def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data):
     code = (
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from dataset.errors import mistakes_in_plain_words\n"
@@ -214,10 +213,16 @@ def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data, tmp
         "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere, nobody may not
         "with mistakes_in_plain_words(): main()"
     )
-    for folder in [data, *data.parents[:-1], *out.parents[:-1]]:
-        if os.geteuid() == 0:
-            folder.chmod(folder.stat().st_mode | 0o055)
-    done = run("-c", code, *flags(data, out))
+    # Not in pytest's folder, which another pytest closes to all but its owner when it starts.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copy(data / "sft.jsonl", folder)
+        out = folder / "out"
+        out.mkdir()
+        out.chmod(0o555)
+        folder.chmod(0o555)
+        done = run("-c", code, *flags(folder, out))
+        folder.chmod(0o755)
     refused(done, "cannot be written: Permission denied", "--save_dir")
 
 
