@@ -134,6 +134,8 @@ def test_show_writes_a_page_that_is_whole_and_escaped(tmp_path):
     assert tags.seen["script"] == 0 and tags.seen["section"] == 1
     written = re.sub(r"\d", "", tags.text)  # without the numbers of the tokens
     assert "<script>alert()</script> für" in written and "é & <b>" in written
+    # Each sign is escaped, and none is read as text by chance.
+    assert page.read_text(encoding="utf-8").count("&lt;") == tags.text.count("<") > 3
 
 
 def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
