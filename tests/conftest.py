@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ from dataset.errors import mistakes_in_plain_words
 # The cores are shared by pytest-xdist's processes; set before torch is loaded, for children too.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ["OMP_NUM_THREADS"] = str(max(1, min(2, (os.cpu_count() or 1) // WORKERS)))
+
+# Where pytest itself runs under nohup or in the background, its children must still be interrupted.
+for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), default)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --device cpu --dtype fp32"
