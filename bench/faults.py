@@ -290,7 +290,7 @@ def main():
             print(f"{name:36}{kills:4} kills, {len(failures)} lost something", flush=True)
             lost += failures
         shutil.rmtree(folder) if not lost else None
-        sys.exit("\n".join(lost))
+        sys.exit("\n".join(lost) or 0)
 
     references = {}
     for name in list(RUNS)[: args.kills]:

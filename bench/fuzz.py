@@ -1,15 +1,18 @@
 """Feeds damaged files to every reader: each must give a value or one clear error, and soon.
 
     python bench/fuzz.py --seconds 60
+    python bench/fuzz.py --seconds 600 --commands     # every command, on files of every kind
 
 Prints a row for each reader, and ends with code 1 at the first other outcome, whose file it keeps.
 """
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -18,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import UserError
+from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from evaluation.tasks import read_problems
@@ -78,6 +81,107 @@ READERS = {  # name: (what reads a path, a sample of what it reads)
 }
 
 
+# ------------------------------------------------------------------------------------- commands
+
+TINY = "--hidden_size 32 --num_hidden_layers 1 --device cpu --dtype fp32 --batch_size 64"
+TRAIN = f"{TINY} --save_dir OUT --save_weight fuzzed --early_stop_patience 0"
+ANSWER = "--save_dir OUT --limit 2 --max_new_tokens 2 --device cpu"
+COMMANDS = f"""
+    dataset/prepare.py check --data_path FILE
+    dataset/prepare.py show --data_path FILE
+    dataset/prepare.py split --out OUT/split FILE
+    dataset/prepare.py cot --out OUT/cot FILE
+    dataset/prepare.py gsm8k --raw FOLDER --out OUT/gsm8k
+    dataset/prepare.py math --raw FOLDER --out OUT/math
+    dataset/prepare.py sid --raw FOLDER --out OUT/sid
+    trainer/train_tokenizer.py --data_path FILE --vocab_size 280 --out OUT/t.json
+    trainer/train_pretrain.py {TRAIN} --data_path FILE
+    trainer/train_pretrain.py {TRAIN} --config FILE
+    trainer/train_pretrain.py {TRAIN} --data_path TEXT --tokenizer_path FILE
+    trainer/train_full_sft.py {TRAIN} --from_weight none --data_path FILE
+    trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --replay_path FILE
+    trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --eval_data_path FILE
+    trainer/train_full_sft.py --save_dir OUT --device cpu --from_weight FILE --data_path CHATS
+    trainer/train_full_sft.py --save_dir OUT --device cpu --from_weight WEIGHTS --data_path CHATS
+        --extend_tokens FILE
+    trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --teacher_weight FILE
+    trainer/train_full_sft.py {TRAIN} --from_weight none --offline_dir FOLDER
+    trainer/export_hidden_states.py --teacher_weight WEIGHTS --save_dir OUT --offline_dir OUT/o
+        --device cpu --data_path FILE
+    trainer/merge_lora.py --from_peft FOLDER --weight WEIGHTS --save_weight m --save_dir OUT
+    evaluation/run_eval.py --task tiny_world --weight WEIGHTS {ANSWER} --run r --data_path FILE
+    evaluation/run_eval.py --task gsm8k --weight WEIGHTS {ANSWER} --run r --data_path FILE
+    evaluation/run_eval.py --task math --weight WEIGHTS {ANSWER} --run r --data_path FILE
+    evaluation/run_eval.py --task sid --weight WEIGHTS {ANSWER} --run r --data_path FILE
+    evaluation/run_eval.py --task tiny_world --weight FILE {ANSWER} --run r --data_path QUESTIONS
+    evaluation/run_eval.py --rescore FILE
+    evaluation/run_eval.py --compare FILE FILE
+    dataset/rejection_sample.py --weight WEIGHTS {ANSWER} --samples 2 --out OUT/a --data_path FILE
+    eval_llm.py --device cpu --max_new_tokens 2 --prompt Hi --weight FILE
+"""
+COMMANDS = [line.split() for line in COMMANDS.replace("\n        ", " ").strip().splitlines()]
+HISTORY = "history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid"
+HISTORY += "\n\"['a']\",b,[0],1,\"['<a>']\",<b>\n"
+RESULT = {"task": "gsm8k", "run": "r", "problems": [], "totals": {}, "data_sha256": "x"}
+KINDS = {  # kind: (names under which a command looks for such a file, a sample)
+    **{name: (["data.jsonl", "train.jsonl"], sample) for name, (_, sample) in READERS.items()},
+    "weights, .pth": (["weights.pth", "adapter_model.safetensors"], READERS["weights, .pth"][1]),
+    "histories, CSV": (["shop.csv"], HISTORY.encode()),
+    "items, JSON": (["x.index.json", "x.item.json", "manifest.json"], b'{"0": ["<a>", "<b>"]}'),
+    "adapters, JSON": (
+        ["adapter_config.json"],
+        b'{"r": 2, "lora_alpha": 4, "target_modules": "x"}',
+    ),
+    "a result, JSON": (["r.json"], json.dumps(RESULT).encode()),
+    "tokens, text": (["tokens.txt"], b"<a>\n<b>\n"),
+    "nothing": (["empty.jsonl"], b""),
+}
+
+
+def run_command(command, kind, content, folder):
+    """What a command makes of a file of some kind; its folder holds other files that are whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    names, _ = KINDS[kind]
+    whole = {
+        "TEXT": "text, JSONL",
+        "CHATS": "conversations, JSONL",
+        "QUESTIONS": "questions, JSONL",
+    }
+    whole |= {"WEIGHTS": "weights, .pth"}
+    places = {"OUT": folder / "out", "FOLDER": folder / "raw", "FILE": folder / "raw" / names[0]}
+    places["FOLDER"].mkdir()
+    for name in names:
+        (places["FOLDER"] / name).write_bytes(content)
+    for word, name in whole.items():
+        places[word] = folder / f"{word}.{'pth' if word == 'WEIGHTS' else 'jsonl'}"
+        places[word].write_bytes(READERS[name][1])
+    script, *words = command
+    words = [str(places[word]) if word in places else word for word in words]
+    words = [word.replace("OUT/", f"{folder / 'out'}/") for word in words]
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    return outcome(module.main, words)
+
+
+def try_commands(seconds, rng, folder):
+    """Runs every command on a file of every kind, whole and then damaged."""
+    print(f"{'command':60}{'runs':>6}{'values':>8}{'errors':>8}")
+    for command in COMMANDS:
+        counts, end = {"value": 0, "error": 0}, time.perf_counter() + seconds / len(COMMANDS)
+        whole = list(KINDS)
+        while whole or time.perf_counter() < end:
+            kind = whole.pop() if whole else rng.choice(list(KINDS))
+            content = KINDS[kind][1]
+            if not whole and content:
+                content = damaged(content, rng)
+            found = run_command(command, kind, content, folder)
+            if found not in counts:
+                sys.exit(f"{' '.join(command)}, on {kind} in {folder}, gives {found}")
+            counts[found] += 1
+        line = " ".join(command)
+        print(f"{line[:58]:60}{sum(counts.values()):6}{counts['value']:8}{counts['error']:8}")
+
+
 def damaged(content, rng):
     """The content with random bytes in some places, cut, doubled; or with other JSON values."""
     kind = rng.randrange(6)
@@ -117,7 +221,8 @@ def outcome(read, path):
     """What a reader makes of a file: value, error, or a traceback that should not be."""
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        quiet = contextlib.redirect_stderr(said), contextlib.redirect_stdout(said)
+        with quiet[0], quiet[1], mistakes_in_plain_words():
             read(path)
         return "value"
     except UserError as error:
@@ -132,8 +237,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", action="store_true", help="all commands instead of readers")
     args = parser.parse_args()
     rng, folder = random.Random(args.seed), Path(tempfile.mkdtemp())
+    if args.commands:
+        return try_commands(args.seconds, rng, folder / "commands")
     print(f"{'reader':22}{'files':>8}{'values':>8}{'errors':>8}{'slowest':>9}")
     for name, (read, sample) in READERS.items():
         counts, slowest = {"value": 0, "error": 0}, 0.0

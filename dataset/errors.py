@@ -1,11 +1,25 @@
 """What a user can mend is said in a sentence; a traceback is for bugs."""
 
+import os
 import sys
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """A mistake in a file, a flag or the machine; the message names place, value and remedy."""
+
+
+def say_interrupted(kind, error, trace):
+    """What Python calls for an exception outside of main(): Ctrl-C while modules are loaded, which
+    takes seconds, is a line, too.
+    """
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("\nstopped at once, before any work", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+sys.excepthook = say_interrupted
 
 
 @contextmanager

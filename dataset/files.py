@@ -15,10 +15,11 @@ def replacing(path):
     Raises UserError if it cannot be written: no space, no permission.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside, begun = path.with_name(f".{path.name}.{os.getpid()}.part"), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
+            begun = True
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -29,8 +30,8 @@ def replacing(path):
             "make room, or choose another place (--save_dir)"
         ) from None
     finally:
-        if beside.exists():
-            beside.unlink()
+        if begun:
+            beside.unlink(missing_ok=True)
 
 
 def save_tensors(path, content):

@@ -111,8 +111,9 @@ def batches(dataset, micro_batches, args):
             yield batch
             done += 1
         return
-    except RuntimeError as error:
-        if not args.num_workers or "worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: died while it sent
+        ours = not isinstance(error, RuntimeError) or "worker" in str(error)
+        if not args.num_workers or not ours:
             raise
         print(f"warning: {error}. The batches are prepared by the training process from here on")
     for rows in micro_batches[done:]:

@@ -19,22 +19,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import UserError, mistakes_in_plain_words
+from dataset.errors import UserError, mistakes_in_plain_words  # first: Ctrl-C while torch loads
 
-with mistakes_in_plain_words():  # torch takes seconds to load, in which Ctrl-C may be pressed
-    import numpy as np
-    from tqdm import tqdm
+# isort: split
+import numpy as np
+from tqdm import tqdm
 
-    from dataset.chat_template import render
-    from dataset.tiny_world import EVAL
-    from evaluation import report
-    from evaluation.stored import Part, read_result, require_same_run
-    from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
-    from model.generation import STOP, generate
-    from trainer import checkpoint
-    from trainer.arguments import ROOT, Parser, number, stop_at, wrong_values
-    from trainer.compiling import require_compiler
-    from trainer.trainer_utils import init_model, pick_device, pick_dtype
+from dataset.chat_template import render
+from dataset.tiny_world import EVAL
+from evaluation import report
+from evaluation.stored import Part, read_result, require_same_run
+from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
+from model.generation import STOP, generate
+from trainer import checkpoint
+from trainer.arguments import ROOT, Parser, number, stop_at, wrong_values
+from trainer.compiling import require_compiler
+from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
 
 def parse(argv):
@@ -127,6 +127,8 @@ def main(argv=None):
         **weights,
         "data": str(data),
         "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "shots_sha256": args.shots_path
+        and hashlib.sha256(args.shots_path.read_bytes()).hexdigest(),
         "params": sum(weight.numel() for weight in model.parameters()),
         "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
     }

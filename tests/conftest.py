@@ -29,6 +29,12 @@ TINY = "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --device 
 TINY = TINY.split()
 
 
+def pytest_collection_modifyitems(items):
+    """The files with the longest tests first, so that no core waits for one at the end."""
+    first = ("test_faults", "test_step", "test_training", "test_lora", "test_generation")
+    items.sort(key=lambda item: item.path.stem not in first)
+
+
 def run(*command, cwd=ROOT, text_input=None, timeout=120, **environment):
     """A command as a user types it; python is this one."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}

@@ -136,7 +136,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
             there = ["--lora", "full_sft", "--to_peft", tmp_path / "peft", *words[-2:]]
             merge_lora.main(list(map(str, there)))
     elif script == "dataset/rejection_sample.py":
-        words += ["--weight", trained / "full_sft_32.pth", "--out", tmp_path / "accepted.jsonl"]
+        words += ["--weight", trained / "full_sft_32.pth", "--out", tmp_path / "sampled.jsonl"]
         words += ["--limit", 3, "--max_new_tokens", 8]
     elif script == "-c":
         words = [word.replace("out/", f"{tmp_path.as_posix()}/") for word in words]

@@ -29,7 +29,9 @@ def small(vocab_size=64, **more):
 def args_of(**more):
     flags = {"optimizer": "adamw", "parallel": "ddp", "learning_rate": 0.1, "weight_decay": 0.5}
     flags |= dict.fromkeys(("use_lora", "extend_tokens", "freeze_base", "freeze"))
-    return SimpleNamespace(**{**flags, "seed": 1, "from_weight": "none", **more})
+    return SimpleNamespace(
+        **{**flags, "seed": 1, "from_weight": "none", "from_resume": False, **more}
+    )
 
 
 # ----------------------------------------------------------------------------------- optimizers
@@ -256,7 +258,7 @@ def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
 
 
 def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_are_seen(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, pictures
 ):
     axes = pytest.importorskip("matplotlib.axes").Axes
     drawn, scales, plot = {}, [], axes.plot

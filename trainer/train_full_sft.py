@@ -14,11 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.errors import mistakes_in_plain_words  # first: Ctrl-C while torch loads
+
+# isort: split
 import torch
 from tqdm import tqdm
 
 from dataset.chat_template import render
-from dataset.errors import mistakes_in_plain_words
 from dataset.formats import KEYS
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows

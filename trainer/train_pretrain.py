@@ -14,10 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.errors import mistakes_in_plain_words  # first: Ctrl-C while torch loads
+
+# isort: split
 import torch
 from tqdm import tqdm
 
-from dataset.errors import mistakes_in_plain_words
 from dataset.lm_dataset import PretrainDataset
 from dataset.plan import Source, batches, epoch_plan, mix, split_rows
 from dataset.tiny_world import PRETRAIN, write_missing
