@@ -194,6 +194,8 @@ def damaged(content, rng):
             return b"\n".join(other_values(line, rng) for line in content.splitlines())
     content = bytearray(content)
     for _ in range(rng.choice([1, 3, 20])):
+        if not content:
+            break
         at = rng.randrange(len(content))
         if kind == 3:
             content[at] ^= 1 << rng.randrange(8)

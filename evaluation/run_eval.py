@@ -126,9 +126,8 @@ def main(argv=None):
         "command": shlex.join(["python", "evaluation/run_eval.py", *typed]),
         **weights,
         "data": str(data),
-        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        "shots_sha256": args.shots_path
-        and hashlib.sha256(args.shots_path.read_bytes()).hexdigest(),
+        "data_sha256": sha256_of(data),
+        "shots_sha256": sha256_of(args.shots_path),
         "params": sum(weight.numel() for weight in model.parameters()),
         "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
     }
@@ -142,6 +141,11 @@ def main(argv=None):
     scores = finish(result | {"problems": rows}, path)
     part.path.unlink()
     return scores
+
+
+def sha256_of(path):
+    """The hash of a file; None where no file was given."""
+    return path and hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def run_name(args):

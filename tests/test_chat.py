@@ -165,7 +165,10 @@ def test_a_long_line_reaches_the_chat_whole_or_is_told(trained, tmp_path, readli
     assert asked == ([text.decode() + "end"] if readline else []) + ["Hi"]
 
 
-@pytest.mark.parametrize("script", ["eval_llm.py", "evaluation/run_eval.py"])
+TRAIN = ["trainer/train_pretrain.py", "trainer/train_full_sft.py"]
+
+
+@pytest.mark.parametrize("script", ["eval_llm.py", "evaluation/run_eval.py", *TRAIN])
 def test_ctrl_c_while_torch_loads_ends_with_a_sentence(script, tmp_path):
     press = "import signal; signal.raise_signal(signal.SIGINT)"
     for name in ("torch", "numpy"):

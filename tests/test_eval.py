@@ -228,6 +228,17 @@ def test_another_question_never_replaces_stored_answers(trained, gsm8k, tmp_path
     assert without_times(folder / "full_sft_32.json")["problems"] == old["problems"]
 
 
+def test_other_shots_are_another_run(trained, gsm8k, tmp_path):
+    shots = tmp_path / "shots.jsonl"
+    shots.write_bytes((gsm8k / "train.jsonl").read_bytes())
+    flags = ["--task", "gsm8k", "--prompt_style", "few_shot", "--shots_path", shots, "--limit", 1]
+    evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)
+    evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)  # the same again
+    write_jsonl(shots, read(gsm8k / "train.jsonl")[::-1])
+    with pytest.raises(UserError, match="is of another run: shots_sha256 was"):
+        evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)
+
+
 def test_a_damaged_result_beside_it_does_not_cost_the_report(trained, gsm8k, tmp_path):
     folder = tmp_path / "eval" / "gsm8k"
     folder.mkdir(parents=True)
