@@ -47,6 +47,18 @@ def pytest_code(tree, tests):
         return FAILED
 
 
+def tests_by_file(mutants):
+    """All tests of the list, as arguments of pytest: those of a file together."""
+    chosen = {}
+    for mutant in mutants:
+        path, *words = shlex.split(mutant["tests"])
+        chosen.setdefault(path, set()).add(f"({words[1]})" if words else "")
+    alone = {
+        path: "" if "" in words else " or ".join(sorted(words)) for path, words in chosen.items()
+    }
+    return [f"{path} -k {shlex.quote(words)}" if words else path for path, words in alone.items()]
+
+
 def copy_of_tree(folder):
     tree = folder / "tree"
     left_out = shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", "*_tiny.jsonl")
@@ -89,11 +101,11 @@ def main():
         for job in range(args.jobs):
             trees.put(copy_of_tree(Path(folder) / str(job)))
         unharmed = {"file": mutants[0]["file"], "text": "", "becomes": ""}
-        sets = sorted({mutant["tests"] for mutant in mutants})
+        sets = tests_by_file(mutants)
         codes = pool.map(lambda tests: try_one({**unharmed, "tests": tests}, trees)[0], sets)
         wrong = [tests for tests, code in zip(sets, codes, strict=True) if code != PASSED]
         if wrong:
-            sys.exit("these fail, or run no test, without any mistake: pytest " + "; ".join(wrong))
+            sys.exit("these fail without any mistake:\n" + "\n".join(wrong))
         missed = []
         for mutant, (code, seconds) in zip(
             mutants, pool.map(lambda mutant: try_one(mutant, trees), mutants), strict=True
