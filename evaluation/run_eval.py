@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dataset.chat_template import render
 from dataset.tiny_world import EVAL
 from evaluation import report
-from evaluation.stored import Part, read_result, require_same_run
+from evaluation.stored import Part, keep_previous, read_result, require_same_run
 from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
 from model.generation import STOP, generate
 from trainer import checkpoint
@@ -133,6 +133,7 @@ def main(argv=None):
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
     args.allowed = held_to(args.task, data, tokenizer)
+    keep_previous(path, result)
     if path.exists():
         require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
     part = Part(path.with_suffix(".part"), result, args.batch_size, "--run NAME")

@@ -56,6 +56,21 @@ def require_same_run(path, head, run, flag):
         raise UserError(f"{path} is of another run: {differ}. Give {flag}, or remove that file")
 
 
+def keep_previous(path, run):
+    """Renames a result to NAME_previous, and says so, if its weights file has been trained anew."""
+    try:
+        before = json.loads(path.read_text("utf-8", "replace"))
+        same = before["weights"] == run["weights"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # no result, or none of ours
+    if same and before.get("weights_sha256") != run["weights_sha256"]:
+        kept = path.with_stem(f"{path.stem}_previous")
+        print(f"the weights were trained anew; the result of the earlier ones is kept as {kept}")
+        for file in (path.with_suffix(suffix) for suffix in (".csv", ".md", ".json")):
+            if file.exists():
+                file.replace(kept.with_suffix(file.suffix))
+
+
 class Part:
     """The answers of a run so far, a line each, kept beside where its result will be.
 

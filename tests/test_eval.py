@@ -2,6 +2,7 @@
 are all right; the figures against their definitions."""
 
 import csv
+import hashlib
 import itertools
 import json
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -226,6 +228,27 @@ def test_another_question_never_replaces_stored_answers(trained, gsm8k, tmp_path
     old = without_times(folder / "full_sft_32.json")
     evaluate(trained, moved, tmp_path, "--task", "gsm8k")
     assert without_times(folder / "full_sft_32.json")["problems"] == old["problems"]
+
+
+def test_the_result_of_weights_that_were_trained_anew_is_kept_as_previous(
+    trained, gsm8k, tmp_path, capsys
+):
+    folder, test = tmp_path / "eval" / "gsm8k", gsm8k / "test.jsonl"
+    weights = Path(shutil.copy(trained / "full_sft_32.pth", tmp_path / "full_sft_32.pth"))
+    flags = ["--task", "gsm8k", "--weight", weights]
+    evaluate(trained, test, tmp_path, *flags)
+    before = {path.suffix: path.read_bytes() for path in folder.iterdir()}
+    evaluate(trained, test, tmp_path, *flags)  # the same weights: nothing is set aside
+    assert {path.stem for path in folder.iterdir()} == {"full_sft_32"}
+    before = {path.suffix: path.read_bytes() for path in folder.iterdir()}
+    shutil.copy(trained / "pretrain_32.pth", weights)
+    capsys.readouterr()
+    evaluate(trained, test, tmp_path, *flags)
+    assert "is kept as" in capsys.readouterr().out
+    kept = {path.suffix: path.read_bytes() for path in folder.glob("full_sft_32_previous.*")}
+    assert kept == before and ".json" in kept
+    now = json.loads((folder / "full_sft_32.json").read_text(encoding="utf-8"))
+    assert now["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def test_other_shots_are_another_run(trained, gsm8k, tmp_path):
