@@ -20,7 +20,7 @@ demo: .venv/ready
 test: .venv/ready-dev
 	$(PY) -m pytest -n auto --dist worksteal -rs
 
-mutants: .venv/ready-dev
+mutants: test
 	$(PY) tests/mutants.py --only "$(ONLY)"
 
 lint: .venv/ready-dev

@@ -126,8 +126,8 @@ def test_the_checkpoint_before_stays_until_the_new_one_has_its_name(data, tmp_pa
     seen, args = [], parse(["--save_dir", str(tmp_path)])
 
     def watched(act):
-        def action(path, *more):
-            done = act(path, *more)
+        def action(path, *more, **how):
+            done = act(path, *more, **how)
             if tmp_path in path.parents:
                 try:
                     seen.append(checkpoint.load_latest(args)[1]["run"]["step"])
