@@ -4,8 +4,9 @@
     python tests/mutants.py --only trainer     # those whose file begins so
 
 Each mistake is made in a copy of the tree, where its tests run. Without it they must pass, so
-`make mutants` runs the suite first. Prints a row for each, and ends with code 1 if less than 95 % are noticed, or if a text to replace
-does not occur exactly once in its file: then the list has to follow the code.
+`make mutants` runs the suite first. Prints a row for each, and ends with code 1 if less than 95 %
+are noticed, or if a text to replace does not occur exactly once in its file: then the list has to
+follow the code.
 """
 
 import argparse
