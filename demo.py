@@ -50,8 +50,10 @@ def begin_anew(stage, report):
         if report["seconds"].pop(name, None) is not None and resume:
             resume.unlink(missing_ok=True)
     if stage != "eval":
-        for path in [*ANSWERS, *PARTS]:
+        for path in PARTS:
             path.unlink(missing_ok=True)
+        for path in filter(Path.exists, ANSWERS):  # maybe of an evaluation by hand
+            path.replace(path.with_stem(f"{path.stem}_before_demo"))
     REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

@@ -13,9 +13,9 @@ def say_interrupted(kind, error, trace):
     """What Python calls for an exception outside of main(): Ctrl-C while modules are loaded, which
     takes seconds, is a line, too.
     """
-    if not issubclass(kind, KeyboardInterrupt):
+    if not issubclass(kind, KeyboardInterrupt) or hasattr(sys, "ps1"):  # ps1: at Python's prompt
         return sys.__excepthook__(kind, error, trace)
-    print("\nstopped at once, before any work", file=sys.stderr, flush=True)
+    print("\nstopped at once", file=sys.stderr, flush=True)
     os._exit(130)
 
 

@@ -51,7 +51,13 @@ def read_records(path):
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
         items = array_items(file) if start.startswith(b"[") else lines(file)
-        for number, item in items:
+        while True:
+            try:
+                number, item = next(items, (None, None))
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from None
+            if number is None:
+                return
             if not isinstance(item, dict | ValueError):
                 item = ValueError(f"not a record in braces, but {type(item).__name__}")
             yield number, item

@@ -66,9 +66,9 @@ def write_parts(folder, parts, manifest, sources=(), texts=None):
 
     Raises UserError if one of them would replace one of the sources, which are read meanwhile.
     """
-    read = {Path(path).resolve() for path in sources}
     for name in [*parts, *(texts or {}), "manifest.json"]:
-        if (folder / name).resolve() in read:
+        target = folder / name
+        if target.exists() and any(target.samefile(path) for path in map(Path, sources)):
             raise UserError(f"{folder / name} is read, and would be replaced; give another --out")
     manifest = manifest | {"files": {}}
     with ExitStack() as complete:  # moves the first last, so the manifest tells of what is there

@@ -1,5 +1,6 @@
 """The answers of a run on disk: while it goes, and its result. Another run never replaces them."""
 
+import itertools
 import json
 
 from dataset.errors import UserError
@@ -64,11 +65,20 @@ def keep_previous(path, run):
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return  # no result, or none of ours
     if same and before.get("weights_sha256") != run["weights_sha256"]:
-        kept = path.with_stem(f"{path.stem}_previous")
+        numbers = itertools.chain([""], itertools.count(2))
+        names = (path.with_stem(f"{path.stem}_previous{number}") for number in numbers)
+        kept = next(free for free in names if not free.exists())
         print(f"the weights were trained anew; the result of the earlier ones is kept as {kept}")
         for file in (path.with_suffix(suffix) for suffix in (".csv", ".md", ".json")):
-            if file.exists():
+            try:
                 file.replace(kept.with_suffix(file.suffix))
+            except FileNotFoundError:
+                continue  # somebody removed the report
+            except OSError as error:
+                raise UserError(
+                    f"{file} cannot be renamed: {error.strerror}; close what has it open, or give "
+                    "--run NAME"
+                ) from None
 
 
 class Part:
@@ -82,7 +92,7 @@ class Part:
         self.path, self.rows = path, []
         text = path.read_text("utf-8", "replace") if path.exists() else ""
         head, _, rest = text.partition("\n")
-        if text:
+        if rest:  # else it holds no answer
             require_same_run(path, head, run, flag)
         for line in rest.split("\n")[:-1]:
             try:

@@ -93,8 +93,9 @@ def main():
         for mutant, (code, seconds) in zip(
             mutants, pool.map(lambda mutant: try_one(mutant, trees), mutants), strict=True
         ):
-            said = {PASSED: "MISSED", FAILED: "noticed"}.get(code, f"pytest ended with {code}")
-            missed += [] if code == FAILED else [mutant]
+            noticed = code == FAILED or code < 0  # a signal: the mistake corrupted memory
+            said = "noticed" if noticed else "MISSED" if code == PASSED else f"pytest: {code}"
+            missed += [] if noticed else [mutant]
             print(f"{said:8} {seconds:4.0f} s  {mutant['file']:32} {mutant['what']}", flush=True)
     noticed = len(mutants) - len(missed)
     print(f"{noticed} of {len(mutants)} noticed ({noticed / len(mutants):.1%})")

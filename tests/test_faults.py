@@ -20,7 +20,7 @@ from tests.conftest import ROOT, run
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_full_sft
-from trainer.stopping import RunLock
+from trainer.stopping import RunLock, StopSignal
 
 SCRIPT = ROOT / "trainer/train_full_sft.py"
 LOCK = "checkpoints/full_sft_32.lock"
@@ -192,6 +192,22 @@ def test_a_reader_that_goes_away_stops_the_run_saved(data, tmp_path):
     assert "Traceback" not in said and "BrokenPipe" not in said
     saved = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
     assert 0 < saved["run"]["step"] < 25000
+
+
+def test_the_second_ctrl_c_breaks_in_and_a_third_does_not(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    try:
+        stop = StopSignal()
+        assert not stop.received
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @unix

@@ -5,6 +5,7 @@ the one before, and whatever decides the result is compared before a run goes on
 import copy
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_a_finished_run_that_is_resumed_writes_the_weights_that_are_missing(
     assert torch.equal(expected["model.norm.weight"], last["model"]["model.norm.weight"]) != best
 
 
+def test_weights_that_are_the_best_already_are_not_replaced_by_the_last(data, tmp_path):
+    """The file of the best may be gone when a finished run is resumed once more."""
+    train_full_sft.main(flags(data, tmp_path, eval_interval=1, save_best_at_end=1))
+    before = weights(tmp_path)
+    (tmp_path / "checkpoints/full_sft_32_best.pth").unlink()
+    with pytest.raises(UserError, match="full_sft_32_best.pth"):
+        resume(tmp_path)
+    assert_equal(before, weights(tmp_path))
+
+
+def test_patience_begins_anew_with_each_better_validation():
+    run = Run(["x"], 5, 8, 1)
+    assert [run.judge(score) for score in (-3, -4, -2, -5, -6)] == [True, False, True, False, False]
+    assert run.stalled(2) and not run.stalled(3) and not run.stalled(0)
+
+
 def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
     data, tmp_path, monkeypatch, capsys
 ):
@@ -71,16 +88,23 @@ def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
     old, before, old_log = weights(tmp_path), files(tmp_path), log(tmp_path)
     capsys.readouterr()
     stopped_at(1, [*command, "--seed", "5"], monkeypatch)  # the same again, then Ctrl-C
-    assert "full_sft_32 is kept as full_sft_32_previous until" in capsys.readouterr().out
-    kept = {name.replace("full_sft_32", "full_sft_32_previous") for name in before}
+    assert "full_sft_32 is kept as full_sft_previous_32 until" in capsys.readouterr().out
+    kept = {name.replace("full_sft_32", "full_sft_previous_32") for name in before}
     assert kept <= files(tmp_path)
-    assert_equal(old, weights(tmp_path, "full_sft_32_previous"))
-    assert log(tmp_path, "full_sft_32_previous") == old_log
+    assert_equal(old, weights(tmp_path, "full_sft_previous_32"))
+    assert log(tmp_path, "full_sft_previous_32") == old_log
     assert checkpoint.load(tmp_path / RESUME)["run"]["step"] == 1
 
     stopped_at(1, [*command, "--seed", "6"], monkeypatch)  # and again: neither is lost
-    assert kept <= files(tmp_path) and "full_sft_32_previous2.pth" in files(tmp_path)
-    assert_equal(old, weights(tmp_path, "full_sft_32_previous"))
+    assert kept <= files(tmp_path) and "full_sft_previous2_32.pth" in files(tmp_path)
+    assert_equal(old, weights(tmp_path, "full_sft_previous_32"))
+
+    with pytest.raises(UserError, match="those of an earlier run are full_sft_previous"):
+        shutil.move(tmp_path / "full_sft_32.pth", tmp_path / "x")
+        checkpoint.find(tmp_path, "full_sft")
+    shutil.copytree(tmp_path, tmp_path.with_name("other"))
+    resume(tmp_path.with_name("other"), "--save_weight", "full_sft_previous", "--epochs", 2)
+    assert log(tmp_path.with_name("other"), "full_sft_previous_32")[-1]["step"] == 10
 
     resume(tmp_path)
     assert not [name for name in files(tmp_path) if "previous" in name]
@@ -107,7 +131,7 @@ def test_a_run_of_another_name_or_size_is_left_alone(data, tmp_path):
 )
 def test_a_name_that_is_a_folder_or_a_pattern_is_refused(data, tmp_path, name):
     command = flags(data, tmp_path, save_weight=name)
-    refused(run_here(SFT, *command), "--save_weight", "give a name of at most 100 letters")
+    refused(run_here(SFT, *command), "--save_weight", "give a name of at most 100 bytes")
 
 
 def test_half_a_file_of_a_killed_run_goes_when_the_run_starts_again(data, tmp_path):

@@ -43,7 +43,9 @@ def number(kind, low, high=None):
         except ValueError:
             value = None
         if value is None or not low <= value <= (MOST if high is None else high):
-            limits = f"from {low} up" if high is None else f"from {low} to {high}"
+            limits = f"from {low} to {high}"
+            if high is None:
+                limits = f"from {low} up" + (f", at most {MOST}" if value and value > MOST else "")
             whole = "a whole" if kind is int else "a"
             return Problem(f"{text:.40}: give {whole} number {limits}")
         return value
@@ -274,10 +276,12 @@ def parse_once(parser, argv):
     except OSError as error:
         problems.append(f"--save_dir {str(args.save_dir):.60}: {error.strerror}")
     name = str(args.save_weight)
-    if not re.fullmatch(r"\w[\w .+=-]{0,99}", name) or name.endswith(".pth"):
+    plain = re.fullmatch(r"\w[\w .+=-]*", name) and not name.endswith(".pth")
+    earlier = args.from_resume and Path(name).name == name  # names were freer once
+    if not (plain or earlier) or len(name.encode()) > 100:
         problems.append(
-            f"--save_weight {name:.110}: give a name of at most 100 letters, digits and _-+=. "
-            "without folders and without .pth"
+            f"--save_weight {name:.110}: give a name of at most 100 bytes, of letters, digits and "
+            "_-+=. without folders and without .pth"
         )
     if args.sample_prompt is not None and not 0 < len(args.sample_prompt) <= 500:
         problems.append("--sample_prompt: give from 1 to 500 characters")

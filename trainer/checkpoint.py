@@ -97,6 +97,8 @@ def find(folder, name, hidden_size=None, use_moe=None):
     if not found:
         wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
         remedy = MAKE.get(name, "name other weights, or give the path of a .pth file")
+        if matching(folder, f"{name}_previous", hidden_size, use_moe):
+            remedy = f"those of an earlier run are {name}_previous"
         raise UserError(f"there is no {wanted}; {remedy}")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     if len(found) > 1:
@@ -128,8 +130,8 @@ def files_of(save_dir, name, more=""):
 
 
 def keep_previous(args, name):
-    """Renames the files of an earlier run to NAME_previous..., unless this one goes on with it, and
-    says so. They stay until this run is complete. What a killed run had half written is removed.
+    """Renames the files of an earlier run, full_sft_384, to full_sft_previous_384, unless this run
+    goes on with it. They stay until this one is complete. Half files of a killed run are removed.
     """
     escaped = re.escape(name)
     for path in files_of(args.save_dir, rf"\.{escaped}", r"\.\d+\.part"):
@@ -137,12 +139,19 @@ def keep_previous(args, name):
     files = files_of(args.save_dir, escaped)
     if args.from_resume or not any(path.suffix == ".pth" for path in files):
         return
-    numbers = itertools.chain([""], itertools.count(2))
-    names = (f"{name}_previous{number}" for number in numbers)
-    kept = next(free for free in names if not files_of(args.save_dir, re.escape(free)))
-    for path in files:
-        path.rename(path.with_name(kept + path.name.removeprefix(name)))
-    print(f"the earlier run {name} is kept as {kept} until this one is complete")
+    size, numbers = name.removeprefix(args.save_weight), itertools.chain([""], itertools.count(2))
+    names = (f"{args.save_weight}_previous{number}" for number in numbers)
+    kept = next(free for free in names if not files_of(args.save_dir, re.escape(free + size)))
+    for path in reversed(files):  # the log first: where that is refused, nothing has changed
+        try:
+            path.rename(path.with_name(kept + size + path.name.removeprefix(name)))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be renamed: {error.strerror}; close what has it open, or choose "
+                "another --save_weight"
+            ) from None
+    print(f"the earlier run {name} is kept as {kept + size} until this one is complete")
+    print(f"to go on with it instead: --from_resume 1 --save_weight {kept}")
 
 
 def step_of(path):
@@ -159,11 +168,10 @@ def load_latest(args):
     folder, name = args.save_dir / "checkpoints", args.save_weight
     found = matching(folder, name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
     if not found:
-        size = args.hidden_size or "*"
-        raise UserError(
-            f"there is no {folder / f'{name}_{size}_resume.pth'}; start the run without "
-            "--from_resume 1"
-        )
+        size, remedy = args.hidden_size or "*", "start the run without --from_resume 1"
+        if matching(folder, f"{name}_previous", ending=EARLIER_OR_LATEST):
+            remedy += f", or go on with the earlier one, --save_weight {name}_previous"
+        raise UserError(f"there is no {folder / f'{name}_{size}_resume.pth'}; {remedy}")
     # Of several models under one name the newest; of its checkpoints the latest, then backwards.
     newest = max(found, key=lambda path: path.stat().st_mtime)
     run_name, failed = newest.name.rpartition("_")[0], None
@@ -324,8 +332,12 @@ def complete(args, name, run):
     """
     if args.save_best_at_end and run.best_score is not None:
         put_best_in_place(args, name)
-    for path in files_of(args.save_dir, rf"{re.escape(name)}_previous\d*"):
-        path.unlink()
+    size = name.removeprefix(args.save_weight)
+    for path in files_of(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
+        try:
+            path.unlink()
+        except OSError as error:
+            print(f"warning: {path} cannot be removed: {error.strerror}")
 
 
 def put_best_in_place(args, name):

@@ -17,11 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.errors import UserError, mistakes_in_plain_words  # first: Ctrl-C while torch loads
+
+# isort: split
 import torch
 from tqdm import tqdm
 
 from dataset import offline
-from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing, save_tensors
 from dataset.formats import KEYS
 from dataset.lm_dataset import PretrainDataset, SFTDataset

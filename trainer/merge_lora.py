@@ -14,9 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataset.errors import UserError, mistakes_in_plain_words  # first: Ctrl-C while torch loads
+
+# isort: split
 import torch
 
-from dataset.errors import UserError, mistakes_in_plain_words
 from dataset.files import replacing
 from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
 from trainer import checkpoint

@@ -104,8 +104,9 @@ def main(argv=None):
     if run.step >= total_steps or run.stalled(args.early_stop_patience):
         # A kill may have come between the last checkpoint and the weights, so they are written.
         place = args.save_dir / f"{name}.pth"
-        checkpoint.save_weights(place, args, model, tokenizer, "pretrain", run)
-        if rank == 0:
+        if not (args.save_best_at_end and run.best_score is not None):  # else `complete` does
+            checkpoint.save_weights(place, args, model, tokenizer, "pretrain", run)
+        if rank == 0 and run.bad_steps < args.max_bad_steps:
             checkpoint.complete(args, name, run)
             log.draw(args.loss_curve)
         print(f"This run is finished: {run.step} of {total_steps} steps. weights: {place}")
