@@ -81,6 +81,15 @@ def keep_previous(path, run):
                 ) from None
 
 
+def begins_part(head):
+    """Whether a line is the first that `Part` writes."""
+    try:
+        values = json.loads(head)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "weights_sha256" in values
+
+
 class Part:
     """The answers of a run so far, a line each, kept beside where its result will be.
 
@@ -92,7 +101,7 @@ class Part:
         self.path, self.rows = path, []
         text = path.read_text("utf-8", "replace") if path.exists() else ""
         head, _, rest = text.partition("\n")
-        if rest:  # else it holds no answer
+        if text and (rest or not begins_part(head)):  # else it holds no answer
             require_same_run(path, head, run, flag)
         for line in rest.split("\n")[:-1]:
             try:

@@ -195,6 +195,7 @@ def test_an_unfinished_run_is_gone_on_with_and_another_ones_answers_are_kept(tmp
     assert opened().rows == rows[:2]  # of three whole lines
     part.write_bytes(b"")
     assert opened().rows == []
+    assert opened(settings={"limit": 3}).rows == []  # without answers, nothing would be lost
     for damaged in ("[1]\n", "{\n", '{"settings": 1}\n', '{"weights', "[" * 100_000):
         part.write_text(damaged, encoding="utf-8")
         with pytest.raises(UserError, match="does not say which"):
