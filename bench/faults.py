@@ -7,7 +7,7 @@ Each kill hits a fresh run: while its data is tokenised, while it trains, while 
 after, every .pth file must be complete, and the latest checkpoint that was written must be found.
 The run is then resumed (or started again, where nothing was saved yet), and must end in the same
 weights, to the bit, and the same log, but for timings. Where the run replaces an earlier one of its
-name, the weights of that one must be there until the new one is complete.
+name, the weights of that one must still exist until the new one is complete.
 Ends with code 1 if one differs; its folder stays.
 """
 
