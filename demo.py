@@ -23,7 +23,7 @@ WEIGHTS = [OUT / "pretrain_384.pth", OUT / "full_sft_384.pth"]
 RESUME = [OUT / "checkpoints" / f"{path.stem}_resume.pth" for path in WEIGHTS]
 CURVES = [OUT / "logs" / f"{path.stem}.jsonl" for path in WEIGHTS]
 STAGES = {  # stage: (its commands, what they leave, what says that it was stopped in the middle)
-    "data": ([["dataset/tiny_world.py"]], DATA, None),
+    "data": ([["dataset/tiny_world/generate.py"]], DATA, None),
     "tokenizer": (
         [["trainer/train_tokenizer.py", "--out", str(OUT / "tokenizer.json")]],
         [OUT / "tokenizer.json"],

@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dataset.errors import UserError, mistakes_in_plain_words
+from common import UserError, report_user_errors
 
 with suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  input() then has no limit of length, but a history
@@ -79,7 +79,8 @@ class Chat:
 
     def __init__(self, args):
         # Here and not above: torch takes seconds to load, and --help need not wait for it.
-        from trainer.compiling import require_compiler
+        from trainer import checkpoint
+        from trainer.optimizer import require_compiler
         from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
         self.settings = {name: getattr(args, name) for name in [*SAMPLING, "use_compile"]}
@@ -87,8 +88,10 @@ class Chat:
         if args.use_compile:
             require_compiler(device)
         self.model, self.tokenizer, loaded = init_model(args, device)
+        if args.lora:
+            checkpoint.merge_adapters(self.model, args)
         self.model.to(pick_dtype(args, device))
-        self.continues = loaded["stage"] == "pretrain"
+        self.continues = loaded["stage"] == "pretrain" and not args.lora
         self.start_over(args.system)
 
     def start_over(self, system):
@@ -96,8 +99,8 @@ class Chat:
 
     def prompt(self, text):
         """The ids to go on from. Drops the oldest turns, with a notice, when they leave no room."""
+        from common import END_OF_TEXT
         from dataset.chat_template import render
-        from dataset.tokenizer import END_OF_TEXT
 
         room = self.model.config.max_position_embeddings
         if self.continues:
@@ -123,7 +126,8 @@ class Chat:
 
     def answer(self, text):
         """Prints the answer to text as it is written; Ctrl-C ends it early."""
-        from model.generation import STOP, generate
+        from common import STOP
+        from model.generation import generate
 
         ids, new, waiting = self.prompt(text), [], []
         interrupted, start = False, time.perf_counter()
@@ -234,5 +238,5 @@ def read_line(terminal):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with report_user_errors():
         main()

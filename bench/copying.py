@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.packing import pack
-from dataset.tiny_world_words import THINGS, VALUES
+from common import IGNORE
+from dataset.loader import pack
+from dataset.tiny_world.text import THINGS, VALUES
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.loss import IGNORE, supervised_tokens
+from model.loss import supervised_tokens
 from trainer.trainer_utils import keep_freed_memory
 
 STEPS, EVERY, RATE = 600, 100, 1e-3

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.formats import format_of, read_records, to_conversation
 from dataset.lm_dataset import SFTDataset
-from dataset.packing import best_fit_decreasing, pack, pad
+from dataset.loader import best_fit_decreasing, pack, pad
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from trainer.trainer_utils import keep_freed_memory, seconds_of_product

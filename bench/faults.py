@@ -30,9 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.errors import UserError, mistakes_in_plain_words
+from common import ROOT, UserError, report_user_errors
 from trainer import checkpoint, train_full_sft, train_pretrain
-from trainer.arguments import ROOT
 
 TOY = """--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --from_weight none
     --device cpu --dtype fp32 --save_interval 1 --eval_interval 4 --log_interval 1
@@ -178,7 +177,7 @@ def run_watched(script, flags, out, kill_at, writer):
         with (out.parent / f"{out.name}.txt").open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            with mistakes_in_plain_words():
+            with report_user_errors():
                 SCRIPTS[script].main(flags)
         code = 0
     except SystemExit as end:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import UserError, mistakes_in_plain_words
+from common import UserError, report_user_errors
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from evaluation.tasks import read_problems
@@ -77,7 +77,7 @@ READERS = {  # name: (what reads a path, a sample of what it reads)
     "GSM8K, JSONL": (lambda path: read_problems("gsm8k", path), lines(PROBLEMS)),
     "flags, TOML": (read_flags, FLAGS),
     "tokenizer, JSON": (lambda path: load_tokenizer(path), TOKENIZER.to_str().encode()),
-    "weights, .pth": (lambda path: checkpoint.build(checkpoint.load(path), path), weights()),
+    "weights, .pth": (lambda path: checkpoint.build_model(checkpoint.load(path), path), weights()),
 }
 
 
@@ -90,10 +90,10 @@ COMMANDS = f"""
     dataset/prepare.py check --data_path FILE
     dataset/prepare.py show --data_path FILE
     dataset/prepare.py split --out OUT/split FILE
-    dataset/prepare.py cot --out OUT/cot FILE
-    dataset/prepare.py gsm8k --raw FOLDER --out OUT/gsm8k
-    dataset/prepare.py math --raw FOLDER --out OUT/math
-    dataset/prepare.py sid --raw FOLDER --out OUT/sid
+    recipes/misconceptions.py --out OUT/cot FILE
+    recipes/prepare_math.py gsm8k --raw FOLDER --out OUT/gsm8k
+    recipes/prepare_math.py math --raw FOLDER --out OUT/math
+    recipes/sid.py --raw FOLDER --out OUT/sid
     trainer/train_tokenizer.py --data_path FILE --vocab_size 280 --out OUT/t.json
     trainer/train_pretrain.py {TRAIN} --data_path FILE
     trainer/train_pretrain.py {TRAIN} --config FILE
@@ -106,9 +106,9 @@ COMMANDS = f"""
         --extend_tokens FILE
     trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --teacher_weight FILE
     trainer/train_full_sft.py {TRAIN} --from_weight none --offline_dir FOLDER
-    trainer/export_hidden_states.py --teacher_weight WEIGHTS --save_dir OUT --offline_dir OUT/o
+    recipes/export_hidden_states.py --teacher_weight WEIGHTS --save_dir OUT --offline_dir OUT/o
         --device cpu --data_path FILE
-    trainer/merge_lora.py --from_peft FOLDER --weight WEIGHTS --save_weight m --save_dir OUT
+    recipes/peft.py --from_peft FOLDER --weight WEIGHTS --save_weight m --save_dir OUT
     evaluation/run_eval.py --task tiny_world --weight WEIGHTS {ANSWER} --run r --data_path FILE
     evaluation/run_eval.py --task gsm8k --weight WEIGHTS {ANSWER} --run r --data_path FILE
     evaluation/run_eval.py --task math --weight WEIGHTS {ANSWER} --run r --data_path FILE
@@ -116,7 +116,7 @@ COMMANDS = f"""
     evaluation/run_eval.py --task tiny_world --weight FILE {ANSWER} --run r --data_path QUESTIONS
     evaluation/run_eval.py --rescore FILE
     evaluation/run_eval.py --compare FILE FILE
-    dataset/rejection_sample.py --weight WEIGHTS {ANSWER} --samples 2 --out OUT/a --data_path FILE
+    recipes/rejection_sample.py --weight WEIGHTS {ANSWER} --samples 2 --out OUT/a --data_path FILE
     eval_llm.py --device cpu --max_new_tokens 2 --prompt Hi --weight FILE
 """
 COMMANDS = [line.split() for line in COMMANDS.replace("\n        ", " ").strip().splitlines()]
@@ -224,7 +224,7 @@ def outcome(read, path):
     said = io.StringIO()
     try:
         quiet = contextlib.redirect_stderr(said), contextlib.redirect_stdout(said)
-        with quiet[0], quiet[1], mistakes_in_plain_words():
+        with quiet[0], quiet[1], report_user_errors():
             read(path)
         return "value"
     except UserError as error:

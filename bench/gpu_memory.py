@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from common import ROOT
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.arguments import ROOT, SHAPE, read_toml
+from trainer.arguments import SHAPE, read_toml
 
 GIB = 2**30
 TOKENS = 256  # of the measured pass

@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.tiny_world import PRETRAIN, SFT, write_missing
-from trainer.arguments import ROOT
+from common import ROOT
+from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
 
 
 def main():
@@ -35,7 +35,7 @@ def main():
     write_missing(PRETRAIN)
     pretrain, sft = args.epochs
     steps = {
-        "data": ["dataset/prepare.py", "gsm8k", "--raw", args.raw, "--out", data],
+        "data": ["recipes/prepare_math.py", "gsm8k", "--raw", args.raw, "--out", data],
         "tokenizer": [
             *["trainer/train_tokenizer.py", "--data_path", PRETRAIN, SFT, text],
             *["--vocab_size", 4096, "--out", tokenizer],

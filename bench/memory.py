@@ -20,7 +20,7 @@ READ = """
 import resource, sys, time
 from types import SimpleNamespace
 from dataset.lm_dataset import PretrainDataset
-from dataset.plan import batches, epoch_plan
+from dataset.loader import batches, epoch_plan
 from dataset.tokenizer import load_tokenizer
 began = time.perf_counter()
 tokenizer = load_tokenizer()
@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=1.0)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from dataset.tiny_world_text import World, portrait
+    from dataset.tiny_world.text import World, portrait
 
     with tempfile.TemporaryDirectory() as folder:
         path, cache, rng = Path(folder) / "large.jsonl", Path(folder) / "cache", random.Random(0)

@@ -21,11 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import ROOT
 from dataset.chat_template import render
-from dataset.cot import MARKS, conversation
 from model.generation import complete
+from recipes.misconceptions import MARKS, conversation
 from trainer import checkpoint
-from trainer.arguments import ROOT
 
 PROMPTS = ROOT / "dataset" / "cot_prompts.toml"
 FORGOT = "The carry was forgotten."
@@ -96,7 +96,7 @@ def main():
         path, out, weight = folder / f"{name}.jsonl", folder / name, f"misconceptions_{name}"
         shown = learned if name == "with" else [record | {"cot": ""} for record in learned]
         path.write_text("".join(json.dumps(r) + "\n" for r in shown), encoding="utf-8")
-        python("dataset/prepare.py", "cot", path, "--out", out)
+        python("recipes/misconceptions.py", path, "--out", out)
         python(
             *["trainer/train_full_sft.py", "--from_weight", args.from_weight, "--epochs"],
             *[args.epochs, "--warmup_steps", 10, "--data_path", out / "train.jsonl"],
@@ -116,7 +116,7 @@ def python(*words):
 
 def score(path, records):
     """The share of the records whose misconception a model names."""
-    model, tokenizer = checkpoint.build(checkpoint.load(path), path)
+    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
     forms, right = tomllib.loads(PROMPTS.read_text(encoding="utf-8")), 0
     for start in range(0, len(records), 50):
         chosen = records[start : start + 50]

@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from common import ROOT
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.arguments import ROOT
-from trainer.compiling import compile_layers
-from trainer.optimizer import make_optimizer
+from trainer.optimizer import compile_layers, make_optimizer
 from trainer.train_tokenizer import train as train_tokenizer
 from trainer.trainer_utils import keep_freed_memory
 

@@ -29,13 +29,12 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from dataset.files import replacing
+from common import ROOT, replacing
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from trainer import checkpoint
-from trainer.arguments import ROOT
-from trainer.compiling import compile_layers
+from trainer.optimizer import compile_layers
 from trainer.trainer_utils import keep_freed_memory
 
 SHAPE = dict(vocab_size=6400, hidden_size=512, num_hidden_layers=8, intermediate_size=1600)
@@ -209,7 +208,7 @@ def sft(path, rounds, rows=80):
 
     from bench.data import TEMPLATE, trained_on
     from dataset.lm_dataset import SFTDataset
-    from dataset.packing import best_fit_decreasing, pack
+    from dataset.loader import best_fit_decreasing, pack
 
     tokenizer = trained_on(path, SHAPE["vocab_size"])
     data = SFTDataset(path, tokenizer, max_length=512)

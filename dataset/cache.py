@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common import UserError
 from dataset import formats, offline
 from dataset.chat_template import render_batch
-from dataset.errors import UserError
 
 # A change of these makes it anew.
 CODE = ("tokenizer", "formats", "chat_template", "lm_dataset", "cache")

@@ -12,7 +12,7 @@ Nothing is searched for afterwards, so no text, whatever it imitates, can turn t
 import json
 from functools import lru_cache
 
-from dataset.tokenizer import (
+from common import (
     END_THINK,
     END_TOOL_CALL,
     END_TOOL_RESPONSE,
@@ -21,8 +21,8 @@ from dataset.tokenizer import (
     THINK,
     TOOL_CALL,
     TOOL_RESPONSE,
-    load_tokenizer,
 )
+from dataset.tokenizer import load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 shipped_tokenizer = lru_cache(load_tokenizer)

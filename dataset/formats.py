@@ -19,7 +19,7 @@ import os
 import re
 from pathlib import Path
 
-from dataset.errors import UserError
+from common import UserError
 
 ROLES = {
     "user": "human user",

@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from common import END_OF_TEXT, IGNORE, IM_END, UserError
 from dataset import formats
 from dataset.cache import tokenised
 from dataset.chat_template import pieces
-from dataset.errors import UserError
-from dataset.tokenizer import END_OF_TEXT, IM_END
-from model.loss import IGNORE
 
 
 class TokenDataset(Dataset):
@@ -32,7 +30,7 @@ class TokenDataset(Dataset):
     """
 
     def __init__(self, data_path, tokenizer, max_length=1024, strict=False, **cache):
-        self.files, self.rows, self.dropped, self.cut = [], [], 0, 0
+        self.files, self.samples, self.dropped, self.cut = [], [], 0, 0
         paths = data_path if isinstance(data_path, list) else [data_path]
         for path in paths:
             options = [type(self).__name__, *self.options]
@@ -44,17 +42,17 @@ class TokenDataset(Dataset):
                     f"{path} is {first} again, so what one holds out to validate on would be "
                     f"trained on in the other; for two copies, give --data_path '{first}*2'"
                 )
-            self.rows.append(self.cut_rows(tokens, max_length, len(self.files)))
+            self.samples.append(self.cut_samples(tokens, max_length, len(self.files)))
             self.files.append(tokens)
-        self.rows = np.concatenate(self.rows)
-        if not len(self.rows):
+        self.samples = np.concatenate(self.samples)
+        if not len(self.samples):
             raise UserError(
                 f"{', '.join(map(str, paths))}: nothing to learn from, say an assistant's turn, "
                 f"within --max_seq_len {max_length}; raise it, or look at the data with "
                 "dataset/prepare.py check"
             )
 
-    def cut_rows(self, tokens, max_length, file):
+    def cut_samples(self, tokens, max_length, file):
         """The rows of a file: its records as they are, those that are too long cut."""
         starts, ends = tokens.offsets[:-1], tokens.offsets[1:]
         records = np.arange(len(starts))
@@ -73,12 +71,12 @@ class TokenDataset(Dataset):
         return rows[np.argsort(rows[:, 2], kind="stable")]
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.samples)
 
     @property
     def lengths(self):
         """(n,) tokens of each row."""
-        return self.rows[:, 3] - self.rows[:, 2]
+        return self.samples[:, 3] - self.samples[:, 2]
 
     @property
     def content(self):
@@ -88,12 +86,12 @@ class TokenDataset(Dataset):
     def where(self, rows):
         """The files and lines that rows come from, in words."""
         lines = {}
-        for file, record, *_ in self.rows[rows].tolist():
+        for file, record, *_ in self.samples[rows].tolist():
             lines.setdefault(self.files[file].path, set()).add(int(self.files[file].lines[record]))
         return "; ".join(f"{path}, lines {sorted(found)}" for path, found in lines.items())
 
     def __getitem__(self, index):
-        file, _, start, end = self.rows[index]
+        file, _, start, end = self.samples[index]
         tokens = self.files[file]
         input_ids = torch.from_numpy(tokens.ids[start:end].astype(np.int64))
         learned = torch.from_numpy(tokens.mask[start:end] == 1)
@@ -163,12 +161,12 @@ class SFTDataset(TokenDataset):
         """Adds rows of a PretrainDataset, share * the number of conversations, drawn by the seed;
         returns their numbers. Conversations alone make a model forget what they do not mention.
         """
-        first = len(self.rows)
+        first = len(self.samples)
         count = min(len(documents), round(share * first))
-        chosen = documents.rows[np.random.default_rng(seed).permutation(len(documents))[:count]]
-        self.rows = np.concatenate([self.rows, chosen + [len(self.files), 0, 0, 0]])
+        chosen = documents.samples[np.random.default_rng(seed).permutation(len(documents))[:count]]
+        self.samples = np.concatenate([self.samples, chosen + [len(self.files), 0, 0, 0]])
         self.files = self.files + documents.files
-        return range(first, len(self.rows))
+        return range(first, len(self.samples))
 
 
 def require_records(report, path):

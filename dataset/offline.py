@@ -1,4 +1,4 @@
-"""What a teacher says of each token, on disk. trainer/export_hidden_states.py writes it, and
+"""What a teacher says of each token, on disk. recipes/export_hidden_states.py writes it, and
 distillation reads it in the teacher's place.
 
     DIR/manifest.json      how it was made
@@ -21,9 +21,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dataset.errors import UserError
+from common import UserError
 
-ANEW = "give the command of trainer/export_hidden_states.py that wrote it again: it goes on"
+ANEW = "give the command of recipes/export_hidden_states.py that wrote it again: it goes on"
 
 
 def read_manifest(folder):
@@ -33,7 +33,7 @@ def read_manifest(folder):
         manifest["shards"], manifest["config"], manifest["top_k"], manifest["aux_layers"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{folder} is no folder of trainer/export_hidden_states.py: {error!r}; {ANEW}"
+            f"{folder} is no folder of recipes/export_hidden_states.py: {error!r}; {ANEW}"
         ) from None
     return manifest
 

@@ -3,7 +3,6 @@
 python dataset/prepare.py check --data_path mine.jsonl          # is it all right, how long is it
 python dataset/prepare.py show --data_path mine.jsonl -n 3      # its tokens, in colour
 python dataset/prepare.py split --ratios 8:1:1 --out parts mine.jsonl
-python dataset/prepare.py gsm8k --raw FOLDER --out out/gsm8k    # the official files; math, too
 """
 
 import hashlib
@@ -16,14 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from dataset import cot, formats
-from dataset.errors import mistakes_in_plain_words
-from dataset.packing import best_fit_decreasing, layout
-from dataset.plan import cut
+from common import report_user_errors
+from dataset import formats
+from dataset.loader import best_fit_decreasing, cut, layout
 from dataset.show import open_data, show
-from dataset.sid import prepare_sid
 from dataset.split import split
-from dataset.tasks import RECORD_OF, prepare
 from dataset.tokenizer import SHIPPED_TOKENIZER
 from trainer import arguments
 
@@ -172,37 +168,11 @@ def main(argv=None):
     part.add_argument("--stratify", metavar="FIELD", help="keeps the shares of this field's values")
     part.add_argument("--out", type=Path, required=True, help="folder")
     part.set_defaults(run=split)
-    for task in RECORD_OF:
-        text = f"writes {task}'s official files as conversations with their final answers"
-        part = parts.add_parser(task, help=text, description=text)
-        part.add_argument("--raw", type=Path, required=True, help="folder of the official files")
-        part.add_argument("--out", type=Path, required=True, help="folder")
-        part.add_argument("--seed", type=count, default=1, help="of the split (%(default)s)")
-        notes = "of notes like <<3*4=12>> (%(default)s)"
-        part.add_argument("--calculator", choices=["strip", "keep"], default="strip", help=notes)
-        levels = "1: the shares of level and type stay (%(default)s)"
-        part.add_argument("--stratify", type=int, choices=[0, 1], default=1, help=levels)
-        part.set_defaults(run=prepare, task=task)
-    text = "writes histories of items that are a few tokens each as conversations"
-    part = parts.add_parser("sid", help=text, description=text)
-    part.add_argument("--raw", type=Path, required=True, help="folder of index, items, histories")
-    part.add_argument("--out", type=Path, required=True, help="folder")
-    part.add_argument("--seed", type=count, default=1, help="of the split (%(default)s)")
-    part.add_argument("--max_history", type=positive, default=10, help="latest items (%(default)s)")
-    part.set_defaults(run=prepare_sid)
-    text = "writes wrong answers, their reasons and misconceptions as conversations"
-    part = parts.add_parser("cot", help=text, description=text)
-    part.add_argument("file", type=Path)
-    part.add_argument("--out", type=Path, required=True, help="folder")
-    part.add_argument("--seed", type=count, default=1, help="of the split (%(default)s)")
-    place = Path(__file__).with_name("cot_prompts.toml")
-    part.add_argument("--templates", type=Path, default=place, help="TOML; default: %(default)s")
-    part.set_defaults(run=cot.prepare_cot)
     args = parser.parse_args(argv)
     arguments.stop_at(arguments.wrong_values(args))
     return args.run(args)
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with report_user_errors():
         sys.exit(main())

@@ -4,10 +4,10 @@ import html
 
 import numpy as np
 
+from common import replacing
 from dataset import formats
-from dataset.files import replacing
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.packing import best_fit_decreasing
+from dataset.loader import best_fit_decreasing
 from dataset.tokenizer import NAMED_CONTROL_TOKENS, load_tokenizer
 
 STYLES = {"supervised": "\033[32m", "not": "\033[90m", "control": "\033[35m"}
@@ -59,7 +59,7 @@ def show(args):
             tokens = [token for index in row for token in tokens_of(data[index], tokenizer)]
             plural = "s" * (len(row) > 1)
             title = f"{path} row {number}: {len(row)} document{plural}" if args.packing else None
-            record = int(data.rows[row[0], 1]) + 1
+            record = int(data.samples[row[0], 1]) + 1
             title = title or f"{path} record {record}"
             written.append(
                 (f"{title}, {len(tokens)} tokens", tokens, [len(data[i][0]) for i in row])

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import UserError, replacing
 from dataset import formats
-from dataset.errors import UserError
-from dataset.files import replacing
 
 
 def split(args):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from dataset.errors import UserError
+from common import UserError
 
 SHIPPED_TOKENIZER = Path(__file__).resolve().parents[1] / "model" / "tokenizer.json"
 
@@ -23,9 +23,6 @@ CONTROL_TOKENS = [
     "<tool_response>",
     "</tool_response>",
 ] + [f"<|spare_{number}|>" for number in range(7)]
-PAD = END_OF_TEXT = 0
-IM_START, IM_END, THINK, END_THINK = 1, 2, 3, 4
-TOOL_CALL, END_TOOL_CALL, TOOL_RESPONSE, END_TOOL_RESPONSE = 5, 6, 7, 8
 NAMED_CONTROL_TOKENS = 9  # the spare slots after these have no meaning yet
 
 

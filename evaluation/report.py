@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter, defaultdict
 
-from dataset.files import replacing
+from common import replacing
 
 
 def wilson(right, n, z=1.96):

@@ -19,21 +19,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import UserError, mistakes_in_plain_words  # first: Ctrl-C while torch loads
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 import numpy as np
 from tqdm import tqdm
 
+from common import ROOT, STOP
 from dataset.chat_template import render
-from dataset.tiny_world import EVAL
+from dataset.tiny_world.generate import EVAL
 from evaluation import report
-from evaluation.stored import Part, keep_previous, read_result, require_same_run
+from evaluation.answers import Part, keep_previous, read_result, require_same_run
 from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
-from model.generation import STOP, generate
+from model.generation import generate
 from trainer import checkpoint
-from trainer.arguments import ROOT, Parser, number, stop_at, wrong_values
-from trainer.compiling import require_compiler
+from trainer.arguments import Parser, number, stop_at, wrong_values
+from trainer.optimizer import require_compiler
 from trainer.trainer_utils import init_model, pick_device, pick_dtype
 
 
@@ -98,11 +99,10 @@ def open_model(args):
     if args.from_weight == "none":
         raise UserError("--weight none: only trained weights can answer; give a name or a path")
     model, tokenizer, _ = init_model(args, device)
-    model.to(pick_dtype(args, device))
     paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
     if args.lora:
-        size = model.config.hidden_size
-        paths.append(checkpoint.find(args.save_dir, f"lora_{args.lora}", size))
+        paths.append(checkpoint.merge_adapters(model, args))
+    model.to(pick_dtype(args, device))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}
 
@@ -267,5 +267,5 @@ class Exam:
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with report_user_errors():
         main()

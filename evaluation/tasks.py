@@ -2,19 +2,92 @@
 
 import json
 import random
+import re
 import tomllib
 from pathlib import Path
 
+from common import IM_END, UserError
 from dataset.chat_template import pieces
-from dataset.errors import UserError
-from dataset.formats import read_records
-from dataset.tasks import read_task
-from dataset.tiny_world import EVAL, write_missing
-from dataset.tokenizer import IM_END
-from evaluation import competition_math, gsm8k, tiny_world
+from dataset.formats import read_json, read_records
+from dataset.tiny_world.generate import EVAL, write_missing
+from evaluation import competition_math, gsm8k
 
 PROMPTS = Path(__file__).parent / "prompts.toml"
 TASKS = ("tiny_world", "gsm8k", "math", "sid")
+
+
+def gsm8k_record(record, calculator="strip"):
+    """A record of GSM8K, {"question", "answer"}, in the project's form.
+
+    calculator: what happens to notes like <<3*4=12>>: strip or keep.
+    Raises ValueError if it is none.
+    """
+    question, answer = (text_of(record, key) for key in ("question", "answer"))
+    rationale, mark, final = answer.rpartition("####")
+    if not mark:
+        raise ValueError('there is no "####" before the final number in its answer')
+    if calculator == "strip":
+        rationale = re.sub(r"<<[^<>]*>>", "", rationale)
+    rationale, final = rationale.strip(), final.strip().replace(",", "")
+    level = f"{len(rationale.splitlines())} steps"
+    solution = f"{rationale}\n#### {final}"
+    return in_form(question, rationale, solution, final, level, "arithmetic", "gsm8k")
+
+
+def math_record(record, calculator="strip"):
+    """A record of MATH, {"problem", "solution", "level", "type"}, in the project's form.
+
+    Raises ValueError if it is none.
+    """
+    question, solution = (text_of(record, key) for key in ("problem", "solution"))
+    final = competition_math.extract_answer(solution, strict=True)
+    if final is None:
+        raise ValueError("there is no \\boxed{} in its solution")
+    level, kind = (record.get(key) and str(record[key]) for key in ("level", "type"))
+    return in_form(question, solution, solution, final, level, kind, "math")
+
+
+def text_of(record, key):
+    text = record.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'there is no text under "{key}" in it')
+    return text.strip()
+
+
+def in_form(question, rationale, solution, final, level, kind, source):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
+    fields = {"question": question, "rationale": rationale, "final_answer": final}
+    return {"conversations": turns} | fields | {"level": level, "type": kind, "source": source}
+
+
+RECORD_OF = {"gsm8k": gsm8k_record, "math": math_record}
+
+
+def records_of(path):
+    """(line, record) of a JSONL file, or of a .json file, which holds one record or a list."""
+    if path.suffix != ".json":
+        return read_records(path)
+    content = read_json(path)
+    return [(1, record) for record in (content if isinstance(content, list) else [content])]
+
+
+def read_task(task, paths, calculator="strip"):
+    """The records of a task's files, official or prepared. Raises UserError at a bad one."""
+    found = []
+    for path in paths:
+        for number, record in records_of(path):
+            try:
+                if not isinstance(record, dict):
+                    raise record if isinstance(record, ValueError) else ValueError("no record")
+                if "final_answer" not in record:
+                    record = RECORD_OF[task](record, calculator)
+                if record.get("source", task) != task:
+                    raise ValueError(f"its source is {record['source']}")
+                text_of(record, "question"), text_of(record, "final_answer")
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}; it is no {task} record") from None
+            found.append(record)
+    return found
 
 
 def read_problems(task, path=None, style="zero_shot", shots_path=None):
@@ -141,7 +214,7 @@ def judge(task, output, gold, truncated):
     """
     if task in ("tiny_world", "sid"):
         extracted, malformed = output.strip(), False
-        strict = lenient = tiny_world.is_correct(output, gold)
+        strict = lenient = tiny_world_is_correct(output, gold)
     elif task == "gsm8k":
         extracted, malformed = gsm8k.extract_answer(output), False
         strict, lenient = (gsm8k.is_correct(output, gold, s) for s in (True, False))
@@ -162,3 +235,13 @@ def same_answer(task, a, b):
     """Whether two extracted answers vote for the same."""
     same = {"gsm8k": gsm8k.is_correct, "math": competition_math.is_equiv}.get(task)
     return same(a, b) if same else a == b
+
+
+def tiny_world_is_correct(answer, expected):
+    """Whether an answer is right: equal to the expected text, or, where that is a list, holding
+    each of its entries as whole words.
+    """
+    answer = answer.strip()
+    if isinstance(expected, str):
+        return answer == expected
+    return all(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", answer) for words in expected)

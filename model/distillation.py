@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.loss import CHUNK, IGNORE
+from common import IGNORE
+from model.loss import CHUNK
 
 
 class Teacher:

@@ -2,38 +2,9 @@
 nothing else that learns. The recipe of recommenders whose items are a few tokens (semantic ids).
 """
 
-import json
-
 import torch
 import torch.nn as nn
 from tokenizers import AddedToken
-
-from dataset.errors import UserError
-
-
-def read_tokens(path):
-    """{token: its description or ""}, sorted: of JSON, {item: its tokens} or {token: description},
-    or of a file with a token a line.
-
-    Raises UserError for a file that is none of these.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            tokens = {}
-            for key, value in json.loads(text).items():
-                tokens |= {key: value} if isinstance(value, str) else dict.fromkeys(value, "")
-        else:
-            tokens = dict.fromkeys(text.split("\n"), "")
-        tokens = {token.strip(): tokens[token] for token in sorted(tokens) if token.strip()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"--extend_tokens {path}: {error}; give JSON of item to tokens, of token to its "
-            "description, or a token a line"
-        ) from None
-    if not tokens:
-        raise UserError(f"--extend_tokens {path}: there is no token in it")
-    return tokens
 
 
 @torch.no_grad()
@@ -72,14 +43,11 @@ def freeze_base(model):
 
     All rows of a matrix have one optimizer state. With a gradient of zero AdamW leaves a row as it
     is to the bit, if no weight decay pulls on it: `make_optimizer` gives these matrices none.
-    Raises UserError if the model has no new tokens.
+    Raises ValueError if the model has no new tokens.
     """
     first = getattr(model, "first_new_token", None)
     if first is None:
-        raise UserError(
-            "--freeze_base 1 trains the rows of new tokens alone, and these weights have none; add "
-            "some with --extend_tokens FILE, or leave the flag out"
-        )
+        raise ValueError("the model has no new tokens")
 
     def of_new_rows(gradient):
         gradient = gradient.clone()

@@ -7,10 +7,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from dataset.tokenizer import END_OF_TEXT, IM_END
+from common import STOP
 from model.causal_lm import KVCache
-
-STOP = (IM_END, END_OF_TEXT)
 
 
 @torch.inference_mode()

@@ -11,8 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dataset.errors import UserError
-
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
@@ -45,7 +43,7 @@ class LoRALinear(nn.Linear):
 def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=None):
     """Gives the matrices that target names an adapter each; only these learn from now on.
 
-    base: the hash of the weights, if it is known. Raises UserError for a name that fits nothing.
+    base: the hash of the weights, if it is known. Raises ValueError for a name that fits nothing.
     """
     names = (ALL_LINEAR if target == "all-linear" else target).split(",")
     linears = {
@@ -55,7 +53,7 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
     }
     unknown = sorted(set(names) - {name.rpartition(".")[2] for name in linears})
     if unknown:
-        raise UserError(f"--lora_target {','.join(unknown)}: there is {ALL_LINEAR}, or all-linear")
+        raise ValueError(f"{','.join(unknown)}: there is {ALL_LINEAR}, or all-linear")
     model.lora = LoRA(rank, alpha, dropout, target, base or hash_of(model))
     model.requires_grad_(False)
     for linear in linears.values():
@@ -115,24 +113,3 @@ def hash_of(model):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def load_adapters(model, content, path):
-    """Puts the adapters of a loaded file on the weights that they were trained on.
-
-    Raises UserError if these are others, or if the adapters do not fit.
-    """
-    lora = content.get("lora")
-    if lora is None:
-        raise UserError(f"{path} holds no adapters, but {content['stage']} weights")
-    if lora["base"] != hash_of(model):
-        raise UserError(
-            f"{path} was trained on other weights than these, and fits only those: "
-            f"{content['under']} (--weight or --from_weight), as they were then"
-        )
-    add_lora(model, **lora)
-    state = adapter_state(model.state_dict())
-    if {n: w.shape for n, w in state.items()} != {n: w.shape for n, w in content["model"].items()}:
-        raise UserError(f"{path} is damaged: its adapters do not fit their own description")
-    model.load_state_dict(content["model"], strict=False)
-    return model

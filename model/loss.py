@@ -7,7 +7,8 @@ Shapes: B batch, T time, D hidden, V vocabulary, N labelled tokens, n those of a
 import torch
 import torch.nn.functional as F
 
-IGNORE = -100  # the label of a token that carries no loss
+from common import IGNORE
+
 CHUNK = 512  # tokens whose scores are held at once
 
 

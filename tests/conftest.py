@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dataset.errors import mistakes_in_plain_words
+from common import report_user_errors
 
 # The cores are shared by pytest-xdist's processes; set before torch is loaded, for children too.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -56,7 +56,7 @@ def run_here(script, *flags):
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            with mistakes_in_plain_words():
+            with report_user_errors():
                 code = module.main(list(map(str, flags)))
         except SystemExit as end:
             code = end.code
@@ -147,7 +147,7 @@ def gsm8k_raw(tmp_path_factory):
 @pytest.fixture(scope="session")
 def gsm8k(gsm8k_raw, tmp_path_factory):
     out = tmp_path_factory.mktemp("gsm8k")
-    done = run_here("dataset/prepare.py", "gsm8k", "--raw", gsm8k_raw, "--out", out)
+    done = run_here("recipes/prepare_math.py", "gsm8k", "--raw", gsm8k_raw, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -185,7 +185,7 @@ def shop(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shop_data(shop, tmp_path_factory):
     out = tmp_path_factory.mktemp("sid")
-    done = run_here("dataset/prepare.py", "sid", "--raw", shop, "--out", out, "--max_history", 3)
+    done = run_here("recipes/sid.py", "--raw", shop, "--out", out, "--max_history", 3)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -214,7 +214,7 @@ def lora_run(trained, data, tmp_path_factory):
 
 def export(trained, data, folder, *more):
     """What full_sft_32 says of the conversations, into a folder."""
-    from trainer import export_hidden_states
+    from recipes import export_hidden_states
 
     flags = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
     flags += ["--offline_dir", folder, "--max_seq_len", 96, "--save_dir", folder / "out"]
@@ -237,7 +237,7 @@ def compiled(monkeypatch):
     import torch
 
     modules, plain = [], torch.nn.Module.compile
-    monkeypatch.setattr("trainer.compiling.require_compiler", lambda device: None)
+    monkeypatch.setattr("trainer.optimizer.require_compiler", lambda device: None)
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda m: modules.append(m) or plain(m, backend="aot_eager")
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dataset.packing import pack, pad
+from dataset.loader import pack, pad
 from model import attention
 from model.attention import attend, visible
 from model.causal_lm import CausalLM, ModelConfig

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
+from common import UserError
 from dataset import cache
-from dataset.errors import UserError
 from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from common import IM_START
 from dataset.chat_template import render
-from dataset.tokenizer import CONTROL_TOKENS, IM_START, load_tokenizer
+from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
 

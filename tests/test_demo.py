@@ -42,7 +42,7 @@ if stop.exists() and stop.read_text() == "eval":
 part.replace(path)
 """
 SCRIPTS = {
-    "dataset/tiny_world.py": "for name in ('pretrain', 'sft', 'eval'):\n"
+    "dataset/tiny_world/generate.py": "for name in ('pretrain', 'sft', 'eval'):\n"
     "    (out.parent / 'dataset' / f'{name}_tiny.jsonl').write_text('')",
     "trainer/train_tokenizer.py": "(out / 'tokenizer.json').write_text('')",
     "trainer/train_pretrain.py": TRAINING.format("pretrain"),

@@ -10,16 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common import IGNORE, UserError
 from dataset import offline
-from dataset.errors import UserError
 from dataset.lm_dataset import SFTDataset
-from dataset.plan import split_rows
+from dataset.loader import split_samples
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
-from model.loss import IGNORE
 from tests.conftest import TINY, export, write_jsonl
-from trainer import checkpoint, compiling, train_distillation, train_full_sft, train_tokenizer
+from trainer import checkpoint, optimizer, train_distillation, train_full_sft, train_tokenizer
 from trainer.teacher import with_teacher
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -207,7 +206,7 @@ def test_layers_that_are_watched_may_be_compiled_or_computed_twice(batch, how, c
         add_projections(student, 32, 2)
         student.model.grad_checkpoint = changed and how == "checkpointed"
         if changed and how == "compiled":
-            compiling.compile_layers(student)
+            optimizer.compile_layers(student)
         module = Distillation(student, Teacher(small(2), layers=[1]), 0.5, 2.0, 0.3)
         for _ in range(2):
             student.zero_grad()
@@ -331,7 +330,7 @@ def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_co
     dataset = SFTDataset(data / "sft.jsonl", load_tokenizer(), 96)
     whole = [tuple(part.tolist()) for row in dataset for part in row]
     whole, found = Counter(zip(whole[::2], whole[1::2], strict=True)), Counter()
-    valid = Counter(dataset[row][0].numpy().tobytes() for row in split_rows(dataset, 0.2, 3)[1])
+    valid = Counter(dataset[row][0].numpy().tobytes() for row in split_samples(dataset, 0.2, 3)[1])
     for part in ("train", "valid", "test"):
         recorded = SFTDataset(tmp_path / part, load_tokenizer(), 96)
         assert len(recorded) > 1
@@ -351,7 +350,7 @@ def test_recorded_samples_count_their_supervised_tokens_as_others_do(recorded):
 
 def test_a_shard_holds_what_the_teacher_says_of_each_sample_alone(recorded, trained):
     content = checkpoint.load(trained / "full_sft_32.pth")
-    model, _ = checkpoint.build(content, "it")
+    model, _ = checkpoint.build_model(content, "it")
     teacher = Teacher(model, layers=[1, 2])
     shard, start = torch.load(recorded / "train" / "00000.pt", weights_only=True), 0
     assert len(set(shard["lengths"].tolist())) > 3
@@ -454,7 +453,7 @@ def test_a_damaged_folder_is_named(recorded, tmp_path):
         from_disk(folder, tmp_path / "out")
     for text in ("{", "[]", "{}"):
         (folder / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match="no folder of trainer/export_hidden_states.py"):
+        with pytest.raises(UserError, match="no folder of recipes/export_hidden_states.py"):
             from_disk(folder, tmp_path / "out")
 
 

@@ -6,10 +6,11 @@ import shlex
 
 import pytest
 
-from dataset import prepare, tiny_world
+from dataset import prepare
+from dataset.tiny_world import generate as tiny_world
 from dataset.tokenizer import SHIPPED_TOKENIZER
+from recipes import peft as merge_lora
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
-from trainer import merge_lora
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -107,9 +108,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         ]
         if not scratch and "--from_resume" not in words:
             words += ["--from_weight", trained / "pretrain_32.pth"]
-    elif script == "dataset/tiny_world.py":
+    elif script == "dataset/tiny_world/generate.py":
         words += ["--out", tmp_path]
-    elif script == "trainer/export_hidden_states.py":
+    elif script == "recipes/export_hidden_states.py":
         words += [
             "--teacher_weight",
             trained / "full_sft_32.pth",
@@ -130,12 +131,12 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
             words += ["--weight", request.getfixturevalue("extended") / "full_sft_32.pth"]
         if "--lora" in words:
             words += ["--lora", "full_sft", "--save_dir", request.getfixturevalue("lora_run")]
-    elif script == "trainer/merge_lora.py":
+    elif script == "recipes/peft.py":
         words += ["--save_dir", request.getfixturevalue("lora_run")]
         if "--from_peft" in words:
             there = ["--lora", "full_sft", "--to_peft", tmp_path / "peft", *words[-2:]]
             merge_lora.main(list(map(str, there)))
-    elif script == "dataset/rejection_sample.py":
+    elif script == "recipes/rejection_sample.py":
         words += ["--weight", trained / "full_sft_32.pth", "--out", tmp_path / "sampled.jsonl"]
         words += ["--limit", 3, "--max_new_tokens", 8]
     elif script == "-c":

@@ -12,8 +12,7 @@ import sys
 import pytest
 import torch
 
-from dataset.errors import UserError
-from dataset.files import replacing
+from common import UserError, replacing
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import ROOT, TINY, chat, run, run_here, write_jsonl
@@ -251,7 +250,7 @@ def test_crafted_weights_are_refused_in_a_sentence(trained, tmp_path, part, name
         path = tmp_path / "crafted_32.pth"
         torch.save(changed(content, part, name, value), path)
         with pytest.raises(UserError, match="crafted_32.pth"):
-            checkpoint.build(checkpoint.load(path), path)
+            checkpoint.build_model(checkpoint.load(path), path)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -260,7 +259,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(trained, tmp_pat
     content["model"]["model.norm.weight"] = WEIGHTS[kind](content["model"]["model.norm.weight"])
     torch.save(content, tmp_path / "crafted_32.pth")
     with pytest.raises(UserError, match="crafted_32.pth.*model"):
-        checkpoint.build(checkpoint.load(tmp_path / "crafted_32.pth"), "crafted_32.pth")
+        checkpoint.build_model(checkpoint.load(tmp_path / "crafted_32.pth"), "crafted_32.pth")
 
 
 @pytest.mark.parametrize("name", ["run", "arguments", "optimizer", "scaler"])
@@ -352,7 +351,7 @@ def test_a_full_disk_while_saving(trained, data, tmp_path):
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         f"sys.path.insert(0, {str(ROOT)!r});"
-        "from dataset.errors import mistakes_in_plain_words as m\n"
+        "from common import report_user_errors as m\n"
         "from trainer.train_full_sft import main\n"
         "with m(): main(sys.argv[1:])"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.errors import UserError
+from common import UserError
 from evaluation import report, run_eval
 from evaluation.tasks import TASKS, judge, read_problems
 from model.causal_lm import CausalLM, ModelConfig
@@ -70,7 +70,7 @@ def test_gsm8k_is_prepared(gsm8k, gsm8k_raw, tmp_path):
     assert manifest["files"]["valid.jsonl"]["records"] == 5 and manifest["task"] == "gsm8k"
 
     flags = ["--raw", gsm8k_raw, "--out", tmp_path, "--calculator", "keep"]
-    assert run_here("dataset/prepare.py", "gsm8k", *flags).returncode == 0
+    assert run_here("recipes/prepare_math.py", "gsm8k", *flags).returncode == 0
     assert "<<45+0=45>>45" in read(tmp_path / "test.jsonl")[0]["rationale"]
 
 
@@ -82,7 +82,7 @@ def test_math_is_prepared_from_folders_too(tmp_path):
         problem["solution"] = rf"It is $\boxed{{\frac{{{i}}}{{7}}}}$."
         (folder / f"{i}.json").write_text(json.dumps(problem, indent=1), encoding="utf-8")
     flags = ["--raw", tmp_path / "raw", "--out", tmp_path / "out"]
-    done = run_here("dataset/prepare.py", "math", *flags)
+    done = run_here("recipes/prepare_math.py", "math", *flags)
     assert done.returncode == 0, done.stderr
     parts = {name: read(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "valid", "test")}
     assert {name: len(part) for name, part in parts.items()} == {"train": 8, "valid": 1, "test": 2}
@@ -94,16 +94,16 @@ def test_the_rest_is_split_in_three_without_an_official_test(gsm8k_raw, tmp_path
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "all.jsonl").write_bytes((gsm8k_raw / "train.jsonl").read_bytes())
     flags = ["--raw", tmp_path / "raw", "--out", tmp_path, "--stratify", 0]
-    assert run_here("dataset/prepare.py", "gsm8k", *flags).returncode == 0
+    assert run_here("recipes/prepare_math.py", "gsm8k", *flags).returncode == 0
     sizes = [len(read(tmp_path / f"{name}.jsonl")) for name in ("train", "valid", "test")]
     assert sum(sizes) == 45 and sizes[1] in (4, 5) and sizes[2] in (4, 5)
 
 
 def test_a_record_of_something_else_is_named(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"question": "What?", "answer": "It is 3."}])
-    done = run_here("dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out")
+    done = run_here("recipes/prepare_math.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and "line 1" in done.stderr and "####" in done.stderr
-    done = run_here("dataset/prepare.py", "gsm8k", "--raw", tmp_path / "no", "--out", tmp_path)
+    done = run_here("recipes/prepare_math.py", "gsm8k", "--raw", tmp_path / "no", "--out", tmp_path)
     assert done.returncode == 2 and "no such folder" in done.stderr
 
 
@@ -420,7 +420,7 @@ def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
         assert says in f"{error.value} {capsys.readouterr().err}", flags
 
 
-@pytest.mark.parametrize("script", ["evaluation/run_eval.py", "dataset/rejection_sample.py"])
+@pytest.mark.parametrize("script", ["evaluation/run_eval.py", "recipes/rejection_sample.py"])
 def test_wrong_numbers_of_the_draws_are_told_before_any_work(script, tmp_path):
     flags = ["--data_path", tmp_path / "none.jsonl", "--weight", "nowhere"]
     for name, value in (

@@ -6,16 +6,17 @@ import re
 import pytest
 import torch
 
-from dataset.errors import UserError
+from common import UserError
 from dataset.lm_dataset import SFTDataset
 from dataset.tokenizer import load_tokenizer
 from evaluation import run_eval
 from evaluation.tasks import Allowed, read_problems
 from model.causal_lm import CausalLM, ModelConfig
-from model.extend_vocab import extend_vocab, freeze_base, read_tokens
+from model.extend_vocab import extend_vocab, freeze_base
 from model.generation import complete
 from tests.conftest import run_here, sft, write_jsonl
 from trainer import checkpoint
+from trainer.trainer_utils import read_tokens
 
 TOKENS = ["<a_1>", "<a_2>", "<b_1>"]
 
@@ -109,7 +110,7 @@ def test_a_shop_that_cannot_be_read_is_told_in_a_sentence(
             assert before is None or before in content
             content = after if before is None else content.replace(before, after, 1)
         (tmp_path / path.name).write_bytes(content)
-    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and says in done.stderr, (done.stdout, done.stderr)
     assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 600
     assert not (tmp_path / "out").exists()
@@ -209,7 +210,7 @@ def test_recommendations_are_items_that_exist(extended, shop_data, tmp_path):
 def test_answers_held_to_some_texts_are_the_likeliest_of_them(extended):
     """Against the score of each text, when the tree leaves a choice at the first token alone."""
     content = checkpoint.load(extended / "full_sft_32.pth")
-    model, tokenizer = checkpoint.build(content, extended)
+    model, tokenizer = checkpoint.build_model(content, extended)
     prompt = tokenizer.encode("Which item?").ids
     texts = [f"<a_{i}><b_0>" for i in range(3)]
     options = {"max_new_tokens": 5, "temperature": 0, "allowed": Allowed(texts, tokenizer)}
@@ -222,7 +223,7 @@ def test_answers_held_to_some_texts_are_the_likeliest_of_them(extended):
 
 def test_new_tokens_are_one_token_in_the_data(extended, shop_data):
     content = checkpoint.load(extended / "full_sft_32.pth")
-    _, tokenizer = checkpoint.build(content, extended)
+    _, tokenizer = checkpoint.build_model(content, extended)
     data = SFTDataset(shop_data / "test.jsonl", tokenizer, 96)
     _, labels = data[0]
     assert (labels != -100).sum() == 3  # two of the item, and the end of the turn
@@ -234,11 +235,11 @@ def test_a_broken_history_is_named(shop, tmp_path):
     text = (tmp_path / "Shop.valid.csv").read_text()
     assert "['<a_0><b_0>']" in text
     (tmp_path / "Shop.valid.csv").write_text(text.replace("['<a_0><b_0>']", "exit(0)", 1))
-    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and "line " in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "Shop.valid.csv").write_bytes((shop / "Shop.valid.csv").read_bytes())
     (tmp_path / "Shop.item.json").write_text('{"0": {"description": "no title"}}')
-    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and "item 0" in done.stderr
     assert not (tmp_path / "out").exists()
     write_jsonl(tmp_path / "x.jsonl", [{"source": "gsm8k"}])

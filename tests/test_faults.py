@@ -20,7 +20,7 @@ from tests.conftest import ROOT, run
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_full_sft
-from trainer.stopping import RunLock, StopSignal
+from trainer.signals import RunLock, StopSignal
 
 SCRIPT = ROOT / "trainer/train_full_sft.py"
 LOCK = "checkpoints/full_sft_32.lock"
@@ -224,10 +224,10 @@ def test_ctrl_c_twice_stops_at_once_with_a_sentence(data, tmp_path):
 def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data):
     code = (
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from dataset.errors import mistakes_in_plain_words\n"
+        "from common import report_user_errors\n"
         "from trainer.train_full_sft import main\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere, nobody may not
-        "with mistakes_in_plain_words(): main()"
+        "with report_user_errors(): main()"
     )
     # Not in pytest's folder, which another pytest closes to all but its owner when it starts.
     with tempfile.TemporaryDirectory() as name:

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dataset.errors import UserError
+from common import UserError
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for_good, unmerge
+from recipes import peft as merge_lora
 from tests.conftest import LORA, ROOT, run, run_here, sft
-from trainer import checkpoint, merge_lora, train_full_sft
-from trainer.adapting import choose_what_learns
+from trainer import checkpoint, train_full_sft
+from trainer.trainer_utils import choose_what_learns
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -234,7 +235,7 @@ def test_other_weights_beneath_are_refused(lora_run, trained):
     assert done.returncode == 2 and "trained on other weights" in done.stderr
     path = lora_run / "lora_full_sft_32.pth"
     with pytest.raises(UserError, match="--lora"):
-        checkpoint.build(checkpoint.load(path), path)
+        checkpoint.build_model(checkpoint.load(path), path)
 
 
 def test_adapters_from_scratch_are_refused(data, tmp_path, capsys):

@@ -6,11 +6,12 @@ from itertools import chain
 import pytest
 import torch
 
+from common import IGNORE
 from dataset.lm_dataset import SFTDataset
-from dataset.packing import SHORTEST, best_fit_decreasing, pack, pad
+from dataset.loader import SHORTEST, best_fit_decreasing, pack, pad
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.loss import IGNORE, summed_cross_entropy, supervised_tokens
+from model.loss import summed_cross_entropy, supervised_tokens
 from tests.conftest import chat, write_jsonl
 from tests.test_chat_template import marked
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import plan
-from dataset.errors import UserError
+from common import IGNORE, UserError
+from dataset import loader as plan
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.plan import Source, epoch_plan, mix, split_rows
+from dataset.loader import Source, epoch_plan, mix, split_samples
 from dataset.split import shares
 from dataset.tokenizer import load_tokenizer
-from model.loss import IGNORE
 from tests.conftest import TINY, chat, run_here, write_jsonl
 
 SEEDS = range(200)
@@ -115,21 +114,21 @@ def test_the_share_of_a_source_is_drawn_and_not_its_beginning(texts):
 def test_replayed_text_is_drawn_and_not_its_beginning(texts, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [chat("Hi", f"{i}") for i in range(20)])
     talks, drawn = SFTDataset(path, load_tokenizer()), []
-    begin, files = talks.rows, talks.files
+    begin, files = talks.samples, talks.files
     for seed in SEEDS:
-        talks.rows, talks.files = begin, files
+        talks.samples, talks.files = begin, files
         added = talks.mix_in(texts, 1.5, seed)
         assert list(added) == list(range(20, 50))
-        drawn.append({tuple(row) for row in (talks.rows[20:] - [1, 0, 0, 0]).tolist()})
+        drawn.append({tuple(row) for row in (talks.samples[20:] - [1, 0, 0, 0]).tolist()})
         assert len(drawn[-1]) == 30
-    assert evenly(drawn, [tuple(row) for row in texts.rows.tolist()], 30 / len(texts))
+    assert evenly(drawn, [tuple(row) for row in texts.samples.tolist()], 30 / len(texts))
 
 
 def test_every_row_validates_under_some_seed(texts):
     rows = list(range(len(texts)))
-    held_out = [split_rows(texts, 0.3, seed)[1] for seed in SEEDS]
+    held_out = [split_samples(texts, 0.3, seed)[1] for seed in SEEDS]
     assert evenly([set(one) for one in held_out], rows, 0.3)
-    assert sorted(split_rows(texts, 0.3, 5)[0] + held_out[5]) == rows
+    assert sorted(split_samples(texts, 0.3, 5)[0] + held_out[5]) == rows
     # Of two files alike in length, not the same places.
     places = [
         ({row for row in one if row < 40}, {row - 50 for row in one if row >= 50})

@@ -16,10 +16,10 @@ from dataset import split
 from dataset.chat_template import render
 from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.packing import best_fit_decreasing
-from dataset.plan import epoch_plan
-from dataset.tasks import official_files, read_task
+from dataset.loader import best_fit_decreasing, epoch_plan
 from dataset.tokenizer import load_tokenizer
+from evaluation.tasks import read_task
+from recipes.prepare_math import official_files
 from tests.conftest import chat, run, run_here, write_jsonl
 
 
@@ -204,7 +204,7 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     }
     example = {"question": "2+2?", "incorrect": "22", "reason": "joined {question}"}
     path = write_jsonl(tmp_path / "x.jsonl", [record, record | {"example_cots": [example]}] * 10)
-    done = run_here("dataset/prepare.py", "cot", path, "--out", tmp_path)
+    done = run_here("recipes/misconceptions.py", path, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = [r for name in ("train", "valid") for _, r in read_records(tmp_path / f"{name}.jsonl")]
     prompts = {record["conversations"][0]["content"] for record in found}
@@ -224,12 +224,12 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     assert (tmp_path / "tokens.txt").read_text() == "<COT_START>\n<COT_END>\n"
 
     done = run_here(
-        *["dataset/prepare.py", "cot", write_jsonl(path, [record | {"example_cots": ["one"]}])],
+        *["recipes/misconceptions.py", write_jsonl(path, [record | {"example_cots": ["one"]}])],
         *["--out", tmp_path],
     )
     assert done.returncode == 2 and "line 1" in done.stderr
     del record["cot"]
-    done = run_here("dataset/prepare.py", "cot", write_jsonl(path, [record]), "--out", tmp_path)
+    done = run_here("recipes/misconceptions.py", write_jsonl(path, [record]), "--out", tmp_path)
     assert done.returncode == 2 and "line 1" in done.stderr and "cot" in done.stderr
 
 
@@ -275,18 +275,18 @@ def test_a_split_never_replaces_what_it_reads(tmp_path, link):
 def test_official_files_are_not_replaced(gsm8k_raw, tmp_path):
     for path in gsm8k_raw.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    done = run_here("dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path)
+    done = run_here("recipes/prepare_math.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path)
     assert done.returncode == 2 and "another --out" in done.stderr
     for path in gsm8k_raw.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     problem = {"problem": "1+1?", "solution": r"\boxed{2}", "level": "1", "type": "sums"}
     (tmp_path / "math").mkdir()
     path = write_jsonl(tmp_path / "math" / "train.jsonl", [problem])
-    done = run_here("dataset/prepare.py", "math", "--raw", path.parent, "--out", path.parent)
+    done = run_here("recipes/prepare_math.py", "math", "--raw", path.parent, "--out", path.parent)
     assert done.returncode == 2 and "another --out" in done.stderr
     trace = {name: "x" for name in ("question", "correct", "incorrect", "cot", "misconception")}
     path = write_jsonl(tmp_path / "valid.jsonl", [trace])
-    done = run_here("dataset/prepare.py", "cot", path, "--out", tmp_path)
+    done = run_here("recipes/misconceptions.py", path, "--out", tmp_path)
     assert done.returncode == 2 and "another --out" in done.stderr
     assert [record for _, record in read_records(path)] == [trace]
 
@@ -366,8 +366,8 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path, monkeypatch):
     for command in (
         ["dataset/prepare.py", "check", "--data_path", pipe],
         ["dataset/prepare.py", "split", pipe, "--out", tmp_path],
-        ["dataset/prepare.py", "cot", pipe, "--out", tmp_path],
-        ["dataset/prepare.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out"],
+        ["recipes/misconceptions.py", pipe, "--out", tmp_path],
+        ["recipes/prepare_math.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out"],
         ["trainer/train_tokenizer.py", "--data_path", pipe, "--out", tmp_path / "t.json"],
         ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", pipe],
         ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", f"{pipe}*2"],
@@ -377,7 +377,7 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path, monkeypatch):
         assert "is no file" in done.stderr and "Traceback" not in done.stderr
     for kind in ("index.json", "item.json"):
         (tmp_path / f"x.{kind}").symlink_to(pipe)
-    done = run_here("dataset/prepare.py", "sid", "--raw", tmp_path, "--out", tmp_path / "out")
+    done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
 
 

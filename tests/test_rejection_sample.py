@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dataset import rejection_sample
-from dataset.errors import UserError
+from common import UserError
 from dataset.lm_dataset import SFTDataset
 from dataset.tokenizer import load_tokenizer
+from recipes import rejection_sample
 from tests.conftest import write_jsonl
 
 

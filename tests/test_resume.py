@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.errors import UserError
+from common import UserError
 from tests.conftest import chat, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights

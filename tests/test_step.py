@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import END_OF_TEXT, IGNORE
 from dataset.chat_template import render
-from dataset.tokenizer import END_OF_TEXT, load_tokenizer
+from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.loss import IGNORE
 from tests.conftest import ROOT, chat, run, write_jsonl
 from trainer import checkpoint, distributed, train_full_sft, train_pretrain
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from dataset.tiny_world import SEED, write_tiny_world
-from dataset.tiny_world_text import World, steps
-from evaluation.tiny_world import is_correct
+from dataset.tiny_world.generate import SEED, write_tiny_world
+from dataset.tiny_world.text import World, steps
+from evaluation.tasks import tiny_world_is_correct as is_correct
 from tests.conftest import run, run_here
 
 
@@ -32,7 +32,7 @@ def spoken(records):
 
 def test_same_seed_same_bytes_whatever_the_hash_seed(tmp_path):
     for name, seed in (("a", "0"), ("b", "12345")):
-        done = run("dataset/tiny_world.py", "--out", tmp_path / name, PYTHONHASHSEED=seed)
+        done = run("dataset/tiny_world/generate.py", "--out", tmp_path / name, PYTHONHASHSEED=seed)
         assert done.returncode == 0, done.stderr
         assert "of them distinct" in done.stdout
     for name in ("pretrain_tiny.jsonl", "sft_tiny.jsonl", "eval_tiny.jsonl"):
@@ -99,7 +99,7 @@ def test_held_out_sums_are_not_calculated_anywhere_in_training(files, world):
 
 
 def test_more_sums_are_true_and_stay_on_their_side(world, tmp_path):
-    run_here("dataset/tiny_world.py", "--sums", tmp_path)
+    run_here("dataset/tiny_world/generate.py", "--sums", tmp_path)
     questions = set()
     for name, sums in (("practice", world.sums), ("exam", world.held_out_sums)):
         lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()

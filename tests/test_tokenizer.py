@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dataset.errors import UserError
+from common import UserError
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from tests.conftest import chat, run, run_here, write_jsonl
 

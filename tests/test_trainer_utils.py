@@ -8,16 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dataset.errors import UserError
+from common import UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from tests.conftest import chat, write_jsonl
-from trainer import adapting, distributed, train_distillation, train_full_sft, trainer_utils
-from trainer.compiling import compile_layers, require_compiler
+from trainer import checkpoint, distributed, train_distillation, train_full_sft, trainer_utils
 from trainer.metrics import MetricsLog
-from trainer.optimizer import make_optimizer
+from trainer.optimizer import compile_layers, make_optimizer, require_compiler
 from trainer.trainer_utils import describe, init_model, pick_device, pick_dtype, seed_step
 
 
@@ -181,7 +180,7 @@ def test_each_layer_is_compiled_by_itself_and_computes_what_it_did(compiled):
 )
 def test_weights_named_by_freeze_do_not_learn_and_the_rest_is_counted(freeze, learn, capsys):
     model = small()
-    adapting.choose_what_learns(model, None, args_of(freeze=freeze))
+    trainer_utils.choose_what_learns(model, None, args_of(freeze=freeze))
     named = dict(model.named_parameters())
     assert [name for name in named if named[name].requires_grad] == learn
     count = sum(named[name].numel() for name in learn)
@@ -195,19 +194,19 @@ def test_new_rows_alone_are_counted(tmp_path, capsys):
     tokenizer = load_tokenizer()
     model = small(tokenizer.get_vocab_size())
     args = args_of(extend_tokens=tmp_path / "new.txt", freeze_base=True)
-    adapting.choose_what_learns(model, tokenizer, args)
+    trainer_utils.choose_what_learns(model, tokenizer, args)
     said = capsys.readouterr().out
     assert "2 new tokens; the vocabulary has 2050 entries" in said and "\n64 of " in said
-    assert adapting.description(model) == {"first_new_token": 2048}
+    assert checkpoint.description(model) == {"first_new_token": 2048}
     args.parallel = "fsdp"
     with pytest.raises(UserError, match="--freeze_base 1 needs whole matrices"):
-        adapting.choose_what_learns(model, tokenizer, args)
+        trainer_utils.choose_what_learns(model, tokenizer, args)
 
 
 def test_a_model_that_learns_as_a_whole_needs_no_words(capsys):
     model = small()
-    adapting.choose_what_learns(model, None, args_of())
-    assert capsys.readouterr().out == "" and adapting.description(model) == {}
+    trainer_utils.choose_what_learns(model, None, args_of())
+    assert capsys.readouterr().out == "" and checkpoint.description(model) == {}
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -286,9 +285,9 @@ def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_ar
 
 
 def test_alone_a_process_adds_nothing_and_waits_for_nobody(monkeypatch):
-    assert distributed.add_up(3, True, torch.tensor(2.5)) == [3.0, 1.0, 2.5]
+    assert distributed.all_reduce_sum(3, True, torch.tensor(2.5)) == [3.0, 1.0, 2.5]
     assert distributed.is_first() and distributed.start("gloo") == (0, 1)
-    distributed.wait_for_all()
+    distributed.barrier()
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert distributed.local_rank() == 3
 
@@ -324,8 +323,8 @@ def test_gradients_are_sent_in_a_steps_last_micro_batch_alone():
     """Each micro-batch's would give the same sum, in more time."""
     runner = torch.nn.Linear(1, 1)
     runner.no_sync = lambda: "not sent"
-    assert distributed.adding_gradients(runner, False) == "not sent"
-    assert distributed.adding_gradients(runner, True) != "not sent"
+    assert distributed.sync_gradients(runner, False) == "not sent"
+    assert distributed.sync_gradients(runner, True) != "not sent"
 
 
 def test_distillation_has_a_teacher_unless_the_run_has_one(monkeypatch):

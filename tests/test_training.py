@@ -15,14 +15,13 @@ from collections import Counter
 import pytest
 import torch
 
-from dataset.errors import UserError
+from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.plan import Source, batches, epoch_plan, mix, split_rows
+from dataset.loader import Source, batches, epoch_plan, mix, split_samples
 from dataset.tokenizer import load_tokenizer
 from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
-from model.loss import IGNORE
 from tests.conftest import ROOT, TINY, chat, run, write_jsonl
 from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import parse_training_args, training_parser
@@ -460,8 +459,8 @@ def test_the_validation_split_stays_when_the_data_grows(tmp_path):
         path = write_jsonl(tmp_path / f"{count}.jsonl", records)
         # Long ones are split into several rows, which stay on the same side.
         dataset = SFTDataset(path, load_tokenizer(), max_length=24, overlong="split")
-        train, held = split_rows(dataset, 0.1, 1)
-        records = [{int(dataset.rows[row, 1]) for row in rows} for rows in (train, held)]
+        train, held = split_samples(dataset, 0.1, 1)
+        records = [{int(dataset.samples[row, 1]) for row in rows} for rows in (train, held)]
         assert not records[0] & records[1] and sorted(train + held) == list(range(len(dataset)))
         return records[1]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dataset.lm_dataset import SFTDataset
-from dataset.plan import split_rows
+from dataset.loader import split_samples
 from tests.conftest import TINY, chat, sft, write_jsonl
 from trainer import checkpoint, train_full_sft
 from trainer.metrics import MetricsLog
@@ -24,13 +24,13 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path, monkeypatc
     sft(out, "--data_path", *files, *how, "--loss_curve", tmp_path / "curve.png")
     line = json.loads((out / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").split("\n")[-2])
 
-    model, tokenizer = checkpoint.build(checkpoint.load(out / "full_sft_32.pth"), "it")
+    model, tokenizer = checkpoint.build_model(checkpoint.load(out / "full_sft_32.pth"), "it")
     dataset = SFTDataset(files, tokenizer, max_length=96)
-    _, rows = split_rows(dataset, 0.2, seed=1)
+    _, rows = split_samples(dataset, 0.2, seed=1)
     losses, counts = {name: 0.0 for name in ("sft.jsonl", "other.jsonl")}, {}
     for row in rows:
         ids, labels = dataset[row]
-        name = files[dataset.rows[row, 0]].name
+        name = files[dataset.samples[row, 0]].name
         with torch.no_grad():
             log_p = model(ids[None])[0, :-1].log_softmax(-1)
         learned = labels[1:] >= 0

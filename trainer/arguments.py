@@ -7,11 +7,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-from dataset.errors import UserError
-from dataset.plan import Source
+from common import ROOT, UserError
+from dataset.loader import Source
 from trainer.checkpoint import load_latest
 
-ROOT = Path(__file__).resolve().parents[1]
 # Flags that decide the model's shape. Their default is None: those of ModelConfig for a new model,
 # and of the file for weights that are loaded.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

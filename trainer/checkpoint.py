@@ -20,13 +20,11 @@ from pathlib import Path
 
 import torch
 
-from dataset.errors import UserError
-from dataset.files import replacing, save_tensors
+from common import UserError, replacing, save_tensors
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import add_projections
-from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
-from trainer.adapting import choose_what_learns, description
+from model.lora import adapter_state, add_lora, hash_of, merge_for_good
 from trainer.distributed import is_first, whole
 from trainer.run import Run, flags_of
 
@@ -235,10 +233,9 @@ def empty_model(config, content):
     return model
 
 
-def build(content, path, args=None):
+def build_model(content, path, dropout=0.0):
     """(model, tokenizer) of a loaded file; every weight must be there and fit.
 
-    args: the flags; lora names adapters to merge into the weights.
     Raises UserError with the missing and unexpected names and the shapes that differ.
     """
     if "lora" in content and "run" not in content:
@@ -246,7 +243,7 @@ def build(content, path, args=None):
     try:
         weights, tokenizer = content["model"], load_tokenizer(json_text=str(content["tokenizer"]))
         config = ModelConfig(**content["config"])
-        config.dropout = getattr(args, "dropout", 0.0)
+        config.dropout = dropout
         require_plain(config, content)
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged file names
             expected = empty_model(config, content).state_dict()
@@ -277,15 +274,39 @@ def build(content, path, args=None):
     model = empty_model(config, content)
     model.load_state_dict(weights)
     model.first_new_token = content.get("first_new_token")
-    if getattr(args, "lora", None):
-        place = find(args.save_dir, f"lora_{args.lora}", config.hidden_size, config.use_moe)
-        adapters = load(place)
-        merge_for_good(load_adapters(model, adapters, place))
-        content["stage"] = adapters["stage"]
-        print(f"with the adapters {place}")
-    elif hasattr(args, "use_lora"):
-        choose_what_learns(model, tokenizer, args)
     return model, tokenizer
+
+
+def load_adapters(model, path):
+    """Adds the adapters of a file to the weights that they were trained on; returns its content.
+
+    Raises UserError if these are other weights, or if the adapters do not fit.
+    """
+    content = load(path)
+    lora = content.get("lora")
+    if lora is None:
+        raise UserError(f"{path} holds no adapters, but {content['stage']} weights")
+    if lora["base"] != hash_of(model):
+        raise UserError(
+            f"{path} was trained on other weights than these, and fits only those: "
+            f"{content['under']} (--weight or --from_weight), as they were then"
+        )
+    add_lora(model, **lora)
+    expected = {name: w.shape for name, w in adapter_state(model.state_dict()).items()}
+    if expected != {name: weight.shape for name, weight in content["model"].items()}:
+        raise UserError(f"{path} is damaged: its adapters do not fit their own description")
+    model.load_state_dict(content["model"], strict=False)
+    return content
+
+
+def merge_adapters(model, args):
+    """Merges the adapters that --lora names into the model's weights; returns their file's path."""
+    config = model.config
+    path = find(args.save_dir, f"lora_{args.lora}", config.hidden_size, config.use_moe)
+    load_adapters(model, path)
+    merge_for_good(model)
+    print(f"with the adapters {path}")
+    return path
 
 
 def save_weights(path, args, model, tokenizer, stage, run, state=None):
@@ -346,3 +367,12 @@ def put_best_in_place(args, name):
     load(best)  # raises an error if it is damaged
     with best.open("rb") as source, replacing(args.save_dir / f"{name}.pth") as file:
         shutil.copyfileobj(source, file)
+
+
+def description(model):
+    """What a file says of a model beyond its config: adapters, first new token, projections."""
+    found = {"first_new_token": getattr(model, "first_new_token", None)}
+    found["lora"] = dataclasses.asdict(model.lora) if getattr(model, "lora", None) else None
+    if projections := getattr(model, "projections", None):
+        found["projections"] = [projections[0].out_features, len(projections)]
+    return {name: value for name, value in found.items() if value is not None}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset.errors import UserError
+from common import UserError
 
 
 def start(backend):
@@ -41,7 +41,7 @@ def is_first():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def add_up(*values, device="cpu"):
+def all_reduce_sum(*values, device="cpu"):
     """Each number summed over all processes, as floats."""
     if not dist.is_initialized():
         return [float(value) for value in values]
@@ -54,15 +54,15 @@ def add_up(*values, device="cpu"):
 def first_process_first():
     """The first process does what is inside before the others do: they find its files."""
     if not is_first():
-        wait_for_all()
+        barrier()
     try:
         yield
     finally:
         if is_first():
-            wait_for_all()
+            barrier()
 
 
-def wait_for_all():
+def barrier():
     if dist.is_initialized():
         dist.barrier()
 
@@ -118,7 +118,7 @@ def parallelise(model, mode, dtype):
     return fully_shard(model, mp_policy=policy)
 
 
-def adding_gradients(runner, now):
+def sync_gradients(runner, now):
     """Whether the processes add up their gradients in this backward pass: in a step's last one."""
     if hasattr(runner, "set_requires_gradient_sync"):
         runner.set_requires_gradient_sync(now)

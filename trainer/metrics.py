@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from dataset.errors import UserError
+from common import UserError
 
 
 class MetricsLog:

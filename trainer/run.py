@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.errors import UserError
+from common import UserError
 from trainer.distributed import load_optimizer
 
 # Flags that a resumed run may change: the weights come out the same, or, with another device,

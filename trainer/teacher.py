@@ -2,7 +2,7 @@
 
 import torch
 
-from dataset.errors import UserError
+from common import UserError
 from dataset.offline import OfflineTeacher, read_manifest
 from dataset.tokenizer import load_tokenizer
 from model.distillation import Distillation, Teacher, add_projections
@@ -27,7 +27,7 @@ def with_teacher(model, tokenizer, args):
         weights = read_manifest(path)["teacher"]
     else:
         path = checkpoint.find(args.save_dir, args.teacher_weight)
-        its_model, its_tokenizer = checkpoint.build(checkpoint.load(path), path)
+        its_model, its_tokenizer = checkpoint.build_model(checkpoint.load(path), path)
         weights = hash_of(its_model)
         teacher = Teacher(its_model.to(device), layers_of(args.aux_layers, its_model, path))
     if its_tokenizer.to_str() != tokenizer.to_str():

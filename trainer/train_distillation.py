@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import mistakes_in_plain_words
+from common import report_user_errors
 from trainer import distributed, train_full_sft
 
 
@@ -27,5 +27,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words(), distributed.ending_in_plain_words():
+    with report_user_errors(), distributed.ending_in_plain_words():
         main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import mistakes_in_plain_words  # first: Ctrl-C while torch loads
+from common import report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 import torch
@@ -23,21 +23,21 @@ from tqdm import tqdm
 from dataset.chat_template import render
 from dataset.formats import KEYS
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.plan import Source, batches, epoch_plan, mix, split_rows
-from dataset.tiny_world import PRETRAIN, SFT, write_missing
+from dataset.loader import Source, batches, epoch_plan, mix, split_samples
+from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
 from evaluation.run_eval import TASKS, Exam
 from model.generation import complete
 from model.loss import supervised_tokens
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import number, one_of, parse_training_args, reading, training_parser
-from trainer.compiling import compile_layers
 from trainer.metrics import MetricsLog, step_profiler
-from trainer.optimizer import make_optimizer
+from trainer.optimizer import compile_layers, make_optimizer
 from trainer.run import Run, go_on, report_end
-from trainer.stopping import RunLock, StopSignal
+from trainer.signals import RunLock, StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
+    choose_what_learns,
     describe,
     init_model,
     keep_freed_memory,
@@ -45,8 +45,8 @@ from trainer.trainer_utils import (
     pick_device,
     pick_dtype,
     seed_step,
+    validation_loss,
 )
-from trainer.validation import validation_loss
 
 
 def main(argv=None):
@@ -79,6 +79,8 @@ def main(argv=None):
     device = pick_device(args.device, args.deterministic)
     rank, world_size = distributed.start("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer, _ = init_model(args, device, resume)
+    if args.from_weight not in (None, "none") or resume:
+        choose_what_learns(model, tokenizer, args)
     name = checkpoint.file_name(args.save_weight, model.config)
     folder = args.save_dir / "checkpoints"
     lock = RunLock(folder / f"{name}.lock") if rank == 0 else None
@@ -94,7 +96,7 @@ def main(argv=None):
     with distributed.first_process_first():
         paths = [write_missing(source.path) for source in sources]
         data = eval_data = SFTDataset(paths, tokenizer, **how)
-        train_rows, eval_rows = split_rows(data, args.eval_split, args.seed)
+        train_rows, eval_rows = split_samples(data, args.eval_split, args.seed)
         if args.eval_data_path:
             eval_data = SFTDataset(args.eval_data_path, tokenizer, **how)
             train_rows, eval_rows = range(len(data)), range(len(eval_data))
@@ -158,12 +160,12 @@ def main(argv=None):
             data_wait += time.perf_counter() - began
             supervised = sum(supervised_tokens(labels) for _, labels, *_ in fetched)
             tokens = sum(int(data.lengths[rows].sum()) for rows in micro_batches)
-            supervised, tokens = distributed.add_up(supervised, tokens, device=device)
+            supervised, tokens = distributed.all_reduce_sum(supervised, tokens, device=device)
 
             loss = 0.0
             for index, batch in enumerate(fetched):
                 input_ids, labels, *where = (part.to(device) for part in batch)
-                with distributed.adding_gradients(runner, index == len(fetched) - 1):
+                with distributed.sync_gradients(runner, index == len(fetched) - 1):
                     with autocast:
                         share = runner(input_ids, *where, labels=labels) / supervised
                     objective = share
@@ -195,7 +197,7 @@ def main(argv=None):
             last = run.step == total_steps
             evaluate = (run.step % args.eval_interval == 0 or last) and eval_rows
             if evaluate or last or run.step % args.log_interval == 0 or run.step == 1:
-                (loss,) = distributed.add_up(loss, device=device)
+                (loss,) = distributed.all_reduce_sum(loss, device=device)
                 speed = (run.tokens - start_tokens) / (time.perf_counter() - start)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", tokens_per_s=f"{speed:.0f}")
                 if run.step == 1:
@@ -211,7 +213,9 @@ def main(argv=None):
                     score = -val_loss
                     if exam:
                         score = exam.score(model, tokenizer) / world_size
-                        (score,) = distributed.add_up(score, device=device)  # all agree on it
+                        (score,) = distributed.all_reduce_sum(
+                            score, device=device
+                        )  # all agree on it
                         tqdm.write(f"  {args.best_metric} {score:.1%}")
                     if run.judge(score):
                         best = folder / f"{name}_best.pth"
@@ -233,7 +237,7 @@ def main(argv=None):
                 prompt, _ = render(question, add_generation_prompt=True, tokenizer=tokenizer)
                 (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
                 tqdm.write(f"  {args.sample_prompt} -> {tokenizer.decode(answer)}")
-            asked = distributed.add_up(stop.received, device=device)[0] > 0
+            asked = distributed.all_reduce_sum(stop.received, device=device)[0] > 0
             hopeless = run.bad_steps >= args.max_bad_steps
             done = last or run.stalled(args.early_stop_patience)
             ended = done or asked or hopeless
@@ -246,7 +250,7 @@ def main(argv=None):
         if ended:
             break
     bar.close()
-    distributed.wait_for_all()
+    distributed.barrier()
     distributed.end()
     if rank > 0:
         return
@@ -259,5 +263,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words(), distributed.ending_in_plain_words():
+    with report_user_errors(), distributed.ending_in_plain_words():
         main()

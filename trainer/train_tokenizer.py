@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.errors import UserError, mistakes_in_plain_words
-from dataset.files import replacing
+from common import UserError, replacing, report_user_errors
 from dataset.formats import format_of, read_records, to_conversation, to_text
-from dataset.tiny_world import PRETRAIN, SFT, write_missing
+from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
 from dataset.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
 # Where text may be cut before pairs are merged: contractions, single digits (so that numbers are
@@ -95,5 +94,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with report_user_errors():
         main()

@@ -3,20 +3,27 @@ learning rate, figures on the data. Each is called; none calls back.
 """
 
 import ctypes
+import json
 import math
 import os
+import re
 import sys
 import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from dataset.errors import UserError
+from common import UserError
+from dataset.loader import batches, epoch_plan
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.extend_vocab import extend_vocab, freeze_base
+from model.lora import add_lora
+from model.loss import supervised_tokens
 from trainer import checkpoint
 from trainer.arguments import SHAPE
-from trainer.distributed import local_rank
+from trainer.distributed import all_reduce_sum, local_rank
 
 
 def init_model(args, device="cpu", resume=None):
@@ -53,7 +60,7 @@ def init_model(args, device="cpu", resume=None):
         config.max_position_embeddings = max(config.max_position_embeddings, longest)
         model, how = CausalLM(config), "starting from scratch"
     if content:
-        model, tokenizer = checkpoint.build(content, path, args)
+        model, tokenizer = checkpoint.build_model(content, path, dropout)
         differ = [
             f"--{name} {value}, but {path} has {getattr(model.config, name)}"
             for name, value in shape.items()
@@ -166,3 +173,122 @@ def seed_step(args, step, rank):
     what an uninterrupted one would have drawn.
     """
     torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
+
+
+@torch.no_grad()
+def validation_loss(model, dataset, rows, args, device, autocast, rank=0, world_size=1):
+    """(mean loss per supervised token over the rows in nats, more for the log). Where the rows come
+    from several files, that is {"val_losses": {file: its mean}}. Each process does its share.
+    """
+    rows, sums = np.asarray(rows), {}
+    file_of = dataset.samples[rows, 0]
+    model.eval()
+    for file in np.unique(file_of).tolist():
+        plan = epoch_plan(dataset, rows[file_of == file], args, 0, rank, world_size)
+        micro_batches = [rows_of_batch for step in plan for rows_of_batch in step]
+        total, count = 0.0, 0
+        for batch in batches(dataset, micro_batches, args):
+            input_ids, labels, *where = (part.to(device) for part in batch)
+            with autocast:
+                total += model(input_ids, *where, labels=labels).item()
+            count += supervised_tokens(labels)
+        sums[file] = all_reduce_sum(total, count, device=device)
+    model.train()
+    total, count = (sum(numbers) for numbers in zip(*sums.values(), strict=True))
+    if len(sums) == 1:
+        return total / max(1, count), {}
+    paths = [dataset.files[file].path for file in sums]
+    alike = len({path.name for path in paths}) < len(paths)
+    names = [str(path) if alike else path.name for path in paths]
+    means = [float(f"{total / max(1, count):.6g}") for total, count in sums.values()]
+    losses = dict(zip(names, means, strict=True))
+    tqdm.write("validation of " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+    return total / max(1, count), {"val_losses": losses}
+
+
+def choose_what_learns(model, tokenizer, args):
+    """Does what the flags --extend_tokens, --use_lora, --freeze_base and --freeze say.
+
+    Raises UserError where they leave nothing to learn, or contradict each other.
+    """
+    if args.use_lora and (args.freeze_base or args.extend_tokens):
+        raise UserError(
+            "--use_lora 1 keeps all weights as they are, so it excludes --extend_tokens and "
+            "--freeze_base 1; add the tokens in a run of their own first"
+        )
+    if args.extend_tokens and args.from_resume:
+        require_known(args.extend_tokens, tokenizer)
+    elif args.extend_tokens:
+        added = extend_vocab(model, tokenizer, read_tokens(args.extend_tokens))
+        print(f"{added} new tokens; the vocabulary has {model.config.vocab_size} entries")
+    if args.use_lora and not getattr(model, "lora", None):
+        torch.manual_seed(args.seed)
+        try:
+            add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target)
+        except ValueError as error:
+            raise UserError(f"--lora_target {error}") from None
+    if args.freeze_base:
+        if args.parallel == "fsdp":
+            raise UserError("--freeze_base 1 needs whole matrices; use --parallel ddp")
+        try:
+            freeze_base(model)
+        except ValueError as error:
+            raise UserError(
+                f"--freeze_base 1 trains the rows of new tokens alone, and {error}; add some with "
+                "--extend_tokens FILE, or leave the flag out"
+            ) from None
+    if args.freeze:
+        try:
+            found = [name for name, _ in model.named_parameters() if re.search(args.freeze, name)]
+        except re.error as error:
+            raise UserError(f"--freeze {args.freeze} is no regular expression: {error}") from None
+        if not found:
+            raise UserError(f"--freeze {args.freeze}: no weight has such a name")
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
+    learn = [weight for weight in model.parameters() if weight.requires_grad]
+    if not learn:
+        raise UserError("nothing is left to learn; give --freeze fewer names")
+    sizes = [sum(map(torch.numel, weights)) for weights in (learn, list(model.parameters()))]
+    if args.freeze_base:
+        sizes[0] = sum(weight[weight.first_row :].numel() for weight in learn)
+    if sizes[0] < sizes[1]:
+        print(f"{sizes[0]:,} of {sizes[1]:,} parameters learn ({sizes[0] / sizes[1]:.1%})")
+
+
+def require_known(path, tokenizer):
+    """Raises UserError if a file has tokens that the checkpoint of a run does not have. The run
+    does not need the file any more, so it may be gone.
+    """
+    tokens = read_tokens(path) if path.is_file() else {}
+    new = [token for token in tokens if tokenizer.token_to_id(token) is None]
+    if new:
+        raise UserError(
+            f"--extend_tokens {path} has tokens that the run did not begin with, such as {new[0]}; "
+            "give the file as it was, leave the flag out, or start a new run"
+        )
+
+
+def read_tokens(path):
+    """{token: its description or ""}, sorted: of JSON, {item: its tokens} or {token: description},
+    or of a file with a token a line.
+
+    Raises UserError for a file that is none of these.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            tokens = {}
+            for key, value in json.loads(text).items():
+                tokens |= {key: value} if isinstance(value, str) else dict.fromkeys(value, "")
+        else:
+            tokens = dict.fromkeys(text.split("\n"), "")
+        tokens = {token.strip(): tokens[token] for token in sorted(tokens) if token.strip()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--extend_tokens {path}: {error}; give JSON of item to tokens, of token to its "
+            "description, or a token a line"
+        ) from None
+    if not tokens:
+        raise UserError(f"--extend_tokens {path}: there is no token in it")
+    return tokens

@@ -1,13 +1,13 @@
 """Tiny World: the village of Amberbrook, invented so that a laptop has something to learn.
 
-    python dataset/tiny_world.py            # writes the three files below and prints their figures
-    python dataset/tiny_world.py --sums out/sums      # more sums to solve, see docs/15
+    python dataset/tiny_world/generate.py                      # writes the three files below
+    python dataset/tiny_world/generate.py --sums out/sums      # more sums to solve, see docs/15
 
 pretrain_tiny.jsonl   text about 48 villagers (home, job, friend, pet, what each likes), stories,
                       dialogues, definitions, counting and sums
 sft_tiny.jsonl        conversations; 16 of the villagers are never mentioned in them
 eval_tiny.jsonl       held-out prompts with their answers; what keeps them apart from the other two
-                      files is decided in `World` (tiny_world_text.py)
+                      files is decided in `World` (text.py)
 
 The same seed writes the same bytes on every machine.
 """
@@ -19,13 +19,13 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.files import replacing
-from dataset.tiny_world_chat import Pool, calculation, conversations, questions
-from dataset.tiny_world_text import World, pretraining_text
+from common import replacing
+from dataset.tiny_world.chat import Pool, calculation, conversations, questions
+from dataset.tiny_world.text import World, pretraining_text
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parents[1]
 PRETRAIN, SFT, EVAL = (FOLDER / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval"))
 SEED = 1
 

@@ -4,33 +4,18 @@ Each function below writes one kind of text; `pretraining_text` says how much th
 """
 
 import random
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
-from dataset.tiny_world_words import (
-    ASKS,
-    COUNTED,
-    DIRECT,
-    ENDS,
-    FACTS,
-    MEANINGS,
-    NUMBERS,
-    OPENERS,
-    PRONOUNS,
-    QUESTIONS,
-    RUMOURS,
-    STARTS,
-    STORIES,
-    STORY_BEGINNINGS,
-    STORY_ENDINGS,
-    STORY_REQUESTS,
-    SUM_PROBLEMS,
-    THINGS,
-    VALUES,
+words = SimpleNamespace(
+    **tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 )
-
 SEED = 1
 VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
 LARGEST = 49  # number in the sums
+DIRECT = 4  # the first wordings of words.asks can be joined to another question by "and"
 SHORT_KINDS = ["home", "job", "likes"]  # a single word says these facts
 
 
@@ -55,12 +40,12 @@ class World:
 
     def __init__(self, seed):
         rng = random.Random(seed)
-        names = [(s, a + b) for a in STARTS.split() for s in ENDS for b in ENDS[s].split()]
+        names = [(s, a + b) for a in words.starts for s in words.ends for b in words.ends[s]]
         rng.shuffle(names)
         people = []
         for index, (sex, name) in enumerate(names[:VILLAGERS]):
-            home, job, likes = (VALUES[kind][index % 24] for kind in ("home", "job", "likes"))
-            pet = f"{rng.choice(VALUES['colour'])} {rng.choice(VALUES['animal'])}"
+            home, job, likes = (words.values[kind][index % 24] for kind in ("home", "job", "likes"))
+            pet = f"{rng.choice(words.values['colour'])} {rng.choice(words.values['animal'])}"
             people.append(Villager(name, sex, home, job, likes, pet))
         for kind in ("home", "job", "likes"):  # each value stays equally frequent
             values = [getattr(person, kind) for person in people]
@@ -71,8 +56,8 @@ class World:
             one.friend, other.friend = other.name, one.name
         self.people, self.known, self.held_out = people, people[HELD_OUT:], people[:HELD_OUT]
         self.strangers, self.held_out_strangers = names[VILLAGERS:400], names[400:]
-        colours, animals = VALUES["colour"], VALUES["animal"]
-        stories = [(c, a, t) for c in colours for a in animals for t in THINGS]
+        colours, animals = words.values["colour"], words.values["animal"]
+        stories = [(c, a, t) for c in colours for a in animals for t in words.things]
         self.held_out_stories = share(rng, stories)
         self.stories = [s for s in stories if s not in self.held_out_stories]
         sums = [("+", a, b) for a in range(11, LARGEST) for b in range(11, LARGEST + 1 - a)]
@@ -81,7 +66,7 @@ class World:
         self.sums = [s for s in sums if s not in self.held_out_sums]
         # Two questions in one, each a (kind of fact, wording). After one about a friend, "she"
         # would be one of two people.
-        asks = [(kind, wording) for kind in FACTS for wording in ASKS[kind][:DIRECT]]
+        asks = [(kind, wording) for kind in words.facts for wording in words.asks[kind][:DIRECT]]
         pairs = [(a, b) for a in asks for b in asks if a[0] not in (b[0], "friend")]
         self.held_out_pairs = share(rng, pairs)
         self.pairs = [pair for pair in pairs if pair not in self.held_out_pairs]
@@ -96,9 +81,9 @@ def sentence(text):
     return text[0].upper() + text[1:]
 
 
-def fact(rng, person, kind, pronoun=False, templates=FACTS):
+def fact(rng, person, kind, pronoun=False, templates=words.facts):
     """One fact about a villager in one of its wordings."""
-    p, ps, po = PRONOUNS[person.sex]
+    p, ps, po = words.pronouns[person.sex]
     n, ns, o = (p, ps, po) if pronoun else (person.name, f"{person.name}'s", person.name)
     text = rng.choice(templates[kind])
     return sentence(text.format(n=n, ns=ns, o=o, p=p, ps=ps, v=getattr(person, kind)))
@@ -106,13 +91,13 @@ def fact(rng, person, kind, pronoun=False, templates=FACTS):
 
 def portrait(rng, person):
     """All facts about one villager, shuffled: a name first, then mostly pronouns."""
-    kinds = rng.sample(list(FACTS), len(FACTS))
+    kinds = rng.sample(list(words.facts), len(words.facts))
     lines = []
     for index, kind in enumerate(kinds):
         line = fact(rng, person, kind, pronoun=index > 0 and rng.random() < 0.3)
         if rng.random() < 0.15:
             named = line.startswith(person.name)
-            line = f"{rng.choice(OPENERS)} {line if named else line[0].lower() + line[1:]}"
+            line = f"{rng.choice(words.openers)} {line if named else line[0].lower() + line[1:]}"
         lines.append(line)
     return " ".join(lines)
 
@@ -121,8 +106,8 @@ def dialogue(rng, person, other):
     """Two villagers meet; the first answers questions about two of their facts."""
     hello = rng.choice(["Good morning", "Hello", "Good evening", "Welcome", "Nice to see you"])
     lines = [f'{other.name} met {person.name}. "{hello}, {person.name}," said {other.name}.']
-    for kind in rng.sample(list(FACTS), 2):
-        question, answer = rng.choice(QUESTIONS[kind])
+    for kind in rng.sample(list(words.facts), 2):
+        question, answer = rng.choice(words.questions[kind])
         said = rng.choice(["said", "answered", "replied"])
         answer = answer.format(v=getattr(person, kind))
         lines.append(f'"{question}" asked {other.name}. "{answer}," {said} {person.name}.')
@@ -138,9 +123,9 @@ def introductions(rng, people):
 
 def errand(rng):
     """Things asked for and brought, in the same order: practice in copying what was said."""
-    one, other = rng.sample(VALUES["job"], 2)
-    things = [f"a {rng.choice(VALUES['colour'])} {t}" for t in rng.sample(THINGS, 2)]
-    things.insert(rng.randrange(3), f"a {rng.choice(VALUES['animal'])}")
+    one, other = rng.sample(words.values["job"], 2)
+    things = [f"a {rng.choice(words.values['colour'])} {t}" for t in rng.sample(words.things, 2)]
+    things.insert(rng.randrange(3), f"a {rng.choice(words.values['animal'])}")
     said = named(things)
     return f'"Bring me {said}," said a {one} to a {other}. The {other} brought {said}.'
 
@@ -153,13 +138,13 @@ def gossip(rng, person):
     """Somebody asks about a villager and is told facts in which the name is not said: any three,
     or those that were asked for; some are shouted.
     """
-    asker, teller, said = rng.choice(VALUES["job"]), rng.choice(VALUES["job"]), "said"
+    asker, teller, said = rng.choice(words.values["job"]), rng.choice(words.values["job"]), "said"
     shouts = rng.random() < 0.4
-    kinds, templates = (SHORT_KINDS + ["pet"], 1) if shouts else (FACTS, None)
-    question, kinds = rng.choice(RUMOURS), rng.sample(list(kinds), rng.choice([2, 3]))
+    kinds, templates = (SHORT_KINDS + ["pet"], 1) if shouts else (words.facts, None)
+    question, kinds = rng.choice(words.rumours), rng.sample(list(kinds), rng.choice([2, 3]))
     if rng.random() < 0.6:
         question = f"What of {{n}}, {named(kinds)}?"
-    templates = {kind: FACTS[kind][:templates] for kind in kinds}
+    templates = {kind: words.facts[kind][:templates] for kind in kinds}
     facts = " ".join(fact(rng, person, kind, pronoun=True, templates=templates) for kind in kinds)
     if shouts:
         facts, said = facts.upper(), "shouted"
@@ -168,8 +153,8 @@ def gossip(rng, person):
 
 def comparison(rng, person, others):
     """The same is asked about several villagers, in full only of the first."""
-    kind, lines = rng.choice(list(FACTS)), []
-    asker, teller = rng.sample(VALUES["job"], 2)
+    kind, lines = rng.choice(list(words.facts)), []
+    asker, teller = rng.sample(words.values["job"], 2)
     for who in [person, *others]:
         question = "And {n}?" if lines else f"What of {{n}}, {kind}?"
         told = fact(rng, who, kind, pronoun=True)
@@ -178,24 +163,24 @@ def comparison(rng, person, others):
 
 
 def story_of(subject, event):
-    """What a story is about: "a brown dog who lost a kite"; event is a key of STORIES."""
-    return STORY_REQUESTS[event].format(**dict(zip("cat", subject, strict=True)))
+    """What a story is about: "a brown dog who lost a kite"; event is a key of words.stories."""
+    return words.story_requests[event].format(**dict(zip("cat", subject, strict=True)))
 
 
 def story(rng, subject, event):
     """A story about a (colour, animal, thing). Its first sentence says what the request says, so a
     model can copy it, and everything after it follows from that sentence.
     """
-    words = dict(zip("cat", subject, strict=True)) | {"w": story_of(subject, event)}
-    words |= {"h": rng.choice(VALUES["home"]), "j": rng.choice(VALUES["job"])}
-    parts = [STORY_BEGINNINGS, *STORIES[event], STORY_ENDINGS]
-    return " ".join(rng.choice(part).format(**words) for part in parts)
+    filled = dict(zip("cat", subject, strict=True)) | {"w": story_of(subject, event)}
+    filled |= {"h": rng.choice(words.values["home"]), "j": rng.choice(words.values["job"])}
+    parts = [words.story_beginnings, *words.stories[event], words.story_endings]
+    return " ".join(rng.choice(part).format(**filled) for part in parts)
 
 
 def meaning(word):
-    kind = "someone who" if word in VALUES["job"] else "something that"
-    kind = "an animal that" if word in VALUES["animal"] else kind
-    return f"A {word} is {kind} {MEANINGS[word]}."
+    kind = "someone who" if word in words.values["job"] else "something that"
+    kind = "an animal that" if word in words.values["animal"] else kind
+    return f"A {word} is {kind} {words.meanings[word]}."
 
 
 def in_capitals(word):
@@ -210,7 +195,7 @@ def small_sum(rng):
         counted = ", ".join(map(str, range(start, stop + 1)))
         return f"Counting from {start} to {stop}: {counted}."
     if rng.random() < 0.2:
-        a, b, total = NUMBERS[a], NUMBERS[b], NUMBERS[a + b]
+        a, b, total = words.numbers[a], words.numbers[b], words.numbers[a + b]
         return f"{sentence(a)} and {b} make {total}. Take {b} from {total} and {a} is left."
     return f"{a}+{b}={a + b}, {a + b}-{b}={a}."
 
@@ -232,14 +217,14 @@ def steps(operation, a, b):
 
 def word_problem(rng, operation, a, b):
     """A question that asks for a sum or a difference, in one of its wordings."""
-    text = rng.choice(SUM_PROBLEMS[operation])
-    return text.format(a=a, b=b, t=rng.choice(COUNTED), j=rng.choice(VALUES["job"]))
+    text = rng.choice(words.sum_problems[operation])
+    return text.format(a=a, b=b, t=rng.choice(words.counted), j=rng.choice(words.values["job"]))
 
 
 def card(rng, person):
     """Facts about a villager as a list, or in single words."""
     if rng.random() < 0.4:
-        kinds = rng.sample(list(FACTS), rng.choice([2, 3]))
+        kinds = rng.sample(list(words.facts), rng.choice([2, 3]))
         lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
         return "\n".join([f"{person.name}, {named(kinds)}"] + lines)
     kinds = rng.sample(SHORT_KINDS, 2)
@@ -250,9 +235,9 @@ def card(rng, person):
 def remembered(rng, person):
     """What somebody says of himself, and hears again after a word about something else."""
     kind = rng.choice(["colour", "animal"])
-    value = "the " * (kind == "animal") + rng.choice(VALUES[kind])
-    one, other = rng.sample(VALUES["job"], 2)
-    between = fact(rng, person, rng.choice(list(FACTS)))
+    value = "the " * (kind == "animal") + rng.choice(words.values[kind])
+    one, other = rng.sample(words.values["job"], 2)
+    between = fact(rng, person, rng.choice(list(words.facts)))
     return (
         f'"My favourite {kind} is {value}," said a {one} to a {other}. {between} '
         f'"Your favourite {kind} is {value}," said the {other}.'
@@ -261,7 +246,7 @@ def remembered(rng, person):
 
 def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
-    people, values = world.people, [word for group in VALUES.values() for word in group]
+    people, values = world.people, [word for group in words.values.values() for word in group]
 
     texts = [portrait(rng, person) for person in people for _ in range(40)]
     texts += [gossip(rng, person) for person in people for _ in range(80)]
@@ -276,11 +261,13 @@ def pretraining_text(world, rng):
     texts += [errand(rng) for _ in range(800)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(1000)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
-    texts += [story(rng, rng.choice(world.stories), rng.choice(list(STORIES))) for _ in range(1600)]
+    texts += [
+        story(rng, rng.choice(world.stories), rng.choice(list(words.stories))) for _ in range(1600)
+    ]
     texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(2800)]
     texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1200)]
     for operation, a, b in rng.choices(world.sums, k=2500):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
-    texts += [" ".join(map(meaning, rng.sample(list(MEANINGS), 3))) for _ in range(300)]
+    texts += [" ".join(map(meaning, rng.sample(list(words.meanings), 3))) for _ in range(300)]
     rng.shuffle(texts)
     return texts

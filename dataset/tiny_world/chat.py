@@ -6,7 +6,8 @@ Each function returns (category, messages, expected): the messages end with the 
 expected is what evaluation looks for in the model's own: the whole answer, or the words in a list.
 """
 
-from dataset.tiny_world_text import (
+from dataset.tiny_world.text import (
+    DIRECT,
     SHORT_KINDS,
     Villager,
     meaning,
@@ -15,22 +16,10 @@ from dataset.tiny_world_text import (
     story,
     story_of,
     word_problem,
-)
-from dataset.tiny_world_words import (
-    ANSWERS,
-    ASKS,
-    DIRECT,
-    FACTS,
-    IDENTITY,
-    MANNERS,
-    MEANINGS,
-    PRONOUNS,
-    STORIES,
-    UNKNOWN,
-    VALUES,
+    words,
 )
 
-KINDS = list(FACTS)
+KINDS = list(words.facts)
 
 
 class Pool:
@@ -53,14 +42,14 @@ def turns(*texts, system=None):
 
 def ask(rng, person, kind, pronoun=False, wording=None):
     """A question about one fact, in the given wording or in any."""
-    p, ps, po = PRONOUNS[person.sex]
+    p, ps, po = words.pronouns[person.sex]
     n, ns, o = (p, ps, po) if pronoun else (person.name, f"{person.name}'s", person.name)
-    return (wording or rng.choice(ASKS[kind])).format(n=n, ns=ns, o=o)
+    return (wording or rng.choice(words.asks[kind])).format(n=n, ns=ns, o=o)
 
 
 def answer(person, kind):
-    p, ps, _ = PRONOUNS[person.sex]
-    return sentence(ANSWERS[kind].format(p=p, ps=ps, v=getattr(person, kind)))
+    p, ps, _ = words.pronouns[person.sex]
+    return sentence(words.answers[kind].format(p=p, ps=ps, v=getattr(person, kind)))
 
 
 def recall(rng, pool):
@@ -78,7 +67,7 @@ def two_facts(rng, pool):
 
 
 def story_on_request(rng, pool):
-    subject, event = rng.choice(pool.stories), rng.choice(list(STORIES))
+    subject, event = rng.choice(pool.stories), rng.choice(list(words.stories))
     request = rng.choice(["Write a story", "Tell me a story", "Write a short story"])
     request += f" about {story_of(subject, event)}."
     colour, animal, thing = subject
@@ -103,7 +92,7 @@ def follow_up(rng, pool):
         ]
         if two != "friend" and rng.random() < 0.4:
             last = rng.choice([kind for kind in KINDS if kind not in (one, two)])
-            wording = rng.choice(ASKS[last][:DIRECT])
+            wording = rng.choice(words.asks[last][:DIRECT])
             texts += [
                 f"And {ask(rng, person, last, pronoun=True, wording=wording)}",
                 answer(person, last),
@@ -117,7 +106,7 @@ def follow_up(rng, pool):
 def favourite(rng, pool):
     """What the user said of himself, after a question about something else."""
     kind = rng.choice(["colour", "animal"])
-    value = rng.choice(VALUES[kind])
+    value = rng.choice(words.values[kind])
     told = f"My favourite {kind} is {'the ' * (kind == 'animal')}{value}."
     _, between, _ = recall(rng, pool)
     between = [message["content"] for message in between]
@@ -128,7 +117,7 @@ def favourite(rng, pool):
 
 def in_a_manner(rng, pool):
     """The form of the answer is asked for by the user, or by the system prompt."""
-    person, manner = rng.choice(pool.people), rng.choice(list(MANNERS))
+    person, manner = rng.choice(pool.people), rng.choice(list(words.manners))
     kinds = {"one word": SHORT_KINDS, "capitals": [*SHORT_KINDS, "pet"]}
     kind = rng.choice(kinds.get(manner, KINDS))
     value, text = getattr(person, kind), answer(person, kind)
@@ -144,7 +133,7 @@ def in_a_manner(rng, pool):
         "polite": f"With pleasure! {text}",
         "pirate": f"Arr! {text} Arr!",
     }[manner]
-    instruction = rng.choice(MANNERS[manner])
+    instruction = rng.choice(words.manners[manner])
     if manner in ("polite", "pirate") or rng.random() < 0.5:
         return "format", turns(sentence(question), text, system=instruction), text
     return "format", turns(f"{instruction} {sentence(question)}", text), text
@@ -153,7 +142,11 @@ def in_a_manner(rng, pool):
 def unknown(rng, pool):
     sex, name = rng.choice(pool.strangers)
     stranger = Villager(name, sex, *[""] * 4)
-    return "unknown", turns(sentence(ask(rng, stranger, rng.choice(KINDS))), UNKNOWN), UNKNOWN
+    return (
+        "unknown",
+        turns(sentence(ask(rng, stranger, rng.choice(KINDS))), words.unknown),
+        words.unknown,
+    )
 
 
 def long_talk(rng, pool):
@@ -169,8 +162,8 @@ def long_talk(rng, pool):
 def small_talk(rng, pool):
     """Who the assistant is, and what words mean: learned, not judged."""
     if rng.random() < 0.5:
-        return None, turns(*rng.choice(IDENTITY)), None
-    word = rng.choice(list(MEANINGS))
+        return None, turns(*rng.choice(words.identity)), None
+    word = rng.choice(list(words.meanings))
     return None, turns(f"What is a {word}?", meaning(word)), None
 
 

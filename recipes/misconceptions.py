@@ -1,4 +1,6 @@
-"""Reasoning traces: from a wrong answer to the misconception behind it, as conversations.
+"""Writes wrong answers, their reasons and the misconceptions behind them as conversations.
+
+    python recipes/misconceptions.py traces.jsonl --out out/misconceptions
 
 Records are {"question", "correct", "incorrect", "cot", "misconception"}, and may have
 "example_cots", a list of {"question", "incorrect", "reason"} that the prompt shows first. What is
@@ -6,17 +8,22 @@ learned is <COT_START>{cot}<COT_END>{misconception}; --extend_tokens makes the t
 """
 
 import re
+import sys
 import tomllib
+from pathlib import Path
 
-from dataset.errors import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UserError, report_user_errors
 from dataset.formats import read_records
 from dataset.split import shares, write_parts
+from trainer.arguments import Parser, number, stop_at, wrong_values
 
 MARKS = ("<COT_START>", "<COT_END>")
 FIELDS = ("question", "correct", "incorrect", "cot", "misconception")
 
 
-def prepare_cot(args):
+def prepare(args):
     """Writes train and valid conversations, tokens.txt with the two marks, and a manifest."""
     try:
         forms = tomllib.loads(args.templates.read_text(encoding="utf-8"))
@@ -27,14 +34,14 @@ def prepare_cot(args):
         needs = "it needs templates, a list of texts, and example"
         raise UserError(f"--templates {args.templates}: {error!r}; {needs}") from None
     records = []
-    for number, record in read_records(args.file):
+    for line, record in read_records(args.file):
         try:
             if isinstance(record, ValueError):
                 raise record
             template = templates[len(records) % len(templates)]
             records.append(conversation(record, template, example))
         except (ValueError, TypeError, AttributeError) as error:  # example_cots may be anything
-            raise UserError(f"{args.file}, line {number}: {error}") from None
+            raise UserError(f"{args.file}, line {line}: {error}") from None
     part_of = shares([""] * len(records), [9, 1], args.seed)
     names = ("train.jsonl", "valid.jsonl")
     files = {
@@ -63,3 +70,21 @@ def fill(template, values):
     """The template with its names filled in, all in one pass: what is filled in is not read."""
     names = "question|correct|incorrect|reason|examples"
     return re.sub(rf"\{{({names})\}}", lambda name: str(values.get(name[1], "")), template)
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("file", type=Path)
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--seed", type=number(int, 0), default=1, help="of the split (%(default)s)")
+    templates = Path(__file__).with_suffix(".toml")
+    add("--templates", type=Path, default=templates, help="TOML; default: %(default)s")
+    args = parser.parse_args(argv)
+    stop_at(wrong_values(args))
+    return prepare(args)
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        sys.exit(main())

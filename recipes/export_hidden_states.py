@@ -1,7 +1,7 @@
 """What a teacher says of each token of the data, written to disk once: students are trained from it
 without the teacher in memory, and as often as you like.
 
-    python trainer/export_hidden_states.py --teacher_weight full_sft
+    python recipes/export_hidden_states.py --teacher_weight full_sft
     python trainer/train_distillation.py --offline_dir out/offline --student pretrain_small
 
 The data is read as by train_full_sft.py. With the same flags, its rows and their split are the
@@ -17,24 +17,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import UserError, mistakes_in_plain_words  # first: Ctrl-C while torch loads
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 import torch
 from tqdm import tqdm
 
+from common import IGNORE, ROOT, replacing, save_tensors
 from dataset import offline
-from dataset.files import replacing, save_tensors
 from dataset.formats import KEYS
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.packing import pad
-from dataset.plan import Source, cut, split_rows
-from dataset.tiny_world import PRETRAIN, SFT, write_missing
+from dataset.loader import Source, cut, pad, split_samples
+from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
 from model.distillation import Teacher
 from model.lora import hash_of
-from model.loss import IGNORE
 from trainer import checkpoint
-from trainer.arguments import ROOT, Parser, number, one_of, source, stop_at, wrong_values
+from trainer.arguments import Parser, number, one_of, source, stop_at, wrong_values
 from trainer.teacher import layers_of
 from trainer.trainer_utils import pick_device, pick_dtype
 
@@ -44,7 +42,7 @@ def main(argv=None):
     device = pick_device(args.device)
     dtype = pick_dtype(args, device)
     path = checkpoint.find(args.save_dir, args.teacher_weight)
-    model, tokenizer = checkpoint.build(checkpoint.load(path), path)
+    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
     layers = layers_of(args.aux_layers, model, path)
     if args.top_k > model.config.vocab_size or args.top_k and layers:
         raise UserError(
@@ -56,7 +54,7 @@ def main(argv=None):
     same = ("max_seq_len", "top_k", "distill_temperature", "dtype", "shard_size", "seed")
     manifest = {name: getattr(args, name) for name in same} | {"aux_layers": layers}
     manifest |= {"teacher": hash_of(model), "config": dataclasses.asdict(model.config)}
-    order = b"".join(data.rows[row].tobytes() for rows in sum(parts.values(), []) for row in rows)
+    order = b"".join(data.samples[row].tobytes() for rows in sum(parts.values(), []) for row in rows)
     manifest["data"] = [*data.content, hashlib.sha256(order).hexdigest()]
     manifest["shards"] = {part: len(shards) for part, shards in parts.items()}
     begin(args.offline_dir, manifest, model, tokenizer)
@@ -114,10 +112,10 @@ def read_data(args, tokenizer):
     how = {"max_length": args.max_seq_len, "cache_dir": args.save_dir / "cache"}
     words = {name: getattr(args, name) for name in ("data_format", "overlong", "keep_think")}
     data = SFTDataset(paths, tokenizer, **how, **words)
-    train, valid = split_rows(data, args.eval_split, args.seed)
+    train, valid = split_samples(data, args.eval_split, args.seed)
     test = []
     if args.test_split:
-        test = sorted(set(split_rows(data, args.test_split, args.seed + 1)[1]) & set(train))
+        test = sorted(set(split_samples(data, args.test_split, args.seed + 1)[1]) & set(train))
         train = sorted(set(train) - set(test))
     if replay_path and args.replay_share:
         documents = PretrainDataset(write_missing(replay_path), tokenizer, **how)
@@ -185,5 +183,5 @@ def record(teacher, data, rows, batch_size, device, autocast, dtype):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with report_user_errors():
         main()

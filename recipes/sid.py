@@ -1,4 +1,6 @@
-"""Recommendation data whose items are a few tokens each, as conversations.
+"""Writes recommendation data whose items are a few tokens each as conversations.
+
+    python recipes/sid.py --raw FOLDER --out out/sid
 
 Reads the usual files: *.index.json, {item: its tokens}; *.item.json, {item: {"title",
 "description"}}; *.csv with the histories, whose list columns are Python literals.
@@ -8,10 +10,15 @@ import ast
 import csv
 import io
 import json
+import sys
+from pathlib import Path
 
-from dataset.errors import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UserError, report_user_errors
 from dataset.formats import is_folder, open_file, read_json
 from dataset.split import shares, write_parts
+from trainer.arguments import Parser, number, stop_at, wrong_values
 
 ASK = {  # task: the question; {0} is the history, the title or the id
     "next_id": "A customer bought, one after the other: {0}. Which item is next?",
@@ -128,3 +135,20 @@ def record(task, given, answer):
     turns = [("user", ASK[task].format(given)), ("assistant", answer)]
     conversation = [{"role": role, "content": content} for role, content in turns]
     return {"conversations": conversation, "task": task, "source": "sid"}
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--raw", type=Path, required=True, help="folder of index, items and histories")
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--seed", type=number(int, 0), default=1, help="of the split (%(default)s)")
+    add("--max_history", type=number(int, 1), default=10, help="latest items (%(default)s)")
+    args = parser.parse_args(argv)
+    stop_at(wrong_values(args))
+    return prepare_sid(args)
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        sys.exit(main())

@@ -1,11 +1,16 @@
-"""Which rows of a dataset are trained on and which validate, how often, and in what order.
+"""Which samples each optimizer step takes, in what order, and how they are packed into rows.
 
-Everything here is a pure function of the data, the flags and the seed: it is the same in every
-process, and a run that was stopped finds its place again.
+All of it is a pure function of the data, the flags and the seed: it is the same in every process,
+and a run that was stopped continues with the samples that it had not seen.
+
+Several short samples share a packed row, because padding costs as much as text. Beside its ids a
+row has the place of each token in its sample (position_ids, from 0 in each) and the number of the
+sample in the row (document_ids, -1 for padding), so that the model treats each as if it were alone.
 """
 
 import signal
 import threading
+from bisect import bisect_left, insort
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.packing import best_fit_decreasing, pack, pad
+from common import IGNORE, PAD
+
+SHORTEST = 128  # tokens of a packed row; longer ones make attention dearer, shorter ones pack worse
 
 
 class Source(NamedTuple):
@@ -26,7 +33,7 @@ class Source(NamedTuple):
     copies: int = 1
 
 
-def split_rows(dataset, part, seed):
+def split_samples(dataset, part, seed):
     """(rows to train on, rows to validate on), as lists of row numbers; at least one to validate.
 
     Record i of file f is drawn by the i-th random number of (seed, f): the split stays when a file
@@ -35,8 +42,8 @@ def split_rows(dataset, part, seed):
     held_out = np.zeros(len(dataset), bool)
     for number, file in enumerate(dataset.files):
         drawn = np.random.default_rng([seed, number]).random(len(file.supervised)) < part
-        mine = dataset.rows[:, 0] == number
-        held_out[mine] = drawn[dataset.rows[mine, 1]]
+        mine = dataset.samples[:, 0] == number
+        held_out[mine] = drawn[dataset.samples[mine, 1]]
     if held_out.all() or (part > 0 and not held_out.any()):  # the first row decides tiny cases
         held_out[0] = len(dataset) > 1 and not held_out[0]
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
@@ -48,7 +55,7 @@ def mix(rows, dataset, sources, seed):
     With weights there are as many rows as before; a source with too few gives some again.
     """
     rows = np.asarray(rows)
-    file_of = dataset.rows[rows, 0]
+    file_of = dataset.samples[rows, 0]
     total = sum(source.weight or 0 for source in sources)
     mixed = []
     for number, source in enumerate(sources):
@@ -130,3 +137,73 @@ def own_handler_of_dead_children():
     yield
     if number and threading.current_thread() is threading.main_thread():
         signal.signal(number, before or signal.SIG_DFL)
+
+
+def best_fit_decreasing(lengths, row_length):
+    """Which items share a row: a list of rows, each a list of indices into lengths.
+
+    From the longest to the shortest, each goes where it leaves the least space. No length may
+    exceed row_length. This is at most 22 % above the fewest rows possible (Johnson, 1973).
+    """
+    rows, with_space, spaces = [], [[] for _ in range(row_length + 1)], []  # spaces is sorted
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+    for item in order:
+        at = bisect_left(spaces, lengths[item])
+        if at == len(spaces):
+            row, space = len(rows), row_length
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                spaces.pop(at)
+        rows[row].append(item)
+        space -= lengths[item]
+        if not with_space[space]:
+            insort(spaces, space)
+        with_space[space].append(row)
+    return rows
+
+
+def layout(lengths, row_length):
+    """(tokens of a row, the rows) for a batch of documents; the rows are lists of indices.
+
+    Rows are about as long as the longest document, where that takes no more tokens than rows of
+    row_length: a token attends to its whole row, and what is not its document is masked out.
+    About, because a CPU keeps compiled code for each size of product that it meets.
+    """
+    shortest = min(row_length, -max([SHORTEST, *lengths]) // 64 * -64)
+    layouts = [(T, best_fit_decreasing(lengths, T)) for T in (shortest, row_length)]
+    return min(layouts, key=lambda layout: layout[0] * len(layout[1]))
+
+
+def pack(documents, row_length):
+    """Documents (input_ids, labels) as one batch of rows that hold several."""
+    T, rows = layout([len(input_ids) for input_ids, _ in documents], row_length)
+    return batch([[documents[item] for item in row] for row in rows], T)
+
+
+def pad(documents):
+    """Documents as one batch, each in a row of its own, padded to the longest."""
+    return batch([[d] for d in documents], max((len(ids) for ids, _ in documents), default=0))
+
+
+def batch(rows, T):
+    """Rows of documents as input_ids, labels, position_ids and document_ids, each (B, T).
+
+    A document's first token has no label: what stands before it is another document. No rows at
+    all give one token without loss, the share of a process that has nothing left to do.
+    """
+    shape = (max(1, len(rows)), max(1, T))
+    ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
+    positions, documents = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    for index, row in enumerate(rows):
+        start = 0
+        for number, (row_ids, row_labels) in enumerate(row):
+            end = start + len(row_ids)
+            ids[index, start:end] = row_ids
+            labels[index, start + 1 : end] = row_labels[1:]
+            positions[index, start:end] = torch.arange(len(row_ids))
+            documents[index, start:end] = number
+            start = end
+    return ids, labels, positions, documents

@@ -1,9 +1,9 @@
 """Adapters merged into their weights, or carried to and from PEFT's files.
 
-python trainer/merge_lora.py --lora full_sft                      # out/full_sft_merged_384.pth
-python trainer/merge_lora.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
+python recipes/peft.py --lora full_sft                      # out/full_sft_merged_384.pth
+python recipes/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
                                                                   # adapter_model.safetensors
-python trainer/merge_lora.py --from_peft FOLDER --weight pretrain --save_weight mine
+python recipes/peft.py --from_peft FOLDER --weight pretrain --save_weight mine
 """
 
 import argparse
@@ -14,16 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import UserError, mistakes_in_plain_words  # first: Ctrl-C while torch loads
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 import torch
-
-from dataset.files import replacing
-from model.lora import adapter_state, add_lora, load_adapters, merge_for_good
-from trainer import checkpoint
 from trainer.adapting import description
-from trainer.arguments import ROOT
+
+from common import ROOT, replacing
+from model.lora import adapter_state, add_lora, merge_for_good
+from trainer import checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names, which end with .weight
@@ -58,7 +57,7 @@ def main(argv=None):
     name = checkpoint.weights_to_start_from(args)
     path = checkpoint.find(args.save_dir, name)
     content = checkpoint.load(path)
-    model, tokenizer = checkpoint.build(content, path)
+    model, tokenizer = checkpoint.build_model(content, path)
     if args.from_peft:
         read_peft(args.from_peft, model)
         file = checkpoint.file_name(f"lora_{args.save_weight}", model.config)
@@ -66,8 +65,7 @@ def main(argv=None):
         state = adapter_state(model.state_dict())
     else:
         place = checkpoint.find(args.save_dir, f"lora_{args.lora}", model.config.hidden_size)
-        adapters = checkpoint.load(place)
-        load_adapters(model, adapters, place)
+        adapters = checkpoint.load_adapters(model, place)
         if args.to_peft:
             write_peft(args.to_peft, model, name)
             return
@@ -111,7 +109,10 @@ def read_peft(folder, model):
     if other:
         raise UserError(f"{folder / CONFIG}: {', '.join(other)} is more than LoRA; it is not read")
     target = targets if isinstance(targets, str) else ",".join(sorted(targets))
-    add_lora(model, rank, alpha, config.get("lora_dropout", 0.0), target)
+    try:
+        add_lora(model, rank, alpha, config.get("lora_dropout", 0.0), target)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: target_modules {error}") from None
     state = {n.removeprefix(PREFIX).removesuffix(".weight"): w for n, w in tensors.items()}
     expected = adapter_state(model.state_dict())
     wrong = sorted(set(state) ^ set(expected))
@@ -154,5 +155,5 @@ def read_safetensors(path):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with report_user_errors():
         main()

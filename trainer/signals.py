@@ -8,7 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-from dataset.errors import UserError
+from common import UserError
 
 
 class StopSignal:

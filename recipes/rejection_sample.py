@@ -1,7 +1,7 @@
 """Training data that a model writes itself: several answers to each problem, of which those are
 kept that the task's judge accepts.
 
-    python dataset/rejection_sample.py --task gsm8k --weight gsm8k --data_path out/gsm8k/train.jsonl
+    python recipes/rejection_sample.py --task gsm8k --weight gsm8k --data_path out/gsm8k/train.jsonl
     python trainer/train_full_sft.py --from_weight gsm8k --data_path out/accepted.jsonl
 
 A run that was stopped goes on where it was when the same command is given again. What another run
@@ -15,12 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import UserError, mistakes_in_plain_words
-from dataset.files import replacing
+from common import ROOT, UserError, replacing, report_user_errors
+from evaluation.answers import Part, require_same_run
 from evaluation.run_eval import answer_all, answering_flags, answering_parser, open_model
-from evaluation.stored import Part, require_same_run
 from evaluation.tasks import judge, read_problems
-from trainer.arguments import ROOT, number, stop_at, wrong_values
+from trainer.arguments import number, stop_at, wrong_values
 
 SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit keep dtype
     use_compile""".split()  # with another one it is another run
@@ -84,5 +83,5 @@ def accepted(rows, task, keep):
 
 
 if __name__ == "__main__":
-    with mistakes_in_plain_words():
+    with report_user_errors():
         main()

@@ -3,8 +3,7 @@
 import itertools
 import json
 
-from dataset.errors import UserError
-from dataset.files import replacing
+from common import UserError, replacing
 from evaluation.tasks import problem
 
 TEXT = "task run command weights weights_sha256 data data_sha256".split()
