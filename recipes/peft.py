@@ -18,7 +18,6 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 import torch
-from trainer.adapting import description
 
 from common import ROOT, replacing
 from model.lora import adapter_state, add_lora, merge_for_good
@@ -61,7 +60,7 @@ def main(argv=None):
     if args.from_peft:
         read_peft(args.from_peft, model)
         file = checkpoint.file_name(f"lora_{args.save_weight}", model.config)
-        more = {**description(model), "under": name, "training": {}}
+        more = {**checkpoint.description(model), "under": name, "training": {}}
         state = adapter_state(model.state_dict())
     else:
         place = checkpoint.find(args.save_dir, f"lora_{args.lora}", model.config.hidden_size)
@@ -72,7 +71,7 @@ def main(argv=None):
         content |= {"stage": adapters["stage"], "training": adapters["training"]}
         file = checkpoint.file_name(args.save_weight or f"{args.lora}_merged", model.config)
         state = merge_for_good(model).state_dict()
-        more = {**description(model), "training": content["training"]}
+        more = {**checkpoint.description(model), "training": content["training"]}
     target = args.save_dir / f"{file}.pth"
     checkpoint.save(target, state, model.config, tokenizer, content["stage"], **more)
     print(f"written: {target}")
