@@ -1,39 +1,36 @@
-"""The flags that the train scripts share, and the check of all of them before any work."""
+"""The flags of the train scripts, in groups, and the check of all of them before any work.
+
+Defaults < the flags of the run that is resumed < the TOML file of --config < the command line.
+"""
 
 import argparse
-import json
 import re
 import sys
 import tomllib
 from pathlib import Path
 
 from common import ROOT, UserError
+from dataset.formats import KEYS
 from dataset.loader import Source
-from trainer.checkpoint import load_latest
+from evaluation.tasks import TASKS
 
-# Flags that decide the model's shape. Their default is None: those of ModelConfig for a new model,
-# and of the file for weights that are loaded.
+# Flags of the model's shape. Their default is None: ModelConfig's for a new model, and the file's
+# for weights that are loaded.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPE += ("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok")
+# Earlier names of flags, which are still read.
+RENAMED = {"eval_split": "val_split", "eval_data_path": "val_data_path"}
+RENAMED |= {"eval_interval": "val_interval", "student": "from_weight"}
 # What a resumed run does not take over from the one before.
-OF_THE_COMMAND = (
-    "from_resume",
-    "force_resume",
-    "rebuild_cache",
-    "config",
-    "save_dir",
-    "save_weight",
-)
-
-
-MOST = 2**53  # every number above is a mistake, and floats no longer hold all whole ones
+OF_THE_COMMAND = "from_resume force_resume rebuild_cache config save_dir save_weight".split()
+LARGEST = 2**53  # floats hold all whole numbers up to here; a larger one is a mistake
 
 
 class Problem(str):
-    """What is wrong with a flag's value. Kept in its place, so that all can be said at once."""
+    """What is wrong with a flag's value. It stands in the value's place until all are reported."""
 
 
-def number(kind, low, high=None):
+def number(kind, low, high=LARGEST):
     """An argparse type: an int or float from low to high."""
 
     def convert(text):
@@ -41,12 +38,9 @@ def number(kind, low, high=None):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= (MOST if high is None else high):
-            limits = f"from {low} to {high}"
-            if high is None:
-                limits = f"from {low} up" + (f", at most {MOST}" if value and value > MOST else "")
+        if value is None or not low <= value <= high:
             whole = "a whole" if kind is int else "a"
-            return Problem(f"{text:.40}: give {whole} number {limits}")
+            return Problem(f"{text:.40}: give {whole} number from {low} to {high}")
         return value
 
     return convert
@@ -59,108 +53,7 @@ def one_of(*choices):
 
 def switch(text):
     """An argparse type: 0 or 1."""
-    return bool(int(text)) if text in ("0", "1") else Problem(f"{text}: give 0 or 1")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-
-
-def training_parser(description, **defaults):
-    """The parser of a train script; defaults are those that differ from stage to stage."""
-    parser = Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    count, positive = number(int, 0), number(int, 1)
-    add = parser.add_argument
-    add("--config", type=Path, metavar="FILE.toml", help="flags from a file; the command line wins")
-    files = "files to train on, each with :0.7 for its share or *3 for copies; default: Tiny World"
-    add("--data_path", type=source, nargs="+", metavar="FILE", help=files)
-    add("--eval_data_path", type=Path, help="a file to validate on; default: a part of the data")
-    add("--eval_split", type=number(float, 0, 0.5), default=0.01, help="how large that part is")
-    add("--tokenizer_path", type=Path, help="default: the weights' own, or model/tokenizer.json")
-    add("--save_dir", type=Path, default=ROOT / "out", help="weights, checkpoints, logs")
-    add("--save_weight", help="name of the weights file")
-    add("--from_weight", help="weights to start from: a name, a path, or none")
-    add("--from_resume", type=switch, default=False, help="1: go on where the last run stopped")
-    add("--force_resume", type=switch, default=False, help="1: even if flags or data are others")
-    add("--epochs", type=positive, help="times that the data is gone through")
-    add("--batch_size", type=positive, help="rows of one forward pass, per process")
-    add("--accumulation_steps", type=positive, default=1, help="forward passes per step")
-    add("--learning_rate", type=number(float, 0), help="the highest of the schedule")
-    add("--min_lr_ratio", type=number(float, 0, 1), default=0.1, help="its last, as a share")
-    add("--warmup_steps", type=count, default=50, help="steps in which it rises")
-    add("--weight_decay", type=number(float, 0), default=0.1, help="of the matrices")
-    muon = "adamw, or muon for the matrices of the layers and adamw for the rest"
-    add("--optimizer", type=one_of("adamw", "muon"), default="adamw", help=muon)
-    add("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
-    add("--max_seq_len", type=number(int, 2), help="tokens of a row at most")
-    packed = "1: rows of several documents; 0: each has its own, padded to the longest"
-    add("--packing", type=switch, default=True, help=packed)
-    add("--cache_dir", type=Path, help="for the tokenised data; default: cache/ in --save_dir")
-    add("--rebuild_cache", type=switch, default=False, help="1: tokenise anew")
-    add("--dropout", type=number(float, 0, 0.9), default=0.0)
-    for name in SHAPE:
-        kind = switch if name == "use_moe" else positive
-        add(f"--{name}", type=kind, help="default: ModelConfig's, or that of the weights")
-    add("--dtype", type=one_of("auto", "fp32", "bf16", "fp16"), default="auto")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--num_workers", type=count, default=0, help="processes that prepare batches")
-    add("--log_interval", type=positive, default=10, help="steps between lines of the log")
-    add("--save_interval", type=positive, default=500, help="steps between checkpoints")
-    add("--keep_checkpoints", type=count, default=1, help="earlier ones that stay")
-    add("--eval_interval", type=positive, default=100, help="steps between validations")
-    patience = "stop after this many validations without a better one; 0: never"
-    add("--early_stop_patience", type=count, default=0, help=patience)
-    add("--save_best_at_end", type=switch, default=False, help="1: the best weights, not the last")
-    bad = "stop after so many steps in a row without a finite gradient"
-    add("--max_bad_steps", type=positive, default=10, help=bad)
-    add("--sample_interval", type=count, default=0, help="steps between sample answers; 0: none")
-    add("--sample_prompt", help="what the samples answer or continue")
-    several = "how several processes share the work: ddp, or fsdp, which shards the model"
-    add("--parallel", type=one_of("ddp", "fsdp"), default="ddp", help=several)
-    add("--deterministic", type=switch, default=False, help="1: to the bit on a GPU too, slower")
-    add(
-        "--use_compile",
-        type=switch,
-        default=False,
-        help="1: fuse small operations; needs a C++ compiler",
-    )
-    lora = "1: train small adapters (LoRA) on top of --from_weight, which stays as it is"
-    add("--use_lora", type=switch, default=False, help=lora)
-    add("--lora_rank", type=positive, default=16, help="rows of an adapter's matrices")
-    add("--lora_alpha", type=number(float, 0), default=32.0, help="its weight, times the rank")
-    add("--lora_dropout", type=number(float, 0, 0.9), default=0.0, help="of what it reads")
-    targets = "the matrices that get one, as q_proj,v_proj; all-linear: all of the layers'"
-    add("--lora_target", default="all-linear", help=targets)
-    taught = "weights of a teacher, whose probabilities the loss compares with (distillation)"
-    add("--teacher_weight", metavar="NAME", help=taught)
-    share = "how much of the loss is that of the data, not of the teacher"
-    add("--distill_alpha", type=number(float, 0, 1), default=0.1, help=share)
-    flat = "above 1 flattens both distributions before they are compared"
-    add("--distill_temperature", type=number(float, 0.01), default=1.0, help=flat)
-    recorded = "what a teacher said, from export_hidden_states.py: in the place of it and the data"
-    add("--offline_dir", type=Path, metavar="DIR", help=recorded)
-    error = "how much the squared error of hidden states, projected to the teacher's, adds"
-    add("--hidden_weight", type=number(float, 0), default=0.0, help=error)
-    deep = "layers of the teacher, as 1,2, whose hidden states count, too"
-    add("--aux_layers", default="", metavar="LAYERS", help=deep)
-    new = "new tokens: JSON of item to tokens or of token to description, or a token a line"
-    add("--extend_tokens", type=Path, metavar="FILE", help=new)
-    add("--freeze_base", type=switch, default=False, help="1: only the new tokens' rows learn")
-    add("--freeze", metavar="REGEX", help="weights whose names match do not learn")
-    less = "1: keep one tensor per layer for the backward pass and compute the rest again"
-    add("--grad_checkpoint", type=switch, default=False, help=less)
-    add("--loss_curve", type=Path, metavar="FILE", help="its picture; default: beside the log")
-    add("--profile", type=switch, default=False, help="1: see where the time of a few steps goes")
-    add("--strict_data", type=switch, default=False, help="1: stop at the first bad line")
-    add("--seed", type=count, default=1)
-    parser.set_defaults(**defaults)
-    return parser
+    return int(text) if text in ("0", "1") else Problem(f"{text}: give 0 or 1")
 
 
 def source(text):
@@ -180,95 +73,232 @@ def source(text):
         return Problem(f"{path}: {error.strerror}; give a path that can be read")
     weight = number(float, 1e-9)(weight) if weight else None
     copies = number(int, 1)(copies) if copies else 1
-    problem = next((part for part in (weight, copies) if isinstance(part, Problem)), None)
-    # The same file, wherever the run is resumed from.
-    return problem or Source(Path(path).resolve(), weight, copies)
+    for value in (weight, copies):
+        if isinstance(value, Problem):
+            return value
+    return Source(Path(path).resolve(), weight, copies)  # the same file, wherever it is resumed
 
 
-def is_file(path):
-    """Whether there is such a file; False for a name that the system cannot have."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def reading(args, rank):
-    """The flags that say how a dataset reads its files, as its arguments; rank is the process."""
-    return {
-        "max_length": args.max_seq_len,
-        "strict": args.strict_data,
-        "cache_dir": args.cache_dir or args.save_dir / "cache",
-        "rebuild": args.rebuild_cache and rank == 0,
-    }
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a sentence and exit code 2; abbreviated flags are errors, too."""
+
+    def __init__(self, description, **more):
+        how = {"allow_abbrev": False, "formatter_class": Help}
+        super().__init__(description=description.partition("\n\n")[0], **(how | more))
+
+    def error(self, message):
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+    def group(self, title):
+        """A function add(name, default, help, kind) that adds a flag to a group of --help."""
+        group = self.add_argument_group(title)
+
+        def add(name, default, help, kind=str, **more):
+            earlier = [f"--{old}" for old, new in RENAMED.items() if new == name]
+            group.add_argument(
+                f"--{name}", *earlier, dest=name, default=default, help=help, type=kind, **more
+            )
+
+        return add
 
 
-def parse_training_args(parser, argv=None):
-    """(flags as a namespace, what `load_latest` returns or None).
+def training_parser(doc, **defaults):
+    """The parser of a train script; defaults are those that differ from stage to stage."""
+    parser = Parser(doc)
+    count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
+    add = parser.group("the flags that most people need")
+    files = "files to train on, each with :0.7 for its share or *3 for copies; default: Tiny World"
+    add("data_path", None, files, source, nargs="+", metavar="FILE")
+    add("from_weight", None, "weights to begin with: a name in --save_dir, a path, or none")
+    add("from_resume", 0, "1: continue the last run from its latest checkpoint", switch)
+    add("save_weight", None, "name of the weights file")
+    add("epochs", None, "passes over the data", positive)
+    add("batch_size", None, "rows per forward pass and process", positive)
+    add("max_seq_len", None, "maximum length of a row, in tokens", number(int, 2))
+    add("learning_rate", None, "maximum learning rate of the schedule", number(float, 0))
+    add("hidden_size", None, "width of the model; default: 384, or that of the weights", positive)
+    add("num_hidden_layers", None, "layers; default: 3, or those of the weights", positive)
 
-    Defaults < the flags of the run that is resumed < --config < command line.
+    add = parser.group("start and stop")
+    add("config", None, "flags from a TOML file; the command line wins", Path, metavar="FILE")
+    add("save_dir", ROOT / "out", "folder of weights, checkpoints, logs and cache", Path)
+    add("force_resume", 0, "1: resume even if flags or data differ", switch)
+    add("seed", 1, "of new weights, the order of samples, and dropout", count)
+    patience = "stop after this number of validations without a better one; 0: never"
+    add("early_stop_patience", 0, patience, count)
+    bad = "stop after this number of consecutive steps without a finite gradient"
+    add("max_bad_steps", 10, bad, positive)
+
+    add = parser.group("data")
+    add("val_data_path", None, "validation file; default: a part of the data", Path)
+    add("val_split", 0.01, "share of the data held out for validation", number(float, 0, 0.5))
+    add("tokenizer_path", None, "default: that of the weights, or model/tokenizer.json", Path)
+    add("packing", 1, "1: rows of several samples; 0: one padded sample per row", switch)
+    add("strict_data", 0, "1: stop at the first bad record", switch)
+    add("cache_dir", None, "folder of the tokenised data; default: cache/ in --save_dir", Path)
+    add("rebuild_cache", 0, "1: tokenise again", switch)
+    add("num_workers", 0, "processes that prepare batches", count)
+
+    add = parser.group("model")
+    for name in SHAPE[2:]:
+        kind = switch if name == "use_moe" else positive
+        add(name, None, "default: ModelConfig's, or that of the weights", kind)
+    add("dropout", 0.0, "dropout probability", number(float, 0, 0.9))
+
+    add = parser.group("optimisation")
+    add("accumulation_steps", 1, "forward passes per optimizer step", positive)
+    muon = "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest"
+    add("optimizer", "adamw", muon, one_of("adamw", "muon"))
+    add("warmup_steps", 50, "steps of linear warm-up", count)
+    add("min_lr_ratio", 0.1, "last learning rate, as a share of the maximum", share)
+    add("weight_decay", 0.1, "weight decay of the matrices", number(float, 0))
+    add("grad_clip", 1.0, "maximum gradient norm; 0 disables clipping", number(float, 0))
+
+    add = parser.group("precision and speed")
+    add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
+    add("use_compile", 0, "1: torch.compile the layers; needs a C++ compiler", switch)
+    add("grad_checkpoint", 0, "1: less memory: recompute each layer in the backward pass", switch)
+    add("parallel", "ddp", "ddp, or fsdp, which shards the model", one_of("ddp", "fsdp"))
+    add("deterministic", 0, "1: bit-identical runs on a GPU too, slower", switch)
+    add("profile", 0, "1: profile a few steps", switch)
+
+    add = parser.group("logging and checkpoints")
+    add("log_interval", 10, "steps between lines of the log", positive)
+    add("val_interval", 100, "steps between validations", positive)
+    add("save_interval", 500, "steps between checkpoints", positive)
+    add("keep_checkpoints", 1, "number of earlier checkpoints to keep", count)
+    add("save_best_at_end", 0, "1: the run's weights are the best in validation", switch)
+    add("sample_interval", 0, "steps between samples of the model's text; 0: none", count)
+    add("sample_prompt", None, "prompt of these samples")
+    add("loss_curve", None, "picture of the loss curve; default: beside the log", Path)
+
+    add = parser.group("fine-tuning")
+    add("use_lora", 0, "1: train LoRA adapters; the weights stay as they are", switch)
+    add("lora_rank", 16, "rank of the adapters", positive)
+    add("lora_alpha", 32.0, "scale of the adapters, times the rank", number(float, 0))
+    add("lora_dropout", 0.0, "dropout of their input", number(float, 0, 0.9))
+    targets = "matrices with an adapter, as q_proj,v_proj; all-linear: all of the layers'"
+    add("lora_target", "all-linear", targets)
+    new = "new tokens: JSON of item to tokens or of token to description, or a token a line"
+    add("extend_tokens", None, new, Path, metavar="FILE")
+    add("freeze_base", 0, "1: train only the rows of new tokens", switch)
+    add("freeze", None, "weights whose names match are not trained", metavar="REGEX")
+    add("teacher_weight", None, "weights of a teacher (distillation)", metavar="NAME")
+    recorded = "recorded hidden states of a teacher, and its data: see export_hidden_states.py"
+    add("offline_dir", None, recorded, Path, metavar="DIR")
+    add("distill_alpha", 0.1, "weight of the data's own loss; the rest is the teacher's", share)
+    flat = "temperature of both distributions in the distillation loss"
+    add("distill_temperature", 1.0, flat, number(float, 0.01))
+    error = "weight of the squared error of hidden states"
+    add("hidden_weight", 0.0, error, number(float, 0))
+    add("aux_layers", "", "further layers of the teacher to compare, as 1,2", metavar="LAYERS")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def conversation_flags(parser):
+    """Adds the flags of conversations: of SFT, and of what records a teacher for it."""
+    add = parser.group("conversations")
+    replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
+    add("replay_path", None, replay, Path, metavar="FILE")
+    add("replay_share", 0.8, "its samples per conversation", number(float, 0))
+    add("data_format", None, "default: that of a file's first record", one_of(*KEYS))
+    overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
+    add("overlong", "truncate", overlong, one_of("truncate", "drop", "split"))
+    think = "whose reasoning is kept: that of all answers, the last, or none"
+    add("keep_think", "all", think, one_of("all", "last", "none"))
+    best = f"what makes weights the best: val_loss, or a score: {'|'.join(TASKS)}"
+    add("best_metric", "val_loss", best, one_of("val_loss", *TASKS))
+
+
+def parse_args(parser, argv=None, saved=None):
+    """The flags as a namespace; saved are those of the run that is resumed.
+
     Exits with code 2 and every problem, one a line, if there are any.
     """
-    args = parse_once(parser, argv)
-    if not args.from_resume:
-        return args, None
-    resume = load_latest(args)
-    saved = {k: v for k, v in resume[1]["arguments"].items() if k not in OF_THE_COMMAND}
-    for name in ("data_path", "eval_data_path", "replay_path"):
-        if saved.get("offline_dir"):  # which says where the data is
-            saved[name] = None
-        elif isinstance(saved.get(name), list):
-            saved[name] = [Source(Path(path), *how) for path, *how in saved[name]]
-    known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
-    return parse_once(parser, argv), resume
-
-
-def parse_once(parser, argv):
+    argv = sys.argv[1:] if argv is None else argv
+    if saved:
+        parser.set_defaults(**taken_over(saved, parser))
     config = parser.parse_known_args(argv)[0].config
+    from_file, problems = read_config(config, parser) if config else ([], [])
+    args = parser.parse_args([*from_file, *argv])
+    problems += wrong_values(args) + contradictions(args, parser)
+    stop_at(problems)
+    return args
+
+
+def taken_over(saved, parser):
+    """The flags that a resumed run takes over from the one before."""
+    known = {action.dest for action in parser._actions} - set(OF_THE_COMMAND)
+    flags = {name: value for name, value in saved.items() if name in known}
+    for name in ("data_path", "val_data_path", "replay_path"):
+        if flags.get("offline_dir"):  # which says where the data is
+            flags[name] = None
+        elif isinstance(flags.get(name), list):
+            flags[name] = [Source(Path(path), *how) for path, *how in flags[name]]
+    return flags
+
+
+def read_config(path, parser):
+    """(a TOML file as a command line, its problems). Its tables are only headings; its paths are
+    relative to the repository, or to the file's folder if it lies elsewhere.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    flat = {}
+    for key, value in values.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    folder = ROOT if path.resolve().is_relative_to(ROOT) else path.resolve().parent
+    words, problems = [], []
+    for name, value in flat.items():
+        action = parser._option_string_actions.get(f"--{name}")
+        if action is None or name == "config":
+            problems.append(f"{path}: {name} is not a flag (--help lists them)")
+            continue
+        given = value if isinstance(value, list) else [value]
+        given = [str(int(v)) if isinstance(v, bool) else str(v) for v in given]
+        if action.type in (Path, source):
+            given = [str(folder / text) for text in given]
+        words += [f"--{name}", *given] if action.nargs else [f"--{name}={text}" for text in given]
+    return words, problems
+
+
+def contradictions(args, parser):
+    """A sentence for each flag that does not fit the others or the disk. Resolves the paths of
+    data, and fills in what follows from other flags.
+    """
     problems = []
-    if config is not None:
-        known = {action.dest for action in parser._actions} - {"help", "config"}
-        values = read_toml(config)
-        unknown = sorted(set(values) - known)
-        problems += [f"{config}: {name} is not a flag (--help lists them)" for name in unknown]
-        parser.set_defaults(**{k: v for k, v in values.items() if k in known})
-    args = parser.parse_args(argv)
-    problems += wrong_values(args)
     sources = args.data_path or []
     if len({isinstance(s, Source) and s.weight is None for s in sources}) > 1:
         problems.append("--data_path: give every file a share, or none")
-    for name in ("eval_data_path", "tokenizer_path", "replay_path", "extend_tokens"):
+    for name in ("val_data_path", "tokenizer_path", "replay_path", "extend_tokens"):
         path = getattr(args, name, None)
-        if name == "extend_tokens" and args.from_resume:
-            continue  # the checkpoint has them
-        if path is not None and not is_file(path):
-            problems.append(f"--{name} {path}: there is no such file; give a path from here")
-        elif path is not None:
+        if path is None or (name == "extend_tokens" and args.from_resume):
+            continue  # the checkpoint of a resumed run has its tokens
+        if is_file(path):
             setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
+        else:
+            problems.append(f"--{name} {path}: there is no such file; give a path from here")
     if args.offline_dir:
-        folder = args.offline_dir = args.offline_dir.resolve()
-        both = ("teacher_weight", "data_path", "eval_data_path", "replay_path")
-        given = [f"--{name}" for name in both if getattr(args, name, None)]
-        if given:
-            problems.append(
-                f"--offline_dir is teacher and data in one; leave out {', '.join(given)}"
-            )
-        if not (folder / "manifest.json").is_file():
-            problems.append(
-                f"--offline_dir {folder}: export_hidden_states.py has written none there"
-            )
-        args.data_path = [Source(folder / "train")]
-        args.eval_data_path = folder / "valid" if (folder / "valid").is_dir() else None
+        problems += use_recording(args, parser)
     if args.hidden_weight and not (args.teacher_weight or args.offline_dir):
         problems.append("--hidden_weight: needs --teacher_weight or --offline_dir to compare with")
     if args.aux_layers and not args.hidden_weight:
-        problems.append("--aux_layers: counts with --hidden_weight only; give one above 0")
-    adapting = ("use_lora", "extend_tokens", "freeze_base", "freeze")
+        problems.append("--aux_layers: needs --hidden_weight above 0")
     if args.from_weight in (None, "none") and not args.from_resume:
-        given = [name for name in adapting if getattr(args, name)]
-        problems += [f"--{name}: needs trained weights; give --from_weight" for name in given]
-    if args.use_lora is True and not str(args.save_weight).startswith("lora_"):
+        for name in ("use_lora", "extend_tokens", "freeze_base", "freeze"):
+            if getattr(args, name):
+                problems.append(f"--{name}: needs trained weights; give --from_weight")
+    if args.use_lora == 1 and not str(args.save_weight).startswith("lora_"):
         args.save_weight = f"lora_{args.save_weight}"
     try:
         args.save_dir.exists()
@@ -276,7 +306,7 @@ def parse_once(parser, argv):
         problems.append(f"--save_dir {str(args.save_dir):.60}: {error.strerror}")
     name = str(args.save_weight)
     plain = re.fullmatch(r"\w[\w .+=-]*", name) and not name.endswith(".pth")
-    earlier = args.from_resume and Path(name).name == name  # names were freer once
+    earlier = args.from_resume and Path(name).name == name  # earlier versions took any name
     if not (plain or earlier) or len(name.encode()) > 100:
         problems.append(
             f"--save_weight {name:.110}: give a name of at most 100 bytes, of letters, digits and "
@@ -286,14 +316,36 @@ def parse_once(parser, argv):
         problems.append("--sample_prompt: give from 1 to 500 characters")
     if args.loss_curve and args.loss_curve.is_dir():
         problems.append(f"--loss_curve {args.loss_curve} is a folder; give a file in it")
-    if not (args.eval_split or args.eval_data_path):
-        given = [
-            flag for flag in ("early_stop_patience", "save_best_at_end") if getattr(args, flag)
-        ]
+    if not (args.val_split or args.val_data_path):
+        given = [name for name in ("early_stop_patience", "save_best_at_end") if getattr(args, name)]
         given += ["best_metric"] if getattr(args, "best_metric", "val_loss") != "val_loss" else []
-        problems += [f"--{flag} needs --eval_split above 0, or --eval_data_path" for flag in given]
-    stop_at(problems)
-    return args
+        problems += [f"--{flag} needs --val_split above 0, or --val_data_path" for flag in given]
+    return problems
+
+
+def use_recording(args, parser):
+    """Makes a recorded teacher the data of a run; returns the problems of --offline_dir."""
+    folder = args.offline_dir = args.offline_dir.resolve()
+    if args.teacher_weight == parser.get_default("teacher_weight"):
+        args.teacher_weight = None
+    both = ("teacher_weight", "data_path", "val_data_path", "replay_path")
+    given = [f"--{name}" for name in both if getattr(args, name, None)]
+    args.data_path = [Source(folder / "train")]
+    args.val_data_path = folder / "valid" if (folder / "valid").is_dir() else None
+    problems = []
+    if given:
+        problems.append(f"--offline_dir is teacher and data in one; leave out {', '.join(given)}")
+    if not (folder / "manifest.json").is_file():
+        problems.append(f"--offline_dir {folder}: export_hidden_states.py has written none there")
+    return problems
+
+
+def is_file(path):
+    """Whether there is such a file; False for a name that the system cannot have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def wrong_values(args):
@@ -307,21 +359,7 @@ def wrong_values(args):
 
 
 def stop_at(problems):
-    """Says them, one a line, and ends with code 2, if there are any."""
+    """Prints them, one a line, and ends with code 2, if there are any."""
     if problems:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
         sys.exit(2)
-
-
-def read_toml(path):
-    """A TOML file's values as flags write them; its tables are only headings."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"--config {path}: {error}") from None
-    flat = {}
-    for key, value in values.items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()} | {
-        k: str(int(v)) for k, v in flat.items() if isinstance(v, bool)
-    }

@@ -1,14 +1,16 @@
-"""One process or several: what a training loop needs to know of the others.
+"""Where a run computes: its device, its precision, and the other processes of its job.
 
-`torchrun` starts the processes and tells each its number through the environment. Without it
-there is one process, and everything here does nothing.
+`torchrun` starts the processes and gives each its rank through the environment. Without it there is
+one process, and what concerns others does nothing.
 """
 
+import ctypes
 import io
 import os
 import re
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,25 +18,94 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 
-
-def start(backend):
-    """Joins the other processes of a torchrun job. Returns (rank, number of processes)."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    dist.init_process_group(backend)
-    if dist.get_rank() > 0:
-        sys.stdout = io.StringIO()  # the first process speaks for all
-    return dist.get_rank(), dist.get_world_size()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def end():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@dataclass
+class Compute:
+    """Where and how precisely a process computes. Weights stay fp32; autocast computes in dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+    rank: int
+    world_size: int
+
+    def sum(self, *values):
+        """Each number summed over all processes, as floats."""
+        return all_reduce_sum(*values, device=self.device)
 
 
-def local_rank():
-    """Which of its machine's processes this is, and so which GPU it takes."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+def start(args):
+    """The Compute of this process, after it has joined the others of its job.
+
+    What --dtype auto stands for is stored in args.dtype, so that a resumed run computes as it began.
+    Raises UserError if the device cannot be used.
+    """
+    keep_freed_memory()
+    device = pick_device(args.device, args.deterministic)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank > 0:
+        sys.stdout = io.StringIO()  # only the first process prints
+    if args.dtype == "auto":  # the first process decides: machines may differ
+        bf16 = rank == 0 and bf16_is_native(device)
+        args.dtype = "bf16" if all_reduce_sum(bf16, device=device)[0] else "fp32"
+    dtype = DTYPES[args.dtype]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Compute(device, dtype, autocast, scaler, rank, world_size)
+
+
+def pick_device(name, deterministic=False):
+    """The torch.device of --device; auto takes an NVIDIA or Apple GPU where there is one.
+
+    A CPU computes the same bits each time; a GPU does so with deterministic.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch.dtype of --dtype; auto takes bf16 where the processor computes it natively."""
+    if name == "auto":
+        name = "bf16" if bf16_is_native(device) else "fp32"
+    return DTYPES[name]
+
+
+def bf16_is_native(device):
+    """Whether the processor has bf16 instructions; emulated bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # since torch 2.6
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def keep_freed_memory():
+    """Makes glibc keep what is freed. It returns large blocks to the system, and a training step,
+    which takes the same blocks again and again, then waits for every page to be zeroed.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def is_first():
@@ -50,9 +121,14 @@ def all_reduce_sum(*values, device="cpu"):
     return total.tolist()
 
 
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextmanager
 def first_process_first():
-    """The first process does what is inside before the others do: they find its files."""
+    """The first process runs the block before the others do: they find its files."""
     if not is_first():
         barrier()
     try:
@@ -62,34 +138,35 @@ def first_process_first():
             barrier()
 
 
-def barrier():
+def end():
+    """Leaves the job; the first process waits for all."""
+    barrier()
     if dist.is_initialized():
-        dist.barrier()
+        dist.destroy_process_group()
 
 
 @contextmanager
-def ending_in_plain_words():
-    """Around a script's main(): a process that waits in vain for another says so and ends, and one
-    that has done its part leaves at once.
+def report_lost_process():
+    """Around a script's main(): turns the error of a process that waits in vain for another into a
+    UserError, and ends the processes of a job without waiting for each other.
     """
     code = 0
     try:
         yield
-    except SystemExit as end:
-        code = end.code
+    except SystemExit as exit:
+        code = exit.code
     except RuntimeError as error:
-        if not dist.is_initialized() or not re.search(
-            "gloo|nccl|peer|timed? ?out", str(error), re.I
-        ):
+        lost = re.search("gloo|nccl|peer|timed? ?out", str(error), re.I)
+        if not dist.is_initialized() or not lost:
             raise
         reason = str(error).splitlines()[0]
         raise UserError(
             f"process {dist.get_rank()} lost another one of this job ({reason}). See what that one "
-            "says; go on from the last checkpoint with --from_resume 1"
+            "printed; go on from the last checkpoint with --from_resume 1"
         ) from None
     if "RANK" in os.environ:
-        # DDP and fully_shard keep a reference to the group in places that outlive it. A gloo
-        # thread that is still there while Python takes itself apart now and then aborts.
+        # DDP and fully_shard keep references to the group that outlive it. A gloo thread that is
+        # still there when Python exits now and then aborts.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -118,36 +195,10 @@ def parallelise(model, mode, dtype):
     return fully_shard(model, mp_policy=policy)
 
 
-def sync_gradients(runner, now):
-    """Whether the processes add up their gradients in this backward pass: in a step's last one."""
-    if hasattr(runner, "set_requires_gradient_sync"):
-        runner.set_requires_gradient_sync(now)
-    elif not now and hasattr(runner, "no_sync"):
-        return runner.no_sync()
+def sync_gradients(learner, now):
+    """A context in which a backward pass averages gradients over the processes only if now."""
+    if hasattr(learner, "set_requires_gradient_sync"):  # fsdp
+        learner.set_requires_gradient_sync(now)
+    elif not now and hasattr(learner, "no_sync"):  # ddp
+        return learner.no_sync()
     return nullcontext()
-
-
-def whole(state):
-    """A state dict with every sharded tensor gathered; all processes must call this together."""
-    if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    return state.full_tensor() if hasattr(state, "full_tensor") else state
-
-
-def load_optimizer(optimizer, state):
-    """Gives an optimizer its whole state, of which each process takes what it shards."""
-    if hasattr(optimizer, "parts"):
-        for name, part in optimizer.parts.items():
-            load_optimizer(part, state[name])
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
-        like = parameters[index]
-        for key, value in values.items():
-            if hasattr(like, "full_tensor") and value.shape == like.shape:
-                from torch.distributed.tensor import distribute_tensor
-
-                values[key] = distribute_tensor(
-                    value.to(like.device), like.device_mesh, like.placements
-                )
-    optimizer.load_state_dict(state)

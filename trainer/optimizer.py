@@ -1,65 +1,137 @@
-"""What turns gradients into steps."""
+"""From gradients to steps: the optimizer, its learning rate, and torch.compile."""
 
+import math
 import os
 import shutil
 
 import torch
+from torch.distributed.checkpoint import state_dict
 
 from common import UserError
 
 
 def make_optimizer(model, args):
-    """AdamW (arXiv:1711.05101); the decay pulls on matrices only, not on the scales of norms.
+    """AdamW (arXiv:1711.05101), with weight decay on matrices but not on the scales of norms.
 
-    With args.optimizer "muon", the matrices of the layers get Muon (arXiv:2502.16982), which makes
-    all directions of a step equally long. Its steps are scaled to the size of AdamW's, so that one
-    learning rate serves both.
+    With args.optimizer "muon", the matrices of the layers get Muon (arXiv:2502.16982), whose steps
+    are orthogonal matrices. They are scaled to the size of AdamW's, so one learning rate fits both.
     """
-    inside = {id(weight) for weight in model.model.layers.parameters() if weight.dim() > 1}
-    learning = [weight for weight in model.parameters() if weight.requires_grad]
-    # Rows that must stay as they are must not decay either: see model/extend_vocab.py.
-    decays = [weight.dim() > 1 and not hasattr(weight, "first_row") for weight in learning]
-    matrices = [weight for weight, decay in zip(learning, decays, strict=True) if decay]
-    scales = [weight for weight, decay in zip(learning, decays, strict=True) if not decay]
-    muon = []
-    if args.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(
-                f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}"
-            )
-        if args.parallel == "fsdp":
-            raise UserError("--optimizer muon needs whole matrices; use --parallel ddp")
-        muon = [weight for weight in matrices if id(weight) in inside]
-        matrices = [weight for weight in matrices if id(weight) not in inside]
+    matrices, scales, muon = [], [], []
+    of_layers = {id(weight) for weight in model.model.layers.parameters()}
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            continue
+        # Rows that must stay as they are must not decay either: see model/extend_vocab.py.
+        if weight.dim() < 2 or hasattr(weight, "first_row"):
+            scales.append(weight)
+        elif args.optimizer == "muon" and id(weight) in of_layers:
+            muon.append(weight)
+        else:
+            matrices.append(weight)
     groups = [{"params": matrices, "weight_decay": args.weight_decay}]
     groups += [{"params": scales, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    if args.optimizer == "adamw":
+        return adamw
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
+    if args.parallel == "fsdp":
+        raise UserError("--optimizer muon needs whole matrices; use --parallel ddp")
     if not muon:
         return adamw
     how = {"weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return Together(muon=torch.optim.Muon(muon, lr=args.learning_rate, **how), adamw=adamw)
+    return Optimizers(torch.optim.Muon(muon, lr=args.learning_rate, **how), adamw)
 
 
-class Together:
+class Optimizers:
     """Several optimizers, each with weights of its own, used as one."""
 
-    def __init__(self, **parts):
+    def __init__(self, *parts):
         self.parts = parts
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts.values() for group in part.param_groups]
+        self.param_groups = [group for part in parts for group in part.param_groups]
 
     def step(self):
-        for part in self.parts.values():
+        for part in self.parts:
             part.step()
 
     def zero_grad(self):
-        for part in self.parts.values():
+        for part in self.parts:
             part.zero_grad()
 
-    def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
+
+def learning_rate(step, total_steps, args):
+    """The learning rate of a step, counted from 0: a linear rise to --learning_rate over
+    --warmup_steps, then half a cosine down to --min_lr_ratio of it at the last step.
+    """
+    highest, warmup_steps = args.learning_rate, min(args.warmup_steps, total_steps - 1)
+    if step < warmup_steps:
+        return highest * (step + 1) / (warmup_steps + 1)
+    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    floor = highest * args.min_lr_ratio
+    return floor + (highest - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_and_step(model, optimizer, scaler, grad_clip):
+    """Scales the gradient to a norm of at most grad_clip (0: any), and updates the weights unless
+    it is not finite; returns its norm before. The gradient is gone afterwards.
+    """
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # fsdp shards it
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm
+
+
+def full_state(model, optimizer):
+    """(the model's, the optimizer's) state dicts with whole tensors on the CPU; empty but on the
+    first process. Every process must call this.
+    """
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    parts = getattr(optimizer, "parts", optimizer)
+    weights = state_dict.get_model_state_dict(model, options=options)
+    return weights, state_dict.get_optimizer_state_dict(model, parts, options=options)
+
+
+def load_full_state(model, optimizer, state):
+    """Loads an optimizer's state of `full_state`, of which each process takes what it shards.
+
+    Raises ValueError if it is the state of other weights or of another kind of optimizer.
+    """
+    parts = getattr(optimizer, "parts", (optimizer,))
+    name_of = {weight: name for name, weight in model.named_parameters()}
+    names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+    state = by_name(state, parts, name_of)
+    if sorted(state["state"]) != sorted(names):
+        raise ValueError("it is that of other weights")
+    options = state_dict.StateDictOptions(full_state_dict=True)
+    state_dict.set_optimizer_state_dict(model, parts, state, options=options)
+
+
+def by_name(state, parts, name_of):
+    """The state with weights called by name; earlier versions numbered those of each optimizer."""
+    if "muon" in state or "adamw" in state:
+        states = [state["muon"], state["adamw"]]
+    elif all(isinstance(name, int) for name in state["state"]):
+        states = [state]
+    else:
+        return state
+    found = {"state": {}, "param_groups": []}
+    for part, numbered in zip(parts, states, strict=True):
+        weights = [weight for group in part.param_groups for weight in group["params"]]
+        for number, values in numbered["state"].items():
+            found["state"][name_of[weights[number]]] = values
+        for group in numbered["param_groups"]:
+            names = [name_of[weights[number]] for number in group["params"]]
+            found["param_groups"].append(group | {"params": names})
+    return found
 
 
 def require_compiler(device):
@@ -73,9 +145,10 @@ def require_compiler(device):
 
 
 def compile_layers(model):
-    """Has torch fuse each layer's small operations. The layers are alike, so the first one's code
-    serves all: the wait at the first step is that of one layer.
+    """Compiles each layer: torch fuses its small operations. The layers are alike, so the code of
+    the first one serves all, and the first step waits for one compilation only.
     """
     require_compiler(model.lm_head.weight.device)
+    print("compiling: the first step takes up to a minute")
     for layer in model.model.layers:
         layer.compile()
