@@ -80,8 +80,9 @@ class Chat:
     def __init__(self, args):
         # Here and not above: torch takes seconds to load, and --help need not wait for it.
         from trainer import checkpoint
+        from trainer.distributed import pick_device, pick_dtype
         from trainer.optimizer import require_compiler
-        from trainer.trainer_utils import init_model, pick_device, pick_dtype
+        from trainer.trainer_utils import init_model
 
         self.settings = {name: getattr(args, name) for name in [*SAMPLING, "use_compile"]}
         device = pick_device(args.device)
@@ -90,7 +91,7 @@ class Chat:
         self.model, self.tokenizer, loaded = init_model(args, device)
         if args.lora:
             checkpoint.merge_adapters(self.model, args)
-        self.model.to(pick_dtype(args, device))
+        self.model.to(pick_dtype(args.dtype, device))
         self.continues = loaded["stage"] == "pretrain" and not args.lora
         self.start_over(args.system)
 

@@ -22,7 +22,7 @@ from dataset.tiny_world.text import THINGS, VALUES
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import supervised_tokens
-from trainer.trainer_utils import keep_freed_memory
+from trainer.distributed import keep_freed_memory
 
 STEPS, EVERY, RATE = 600, 100, 1e-3
 WORDS = [word for group in VALUES.values() for word in group] + THINGS

@@ -25,7 +25,7 @@ from dataset.lm_dataset import SFTDataset
 from dataset.loader import best_fit_decreasing, pack, pad
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.trainer_utils import keep_freed_memory, seconds_of_product
+from trainer.distributed import keep_freed_memory, seconds_of_product
 
 TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}"

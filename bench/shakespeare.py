@@ -26,9 +26,9 @@ import torch
 
 from common import ROOT
 from model.causal_lm import CausalLM, ModelConfig
+from trainer.distributed import keep_freed_memory
 from trainer.optimizer import compile_layers, make_optimizer
 from trainer.train_tokenizer import train as train_tokenizer
-from trainer.trainer_utils import keep_freed_memory
 
 
 def main():

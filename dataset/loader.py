@@ -10,6 +10,7 @@ sample in the row (document_ids, -1 for padding), so that the model treats each 
 
 import signal
 import threading
+import time
 from bisect import bisect_left, insort
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common import IGNORE, PAD
+from model.loss import supervised_tokens
 
 SHORTEST = 128  # tokens of a packed row; longer ones make attention dearer, shorter ones pack worse
 
@@ -34,7 +36,7 @@ class Source(NamedTuple):
 
 
 def split_samples(dataset, part, seed):
-    """(rows to train on, rows to validate on), as lists of row numbers; at least one to validate.
+    """(samples to train on, samples to validate on), as lists of numbers; at least one to validate.
 
     Record i of file f is drawn by the i-th random number of (seed, f): the split stays when a file
     grows at its end, and no record is on both sides.
@@ -49,46 +51,93 @@ def split_samples(dataset, part, seed):
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
-def mix(rows, dataset, sources, seed):
-    """The rows with each source's copies, or in the proportion of the weights.
+def mix(samples, dataset, sources, seed):
+    """The samples with each source's copies, or in the proportion of the weights.
 
-    With weights there are as many rows as before; a source with too few gives some again.
+    With weights there are as many samples as before; those of a short source come several times.
     """
-    rows = np.asarray(rows)
-    file_of = dataset.samples[rows, 0]
+    samples = np.asarray(samples)
+    file_of = dataset.samples[samples, 0]
     total = sum(source.weight or 0 for source in sources)
     mixed = []
     for number, source in enumerate(sources):
-        own = rows[file_of == number]
+        own = samples[file_of == number]
         count = len(own) * source.copies
         if total:
-            count = round(source.weight / total * len(rows)) if len(own) else 0
+            count = round(source.weight / total * len(samples)) if len(own) else 0
         copies, rest = divmod(count, max(1, len(own)))
         drawn = np.random.default_rng([seed, number]).permutation(own)[:rest]
         mixed += own.tolist() * copies + drawn.tolist()
     return mixed
 
 
-def epoch_plan(dataset, rows, args, epoch, rank=0, world_size=1):
-    """Which of the rows each step of an epoch takes: a list of steps, a step being a list of
-    micro-batches of this process, a micro-batch a list of row numbers.
+class StepPlan:
+    """The samples and batches of each optimizer step of a run; len(plan) steps in all epochs.
+
+    step_began   time.perf_counter() when the latest step's batches were asked for
+    wait_s       seconds that the loop has waited for batches in all
+    samples      the samples of the latest step, and its epoch
+    """
+
+    def __init__(self, dataset, samples, args, rank=0, world_size=1):
+        self.dataset, self.args = dataset, args
+        self.rows_per_step = args.batch_size * args.accumulation_steps * world_size
+        self.of_epoch = partial(
+            epoch_plan, dataset, samples, args, rank=rank, world_size=world_size
+        )
+        self.steps_per_epoch = len(self.of_epoch(0))
+        self.step_began, self.wait_s, self.samples, self.epoch = 0.0, 0.0, [], 0
+
+    def __len__(self):
+        return self.steps_per_epoch * self.args.epochs
+
+    def after(self, step):
+        """Yields a list of batches for each step after the first `step` ones, as `pack` or `pad`
+        returns them: micro-batches, whose gradients are summed.
+        """
+        while step < len(self):
+            self.epoch, done = divmod(step, self.steps_per_epoch)
+            steps = self.of_epoch(self.epoch)[done:]
+            micro_batches = [micro_batch for step in steps for micro_batch in step]
+            loader = batches(self.dataset, micro_batches, self.args)
+            for of_step in steps:
+                self.step_began = time.perf_counter()
+                fetched = [next(loader) for _ in of_step]
+                self.wait_s += time.perf_counter() - self.step_began
+                self.samples = sum(of_step, [])
+                yield fetched
+            step += len(steps)
+
+
+def epoch_plan(dataset, samples, args, epoch, rank=0, world_size=1):
+    """The samples that each step of an epoch takes: a list of steps, a step being a list of
+    micro-batches of this process, a micro-batch a list of sample numbers.
 
     With args.packing a micro-batch fills batch_size packed rows of max_seq_len tokens, else it is
-    batch_size rows. A step takes the same however it is split into micro-batches and processes.
-    Every process gets as many micro-batches as the others; one that has none left gets empty ones.
+    batch_size samples. A step takes the same samples however it is split into micro-batches and
+    processes. All processes get the same number of micro-batches; some may be empty.
     """
     rng = np.random.default_rng([args.seed, epoch])
-    order = rng.permutation(np.asarray(rows, np.int64)).tolist()
-    bins = [[row] for row in order]
+    order = rng.permutation(np.asarray(samples, np.int64)).tolist()
+    rows = [[sample] for sample in order]
     if args.packing:
         packed = best_fit_decreasing(dataset.lengths[order].tolist(), args.max_seq_len)
-        bins = [[order[item] for item in packed[index]] for index in rng.permutation(len(packed))]
+        rows = [[order[item] for item in packed[index]] for index in rng.permutation(len(packed))]
     plan = []
-    for bins_of_step in cut(bins, args.batch_size * args.accumulation_steps * world_size):
-        micro_batches = [sum(part, []) for part in cut(bins_of_step, args.batch_size)]
+    for rows_of_step in cut(rows, args.batch_size * args.accumulation_steps * world_size):
+        micro_batches = [sum(part, []) for part in cut(rows_of_step, args.batch_size)]
         micro_batches += [[]] * (-len(micro_batches) % world_size)
         plan.append(micro_batches[rank::world_size])
     return plan
+
+
+def token_counts(micro_batches):
+    """(supervised tokens, tokens without padding) of a step's batches. The first token of a row is
+    not predicted, so its label does not count.
+    """
+    supervised = sum(supervised_tokens(labels) for _, labels, *_ in micro_batches)
+    tokens = sum(int((document_ids >= 0).sum()) for *_, document_ids in micro_batches)
+    return supervised, tokens
 
 
 def cut(items, size):
@@ -96,12 +145,12 @@ def cut(items, size):
 
 
 def batches(dataset, micro_batches, args):
-    """Yields a batch for each list of row numbers: what `pack` or `pad` returns.
+    """Yields a batch for each list of sample numbers: what `pack` or `pad` returns.
 
-    args.num_workers processes prepare them ahead. When one of those dies, the rest is prepared
+    args.num_workers processes prepare them in advance. When one of those dies, the rest is prepared
     here: slower, and the same.
     """
-    collate = partial(pack, row_length=args.max_seq_len) if args.packing else pad
+    collate = partial(pack, max_seq_len=args.max_seq_len) if args.packing else pad
     done = 0
     with own_handler_of_dead_children():
         loader = iter(
@@ -123,8 +172,8 @@ def batches(dataset, micro_batches, args):
         if not args.num_workers or not ours:
             raise
         print(f"warning: {error}. The batches are prepared by the training process from here on")
-    for rows in micro_batches[done:]:
-        yield collate([dataset[row] for row in rows])
+    for samples in micro_batches[done:]:
+        yield collate([dataset[sample] for sample in samples])
 
 
 @contextmanager
@@ -139,18 +188,18 @@ def own_handler_of_dead_children():
         signal.signal(number, before or signal.SIG_DFL)
 
 
-def best_fit_decreasing(lengths, row_length):
+def best_fit_decreasing(lengths, max_seq_len):
     """Which items share a row: a list of rows, each a list of indices into lengths.
 
     From the longest to the shortest, each goes where it leaves the least space. No length may
-    exceed row_length. This is at most 22 % above the fewest rows possible (Johnson, 1973).
+    exceed max_seq_len. This is at most 22 % above the fewest rows possible (Johnson, 1973).
     """
-    rows, with_space, spaces = [], [[] for _ in range(row_length + 1)], []  # spaces is sorted
+    rows, with_space, spaces = [], [[] for _ in range(max_seq_len + 1)], []  # spaces is sorted
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     for item in order:
         at = bisect_left(spaces, lengths[item])
         if at == len(spaces):
-            row, space = len(rows), row_length
+            row, space = len(rows), max_seq_len
             rows.append([])
         else:
             space = spaces[at]
@@ -165,45 +214,45 @@ def best_fit_decreasing(lengths, row_length):
     return rows
 
 
-def layout(lengths, row_length):
-    """(tokens of a row, the rows) for a batch of documents; the rows are lists of indices.
+def layout(lengths, max_seq_len):
+    """(tokens of a row, the rows) for a batch of samples; the rows are lists of indices.
 
-    Rows are about as long as the longest document, where that takes no more tokens than rows of
-    row_length: a token attends to its whole row, and what is not its document is masked out.
-    About, because a CPU keeps compiled code for each size of product that it meets.
+    Rows are about as long as the longest sample, where that takes no more tokens than rows of
+    max_seq_len: a token attends to its whole row, and other samples are masked out. About, because
+    a CPU keeps compiled code for each size of product that occurs.
     """
-    shortest = min(row_length, -max([SHORTEST, *lengths]) // 64 * -64)
-    layouts = [(T, best_fit_decreasing(lengths, T)) for T in (shortest, row_length)]
+    shortest = min(max_seq_len, -max([SHORTEST, *lengths]) // 64 * -64)
+    layouts = [(T, best_fit_decreasing(lengths, T)) for T in (shortest, max_seq_len)]
     return min(layouts, key=lambda layout: layout[0] * len(layout[1]))
 
 
-def pack(documents, row_length):
-    """Documents (input_ids, labels) as one batch of rows that hold several."""
-    T, rows = layout([len(input_ids) for input_ids, _ in documents], row_length)
+def pack(documents, max_seq_len):
+    """Samples (input_ids, labels) as one batch of rows that hold several."""
+    T, rows = layout([len(input_ids) for input_ids, _ in documents], max_seq_len)
     return batch([[documents[item] for item in row] for row in rows], T)
 
 
 def pad(documents):
-    """Documents as one batch, each in a row of its own, padded to the longest."""
+    """Samples as one batch, each in a row of its own, padded to the longest."""
     return batch([[d] for d in documents], max((len(ids) for ids, _ in documents), default=0))
 
 
 def batch(rows, T):
-    """Rows of documents as input_ids, labels, position_ids and document_ids, each (B, T).
+    """Rows of samples as input_ids, labels, position_ids and document_ids, each (B, T).
 
-    A document's first token has no label: what stands before it is another document. No rows at
+    A sample's first token has no label: what stands before it is another sample. No rows at
     all give one token without loss, the share of a process that has nothing left to do.
     """
     shape = (max(1, len(rows)), max(1, T))
     ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
-    positions, documents = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    position_ids, document_ids = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for index, row in enumerate(rows):
         start = 0
         for number, (row_ids, row_labels) in enumerate(row):
             end = start + len(row_ids)
             ids[index, start:end] = row_ids
             labels[index, start + 1 : end] = row_labels[1:]
-            positions[index, start:end] = torch.arange(len(row_ids))
-            documents[index, start:end] = number
+            position_ids[index, start:end] = torch.arange(len(row_ids))
+            document_ids[index, start:end] = number
             start = end
-    return ids, labels, positions, documents
+    return ids, labels, position_ids, document_ids

@@ -125,3 +125,28 @@ class Part:
 
 def as_lines(values):
     return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+class TaskScore:
+    """A task's problems, to score a model on while it is trained: all of Tiny World's, else the
+    first 200 of a file. Raises UserError if there is no such file.
+    """
+
+    def __init__(self, task, path):
+        from evaluation.run_eval import parse
+        from evaluation.tasks import read_problems
+
+        self.task, tiny = task, task == "tiny_world"
+        limits = ["--batch_size", "50", "--max_new_tokens", "120" if tiny else "256"]
+        self.args, self.path = parse(["--task", task, *limits]), path
+        self.problems = read_problems(task, None if tiny else path)[: None if tiny else 200]
+
+    def score(self, model, tokenizer):
+        """The share of the problems that a model solves."""
+        from evaluation.run_eval import answer_all
+        from evaluation.tasks import held_to, judge
+
+        self.args.allowed = held_to(self.task, self.path, tokenizer)
+        rows = answer_all(self.problems, model, tokenizer, self.args)
+        verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
+        return sum(verdict["verdict"] == "correct" for verdict in verdicts) / len(rows)

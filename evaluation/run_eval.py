@@ -34,8 +34,9 @@ from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same
 from model.generation import generate
 from trainer import checkpoint
 from trainer.arguments import Parser, number, stop_at, wrong_values
+from trainer.distributed import pick_device, pick_dtype
 from trainer.optimizer import require_compiler
-from trainer.trainer_utils import init_model, pick_device, pick_dtype
+from trainer.trainer_utils import init_model
 
 
 def parse(argv):
@@ -102,7 +103,7 @@ def open_model(args):
     paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
     if args.lora:
         paths.append(checkpoint.merge_adapters(model, args))
-    model.to(pick_dtype(args, device))
+    model.to(pick_dtype(args.dtype, device))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}
 
@@ -245,25 +246,6 @@ def write_answers(prompts, first, model, args):
             elif token is not None:
                 answers[place].append(token)
     return list(zip(answers, ended, strict=True))
-
-
-class Exam:
-    """A task's problems, to score a model on while it is trained: all of Tiny World's, else the
-    first 200 of a file. Raises UserError if there is no such file.
-    """
-
-    def __init__(self, task, path):
-        self.task, tiny = task, task == "tiny_world"
-        limits = ["--batch_size", "50", "--max_new_tokens", "120" if tiny else "256"]
-        self.args, self.path = parse(["--task", task, *limits]), path
-        self.problems = read_problems(task, None if tiny else path)[: None if tiny else 200]
-
-    def score(self, model, tokenizer):
-        """The share of the problems that a model solves."""
-        self.args.allowed = held_to(self.task, self.path, tokenizer)
-        rows = answer_all(self.problems, model, tokenizer, self.args)
-        verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
-        return sum(verdict["verdict"] == "correct" for verdict in verdicts) / len(rows)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,6 @@ class MoE(nn.Module):
 
 
 def load_balance_loss(model):
-    """The mean of its MoE layers' balance losses in the last training forward."""
+    """The mean of its MoE layers' balance losses in the last training forward; 0 without any."""
     losses = [layer.load_balance_loss for layer in model.modules() if isinstance(layer, MoE)]
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean() if losses else 0.0

@@ -33,14 +33,14 @@ from model.distillation import Teacher
 from model.lora import hash_of
 from trainer import checkpoint
 from trainer.arguments import Parser, number, one_of, source, stop_at, wrong_values
+from trainer.distributed import pick_device, pick_dtype
 from trainer.teacher import layers_of
-from trainer.trainer_utils import pick_device, pick_dtype
 
 
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
-    dtype = pick_dtype(args, device)
+    dtype = pick_dtype(args.dtype, device)
     path = checkpoint.find(args.save_dir, args.teacher_weight)
     model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
     layers = layers_of(args.aux_layers, model, path)
@@ -54,7 +54,9 @@ def main(argv=None):
     same = ("max_seq_len", "top_k", "distill_temperature", "dtype", "shard_size", "seed")
     manifest = {name: getattr(args, name) for name in same} | {"aux_layers": layers}
     manifest |= {"teacher": hash_of(model), "config": dataclasses.asdict(model.config)}
-    order = b"".join(data.samples[row].tobytes() for rows in sum(parts.values(), []) for row in rows)
+    order = b"".join(
+        data.samples[row].tobytes() for rows in sum(parts.values(), []) for row in rows
+    )
     manifest["data"] = [*data.content, hashlib.sha256(order).hexdigest()]
     manifest["shards"] = {part: len(shards) for part, shards in parts.items()}
     begin(args.offline_dir, manifest, model, tokenizer)

@@ -101,7 +101,9 @@ def test_the_rest_is_split_in_three_without_an_official_test(gsm8k_raw, tmp_path
 
 def test_a_record_of_something_else_is_named(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"question": "What?", "answer": "It is 3."}])
-    done = run_here("recipes/prepare_math.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out")
+    done = run_here(
+        "recipes/prepare_math.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out"
+    )
     assert done.returncode == 2 and "line 1" in done.stderr and "####" in done.stderr
     done = run_here("recipes/prepare_math.py", "gsm8k", "--raw", tmp_path / "no", "--out", tmp_path)
     assert done.returncode == 2 and "no such folder" in done.stderr

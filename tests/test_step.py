@@ -119,7 +119,7 @@ def watched_run(stage, flags, broken=None, sgd=True):
 
 def run_cases(text):
     """What each process of a torchrun job does: one run after the other, in one process group."""
-    with distributed.ending_in_plain_words():
+    with distributed.report_lost_process():
         rank, processes = distributed.start("gloo")
         distributed.start, distributed.end = lambda backend: (rank, processes), lambda: None
         cases, mark = json.loads(text), Path("first")

@@ -293,7 +293,7 @@ def test_alone_a_process_adds_nothing_and_waits_for_nobody(monkeypatch):
 
 
 def end_with(error):
-    with distributed.ending_in_plain_words():
+    with distributed.report_lost_process():
         raise error
 
 

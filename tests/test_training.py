@@ -224,7 +224,7 @@ def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tm
         "from tests.test_training import StopAt\n"
         "from trainer import train_full_sft as train\n"
         "train.StopSignal = StopAt(int(sys.argv.pop(1)))\n"
-        "with train.distributed.ending_in_plain_words(): train.main()\n",
+        "with train.distributed.report_lost_process(): train.main()\n",
         encoding="utf-8",
     )
 
@@ -254,7 +254,7 @@ def test_a_process_of_a_job_leaves_before_python_takes_itself_apart(code):
         import atexit, os, sys
         from trainer import distributed
         atexit.register(os.abort)
-        with distributed.ending_in_plain_words():
+        with distributed.report_lost_process():
             print("done")
             sys.exit({code})
     """

@@ -317,7 +317,9 @@ def contradictions(args, parser):
     if args.loss_curve and args.loss_curve.is_dir():
         problems.append(f"--loss_curve {args.loss_curve} is a folder; give a file in it")
     if not (args.val_split or args.val_data_path):
-        given = [name for name in ("early_stop_patience", "save_best_at_end") if getattr(args, name)]
+        given = [
+            name for name in ("early_stop_patience", "save_best_at_end") if getattr(args, name)
+        ]
         given += ["best_metric"] if getattr(args, "best_metric", "val_loss") != "val_loss" else []
         problems += [f"--{flag} needs --val_split above 0, or --val_data_path" for flag in given]
     return problems

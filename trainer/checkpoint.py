@@ -2,7 +2,7 @@
 
 out/NAME.pth                         weights {"format", "stage", "config", "tokenizer", "model",
                                      "training"}
-out/lora_NAME.pth                    adapters alone in "model", and what they are like in "lora"
+out/lora_NAME.pth                    adapters alone in "model", and their description in "lora"
 out/checkpoints/NAME_resume.pth      the latest checkpoint: "optimizer", "scaler", "run" and
                                      "arguments" instead of "training"
 out/checkpoints/NAME_step000500.pth  an earlier one
@@ -10,7 +10,6 @@ out/checkpoints/NAME_best.pth        the weights that did best in validation
 """
 
 import dataclasses
-import itertools
 import math
 import pickle
 import re
@@ -25,8 +24,9 @@ from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import add_projections
 from model.lora import adapter_state, add_lora, hash_of, merge_for_good
-from trainer.distributed import is_first, whole
-from trainer.run import Run, flags_of
+from trainer.arguments import RENAMED
+from trainer.distributed import is_first
+from trainer.optimizer import full_state
 
 FORMAT = 1
 EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
@@ -66,8 +66,6 @@ def load(path):
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
@@ -115,43 +113,6 @@ def matching(folder, name, hidden_size=None, use_moe=None, ending=""):
     return found
 
 
-def files_of(save_dir, name, more=""):
-    """The files that a run writes under a name, which is a pattern, with more after each."""
-    endings = {".": r"\.pth", "checkpoints": r"_(resume|best|new|step\d+)\.pth"}
-    endings["logs"] = r"(\.jsonl|_loss\.png)"
-    return [
-        path
-        for folder, ending in endings.items()
-        for path in sorted((save_dir / folder).glob("*"))
-        if re.fullmatch(name + ending + more, path.name)
-    ]
-
-
-def keep_previous(args, name):
-    """Renames the files of an earlier run, full_sft_384, to full_sft_previous_384, unless this run
-    goes on with it. They stay until this one is complete. Half files of a killed run are removed.
-    """
-    escaped = re.escape(name)
-    for path in files_of(args.save_dir, rf"\.{escaped}", r"\.\d+\.part"):
-        path.unlink()
-    files = files_of(args.save_dir, escaped)
-    if args.from_resume or not any(path.suffix == ".pth" for path in files):
-        return
-    size, numbers = name.removeprefix(args.save_weight), itertools.chain([""], itertools.count(2))
-    names = (f"{args.save_weight}_previous{number}" for number in numbers)
-    kept = next(free for free in names if not files_of(args.save_dir, re.escape(free + size)))
-    for path in reversed(files):  # the log first: where that is refused, nothing has changed
-        try:
-            path.rename(path.with_name(kept + size + path.name.removeprefix(name)))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be renamed: {error.strerror}; close what has it open, or choose "
-                "another --save_weight"
-            ) from None
-    print(f"the earlier run {name} is kept as {kept + size} until this one is complete")
-    print(f"to go on with it instead: --from_resume 1 --save_weight {kept}")
-
-
 def step_of(path):
     """The step in a checkpoint's name; that of the latest is above all."""
     match = re.search(r"_step(\d+)$", path.stem)
@@ -159,17 +120,17 @@ def step_of(path):
 
 
 def load_latest(args):
-    """(path, content) of the latest checkpoint of a run that is not damaged.
-
-    Raises UserError if there is none.
+    """The content of a run's latest checkpoint that is not damaged, with its "path". None, with a
+    line that says so, if there is no checkpoint. Raises UserError if all are damaged.
     """
     folder, name = args.save_dir / "checkpoints", args.save_weight
     found = matching(folder, name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
     if not found:
-        size, remedy = args.hidden_size or "*", "start the run without --from_resume 1"
+        latest = folder / f"{name}_{args.hidden_size or '*'}_resume.pth"
+        print(f"there is no {latest} yet: the run starts from its beginning")
         if matching(folder, f"{name}_previous", ending=EARLIER_OR_LATEST):
-            remedy += f", or go on with the earlier one, --save_weight {name}_previous"
-        raise UserError(f"there is no {folder / f'{name}_{size}_resume.pth'}; {remedy}")
+            print(f"to go on with the earlier run instead: --save_weight {name}_previous")
+        return None
     # Of several models under one name the newest; of its checkpoints the latest, then backwards.
     newest = max(found, key=lambda path: path.stat().st_mtime)
     run_name, failed = newest.name.rpartition("_")[0], None
@@ -183,19 +144,17 @@ def load_latest(args):
             continue
         if failed:
             print(f"warning: {failed}. Going on from the one before, {path}")
-        return path, content
+        flags = content["arguments"]
+        content["arguments"] = {RENAMED.get(name, name): value for name, value in flags.items()}
+        return content | {"path": path}
     raise failed
 
 
 def require_checkpoint(content, path):
     """Raises UserError unless a loaded file is one that `save_run` wrote."""
-    parts = ("run", "arguments", "optimizer", "scaler")
-    try:
-        ours = all(isinstance(content[part], dict) for part in parts)
-        ours = ours and isinstance(Run(**content["run"]).step, int)
-    except (KeyError, TypeError):
-        ours = False
-    if not ours:
+    parts = [content.get(part) for part in ("run", "arguments", "optimizer", "scaler")]
+    ours = all(isinstance(part, dict) for part in parts)
+    if not ours or not isinstance(content["run"].get("step"), int):
         raise UserError(f"{path} is no checkpoint of this version; start the run anew")
 
 
@@ -309,56 +268,75 @@ def merge_adapters(model, args):
     return path
 
 
+def description(model):
+    """The parts of a file beyond the config: adapters, first new token, projections."""
+    found = {}
+    if getattr(model, "first_new_token", None) is not None:
+        found["first_new_token"] = model.first_new_token
+    if getattr(model, "lora", None):
+        found["lora"] = dataclasses.asdict(model.lora)
+    if hasattr(model, "projections"):
+        found["projections"] = [model.projections[0].out_features, len(model.projections)]
+    return found
+
+
+def flags_of(args):
+    """The flags as torch.load(weights_only=True) may load them."""
+
+    def plain(value):
+        if isinstance(value, list):
+            return [tuple(map(plain, source)) for source in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(args).items()}
+
+
 def save_weights(path, args, model, tokenizer, stage, run, state=None):
-    """Writes a weights file; of adapters alone, where only these learn. state: the gathered
-    weights. Every process must call this; the first one writes.
+    """Writes a weights file; of adapters alone, where only these are trained. state: the full state
+    dict. Every process must call this; the first one writes.
     """
-    state = state or whole(model.state_dict())
-    if is_first():
-        more = {"training": dataclasses.asdict(run) | flags_of(args), **description(model)}
-        if more.pop("projections", None):
-            state = {name: state[name] for name in state if not name.startswith("projections.")}
-        if "lora" in more:
-            state, more["under"] = adapter_state(state), str(args.from_weight)
-        save(path, state, model.config, tokenizer, stage, **more)
+    state = state or full_state(model)
+    if not is_first():
+        return
+    more = {"training": dataclasses.asdict(run) | flags_of(args), **description(model)}
+    if more.pop("projections", None):
+        state = {name: state[name] for name in state if not name.startswith("projections.")}
+    if "lora" in more:
+        state, more["under"] = adapter_state(state), str(args.from_weight)
+    save(path, state, model.config, tokenizer, stage, **more)
+
+
+def save_best(args, model, tokenizer, stage, run):
+    """Writes the weights that did best in validation so far. Every process must call this."""
+    name = file_name(args.save_weight, model.config)
+    path = args.save_dir / "checkpoints" / f"{name}_best.pth"
+    save_weights(path, args, model, tokenizer, stage, run)
 
 
 def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
-    """Writes all that it takes to go on, and the weights so far. Every process must call this.
+    """Writes all that a resumed run needs, and the weights so far. Every process must call this.
 
-    What was the latest checkpoint becomes an earlier one when the new one is complete;
-    args.keep_checkpoints of those stay.
+    The latest checkpoint becomes an earlier one when the new one is complete; args.keep_checkpoints
+    of those stay.
     """
     name, folder = file_name(args.save_weight, model.config), args.save_dir / "checkpoints"
-    more = {"optimizer": whole(optimizer.state_dict()), "scaler": scaler.state_dict()}
-    state, before, run.saved_step = whole(model.state_dict()), run.saved_step, run.step
-    if is_first():
-        more["run"], more["arguments"] = dataclasses.asdict(run), flags_of(args)
-        new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
-        save(new, state, model.config, tokenizer, stage, **more, **description(model))
-        place = folder / f"{name}_step{before or 0:06d}.pth"
-        if latest.exists() and not place.exists():  # there already: the latest was damaged
-            latest.replace(place)
-        new.replace(latest)
-        which = args.save_weight, model.config.hidden_size, model.config.use_moe
-        earlier = sorted(matching(folder, *which, r"_step\d+"), key=step_of)
-        for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
-            path.unlink()
-        save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run, state)
-
-
-def complete(args, name, run):
-    """Ends a run that is finished: the best weights become those of the run where
-    --save_best_at_end says so, and the files of the run before it go.
-    """
-    if args.save_best_at_end and run.best_score is not None:
-        put_best_in_place(args, name)
-    size = name.removeprefix(args.save_weight)
-    for path in files_of(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
-        try:
-            path.unlink()
-        except OSError as error:
-            print(f"warning: {path} cannot be removed: {error.strerror}")
+    state, optimizer_state = full_state(model, optimizer)
+    before, run.saved_step = run.saved_step, run.step
+    if not is_first():
+        return
+    more = {"optimizer": optimizer_state, "scaler": scaler.state_dict()}
+    more |= {"run": dataclasses.asdict(run), "arguments": flags_of(args), **description(model)}
+    new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
+    save(new, state, model.config, tokenizer, stage, **more)
+    place = folder / f"{name}_step{before or 0:06d}.pth"
+    if latest.exists() and not place.exists():  # there already: the latest was damaged
+        latest.replace(place)
+    new.replace(latest)
+    which = args.save_weight, model.config.hidden_size, model.config.use_moe
+    earlier = sorted(matching(folder, *which, r"_step\d+"), key=step_of)
+    for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
+        path.unlink()
+    save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run, state)
 
 
 def put_best_in_place(args, name):
@@ -367,12 +345,3 @@ def put_best_in_place(args, name):
     load(best)  # raises an error if it is damaged
     with best.open("rb") as source, replacing(args.save_dir / f"{name}.pth") as file:
         shutil.copyfileobj(source, file)
-
-
-def description(model):
-    """What a file says of a model beyond its config: adapters, first new token, projections."""
-    found = {"first_new_token": getattr(model, "first_new_token", None)}
-    found["lora"] = dataclasses.asdict(model.lora) if getattr(model, "lora", None) else None
-    if projections := getattr(model, "projections", None):
-        found["projections"] = [projections[0].out_features, len(projections)]
-    return {name: value for name, value in found.items() if value is not None}

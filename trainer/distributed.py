@@ -40,7 +40,7 @@ class Compute:
 def start(args):
     """The Compute of this process, after it has joined the others of its job.
 
-    What --dtype auto stands for is stored in args.dtype, so that a resumed run computes as it began.
+    What --dtype auto stands for is stored in args.dtype: a resumed run computes as it began.
     Raises UserError if the device cannot be used.
     """
     keep_freed_memory()
@@ -48,8 +48,6 @@ def start(args):
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank > 0:
-        sys.stdout = io.StringIO()  # only the first process prints
     if args.dtype == "auto":  # the first process decides: machines may differ
         bf16 = rank == 0 and bf16_is_native(device)
         args.dtype = "bf16" if all_reduce_sum(bf16, device=device)[0] else "fp32"
@@ -150,6 +148,8 @@ def report_lost_process():
     """Around a script's main(): turns the error of a process that waits in vain for another into a
     UserError, and ends the processes of a job without waiting for each other.
     """
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = io.StringIO()  # only the first process prints
     code = 0
     try:
         yield

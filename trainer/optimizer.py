@@ -48,7 +48,10 @@ class Optimizers:
 
     def __init__(self, *parts):
         self.parts = parts
-        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
 
     def step(self):
         for part in self.parts:
@@ -90,13 +93,15 @@ def clip_and_step(model, optimizer, scaler, grad_clip):
     return norm
 
 
-def full_state(model, optimizer):
-    """(the model's, the optimizer's) state dicts with whole tensors on the CPU; empty but on the
-    first process. Every process must call this.
+def full_state(model, optimizer=None):
+    """The model's state dict with whole tensors on the CPU; with an optimizer, both state dicts.
+    They are empty but on the first process. Every process must call this.
     """
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    parts = getattr(optimizer, "parts", optimizer)
     weights = state_dict.get_model_state_dict(model, options=options)
+    if optimizer is None:
+        return weights
+    parts = getattr(optimizer, "parts", optimizer)
     return weights, state_dict.get_optimizer_state_dict(model, parts, options=options)
 
 

@@ -1,23 +1,27 @@
-"""Where a run is, whether it may go on, and why it ends."""
+"""Where a run is, whether it may be resumed, why it ends, and what becomes of the one before."""
 
 import dataclasses
+import itertools
 import math
+import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from common import UserError
-from trainer.distributed import load_optimizer
+from trainer import checkpoint, distributed
+from trainer.metrics import MetricsLog
+from trainer.optimizer import load_full_state
+from trainer.signals import RunLock
 
 # Flags that a resumed run may change: the weights come out the same, or, with another device,
 # nearly the same.
 FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir rebuild_cache
     device num_workers use_compile grad_checkpoint profile parallel deterministic log_interval
-    save_interval eval_interval sample_interval sample_prompt strict_data keep_checkpoints
+    save_interval val_interval sample_interval sample_prompt strict_data keep_checkpoints
     early_stop_patience save_best_at_end max_bad_steps loss_curve offline_dir""".split()
 FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
-FREE += ["data_path", "eval_data_path", "replay_path"]  # content and shares are compared
-FREE += ["extend_tokens"]  # the checkpoint has the tokens, and `init_model` compares
+FREE += ["data_path", "val_data_path", "replay_path"]  # content and shares are compared
+FREE += ["extend_tokens"]  # the checkpoint has the tokens, and `choose_trainable` compares
 QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ
 
 
@@ -26,57 +30,68 @@ class Run:
     """Where a run is. Random numbers and the learning rate follow from the step and the flags."""
 
     data: list  # the hash of each file
-    rows: int
+    rows: int  # samples to train on
     rows_per_step: int
-    processes: int
+    processes: int = 1
     teacher: str | None = None  # the hash of its weights
     step: int = 0
     tokens: int = 0  # trained on
-    bad_steps: int = 0  # the last ones, left out because their gradients were not finite
+    bad_steps: int = 0  # the latest ones, skipped because their gradients were not finite
     log_bytes: int = 0  # of the metrics log
     saved_step: int | None = None  # that of the latest checkpoint
     best_score: float | None = None
     evaluations_since_best: int = 0
 
-    def judge(self, score):
-        """Takes note of a validation (higher is better); returns whether it is the best so far."""
+    def advance(self, tokens, grad_norm):
+        """Counts a step. One without a finite gradient was skipped."""
+        self.step += 1
+        self.tokens += int(tokens)
+        self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
+
+    def note_score(self, score):
+        """Records a validation (higher is better); returns whether it is the best so far."""
         best = self.best_score is None or score > self.best_score
-        best = best and not math.isnan(score)
-        self.best_score = score if best else self.best_score
-        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
-        return best
+        if best and not math.isnan(score):
+            self.best_score, self.evaluations_since_best = score, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
 
-    def stalled(self, patience):
-        """Whether the last `patience` validations found nothing better; with 0, never."""
-        return 0 < patience <= self.evaluations_since_best
-
-
-def flags_of(args):
-    """The flags as weights_only=True may load them."""
-
-    def plain(value):
-        if isinstance(value, list):
-            return [tuple(map(plain, source)) for source in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: plain(value) for name, value in vars(args).items()}
+    def finished(self, total_steps, patience):
+        """Whether all steps are done, or the last `patience` validations brought nothing better."""
+        return self.step >= total_steps or 0 < patience <= self.evaluations_since_best
 
 
-def shares_of(flags):
-    """[(weight, copies)] of each file of --data_path."""
-    return [tuple(how) for _, *how in flags.get("data_path") or [(None, None, 1)]]
+def begin_run(run, args, model, optimizer, compute, total_steps, saved):
+    """(the Run to train from, its log); run is a new one, saved the checkpoint to resume or None.
+
+    Locks the name of the run, and renames the files of an earlier one under it.
+    """
+    name = checkpoint.file_name(args.save_weight, model.config)
+    if compute.rank == 0:
+        lock = RunLock(args.save_dir / "checkpoints" / f"{name}.lock")
+    if saved:
+        run = resume(run, saved, args, model, optimizer, compute.scaler)
+    if compute.rank == 0:
+        keep_previous(args, name, saved)
+        run.lock = lock  # no field: it is not part of a checkpoint
+    path = args.save_dir / "logs" / f"{name}.jsonl"
+    return run, MetricsLog(path, run, total_steps, silent=compute.rank > 0, profile=args.profile)
 
 
-def go_on(run, resume, args, optimizer, scaler):
-    """Returns the Run of a checkpoint and loads its state into optimizer and scaler; run holds
-    what is known of this one before its first step.
+def resume(run, saved, args, model, optimizer, scaler):
+    """The Run of a checkpoint, whose state is loaded into optimizer and scaler; run holds what is
+    known of this one before its first step.
 
     Prints which flags differ. Raises UserError with all that make it another run, unless
     args.force_resume, and if the state does not fit the optimizer.
     """
-    path, content = resume
-    before, saved = content["arguments"], Run(**content["run"])
-    now = flags_of(args)
+    try:
+        before, then = saved["arguments"], Run(**saved["run"])
+    except TypeError as error:
+        path = saved["path"]
+        raise UserError(f"{path} is no checkpoint of this version ({error}); start anew") from None
+    now = checkpoint.flags_of(args)
     differ = {
         name: f"{name} is {value} and was {before.get(name)}"
         for name, value in now.items()
@@ -86,57 +101,130 @@ def go_on(run, resume, args, optimizer, scaler):
     if "epochs" in differ and now["epochs"] > before["epochs"]:
         free.append("epochs")
     harm = [text for name, text in differ.items() if name not in free]
-    if (run.data, run.rows) != (saved.data, saved.rows):
+    if (run.data, run.rows) != (then.data, then.rows):
         harm.append("the data is not what it was when the run began")
     if shares_of(now) != shares_of(before):
         harm.append("--data_path gives other shares or copies than when the run began")
-    if run.teacher != saved.teacher and saved.teacher:
+    if run.teacher != then.teacher and then.teacher:
         harm.append("the teacher has other weights than when the run began")
-    if run.rows_per_step != saved.rows_per_step:
+    if run.rows_per_step != then.rows_per_step:
         harm.append(
             f"a step takes {run.rows_per_step} rows (batch_size x accumulation_steps x processes) "
-            f"and took {saved.rows_per_step}"
+            f"and took {then.rows_per_step}"
         )
-    elif run.processes != saved.processes:
+    elif run.processes != then.processes:
         print(
-            f"{run.processes} processes go on where {saved.processes} stopped: a step takes "
+            f"{run.processes} processes go on where {then.processes} stopped: a step takes "
             f"{run.rows_per_step} rows as before, so none is repeated or left out"
         )
     print("".join(f"{differ[name]}\n" for name in free if name not in QUIET), end="")
     if harm and not args.force_resume:
         raise UserError(
-            f"--from_resume 1 goes on with the run of {path}, but {'; '.join(harm)}. "
+            f"--from_resume 1 goes on with the run of {saved['path']}, but {'; '.join(harm)}. "
             "Give what it was, or --force_resume 1"
         )
     for text in harm:
         print(f"warning: {text}")
     try:
-        load_optimizer(optimizer, content["optimizer"])
-        scaler.load_state_dict(content["scaler"])
+        load_full_state(model, optimizer, saved.pop("optimizer"))  # pop: it is not kept in memory
+        scaler.load_state_dict(saved["scaler"])
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path}: its optimizer state does not fit this run ({error}). --force_resume 1 cannot "
-            f"change what learns or --optimizer, which was {before.get('optimizer')}; start a new "
-            f"run from the weights: --from_weight {args.save_weight} --save_weight NAME"
+            f"{saved['path']}: its optimizer state does not fit this run ({error}). --force_resume "
+            f"1 cannot change what is trained or --optimizer, which was {before.get('optimizer')}; "
+            f"start a new run from the weights: --from_weight {args.save_weight} --save_weight NAME"
         ) from None
-    now_known = ("data", "rows", "rows_per_step", "processes", "teacher")
-    return dataclasses.replace(saved, **{name: getattr(run, name) for name in now_known})
+    known = ("data", "rows", "rows_per_step", "processes", "teacher")
+    return dataclasses.replace(then, **{name: getattr(run, name) for name in known})
 
 
-def report_end(args, run, total_steps, batch):
-    """Says why a run ended before its last step, and how to go on; batch is where the last step's
-    rows came from. Ends the program unless the run is done.
+def shares_of(flags):
+    """[(weight, copies)] of each file of --data_path."""
+    return [tuple(how) for _, *how in flags.get("data_path") or [(None, None, 1)]]
+
+
+def keep_previous(args, name, saved):
+    """Renames the files of an earlier run, full_sft_384, to full_sft_previous_384, unless this run
+    resumes it. They stay until this one is complete. Removes half-written files of a killed run.
     """
-    if run.bad_steps >= args.max_bad_steps:
+    for path in files_of(args.save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):
+        path.unlink()
+    files = files_of(args.save_dir, re.escape(name))
+    if saved or not any(path.suffix == ".pth" for path in files):
+        return
+    size, numbers = name.removeprefix(args.save_weight), itertools.chain([""], itertools.count(2))
+    names = (f"{args.save_weight}_previous{number}" for number in numbers)
+    kept = next(free for free in names if not files_of(args.save_dir, re.escape(free + size)))
+    for path in reversed(files):  # the log first: where that is refused, nothing has changed
+        try:
+            path.rename(path.with_name(kept + size + path.name.removeprefix(name)))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be renamed: {error.strerror}; close what has it open, or choose "
+                "another --save_weight"
+            ) from None
+    print(f"the earlier run {name} is kept as {kept + size} until this one is complete")
+    print(f"to go on with it instead: --from_resume 1 --save_weight {kept}")
+
+
+def files_of(save_dir, name, more=""):
+    """The files that a run writes under a name, which is a pattern, with more after each."""
+    endings = {".": r"\.pth", "checkpoints": r"_(resume|best|new|step\d+)\.pth"}
+    endings["logs"] = r"(\.jsonl|_loss\.(png|svg))"
+    return [
+        path
+        for folder, ending in endings.items()
+        for path in sorted((save_dir / folder).glob("*"))
+        if re.fullmatch(name + ending + more, path.name)
+    ]
+
+
+def finish(run, args, model, tokenizer, stage, log, where):
+    """Leaves the job, completes a finished run, and prints what came out; where says which records
+    the latest step was trained on.
+
+    Raises UserError after args.max_bad_steps steps without a finite gradient; exits with code 130
+    if the run was interrupted.
+    """
+    name = checkpoint.file_name(args.save_weight, model.config)
+    place = args.save_dir / f"{name}.pth"
+    best_at_end = args.save_best_at_end and run.best_score is not None
+    if log.steps == 0 and not best_at_end:
+        # The run was finished. A kill may have come between its last checkpoint and the weights.
+        checkpoint.save_weights(place, args, model, tokenizer, stage, run)
+    log.bar.close()
+    distributed.end()
+    if log.silent:
+        return
+    finished = run.finished(log.total_steps, args.early_stop_patience)
+    hopeless = run.bad_steps >= args.max_bad_steps
+    if finished and not hopeless:
+        if best_at_end:
+            checkpoint.put_best_in_place(args, name)
+        remove_previous(args, name)
+    run.lock.release()
+    if hopeless and log.steps:
         raise UserError(
             f"{run.bad_steps} steps in a row had no finite gradient; saved at step {run.step}. The "
-            f"last one was trained on {batch}. Look at these, or lower --learning_rate and start "
+            f"last one was trained on {where}. Look at these, or lower --learning_rate and start "
             "anew; --from_resume 1 goes on"
         )
-    if run.stalled(args.early_stop_patience):
-        print(
-            f"Stopped at step {run.step}: {args.early_stop_patience} validations without a better"
-        )
-    elif run.step < total_steps:
-        print(f"Stopped at step {run.step} of {total_steps}, saved. Go on with --from_resume 1.")
+    total, patience = log.total_steps, args.early_stop_patience
+    if not finished:
+        print(f"Stopped at step {run.step} of {total}, saved. Go on with --from_resume 1.")
         sys.exit(130)
+    if log.steps == 0:
+        print(f"This run is finished: {run.step} of {total} steps.")
+    elif run.step < total:
+        print(f"Stopped at step {run.step} of {total}: {patience} validations without a better")
+    print(f"weights: {place}\nloss curve: {log.draw(args.loss_curve)}")
+
+
+def remove_previous(args, name):
+    """Removes the files of the run before, which `keep_previous` kept."""
+    size = name.removeprefix(args.save_weight)
+    for path in files_of(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
+        try:
+            path.unlink()
+        except OSError as error:
+            print(f"warning: {path} cannot be removed: {error.strerror}")

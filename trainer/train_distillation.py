@@ -1,8 +1,8 @@
-"""Distillation: SFT whose loss also asks how far the student is from a teacher.
+"""Distillation: SFT whose loss also compares the model with a teacher.
 
-    python trainer/train_distillation.py --teacher_weight full_sft --student pretrain_small
-    python trainer/train_distillation.py --teacher_weight full_sft --student none --hidden_size 192
-    python trainer/train_distillation.py --offline_dir out/offline --student pretrain_small
+    python trainer/train_distillation.py --teacher_weight full_sft --from_weight pretrain_small
+    python trainer/train_distillation.py --from_weight none --hidden_size 192
+    python trainer/train_distillation.py --offline_dir out/offline --from_weight pretrain_small
 
 The loop is that of train_full_sft.py, and so are all other flags; the loss is in
 model/distillation.py.
@@ -18,14 +18,9 @@ from trainer import distributed, train_full_sft
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    words = ["--from_weight" if word == "--student" else word for word in argv]
-    usual = ["--save_weight", "distilled"]
-    if not {"--from_resume", "--offline_dir"} & set(words):  # else the teacher is the run's
-        usual += ["--teacher_weight", "full_sft"]
-    train_full_sft.main([*usual, *words])
+    train_full_sft.main(argv, save_weight="distilled", teacher_weight="full_sft")
 
 
 if __name__ == "__main__":
-    with report_user_errors(), distributed.ending_in_plain_words():
+    with report_user_errors(), distributed.report_lost_process():
         main()
