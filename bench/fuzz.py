@@ -27,7 +27,7 @@ from dataset.tokenizer import load_tokenizer
 from evaluation.tasks import read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from trainer import checkpoint
-from trainer.arguments import parse_training_args, training_parser
+from trainer.arguments import parse_args, training_parser
 
 TOKENIZER = load_tokenizer()
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2, None]}}
@@ -63,7 +63,7 @@ def weights():
 
 
 def read_flags(path):
-    parse_training_args(training_parser("", save_weight="x"), ["--config", str(path)])
+    parse_args(training_parser("", save_weight="x"), ["--config", str(path)])
 
 
 QUESTIONS = [{"category": "x", "conversations": TURNS[:2], "expected": "Three"}]

@@ -301,7 +301,7 @@ HIDDEN = ["--hidden_weight", 0.2]
 
 
 def test_online_and_offline_agree(recorded, trained, data, tmp_path, capsys):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5, "--eval_split", 0.1]
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5, "--val_split", 0.1]
     distill(trained, data, tmp_path / "on", *HIDDEN, "--aux_layers", "1,2", *replay)
     from_disk(recorded, tmp_path / "off", *HIDDEN)
     assert "taught by " + str(recorded) in capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_recorded_probabilities_agree_too(trained, data, tmp_path):
 def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_common(
     trained, data, tmp_path
 ):
-    split = ["--eval_split", 0.2, "--test_split", 0.2, "--seed", 3]
+    split = ["--val_split", 0.2, "--test_split", 0.2, "--seed", 3]
     export(trained, data, tmp_path, *split)
     dataset = SFTDataset(data / "sft.jsonl", load_tokenizer(), 96)
     whole = [tuple(part.tolist()) for row in dataset for part in row]
@@ -400,7 +400,7 @@ def test_projections_learn_though_all_else_is_frozen(recorded):
 
 def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
     replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    how = ["--eval_split", 0.1, *replay, "--aux_layers", "1,2"]
+    how = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
     folder = tmp_path / "again"
     export(trained, data, folder, *how)
     shards = sorted(folder.glob("*/*.pt"))
@@ -480,7 +480,7 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     recorded, trained, data, tmp_path, how
 ):
     replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    command = ["--eval_split", 0.1, *replay, "--aux_layers", "1,2"]
+    command = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
     folder = tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
     # The output layer alone says nothing of where it belongs.
@@ -520,7 +520,7 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
 
 def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data, tmp_path):
     replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    command = ["--eval_split", 0.1, *replay, "--aux_layers", "1,2"]
+    command = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
     folder = tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
     shards = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
@@ -547,7 +547,7 @@ def test_a_recording_of_an_earlier_version_is_read_and_goes_on(recorded, trained
         torch.save(shard, path)
     assert len(offline.tokens_of(folder / "train")["lines"]) > 40
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
-    export(trained, data, folder, "--eval_split", 0.1, *replay, "--aux_layers", "1,2")
+    export(trained, data, folder, "--val_split", 0.1, *replay, "--aux_layers", "1,2")
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 

@@ -298,7 +298,7 @@ WRONG_FLAGS = [
     (["--sample_prompt", ""], "--sample_prompt: give from 1 to 500 characters"),
     (["--sample_prompt", "x" * 501], "--sample_prompt: give from 1 to 500 characters"),
     (["--loss_curve", "."], "--loss_curve . is a folder"),
-    (["--eval_data_path", "x" * 300], "there is no such file"),
+    (["--val_data_path", "x" * 300], "there is no such file"),
     (["--config", "x" * 300], "File name too long"),
     (["--save_dir", "x" * 300], "--save_dir xxx"),
     (["--save_dir", "x" * 300, "--from_resume", "1"], "File name too long"),
@@ -306,11 +306,11 @@ WRONG_FLAGS = [
     (["--from_weight", "x" * 300 + ".pth"], "cannot be read: File name too long"),
     (["--num_attention_heads", "100"], "head_dim (0) must be even"),
     (
-        ["--early_stop_patience", "1", "--eval_split", "0"],
-        "--early_stop_patience needs --eval_split",
+        ["--early_stop_patience", "1", "--val_split", "0"],
+        "--early_stop_patience needs --val_split",
     ),
-    (["--save_best_at_end", "1", "--eval_split", "0"], "--save_best_at_end needs --eval_split"),
-    (["--best_metric", "tiny_world", "--eval_split", "0"], "--best_metric needs --eval_split"),
+    (["--save_best_at_end", "1", "--val_split", "0"], "--save_best_at_end needs --val_split"),
+    (["--best_metric", "tiny_world", "--val_split", "0"], "--best_metric needs --val_split"),
 ]
 
 

@@ -131,8 +131,8 @@ def test_a_worker_that_is_killed_is_replaced_by_the_training_process(
 
     monkeypatch.setattr(causal_lm, "summed_cross_entropy", loss)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    train_full_sft.main(flags(data, tmp_path, num_workers=1, eval_split=0, **MORE))
-    train_full_sft.main(flags(data, tmp_path / "none", eval_split=0, **MORE))
+    train_full_sft.main(flags(data, tmp_path, num_workers=1, val_split=0, **MORE))
+    train_full_sft.main(flags(data, tmp_path / "none", val_split=0, **MORE))
     assert "The batches are prepared by the training process" in capsys.readouterr().out
     assert_equal(weights(tmp_path / "none"), weights(tmp_path))
 

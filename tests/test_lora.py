@@ -14,7 +14,7 @@ from model.lora import LoRALinear, adapters, add_lora, hash_of, merge, merge_for
 from recipes import peft as merge_lora
 from tests.conftest import LORA, ROOT, run, run_here, sft
 from trainer import checkpoint, train_full_sft
-from trainer.trainer_utils import choose_what_learns
+from trainer.trainer_utils import choose_trainable
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -82,7 +82,7 @@ def test_the_adapters_of_a_run_begin_as_its_seed_says(dropout):
         flags |= {"lora_dropout": dropout, "lora_target": "q_proj,down_proj"}
         others = dict.fromkeys(("freeze_base", "extend_tokens", "freeze"))
         model = CausalLM(ModelConfig(**SMALL))
-        choose_what_learns(model, None, SimpleNamespace(**flags, **others))
+        choose_trainable(model, None, SimpleNamespace(**flags, **others))
         assert model.lora.dropout == dropout and model.lora.alpha == 4.0
         return torch.stack([module.lora_A.norm() for module in adapters(model)])
 

@@ -17,7 +17,8 @@ from tests.conftest import chat, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_full_sft
-from trainer.run import FREE, Run, go_on
+from trainer.run import FREE, Run
+from trainer.run import resume as resume_run
 
 SFT = "trainer/train_full_sft.py"
 RESUME = "checkpoints/full_sft_32_resume.pth"
@@ -49,8 +50,8 @@ def test_a_finished_run_that_is_resumed_writes_the_weights_that_are_missing(
 ):
     """As after a kill, or a full disk, between the last checkpoint and the weights."""
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: (next(losses), {}))
-    more = {"eval_interval": 1, "save_interval": 1, "save_best_at_end": best}
+    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: {"val_loss": next(losses)})
+    more = {"val_interval": 1, "save_interval": 1, "save_best_at_end": best}
     train_full_sft.main(flags(data, tmp_path, **more))
     expected = weights(tmp_path)
     last = checkpoint.load(tmp_path / RESUME)
@@ -66,7 +67,7 @@ def test_a_finished_run_that_is_resumed_writes_the_weights_that_are_missing(
 
 def test_weights_that_are_the_best_already_are_not_replaced_by_the_last(data, tmp_path):
     """The file of the best may be gone when a finished run is resumed once more."""
-    train_full_sft.main(flags(data, tmp_path, eval_interval=1, save_best_at_end=1))
+    train_full_sft.main(flags(data, tmp_path, val_interval=1, save_best_at_end=1))
     before = weights(tmp_path)
     (tmp_path / "checkpoints/full_sft_32_best.pth").unlink()
     with pytest.raises(UserError, match="full_sft_32_best.pth"):
@@ -76,8 +77,14 @@ def test_weights_that_are_the_best_already_are_not_replaced_by_the_last(data, tm
 
 def test_patience_begins_anew_with_each_better_validation():
     run = Run(["x"], 5, 8, 1)
-    assert [run.judge(score) for score in (-3, -4, -2, -5, -6)] == [True, False, True, False, False]
-    assert run.stalled(2) and not run.stalled(3) and not run.stalled(0)
+    assert [run.note_score(score) for score in (-3, -4, -2, -5, -6)] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert run.finished(9, 2) and not run.finished(9, 3) and not run.finished(9, 0)
 
 
 def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
@@ -154,8 +161,8 @@ def test_the_checkpoint_before_stays_until_the_new_one_has_its_name(data, tmp_pa
             done = act(path, *more, **how)
             if tmp_path in path.parents:
                 try:
-                    seen.append(checkpoint.load_latest(args)[1]["run"]["step"])
-                except UserError:
+                    seen.append(checkpoint.load_latest(args)["run"]["step"])
+                except TypeError:  # there is none yet
                     seen.append(0)
             return done
 
@@ -179,7 +186,7 @@ def test_of_several_sizes_the_newest_run_goes_on_and_the_newest_weights_are_take
             os.utime(path, (2_000_000, 2_000_000))
         assert checkpoint.find(tmp_path, "full_sft").name == f"full_sft_{newest}.pth"
         args = parse(["--save_dir", str(tmp_path)])
-        assert checkpoint.load_latest(args)[0].name == f"full_sft_{newest}_resume.pth"
+        assert checkpoint.load_latest(args)["path"].name == f"full_sft_{newest}_resume.pth"
 
 
 # ------------------------------------------------------------------------------ what may change
@@ -189,9 +196,9 @@ def parse(line):
     """The flags of the SFT script, as it reads them."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        read = train_full_sft.parse_training_args
-        keep = lambda *given: found.append(read(*given)[0]) or sys.exit()  # noqa: E731
-        patch.setattr(train_full_sft, "parse_training_args", keep)
+        read = train_full_sft.parse_args
+        keep = lambda *given: found.append(read(*given)) or sys.exit()  # noqa: E731
+        patch.setattr(train_full_sft, "parse_args", keep)
         with pytest.raises(SystemExit):
             train_full_sft.main(line)
     return found[0]
@@ -200,7 +207,7 @@ def parse(line):
 OTHER = {  # a value that each flag that decides the result may have instead
     "epochs": 0, "learning_rate": 0.5, "min_lr_ratio": 0.3, "warmup_steps": 7, "weight_decay": 0.3,
     "optimizer": "muon", "grad_clip": 0.3, "max_seq_len": 99, "packing": False, "dropout": 0.3,
-    "eval_split": 0.3, "tokenizer_path": "x.json", "hidden_size": 48, "num_hidden_layers": 7,
+    "val_split": 0.3, "tokenizer_path": "x.json", "hidden_size": 48, "num_hidden_layers": 7,
     "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 9, "use_moe": True,
     "num_experts": 9, "num_experts_per_tok": 3, "dtype": "bf16", "seed": 9, "use_lora": True,
     "lora_rank": 3, "lora_alpha": 3.0, "lora_dropout": 0.3, "lora_target": "q_proj",
@@ -213,11 +220,11 @@ OTHER = {  # a value that each flag that decides the result may have instead
 @pytest.mark.parametrize("name", OTHER)
 def test_a_flag_that_decides_the_result_may_not_change(name):
     args = parse(["--from_weight", "none"])
-    saved = {"arguments": vars(args), "run": vars(Run(["x"], 5, 8, 1))}
+    saved = {"arguments": vars(args), "run": vars(Run(["x"], 5, 8, 1)), "path": "it.pth"}
     changed = copy.copy(args)
     setattr(changed, name, OTHER[name])
     with pytest.raises(UserError, match=rf"but {name} is {re.escape(str(OTHER[name]))} and was"):
-        go_on(Run(["x"], 5, 8, 1), ("it.pth", saved), changed, None, None)
+        resume_run(Run(["x"], 5, 8, 1), saved, changed, None, None, None)
 
 
 def test_every_flag_may_change_or_may_not():
@@ -227,12 +234,12 @@ def test_every_flag_may_change_or_may_not():
 
 
 CHANGES = """--device cpu --grad_checkpoint 1 --deterministic 0 --log_interval 3 --save_interval 1
-    --eval_interval 3 --sample_interval 2 --sample_prompt Hm --strict_data 1 --keep_checkpoints 3
+    --val_interval 3 --sample_interval 2 --sample_prompt Hm --strict_data 1 --keep_checkpoints 3
     --early_stop_patience 50 --max_bad_steps 3 --rebuild_cache 1 --from_weight x --parallel fsdp"""
 # Tested where these flags are, or not part of the result.
 ELSEWHERE = """from_resume force_resume save_dir save_weight config save_best_at_end batch_size
     profile
-    accumulation_steps num_workers use_compile data_path eval_data_path replay_path offline_dir
+    accumulation_steps num_workers use_compile data_path val_data_path replay_path offline_dir
     extend_tokens cache_dir loss_curve""".split()
 
 

@@ -74,9 +74,9 @@ def documents(world, stage, name="train"):
 def flags(world, out, stage, model="dense", **more):
     values = {"save_dir": out, "from_weight": world / f"{model}.pth", "epochs": 3, "seed": 4}
     values |= {"data_path": world / f"{stage}_train.jsonl", "max_seq_len": 80}
-    values |= {"eval_data_path": world / f"{stage}_valid.jsonl"}
+    values |= {"val_data_path": world / f"{stage}_valid.jsonl"}
     values |= {"learning_rate": 0.5, "warmup_steps": 1, "min_lr_ratio": 0.2, "grad_clip": 0}
-    values |= {"device": "cpu", "dtype": "fp32", "log_interval": 1, "eval_interval": 1}
+    values |= {"device": "cpu", "dtype": "fp32", "log_interval": 1, "val_interval": 1}
     values |= {"save_interval": 1, "keep_checkpoints": 9, "packing": 0, "batch_size": 8, **more}
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
@@ -120,8 +120,8 @@ def watched_run(stage, flags, broken=None, sgd=True):
 def run_cases(text):
     """What each process of a torchrun job does: one run after the other, in one process group."""
     with distributed.report_lost_process():
-        rank, processes = distributed.start("gloo")
-        distributed.start, distributed.end = lambda backend: (rank, processes), lambda: None
+        rank, processes = distributed.join("gloo")
+        distributed.join, distributed.end = lambda backend: (rank, processes), lambda: None
         cases, mark = json.loads(text), Path("first")
         with distributed.first_process_first():
             if rank == 0:
@@ -299,7 +299,7 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(
     world, tmp_path, stage, monkeypatch
 ):
     losses = iter([3.0, 2.0, 4.0])
-    monkeypatch.setattr(SCRIPTS[stage], "validation_loss", lambda *_: (next(losses), {}))
+    monkeypatch.setattr(SCRIPTS[stage], "validation_loss", lambda *_: {"val_loss": next(losses)})
     SCRIPTS[stage].main(flags(world, tmp_path, stage, save_best_at_end=1))
     second = states(world, tmp_path, stage, "dense")[2]
     for path in (tmp_path / f"{stage}_32.pth", tmp_path / f"checkpoints/{stage}_32_best.pth"):

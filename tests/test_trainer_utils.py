@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,12 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from tests.conftest import chat, write_jsonl
 from trainer import checkpoint, distributed, train_distillation, train_full_sft, trainer_utils
+from trainer.arguments import SHAPE
+from trainer.distributed import pick_device, pick_dtype
 from trainer.metrics import MetricsLog
 from trainer.optimizer import compile_layers, make_optimizer, require_compiler
-from trainer.trainer_utils import describe, init_model, pick_device, pick_dtype, seed_step
+from trainer.run import Run
+from trainer.trainer_utils import describe, init_model, seed_step
 
 
 def small(vocab_size=64, **more):
@@ -55,7 +59,7 @@ def test_muon_is_for_the_matrices_of_the_layers_and_both_parts_work_as_one():
     model = small()
     optimizer = make_optimizer(model, args_of(optimizer="muon"))
     matrices = {id(w) for w in model.model.layers.parameters() if w.dim() > 1}
-    its = {id(w) for group in optimizer.parts["muon"].param_groups for w in group["params"]}
+    its = {id(w) for group in optimizer.parts[0].param_groups for w in group["params"]}
     assert its == matrices
     ids = torch.arange(20)[None]
     for lr in (0.0, 0.1):  # the schedule's rate reaches every part
@@ -114,7 +118,8 @@ def test_the_random_numbers_of_a_step_follow_from_seed_step_and_process():
 def test_first_weights_follow_from_the_seed(capsys):
     def begin(seed):
         torch.randn(3)
-        flags = {"hidden_size": 16, "num_hidden_layers": 1, "tokenizer_path": None, "dropout": 0.3}
+        flags = dict.fromkeys(SHAPE) | {"hidden_size": 16, "num_hidden_layers": 1}
+        flags |= {"tokenizer_path": None, "dropout": 0.3}
         model, _, content = init_model(args_of(seed=seed, max_seq_len=3000, **flags))
         assert model.model.dropout.p == 0.3 and content is None
         assert model.config.max_position_embeddings == 3000  # as long as the rows
@@ -128,20 +133,23 @@ def test_first_weights_follow_from_the_seed(capsys):
 
 
 @pytest.mark.parametrize(
-    "device, bf16, picked", [("cpu", 1.0, "bf16"), ("cpu", 1.9, "fp32"), ("meta", 1.0, "fp32")]
+    "device, native, picked",
+    [("cpu", "_is_avx512_bf16_supported", "bf16"), ("cpu", None, "fp32"), ("meta", None, "fp32")],
 )
-def test_auto_computes_in_bf16_where_a_cpu_is_clearly_faster(monkeypatch, device, bf16, picked):
-    seconds = {torch.bfloat16: bf16, torch.float32: 2.0}
-    monkeypatch.setattr(trainer_utils, "seconds_of_product", seconds.get)
-    args = SimpleNamespace(dtype="auto")
-    dtype = pick_dtype(args, torch.device(device))
-    assert args.dtype == picked  # so that a resumed run computes as it began
-    assert dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[picked]
+def test_auto_computes_in_bf16_where_the_processor_has_it(monkeypatch, device, native, picked):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == native, raising=False)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[picked]
+    assert pick_dtype("auto", torch.device(device)) == dtype
+    if device == "cpu":
+        args = SimpleNamespace(dtype="auto", device="cpu", deterministic=0)
+        assert distributed.start(args).dtype == dtype
+        assert args.dtype == picked  # so that a resumed run computes as it began
 
 
 def test_a_given_precision_is_taken():
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.half}.items():
-        assert pick_dtype(SimpleNamespace(dtype=name), torch.device("cpu")) == dtype
+        assert pick_dtype(name, torch.device("cpu")) == dtype
 
 
 def test_a_device_that_is_not_there_is_named():
@@ -180,12 +188,12 @@ def test_each_layer_is_compiled_by_itself_and_computes_what_it_did(compiled):
 )
 def test_weights_named_by_freeze_do_not_learn_and_the_rest_is_counted(freeze, learn, capsys):
     model = small()
-    trainer_utils.choose_what_learns(model, None, args_of(freeze=freeze))
+    trainer_utils.choose_trainable(model, None, args_of(freeze=freeze))
     named = dict(model.named_parameters())
     assert [name for name in named if named[name].requires_grad] == learn
     count = sum(named[name].numel() for name in learn)
     total = sum(weight.numel() for weight in named.values())
-    said = f"{count:,} of {total:,} parameters learn ({100 * count / total:.1f}%)"
+    said = f"{count:,} of {total:,} parameters are trained ({100 * count / total:.1f}%)"
     assert said in capsys.readouterr().out
 
 
@@ -194,18 +202,18 @@ def test_new_rows_alone_are_counted(tmp_path, capsys):
     tokenizer = load_tokenizer()
     model = small(tokenizer.get_vocab_size())
     args = args_of(extend_tokens=tmp_path / "new.txt", freeze_base=True)
-    trainer_utils.choose_what_learns(model, tokenizer, args)
+    trainer_utils.choose_trainable(model, tokenizer, args)
     said = capsys.readouterr().out
     assert "2 new tokens; the vocabulary has 2050 entries" in said and "\n64 of " in said
     assert checkpoint.description(model) == {"first_new_token": 2048}
     args.parallel = "fsdp"
     with pytest.raises(UserError, match="--freeze_base 1 needs whole matrices"):
-        trainer_utils.choose_what_learns(model, tokenizer, args)
+        trainer_utils.choose_trainable(model, tokenizer, args)
 
 
-def test_a_model_that_learns_as_a_whole_needs_no_words(capsys):
+def test_a_model_that_is_trained_as_a_whole_needs_no_line(capsys):
     model = small()
-    trainer_utils.choose_what_learns(model, None, args_of())
+    trainer_utils.choose_trainable(model, None, args_of())
     assert capsys.readouterr().out == "" and checkpoint.description(model) == {}
 
 
@@ -220,9 +228,9 @@ def test_what_cannot_be_used_of_the_data_is_counted_and_five_bad_lines_are_shown
     describe(data, range(len(data)), [], SimpleNamespace(max_seq_len=30))
     lines = capsys.readouterr().out.splitlines()
     mean = sum(len(data[row][0]) for row in range(len(data))) / len(data)
-    assert lines[0] == f"2 rows of {mean:.0f} tokens to train on, 0 to validate on"
+    assert lines[0] == f"2 samples of {mean:.0f} tokens to train on, 0 to validate on"
     assert "2 records are longer than --max_seq_len 30" in lines
-    assert "1 records dropped: nothing to learn within --max_seq_len" in lines
+    assert "1 records dropped: nothing supervised within --max_seq_len" in lines
     assert "7 bad records left out (--strict_data 1 stops at them):" in lines
     shown = [line.split(":")[0].strip() for line in lines if line.startswith("  line ")]
     assert shown == [f"line {number}" for number in range(4, 9)]
@@ -233,26 +241,34 @@ def test_flawless_data_takes_one_line(tmp_path, capsys):
     data = PretrainDataset(path, load_tokenizer())
     describe(data, [0], [1], SimpleNamespace(max_seq_len=30))
     said = capsys.readouterr().out
-    assert said == f"1 rows of {len(data[0][0])} tokens to train on, 1 to validate on\n"
+    assert said == f"1 samples of {len(data[0][0])} tokens to train on, 1 to validate on\n"
 
 
 # --------------------------------------------------------------------------------------- the log
 
 
+REST = {"epoch": 0, "lr": 0.1, "grad_norm": 1.0, "data_wait_s": 0.0}
+
+
 def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     path = tmp_path / "logs" / "x.jsonl"
-    log = MetricsLog(path)
-    kept = log.write(step=1, loss=1 / 3)
-    log.write(step=2, loss=float("nan"))
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 0.333333},
-        {"step": 2, "loss": None},
-    ]
-    assert MetricsLog(path, kept).write(step=2, loss=1.0) == path.stat().st_size
-    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.333333, 1.0]
-    assert MetricsLog(tmp_path / "y.jsonl", silent=True).write(step=1) == 0
+    run = Run([], 1, 1)
+    log = MetricsLog(path, run, 9)
+
+    def losses():
+        return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+    log.write(run, loss=1 / 3, **REST)
+    kept = run.log_bytes
+    assert kept == path.stat().st_size
+    log.write(run, loss=float("nan"), **REST)
+    assert losses() == [0.333333, None]
+    run.log_bytes = kept
+    MetricsLog(path, run, 9).write(run, loss=1.0, **REST)
+    assert losses() == [0.333333, 1.0] and run.log_bytes == path.stat().st_size
+    MetricsLog(tmp_path / "y.jsonl", run, 9, silent=True).write(run, loss=1.0, **REST)
     assert not (tmp_path / "y.jsonl").exists()
-    MetricsLog(path)  # a new run begins a new log
+    MetricsLog(path, Run([], 1, 1), 9)  # a new run begins a new log
     assert path.read_bytes() == b""
 
 
@@ -269,13 +285,15 @@ def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_ar
     monkeypatch.setattr(axes, "plot", watch)
     monkeypatch.setattr(axes, "set_yscale", lambda self, scale: scales.append(scale))
     for highest in (3.0, 300.0):
-        log = MetricsLog(tmp_path / "x.jsonl")
+        run = Run([], 1, 1)
+        log = MetricsLog(tmp_path / "x.jsonl", run, 9)
         for tokens, loss, val_loss in (
             (10, highest, None),
             (20, float("inf"), 2.5),
             (30, 2.0, None),
         ):
-            log.write(tokens=tokens, loss=loss, val_loss=val_loss)
+            run.tokens = tokens
+            log.write(run, loss=loss, val_loss=val_loss, **REST)
         assert log.draw() == tmp_path / "x_loss.png" and log.draw().stat().st_size > 1000
         assert drawn == {"training": [(10, highest), (30, 2.0)], "validation": [(20, 2.5)]}
     assert scales == ["log"] * 2  # of the second, which was drawn twice
@@ -284,12 +302,12 @@ def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_ar
 # ----------------------------------------------------------------------- processes and other ways
 
 
-def test_alone_a_process_adds_nothing_and_waits_for_nobody(monkeypatch):
+def test_a_process_alone_sums_its_own_values_and_waits_for_nobody():
     assert distributed.all_reduce_sum(3, True, torch.tensor(2.5)) == [3.0, 1.0, 2.5]
-    assert distributed.is_first() and distributed.start("gloo") == (0, 1)
+    compute = distributed.start(SimpleNamespace(dtype="fp32", device="cpu", deterministic=0))
+    assert distributed.is_first() and (compute.rank, compute.world_size) == (0, 1)
+    assert compute.sum(3, True) == [3.0, 1.0]
     distributed.barrier()
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert distributed.local_rank() == 3
 
 
 def end_with(error):
@@ -327,20 +345,30 @@ def test_gradients_are_sent_in_a_steps_last_micro_batch_alone():
     assert distributed.sync_gradients(runner, True) != "not sent"
 
 
-def test_distillation_has_a_teacher_unless_the_run_has_one(monkeypatch):
-    given = []
-    monkeypatch.setattr(train_full_sft, "main", given.append)
-    usual = ["--save_weight", "distilled"]
-    train_distillation.main(["--student", "none", "--epochs", "2"])
-    assert given.pop() == [
-        *usual,
-        "--teacher_weight",
-        "full_sft",
-        "--from_weight",
-        "none",
-        "--epochs",
-        "2",
-    ]
-    for flag in ("--from_resume", "--offline_dir"):
-        train_distillation.main([flag, "1"])
-        assert given.pop() == [*usual, flag, "1"]
+def flags_of_distillation(*line):
+    """The flags of the distillation script, as it reads them."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        read = train_full_sft.parse_args
+        keep = lambda *given: found.append(read(*given)) or sys.exit()  # noqa: E731
+        patch.setattr(train_full_sft, "parse_args", keep)
+        with pytest.raises(SystemExit):
+            train_distillation.main([str(part) for part in line])
+    return found[0]
+
+
+@pytest.mark.parametrize("equals", [False, True])
+def test_distillation_has_a_teacher_unless_it_is_recorded(tmp_path, equals):
+    """Flags are parsed: --student NAME is --student=NAME."""
+
+    def given(name, value):
+        return [f"{name}={value}"] if equals else [name, value]
+
+    args = flags_of_distillation(*given("--student", "none"), *given("--from_resume", 0))
+    assert (args.save_weight, args.teacher_weight, args.from_weight) == (
+        *("distilled", "full_sft", "none"),
+    )
+    (tmp_path / "train").mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
+    args = flags_of_distillation(*given("--offline_dir", tmp_path), *given("--from_weight", "x"))
+    assert args.teacher_weight is None and args.offline_dir == tmp_path

@@ -12,6 +12,7 @@ from dataset.loader import split_samples
 from tests.conftest import TINY, chat, sft, write_jsonl
 from trainer import checkpoint, train_full_sft
 from trainer.metrics import MetricsLog
+from trainer.run import Run
 
 
 def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path, monkeypatch, pictures):
@@ -20,7 +21,7 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path, monkeypatc
     )
     files, out = [data / "sft.jsonl", other], tmp_path / "out"
     # The rate is zero: what the log says is true of the weights that are saved.
-    how = ["--from_weight", "none", *TINY, "--eval_split", 0.2, "--learning_rate", 0]
+    how = ["--from_weight", "none", *TINY, "--val_split", 0.2, "--learning_rate", 0]
     sft(out, "--data_path", *files, *how, "--loss_curve", tmp_path / "curve.png")
     line = json.loads((out / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").split("\n")[-2])
 
@@ -47,7 +48,9 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path, monkeypatc
     monkeypatch.setattr(
         "matplotlib.axes.Axes.plot", lambda *a, **k: drawn.append(k["label"]) or plot(*a, **k)
     )
-    MetricsLog(out / "logs/full_sft_32.jsonl", 10**6).draw(tmp_path / "again.png")
+    MetricsLog(out / "logs/full_sft_32.jsonl", Run([], 1, 1, log_bytes=10**6), 9).draw(
+        tmp_path / "again.png"
+    )
     of_sources = ["validation, other.jsonl", "validation, sft.jsonl"]
     assert drawn == ["training", "validation", *of_sources]
 
@@ -56,7 +59,7 @@ def test_files_of_one_name_are_told_apart_and_a_single_one_is_not_named(data, tm
     (tmp_path / "b").mkdir()
     twin = tmp_path / "b" / "sft.jsonl"
     twin.write_bytes((data / "sft.jsonl").read_bytes() + b"\n")  # one file twice is refused
-    how = ["--from_weight", "none", *TINY, "--eval_split", 0.2]
+    how = ["--from_weight", "none", *TINY, "--val_split", 0.2]
     for files in ([data / "sft.jsonl", twin], [twin]):
         out = tmp_path / str(len(files))
         sft(out, "--data_path", *files, *how)
@@ -79,15 +82,15 @@ def test_the_best_weights_of_every_way(
     kind, trained, data, shop_data, recorded, tmp_path, monkeypatch
 ):
     losses = iter([3.0, 2.0, 4.0, 5.0])
-    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: (next(losses), {}))
-    start = ["--from_weight", trained / "pretrain_32.pth", "--eval_split", 0.1]
+    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: {"val_loss": next(losses)})
+    start = ["--from_weight", trained / "pretrain_32.pth", "--val_split", 0.1]
     sources = {
         "new_tokens": [shop_data / "train.jsonl", "--extend_tokens", shop_data / "tokens.txt"],
         "mixed": [f"{data / 'sft.jsonl'}:0.7", f"{shop_data / 'train.jsonl'}:0.3"],
     }
     read = ["--data_path", *sources.get(kind, [data / "sft.jsonl"])]
     read = ["--offline_dir", recorded] if kind == "taught" else read
-    every = ["--eval_interval", 1, "--save_interval", 1, "--early_stop_patience", 2]
+    every = ["--val_interval", 1, "--save_interval", 1, "--early_stop_patience", 2]
     sft(tmp_path, *start, *read, *KINDS[kind], *every, "--save_best_at_end", 1)
     name = "lora_full_sft_32" if kind == "lora" else "full_sft_32"
     kept = checkpoint.load(tmp_path / f"{name}.pth")

@@ -53,7 +53,7 @@ def one_of(*choices):
 
 def switch(text):
     """An argparse type: 0 or 1."""
-    return int(text) if text in ("0", "1") else Problem(f"{text}: give 0 or 1")
+    return bool(int(text)) if text in ("0", "1") else Problem(f"{text}: give 0 or 1")
 
 
 def source(text):
@@ -81,7 +81,10 @@ def source(text):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default is None:
+            return action.help
+        text = super()._get_help_string(action)
+        return text.replace("%(default)s", "%(default)d") if action.type is switch else text
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,17 +103,21 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(name, default, help, kind=str, **more):
-            earlier = [f"--{old}" for old, new in RENAMED.items() if new == name]
-            group.add_argument(
-                f"--{name}", *earlier, dest=name, default=default, help=help, type=kind, **more
-            )
+            if kind is switch and default is not None:
+                default = bool(default)
+            more = {"metavar": "0|1" if kind is switch else "VALUE"} | more
+            group.add_argument(f"--{name}", default=default, help=help, type=kind, **more)
+            for earlier, new in RENAMED.items():
+                if new == name:
+                    hidden = argparse.SUPPRESS
+                    self.add_argument(f"--{earlier}", dest=name, type=kind, help=hidden)
 
         return add
 
 
 def training_parser(doc, **defaults):
     """The parser of a train script; defaults are those that differ from stage to stage."""
-    parser = Parser(doc)
+    parser = Parser(doc, usage="%(prog)s [--FLAG VALUE ...]")
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.group("the flags that most people need")
     files = "files to train on, each with :0.7 for its share or *3 for copies; default: Tiny World"

@@ -45,9 +45,7 @@ def start(args):
     """
     keep_freed_memory()
     device = pick_device(args.device, args.deterministic)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = join("nccl" if device.type == "cuda" else "gloo")
     if args.dtype == "auto":  # the first process decides: machines may differ
         bf16 = rank == 0 and bf16_is_native(device)
         args.dtype = "bf16" if all_reduce_sum(bf16, device=device)[0] else "fp32"
@@ -55,6 +53,14 @@ def start(args):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Compute(device, dtype, autocast, scaler, rank, world_size)
+
+
+def join(backend):
+    """Joins the other processes of a torchrun job; returns (rank, number of processes)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group(backend)
+    return dist.get_rank(), dist.get_world_size()
 
 
 def pick_device(name, deterministic=False):

@@ -45,15 +45,17 @@ class MetricsLog:
         self.bar.update()
         self.profiler.step()
 
-    def write(self, run, loss, val_loss=None, **values):
-        """Adds a line to the log, and prints it if it has a validation loss."""
+    def write(self, run, *, epoch, loss, lr, grad_norm, data_wait_s, val_loss=None, **more):
+        """Adds a line to the log; prints those of the first step and of validations."""
         speed = self.tokens / max(self.seconds, 1e-9)
         self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
-        if val_loss is not None:
-            tqdm.write(f"step {run.step} of {self.total_steps}: loss {loss:.3f}, ", end="")
-            tqdm.write(f"validation {val_loss:.3f}, {speed:,.0f} tokens/s")
-        line = {"step": run.step, "tokens": run.tokens, "loss": loss, "val_loss": val_loss}
-        line |= values | {"tokens_per_s": speed}
+        if val_loss is not None or run.step == 1:
+            validation = "" if val_loss is None else f"validation {val_loss:.3f}, "
+            progress = f"step {run.step} of {self.total_steps}: loss {loss:.3f}"
+            tqdm.write(f"{progress}, {validation}{speed:,.0f} tokens/s")
+        line = {"step": run.step, "epoch": epoch, "tokens": run.tokens, "loss": loss}
+        line |= {"val_loss": val_loss, **more, "lr": lr, "grad_norm": grad_norm}
+        line |= {"tokens_per_s": speed, "data_wait_s": data_wait_s}
         for key, value in line.items():
             if isinstance(value, float):  # JSON has no NaN
                 line[key] = float(f"{value:.6g}") if math.isfinite(value) else None

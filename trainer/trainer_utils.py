@@ -3,6 +3,7 @@ validation loss. Each is called; none calls back.
 """
 
 import json
+import math
 import re
 
 import numpy as np
@@ -41,6 +42,8 @@ def init_model(args, device="cpu", saved=None):
     elif name in (None, "none"):
         content, origin = None, "starting from scratch"
         model, tokenizer = new_model(args)
+        expected = math.log(model.config.vocab_size) + 0.5
+        print(f"the first loss of a new model is near ln V + 1/2 = {expected:.2f}")
     else:
         path = checkpoint.find(
             args.save_dir, name, args.hidden_size, getattr(args, "use_moe", None)
