@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common import ROOT, UserError, report_user_errors
+from common import ROOT, report_user_errors
 from trainer import checkpoint, train_full_sft, train_pretrain
 
 TOY = """--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --from_weight none
@@ -189,11 +189,9 @@ def run_watched(script, flags, out, kill_at, writer):
 def newest_step(out, script, seed):
     """The step of the checkpoint that the run of this seed would go on from; 0 if there is none."""
     args = argparse.Namespace(save_dir=out, save_weight=script, hidden_size=None, use_moe=None)
-    try:
-        content = checkpoint.load_latest(args)[1]
-    except UserError:
-        return 0
-    return content["run"]["step"] if content["arguments"]["seed"] == seed else 0
+    content = checkpoint.load_latest(args)
+    ours = content and content["arguments"]["seed"] == seed
+    return content["run"]["step"] if ours else 0
 
 
 def is_kept(out, earlier):

@@ -72,7 +72,7 @@ def test_tokens_of_each_kind_of_file(tmp_path):
 
 
 def test_freezing_without_new_tokens_is_refused():
-    with pytest.raises(UserError, match="--extend_tokens"):
+    with pytest.raises(ValueError, match="no new tokens"):
         freeze_base(small(load_tokenizer()))
 
 

@@ -189,6 +189,18 @@ def test_of_several_sizes_the_newest_run_goes_on_and_the_newest_weights_are_take
         assert checkpoint.load_latest(args)["path"].name == f"full_sft_{newest}_resume.pth"
 
 
+def test_resume_without_a_checkpoint_says_so_and_starts(data, tmp_path, capsys):
+    """One command serves a job that is restarted again and again."""
+    command = [*flags(data, tmp_path, save_interval=1), "--from_resume", "1"]
+    train_full_sft.main(command)
+    assert "full_sft_32_resume.pth yet: the run starts" in capsys.readouterr().out
+    first = weights(tmp_path)
+    train_full_sft.main([*command, "--epochs", "2"])
+    assert "resuming" in capsys.readouterr().out and log(tmp_path)[-1]["step"] == 10
+    train_full_sft.main(flags(data, tmp_path / "plain", save_interval=1))
+    assert_equal(first, weights(tmp_path / "plain"))
+
+
 # ------------------------------------------------------------------------------ what may change
 
 

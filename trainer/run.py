@@ -62,19 +62,23 @@ class Run:
         return self.step >= total_steps or 0 < patience <= self.evaluations_since_best
 
 
+def lock_run(args, config):
+    """The RunLock of a run's name on the first process, None on others."""
+    name = checkpoint.file_name(args.save_weight, config)
+    first = distributed.is_first()
+    return RunLock(args.save_dir / "checkpoints" / f"{name}.lock") if first else None
+
+
 def begin_run(run, args, model, optimizer, compute, total_steps, saved):
     """(the Run to train from, its log); run is a new one, saved the checkpoint to resume or None.
 
-    Locks the name of the run, and renames the files of an earlier one under it.
+    Renames the files of an earlier run under this name.
     """
     name = checkpoint.file_name(args.save_weight, model.config)
-    if compute.rank == 0:
-        lock = RunLock(args.save_dir / "checkpoints" / f"{name}.lock")
     if saved:
         run = resume(run, saved, args, model, optimizer, compute.scaler)
     if compute.rank == 0:
         keep_previous(args, name, saved)
-        run.lock = lock  # no field: it is not part of a checkpoint
     path = args.save_dir / "logs" / f"{name}.jsonl"
     return run, MetricsLog(path, run, total_steps, silent=compute.rank > 0, profile=args.profile)
 
@@ -179,7 +183,7 @@ def files_of(save_dir, name, more=""):
     ]
 
 
-def finish(run, args, model, tokenizer, stage, log, where):
+def finish(run, args, model, tokenizer, stage, log, lock, where):
     """Leaves the job, completes a finished run, and prints what came out; where says which records
     the latest step was trained on.
 
@@ -202,7 +206,7 @@ def finish(run, args, model, tokenizer, stage, log, where):
         if best_at_end:
             checkpoint.put_best_in_place(args, name)
         remove_previous(args, name)
-    run.lock.release()
+    lock.release()
     if hopeless and log.steps:
         raise UserError(
             f"{run.bad_steps} steps in a row had no finite gradient; saved at step {run.step}. The "

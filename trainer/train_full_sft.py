@@ -34,7 +34,7 @@ from trainer.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
-from trainer.run import Run, begin_run, finish
+from trainer.run import Run, begin_run, finish, lock_run
 from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
@@ -64,6 +64,7 @@ def main(argv=None, **defaults):
     compute = distributed.start(args)
     model, tokenizer, _ = init_model(args, compute.device, saved)
     choose_trainable(model, tokenizer, args, saved)
+    lock = lock_run(args, model.config)  # no other run writes the same files
     options = {"overlong": args.overlong, "keep_think": args.keep_think}
     options["data_format"] = args.data_format
     dataset, train, val_dataset, val = open_data(SFTDataset, args, tokenizer, SFT, **options)
@@ -136,7 +137,7 @@ def main(argv=None, **defaults):
             checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
         if stop:
             break
-    finish(run, args, model, tokenizer, STAGE, log, dataset.where(plan.samples))
+    finish(run, args, model, tokenizer, STAGE, log, lock, dataset.where(plan.samples))
     print("next: python eval_llm.py")
 
 

@@ -31,7 +31,7 @@ from trainer.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
-from trainer.run import Run, begin_run, finish
+from trainer.run import Run, begin_run, finish, lock_run
 from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
@@ -59,6 +59,7 @@ def main(argv=None):
     compute = distributed.start(args)
     model, tokenizer, _ = init_model(args, compute.device, saved)
     choose_trainable(model, tokenizer, args, saved)
+    lock = lock_run(args, model.config)  # no other run writes the same files
     dataset, train, val_dataset, val = open_data(PretrainDataset, args, tokenizer, PRETRAIN)
     describe(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, compute.rank, compute.world_size)
@@ -125,7 +126,7 @@ def main(argv=None):
             checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
         if stop:
             break
-    finish(run, args, model, tokenizer, STAGE, log, dataset.where(plan.samples))
+    finish(run, args, model, tokenizer, STAGE, log, lock, dataset.where(plan.samples))
     print("next: python trainer/train_full_sft.py --from_weight pretrain")
 
 
