@@ -1,8 +1,22 @@
 """What the flags' types read, at their limits."""
 
-import pytest
+import re
 
-from trainer.arguments import Problem, number, one_of, switch
+import pytest
+import torch
+
+from dataset.loader import Source
+from tests.conftest import ROOT, TINY, run_here
+from trainer import train_full_sft
+from trainer.arguments import (
+    Problem,
+    conversation_flags,
+    number,
+    one_of,
+    parse_args,
+    switch,
+    training_parser,
+)
 
 
 @pytest.mark.parametrize("kind", [int, float])
@@ -26,3 +40,73 @@ def test_words_and_switches_are_read_exactly():
     assert one_of("a", "b")("b") == "b"
     for read in (switch, one_of("a", "b")):
         assert all(isinstance(read(text), Problem) for text in ("", "2", "True", "B"))
+
+
+# ------------------------------------------------------------------------------------ TOML files
+
+CONFIGS = sorted((ROOT / "trainer/configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_runs(config, trained, data, tmp_path, monkeypatch):
+    """At toy scale, as its own header says, from any folder."""
+    text = config.read_text(encoding="utf-8")
+    if "muon" in text and not hasattr(torch.optim, "Muon"):
+        pytest.skip("comes with torch 2.9")
+    (tmp_path / "configs/out/gsm8k").mkdir(parents=True)
+    for name in ("train", "valid"):
+        lines = (data / "sft.jsonl").read_text(encoding="utf-8").splitlines(True)
+        part = lines[:30] if name == "train" else lines[30:]
+        (tmp_path / f"configs/out/gsm8k/{name}.jsonl").write_text("".join(part), encoding="utf-8")
+    copy = tmp_path / "configs" / config.name  # its paths are relative to where it lies
+    copy.write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    toy = ["--config", copy, "--save_dir", tmp_path / "out", "--batch_size", 2, "--epochs", 1]
+    toy += ["--max_seq_len", 96, "--device", "cpu", "--accumulation_steps", 1]
+    if "train_full_sft" in text:
+        start = ["--from_weight", trained / "pretrain_32.pth"]
+        done = run_here("trainer/train_full_sft.py", *toy, *start)
+    else:
+        small = [*TINY, "--num_key_value_heads", 1, "--intermediate_size", 32]
+        source = ["--data_path", data / "pretrain.jsonl"]
+        done = run_here("trainer/train_pretrain.py", *toy, *small, *source)
+    assert done.returncode == 0, done.stderr
+    assert "weights: " in done.stdout
+
+
+def read(config, *line):
+    parser = training_parser("", save_weight="x", from_weight="none")
+    conversation_flags(parser)
+    return parse_args(parser, ["--config", str(config), *map(str, line)])
+
+
+def test_a_list_in_a_config_is_a_list_on_the_command_line(data, tmp_path):
+    config = tmp_path / "c.toml"
+    for name in ("sft", "pretrain"):
+        (tmp_path / f"{name}.jsonl").write_bytes((data / f"{name}.jsonl").read_bytes())
+    config.write_text('data_path = ["sft.jsonl:0.5", "pretrain.jsonl:0.5"]\nuse_moe = true\n')
+    args = read(config)
+    expected = [Source(tmp_path / f"{name}.jsonl", 0.5) for name in ("sft", "pretrain")]
+    assert args.data_path == [Source(s.path.resolve(), s.weight) for s in expected]
+    assert args.use_moe is True
+    assert read(config, "--data_path", data / "sft.jsonl").data_path == [
+        Source((data / "sft.jsonl").resolve())
+    ]
+    config.write_text('data_path = "sft.jsonl"\n')
+    assert read(config).data_path == [Source((tmp_path / "sft.jsonl").resolve())]
+
+
+def test_earlier_names_of_flags_are_still_read(data, tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text("eval_split = 0.25\neval_interval = 7\n")
+    args = read(config, "--eval_interval", 9, "--student", "mine")
+    assert (args.val_split, args.val_interval, args.from_weight) == (0.25, 9, "mine")
+
+
+def test_help_shows_the_common_flags_first_and_none_twice(capsys):
+    with pytest.raises(SystemExit):
+        train_full_sft.main(["--help"])
+    text = capsys.readouterr().out
+    first = text.split("the flags that most people need:")[1].split("start and stop:")[0]
+    assert len(re.findall(r"^  --", first, re.M)) == 10
+    assert "eval_split" not in text and text.count("\n  --val_split ") == 1

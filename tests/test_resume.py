@@ -3,10 +3,12 @@ the one before, and whatever decides the result is compared before a run goes on
 """
 
 import copy
+import gc
 import os
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tests.conftest import chat, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_full_sft
+from trainer.optimizer import learning_rate
 from trainer.run import FREE, Run
 from trainer.run import resume as resume_run
 
@@ -199,6 +202,66 @@ def test_resume_without_a_checkpoint_says_so_and_starts(data, tmp_path, capsys):
     assert "resuming" in capsys.readouterr().out and log(tmp_path)[-1]["step"] == 10
     train_full_sft.main(flags(data, tmp_path / "plain", save_interval=1))
     assert_equal(first, weights(tmp_path / "plain"))
+
+
+def as_earlier_versions_wrote(content):
+    """A checkpoint whose optimizer numbers its weights, with earlier names of flags."""
+    state = content["optimizer"]
+    number = {}
+    for group in state["param_groups"]:
+        for name in group["params"]:
+            number[name] = len(number)
+    content["optimizer"] = {
+        "state": {number[name]: values for name, values in state["state"].items()},
+        "param_groups": [
+            group | {"params": [number[name] for name in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+    arguments = content["arguments"]
+    for name in ("split", "interval", "data_path"):
+        arguments[f"eval_{name}"] = arguments.pop(f"val_{name}")
+    return content
+
+
+def test_a_checkpoint_of_an_earlier_version_ends_in_the_same_bits(data, tmp_path, monkeypatch):
+    train_full_sft.main(flags(data, tmp_path / "whole"))
+    stopped_at(3, flags(data, tmp_path / "parts"), monkeypatch)
+    content = as_earlier_versions_wrote(checkpoint.load(tmp_path / "parts" / RESUME))
+    assert all(isinstance(name, int) for name in content["optimizer"]["state"])
+    checkpoint.save_tensors(tmp_path / "parts" / RESUME, content)
+    resume(tmp_path / "parts")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_the_tensors_of_a_loaded_file_are_not_kept_in_memory(data, tmp_path, monkeypatch):
+    """The model and the optimizer hold their own; a second copy would stay for the whole run."""
+    stopped_at(3, flags(data, tmp_path), monkeypatch)
+    loaded, load = [], checkpoint.load
+
+    def watched(path):
+        content = load(path)
+        model, state = content["model"], content.get("optimizer", {"state": {}})["state"]
+        tensors = [*model.values(), *(v for values in state.values() for v in values.values())]
+        loaded.append([weakref.ref(tensor) for tensor in tensors])
+        return content
+
+    alive = []
+
+    def step(*given):
+        gc.collect()
+        for references in loaded:
+            alive.append([r() for r in references if r() is not None and r().numel() > 1])
+        return learning_rate(*given)
+
+    monkeypatch.setattr(checkpoint, "load", watched)
+    monkeypatch.setattr(train_full_sft, "learning_rate", step)
+    resume(tmp_path)
+    assert loaded and alive and not any(alive)
+    new = ["--from_weight", "full_sft", "--save_weight", "new"]
+    loaded.clear(), alive.clear()
+    train_full_sft.main([*flags(data, tmp_path), *new])
+    assert loaded and alive and not any(alive)
 
 
 # ------------------------------------------------------------------------------ what may change

@@ -25,7 +25,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, TINY, chat, run, write_jsonl
 from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import parse_args, training_parser
-from trainer.optimizer import learning_rate, make_optimizer
+from trainer.optimizer import clip_and_step, learning_rate, make_optimizer
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
 FLAGS = [*TINY, "--from_weight", "none", "--log_interval", "1", "--val_interval", "4"]
@@ -500,6 +500,42 @@ def test_sample_answers_are_shown_while_training_and_change_nothing(data, tmp_pa
     train_full_sft.main(flags(data, tmp_path / "shown", dropout=0.1, sample_interval=1))
     assert capsys.readouterr().out.count("Who are you? ->") == 5
     assert_equal(weights(tmp_path / "quiet"), weights(tmp_path / "shown"))
+
+
+def test_replay_counts_the_copies_of_conversations(data, tmp_path, capsys):
+    """Four copies of 40 conversations, and half as many documents: of 60, all."""
+    copies = f"{data / 'sft.jsonl'}*4"
+    more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.25, "val_split": 0}
+    train_full_sft.main(flags(data, tmp_path, **more, data_path=copies))
+    assert "200 samples" in capsys.readouterr().out
+
+
+def test_the_speed_is_that_of_training_alone(data, tmp_path, monkeypatch):
+    """A validation that takes long changes data_wait_s and tokens_per_s by nothing."""
+    now = [0.0]
+
+    def tick(seconds):
+        now[0] += seconds
+
+    def validation(*_):
+        tick(1000)
+        return {"val_loss": 1.0}
+
+    def step(*given):
+        tick(2)
+        return clip_and_step(*given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train_full_sft, "validation_loss", validation)
+    monkeypatch.setattr(train_full_sft, "clip_and_step", step)
+    train_full_sft.main(flags(data, tmp_path, val_interval=1, save_interval=1))
+    lines = (tmp_path / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [json.loads(line) for line in lines]
+    for before, line in zip(lines, lines[1:], strict=False):
+        counted = line["tokens"] - lines[0]["tokens"]  # the first step does not count
+        steps = line["step"] - 1
+        assert line["tokens_per_s"] == pytest.approx(counted / (2 * steps), rel=1e-5)
+        assert line["data_wait_s"] == before["data_wait_s"] == 0
 
 
 def test_pretraining_text_can_be_mixed_in_and_all_of_it_is_learned(data, tmp_path, capsys):
