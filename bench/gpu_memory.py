@@ -9,6 +9,7 @@ multiplied; a GPU's attention keeps less, so it is an upper bound.
 
 import argparse
 import sys
+import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,7 +18,7 @@ import torch
 
 from common import ROOT
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.arguments import SHAPE, read_toml
+from trainer.arguments import SHAPE
 
 GIB = 2**30
 TOKENS = 256  # of the measured pass
@@ -67,7 +68,10 @@ def main():
     print(f"GiB per GPU, bf16, vocabulary {args.vocab_size}")
     print(f"{'config':10}{'parameters':>11}{'rows':>14}{'kept':>7}  {'mode':6}", end="")
     print("".join(f"{f'{n} GPU' + 's' * (n > 1):>9}" for n in args.processes))
-    configs = {path.stem: read_toml(path) for path in ROOT.glob("trainer/configs/*.toml")}
+    configs = {}
+    for path in ROOT.glob("trainer/configs/*.toml"):
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        configs[path.stem] = content.get("model", {}) | content.get("training", {})
     configs = {stem: values for stem, values in configs.items() if "hidden_size" in values}
     for stem, values in sorted(configs.items(), key=lambda item: int(item[1]["hidden_size"])):
         total, layer, per_layer, rest = measure(values, args.vocab_size)

@@ -4,6 +4,7 @@ Defaults < the flags of the run that is resumed < the TOML file of --config < th
 """
 
 import argparse
+import os
 import re
 import sys
 import tomllib
@@ -23,6 +24,8 @@ RENAMED = {"eval_split": "val_split", "eval_data_path": "val_data_path"}
 RENAMED |= {"eval_interval": "val_interval", "student": "from_weight"}
 # What a resumed run does not take over from the one before.
 OF_THE_COMMAND = "from_resume force_resume rebuild_cache config save_dir save_weight".split()
+# Flags that need a validation, with the value that needs none.
+VALIDATED = {"early_stop_patience": 0, "save_best_at_end": False, "best_metric": "val_loss"}
 LARGEST = 2**53  # floats hold all whole numbers up to here; a larger one is a mistake
 
 
@@ -58,19 +61,15 @@ def switch(text):
 
 def source(text):
     """An argparse type: a file, or one with its share (a.jsonl:0.7) or its copies (a.jsonl*3)."""
-    match = re.fullmatch(r"(.*?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
-    path, weight, copies = match.groups()
-    try:
-        if Path(text).is_file():
-            path, weight, copies = text, None, None
-        if not Path(path).exists():
-            return Problem(f"{path}: there is no such file; give a path from here")
-        if not Path(path).is_file():
-            return Problem(
-                f"{path or repr('')}: is no file, and data is read more than once; give a file"
-            )
-    except OSError as error:
-        return Problem(f"{path}: {error.strerror}; give a path that can be read")
+    path, weight, copies = text, None, None
+    if not os.path.isfile(text):  # noqa: PTH113  False for a name that the system cannot have
+        match = re.fullmatch(r"(.*?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
+        path, weight, copies = match.groups()
+    if not os.path.isfile(path):  # noqa: PTH113
+        return Problem(
+            f"{path:.200}: there is no such file (no folder or pipe: data is read more than once); "
+            "give a path from here"
+        )
     weight = number(float, 1e-9)(weight) if weight else None
     copies = number(int, 1)(copies) if copies else 1
     for value in (weight, copies):
@@ -90,7 +89,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are a sentence and exit code 2; abbreviated flags are errors, too."""
 
-    def __init__(self, description, **more):
+    def __init__(self, description="", **more):
         how = {"allow_abbrev": False, "formatter_class": Help}
         super().__init__(description=description.partition("\n\n")[0], **(how | more))
 
@@ -291,7 +290,7 @@ def contradictions(args, parser):
         path = getattr(args, name, None)
         if path is None or (name == "extend_tokens" and args.from_resume):
             continue  # the checkpoint of a resumed run has its tokens
-        if is_file(path):
+        if os.path.isfile(path):  # noqa: PTH113
             setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
         else:
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
@@ -324,11 +323,9 @@ def contradictions(args, parser):
     if args.loss_curve and args.loss_curve.is_dir():
         problems.append(f"--loss_curve {args.loss_curve} is a folder; give a file in it")
     if not (args.val_split or args.val_data_path):
-        given = [
-            name for name in ("early_stop_patience", "save_best_at_end") if getattr(args, name)
-        ]
-        given += ["best_metric"] if getattr(args, "best_metric", "val_loss") != "val_loss" else []
-        problems += [f"--{flag} needs --val_split above 0, or --val_data_path" for flag in given]
+        for name, without in VALIDATED.items():
+            if getattr(args, name, without) != without:
+                problems.append(f"--{name} needs --val_split above 0, or --val_data_path")
     return problems
 
 
@@ -337,34 +334,24 @@ def use_recording(args, parser):
     folder = args.offline_dir = args.offline_dir.resolve()
     if args.teacher_weight == parser.get_default("teacher_weight"):
         args.teacher_weight = None
-    both = ("teacher_weight", "data_path", "val_data_path", "replay_path")
-    given = [f"--{name}" for name in both if getattr(args, name, None)]
+    problems = []
+    for name in ("teacher_weight", "data_path", "val_data_path", "replay_path"):
+        if getattr(args, name, None):
+            problems.append(f"--offline_dir is teacher and data in one; leave out --{name}")
     args.data_path = [Source(folder / "train")]
     args.val_data_path = folder / "valid" if (folder / "valid").is_dir() else None
-    problems = []
-    if given:
-        problems.append(f"--offline_dir is teacher and data in one; leave out {', '.join(given)}")
     if not (folder / "manifest.json").is_file():
         problems.append(f"--offline_dir {folder}: export_hidden_states.py has written none there")
     return problems
 
 
-def is_file(path):
-    """Whether there is such a file; False for a name that the system cannot have."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def wrong_values(args):
     """A sentence for each value that `number` and its like could not read."""
-    values = [
-        (name, value)
-        for name, given in vars(args).items()
-        for value in (given if isinstance(given, list) else [given])
-    ]
-    return [f"--{name} {value}" for name, value in values if isinstance(value, Problem)]
+    problems = []
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        problems += [f"--{name} {each}" for each in values if isinstance(each, Problem)]
+    return problems
 
 
 def stop_at(problems):
