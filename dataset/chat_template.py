@@ -157,3 +157,17 @@ def call_text(call):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the arguments of {call['name']} are no JSON: {error}") from None
     return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
+
+
+def parse_answer(ids, tokenizer):
+    """An assistant's message of the ids that a model wrote: {"content"}, and "reasoning_content"
+    where it reasoned first; the inverse of `render`. Reasoning that does not end is all there is.
+    """
+    ids = list(ids)
+    if ids[:1] != [THINK]:
+        return {"content": tokenizer.decode(ids, skip_special_tokens=False)}
+    end = ids.index(END_THINK) if END_THINK in ids else len(ids)
+    reasoning = tokenizer.decode(ids[1:end], skip_special_tokens=False)
+    content = tokenizer.decode(ids[end + 1 :], skip_special_tokens=False)
+    message = {"content": content.removeprefix("\n\n")}
+    return message | {"reasoning_content": reasoning.removeprefix("\n").removesuffix("\n")}

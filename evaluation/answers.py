@@ -1,15 +1,102 @@
-"""The answers of a run on disk: while it goes, and its result. Another run never replaces them."""
+"""The answers of a model: written, scored while it is trained, and kept on disk, where another run
+never replaces them.
+"""
 
 import itertools
 import json
+import time
 
-from common import UserError, replacing
-from evaluation.tasks import problem
+import numpy as np
+from tqdm import tqdm
+
+from common import STOP, UserError, replacing
+from dataset.chat_template import parse_answer, render
+from evaluation.tasks import allowed_ids, is_right, judge, problem, read_problems
+from model.generation import generate
 
 TEXT = "task run command weights weights_sha256 data data_sha256".split()
 OF_RESULT = dict.fromkeys(TEXT, str) | {"params": int, "seconds": int | float, "totals": dict}
 OF_ROW = {"problem": int, "sample": int, "tokens": int, "truncated": bool, "prompt": list}
-OF_ROW |= {"output": str, "verdict": str, "level": str | None, "type": str | None}
+OF_ROW |= {"output": str, "verdict": str | None, "level": str | None, "type": str | None}
+MAY_DIFFER = "run command weights data params settings".split()  # names, places, what follows
+
+
+def answer_all(problems, model, tokenizer, options, part=None):
+    """A row for each sample of each problem: {"problem", "sample", "output", "reasoning"?,
+    "truncated", "tokens", "seconds"} and what the problem holds.
+
+    options  {"num_samples", "batch_size", "seed"}, and what `generate` takes
+    part     a Part, which keeps the rows on the way
+    seconds  an even share of its batch's
+    """
+    prompts = [
+        render(problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer)[0]
+        for problem in problems
+    ]
+    room = model.config.max_position_embeddings
+    for index, prompt in enumerate(prompts):
+        if len(prompt) >= room:
+            raise UserError(
+                f"problem {index} has {len(prompt)} tokens, and the model's context is {room}; "
+                "leave it out, or show fewer examples"
+            )
+    options = dict(options)
+    num_samples, batch_size, seed = map(options.pop, ("num_samples", "batch_size", "seed"))
+    # Prompts of similar length go together: less padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    asked = [(index, sample) for index in order for sample in range(num_samples)]
+    rows = list(part.rows) if part else []
+    bar = tqdm(total=len(asked), initial=len(rows), unit="answer", leave=False, disable=None)
+    for first in range(len(rows), len(asked), batch_size):
+        chosen, began = asked[first : first + batch_size], time.perf_counter()
+        options["seed"] = int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
+        answers = write_answers(model, [prompts[index] for index, _ in chosen], **options)
+        seconds = round((time.perf_counter() - began) / len(chosen), 3)
+        new = []
+        for (index, sample), (ids, ended) in zip(chosen, answers, strict=True):
+            message = parse_answer(ids, tokenizer)
+            row = {"problem": index, "sample": sample, "output": message["content"]}
+            if "reasoning_content" in message:
+                row["reasoning"] = message["reasoning_content"]
+            new.append(row | {"truncated": not ended, "tokens": len(ids), "seconds": seconds})
+        rows += new
+        bar.update(len(new))
+        if part:
+            part.add(new)
+    bar.close()
+    rows = sorted(rows, key=lambda row: (row["problem"], row["sample"]))
+    return [{**problems[row["problem"]], **row} for row in rows]
+
+
+def write_answers(model, prompts, **options):
+    """(ids, whether it ended by itself) of the answer to each prompt; options are `generate`'s."""
+    answers, ended = [[] for _ in prompts], [False] * len(prompts)
+    for step in generate(model, prompts, **options):
+        for place, token in enumerate(step):
+            if token in STOP:
+                ended[place] = True
+            elif token is not None:
+                answers[place].append(token)
+    return list(zip(answers, ended, strict=True))
+
+
+class TaskScore:
+    """A task's problems, to score a model on while it is trained: all of Tiny World's, else the
+    first 200 of a file. Raises UserError if there is no such file.
+    """
+
+    def __init__(self, task, path):
+        self.task, self.path, tiny = task, path, task == "tiny_world"
+        self.problems = read_problems(task, None if tiny else path)[: None if tiny else 200]
+        self.options = {"num_samples": 1, "batch_size": 50, "seed": 1, "temperature": 0.0}
+        self.options["max_new_tokens"] = 120 if tiny else 256
+
+    def score(self, model, tokenizer):
+        """The share of the problems that a model solves."""
+        options = self.options | {"allowed": allowed_ids(self.task, self.path, tokenizer)}
+        rows = answer_all(self.problems, model, tokenizer, options)
+        verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
+        return sum(map(is_right, verdicts)) / len(rows)
 
 
 def read_result(path):
@@ -32,9 +119,6 @@ def require_kinds(values, kinds):
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind):
             raise ValueError(f"its {name} is {values.get(name)!r}")
-
-
-MAY_DIFFER = "run command weights data params settings".split()  # names, places, what follows
 
 
 def require_same_run(path, head, run, flag):
@@ -68,7 +152,7 @@ def keep_previous(path, run):
         names = (path.with_stem(f"{path.stem}_previous{number}") for number in numbers)
         kept = next(free for free in names if not free.exists())
         print(f"the weights were trained anew; the result of the earlier ones is kept as {kept}")
-        for file in (path.with_suffix(suffix) for suffix in (".csv", ".md", ".json")):
+        for file in (path.with_suffix(suffix) for suffix in (".md", ".json")):
             try:
                 file.replace(kept.with_suffix(file.suffix))
             except FileNotFoundError:
@@ -125,28 +209,3 @@ class Part:
 
 def as_lines(values):
     return "".join(json.dumps(value) + "\n" for value in values).encode()
-
-
-class TaskScore:
-    """A task's problems, to score a model on while it is trained: all of Tiny World's, else the
-    first 200 of a file. Raises UserError if there is no such file.
-    """
-
-    def __init__(self, task, path):
-        from evaluation.run_eval import parse
-        from evaluation.tasks import read_problems
-
-        self.task, tiny = task, task == "tiny_world"
-        limits = ["--batch_size", "50", "--max_new_tokens", "120" if tiny else "256"]
-        self.args, self.path = parse(["--task", task, *limits]), path
-        self.problems = read_problems(task, None if tiny else path)[: None if tiny else 200]
-
-    def score(self, model, tokenizer):
-        """The share of the problems that a model solves."""
-        from evaluation.run_eval import answer_all
-        from evaluation.tasks import held_to, judge
-
-        self.args.allowed = held_to(self.task, self.path, tokenizer)
-        rows = answer_all(self.problems, model, tokenizer, self.args)
-        verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
-        return sum(verdict["verdict"] == "correct" for verdict in verdicts) / len(rows)

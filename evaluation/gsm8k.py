@@ -1,12 +1,11 @@
 """The judge of GSM8K, whose answers are numbers.
 
 Strict: the official rule (github.com/openai/grade-school-math): the number after the first "####",
-commas removed, must be the same text. Lenient: what models really write, and the same value.
+commas removed, must be the same text. Lenient: how models really write, and the same number.
 """
 
 import re
-
-from evaluation.expressions import same_value
+from fractions import Fraction
 
 OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")
 NUMBER = re.compile(
@@ -27,7 +26,7 @@ SPELLINGS = (
         lambda mixed: f"{int(mixed[1]) * int(mixed[3]) + int(mixed[2])}/{mixed[3]}",
     ),
 )
-LONGEST = 20_000
+LONGEST, LONGEST_NUMBER = 20_000, 1_000  # characters
 
 
 def extract_answer(text, strict=False):
@@ -37,7 +36,10 @@ def extract_answer(text, strict=False):
     if strict:
         found = OFFICIAL.search(text)
         return found[1].strip().replace(",", "") if found else None
-    text = plain(text[-LONGEST:])
+    text = text[-LONGEST:]
+    for spelling, replacement in SPELLINGS:
+        text = re.sub(spelling, replacement, text)
+    text = text.replace("\\$", "$")
     for place in places(text):
         numbers = list(NUMBER.finditer(place.rpartition("=")[2])) or list(NUMBER.finditer(place))
         if numbers:
@@ -52,39 +54,37 @@ def is_correct(answer, gold, strict=False):
     given = extract_answer(answer, strict)
     if given is None or expected is None:
         return False
-    return given == expected or (not strict and same_value(given, expected))
-
-
-def plain(text):
-    """LaTeX's and people's spellings of numbers, as one."""
-    for spelling, replacement in SPELLINGS:
-        text = re.sub(spelling, replacement, text)
-    return text.replace("\\$", "$")
+    if strict or given == expected or max(len(given), len(expected)) > LONGEST_NUMBER:
+        return given == expected
+    try:
+        return Fraction(given) == Fraction(expected)  # exact: 0.5 is 1/2
+    except ZeroDivisionError:
+        return False
 
 
 def places(text):
-    """Where a solution tells its answer, the surest first."""
+    """The parts of a solution that state its answer, the surest first."""
     if "####" in text:
         yield after_mark(text)
     boxed = text.rfind("\\boxed")
     if boxed >= 0:
         yield text[boxed + 6 :].partition("\n")[0].partition("}")[0]
-    told = after_words(text)
-    if told is not None:
-        yield told
+    stated = after_words(text)
+    if stated is not None:
+        yield stated
 
 
 def after_mark(text):
-    """The line behind the last "####"."""
+    """The line after the last "####"."""
     return text.rpartition("####")[2].strip().partition("\n")[0]
 
 
 def after_words(text):
-    """The sentence behind the last "the answer is"; None if there is none."""
-    told = list(ANSWER.finditer(text))
-    if not told:
+    """The sentence after the last "the answer is"; None if there is none."""
+    found = list(ANSWER.finditer(text))
+    if not found:
         return None
-    return re.split(r"\.(?:\s|$)|\n", text[told[-1].end() :].lstrip(), maxsplit=1)[0]
+    return re.split(r"\.(?:\s|$)|\n", text[found[-1].end() :].lstrip(), maxsplit=1)[0]
 
 
 def written(number):

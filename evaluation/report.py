@@ -1,12 +1,11 @@
-"""What an evaluation found, in figures: totals, a Markdown and a CSV report, two runs compared."""
+"""The figures of an evaluation: totals, a Markdown report, two runs compared."""
 
-import csv
-import io
 import json
 import math
 from collections import Counter, defaultdict
 
 from common import replacing
+from evaluation.tasks import is_right
 
 
 def wilson(right, n, z=1.96):
@@ -20,7 +19,7 @@ def wilson(right, n, z=1.96):
 
 
 def pass_at(k, n, right):
-    """The chance that one of k answers is right, of n drawn of which some are right.
+    """The probability that one of k answers is right, drawn from n of which some are right.
 
     The unbiased estimate of arXiv:2107.03374.
     """
@@ -28,22 +27,24 @@ def pass_at(k, n, right):
 
 
 def totals(rows, same_answer):
-    """The figures of a run from its rows, one per sample of a problem.
+    """The figures of a run from its rows, one per sample of a problem. The lenient accuracy is None
+    where its judge was not installed; then the strict one decides what is right.
 
-    same_answer(a, b) says which extracted answers vote together.
+    same_answer(a, b) returns whether two extracted answers are one in the majority vote.
     """
     by_problem = defaultdict(list)
     for row in rows:
         by_problem[row["problem"]].append(row)
     samples = max(map(len, by_problem.values()))
-    right = sum(row["verdict"] == "correct" for row in rows)
-    strict = sum(row["strict_verdict"] == "correct" for row in rows)
-    found = {
-        "problems": len(by_problem),
-        "accuracy": right / len(rows),
-        "accuracy_95": wilson(right / samples, len(by_problem)),
-        "strict_accuracy": strict / len(rows),
-        "strict_accuracy_95": wilson(strict / samples, len(by_problem)),
+    found = {"problems": len(by_problem)}
+    for name, verdict in (("accuracy", "verdict"), ("strict_accuracy", "strict_verdict")):
+        right = sum(row[verdict] == "correct" for row in rows)
+        # Samples of one problem are not independent: the interval is that of problems.
+        found[name] = right / len(rows)
+        found[f"{name}_95"] = wilson(right / samples, len(by_problem))
+    if any(row["verdict"] is None for row in rows):
+        found["accuracy"] = found["accuracy_95"] = None
+    found |= {
         "by_level": shares_of(rows, "level"),
         "by_type": shares_of(rows, "type"),
         "errors": dict(Counter(row["error"] for row in rows if row["error"])),
@@ -51,10 +52,10 @@ def totals(rows, same_answer):
         "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
     }
     if samples > 1:
-        marks = [[row["verdict"] == "correct" for row in group] for group in by_problem.values()]
-        ks = sorted({1 << i for i in range(samples.bit_length())} | {samples})
+        right = [sum(map(is_right, group)) for group in by_problem.values()]
+        ks = sorted({1 << power for power in range(samples.bit_length())} | {samples})
         found["pass_at"] = {
-            str(k): sum(pass_at(k, samples, sum(m)) for m in marks) / len(marks)
+            str(k): sum(pass_at(k, samples, n) for n in right) / len(right)
             for k in ks
             if k <= samples
         }
@@ -65,14 +66,17 @@ def totals(rows, same_answer):
 
 def majority(group, same_answer):
     """Whether the answer that most samples of a problem gave is right; the earliest of a tie."""
-    camps = []
+    votes = []  # lists of rows that gave the same answer
     for row in group:
-        if row["extracted"] is not None:
-            camp = next(
-                (c for c in camps if same_answer(c[0]["extracted"], row["extracted"])), None
-            )
-            camp.append(row) if camp else camps.append([row])
-    return bool(camps) and max(camps, key=len)[0]["verdict"] == "correct"
+        if row["extracted"] is None:
+            continue
+        for same in votes:
+            if same_answer(same[0]["extracted"], row["extracted"]):
+                same.append(row)
+                break
+        else:
+            votes.append([row])
+    return bool(votes) and is_right(max(votes, key=len)[0])
 
 
 def shares_of(rows, field):
@@ -80,54 +84,48 @@ def shares_of(rows, field):
     counts = defaultdict(lambda: [0, 0])
     for row in rows:
         if row.get(field) is not None:
-            counts[row[field]][0] += row["verdict"] == "correct"
+            counts[row[field]][0] += is_right(row)
             counts[row[field]][1] += 1
     return {key: counts[key] for key in sorted(counts, key=lambda k: (len(k), k))}
 
 
 def percent(share, interval=None):
+    if share is None:
+        return "not judged: pip install math-verify"
     text = f"{share:.1%}"
     return text if interval is None else f"{text} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
-def markdown(result, beside):
-    """The report of a run; beside: the lines of other runs in the table that ends it."""
+def markdown(result, others):
+    """The report of a run; others: the lines of other runs in the table that ends it."""
     found = result["totals"]
+    judge = f" ({result['lenient_judge']})" if result.get("lenient_judge") else ""
+    figures = {
+        "problems": found["problems"],
+        f"accuracy, lenient{judge}": percent(found["accuracy"], found["accuracy_95"]),
+        "accuracy, strict": percent(found["strict_accuracy"], found["strict_accuracy_95"]),
+    }
+    figures |= {f"pass@{k}": percent(share) for k, share in found.get("pass_at", {}).items()}
+    if "majority" in found:
+        figures["majority vote"] = percent(found["majority"])
+    figures["not finished in time"] = percent(found["truncated"])
+    figures["mean length"] = f"{found['mean_tokens']:.0f} tokens"
+    figures["time"] = f"{result['seconds']:.0f} s"
+    figures |= {kind.replace("_", " "): n for kind, n in sorted(found["errors"].items())}
     lines = [
-        f"# {result['task']}: {result['run']}",
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
+        f"# {result['task']}: {result['run']}\n\n```\n{result['command']}\n```\n",
         f"weights `{result['weights']}`, sha256 {result['weights_sha256'][:16]}; "
         f"{result['params']:,} parameters",
-        f"data `{result['data']}`, sha256 {result['data_sha256'][:16]}",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| problems | {found['problems']} |",
-        f"| accuracy, lenient | {percent(found['accuracy'], found['accuracy_95'])} |",
-        f"| accuracy, strict | {percent(found['strict_accuracy'], found['strict_accuracy_95'])} |",
-        *(f"| pass@{k} | {percent(share)} |" for k, share in found.get("pass_at", {}).items()),
-        *([f"| majority vote | {percent(found['majority'])} |"] if "majority" in found else []),
-        f"| not finished in time | {percent(found['truncated'])} |",
-        f"| mean length | {found['mean_tokens']:.0f} tokens |",
-        f"| time | {result['seconds']:.0f} s |",
-        *(f"| {kind.replace('_', ' ')} | {n} |" for kind, n in sorted(found["errors"].items())),
+        f"data `{result['data']}`, sha256 {result['data_sha256'][:16]}\n\n| | |\n|---|---|",
+        *(f"| {name} | {value} |" for name, value in figures.items()),
     ]
     for field in ("level", "type"):
         shares = found[f"by_{field}"]
         if len(shares) > 1:
-            lines += ["", f"| {field} | right | of | share |", "|---|---|---|---|"]
+            lines += [f"\n| {field} | right | of | share |\n|---|---|---|---|"]
             lines += [f"| {k} | {r} | {n} | {percent(r / n)} |" for k, (r, n) in shares.items()]
-    lines += [
-        "",
-        "| run | problems | lenient | strict | weights | data |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [*beside, line_of(result)]
-    return "\n".join([*lines, "", "Intervals: 95 %, Wilson.", ""])
+    lines += ["\n| run | problems | lenient | strict | weights | data |\n|---|---|---|---|---|---|"]
+    return "\n".join([*lines, *others, line_of(result), "\nIntervals: 95 %, Wilson.\n"])
 
 
 def line_of(result):
@@ -140,60 +138,31 @@ def line_of(result):
     )
 
 
-COLUMNS = "problem sample level type gold extracted verdict strict_verdict error tokens seconds"
-
-
-def table(rows):
-    """The rows of a run as CSV, without the texts."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS.split(), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def write(path, result):
-    """Writes a result as path, a .json file, and its report beside it as .md and .csv."""
-    beside = []
+    """Writes a result as path, a .json file, and its report beside it as .md."""
+    others = []
     for other in sorted(path.parent.glob("*.json"), key=lambda other: other.stat().st_mtime):
         if other != path:
             try:
-                beside.append(line_of(json.loads(other.read_text(encoding="utf-8"))))
+                others.append(line_of(json.loads(other.read_text(encoding="utf-8"))))
             except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-                beside.append(f"| {other.name} cannot be read: {error!r} | | | | | |")
-    written = {
-        ".csv": table(result["problems"]),
-        ".md": markdown(result, beside),
-        ".json": json.dumps(result, ensure_ascii=False, indent=1),
-    }
+                others.append(f"| {other.name} cannot be read: {error!r} | | | | | |")
+    written = {".md": markdown(result, others)}
+    written[".json"] = json.dumps(result, ensure_ascii=False, indent=1)
     for suffix, text in written.items():
         with replacing(path.with_suffix(suffix)) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def compare(old, new):
-    """Lines that say which problems flipped between two results, and by how much that is more
-    than chance: the exact sign test of the flips (McNemar, 1947).
+    """Lines on the problems whose verdict differs between two results, and on the probability of
+    such a difference by chance: the exact sign test (McNemar, 1947).
     """
-
-    def by_problem(result):
-        """Other data may have other numbers; then prompt and gold answer say which problem, and of
-        those that are equal in both it is the first, the second, ...
-        """
-        same = old["data_sha256"] == new["data_sha256"]
-        rows, times = {}, Counter()
-        for row in result["problems"]:
-            asked = row["problem"] if same else json.dumps([row["prompt"], row["gold"]])
-            key = asked, row["sample"]
-            rows[*key, times[key]] = row
-            times[key] += 1
-        return rows
-
-    before, after = by_problem(old), by_problem(new)
+    same_data = old["data_sha256"] == new["data_sha256"]
+    before, after = (by_problem(result, same_data) for result in (old, new))
     shared = [key for key in before if key in after]
-    verdicts = {key: (before[key]["verdict"], after[key]["verdict"]) for key in shared}
-    won = [key for key in shared if verdicts[key] == ("wrong", "correct")]
-    lost = [key for key in shared if verdicts[key] == ("correct", "wrong")]
+    won = [key for key in shared if is_right(after[key]) and not is_right(before[key])]
+    lost = [key for key in shared if is_right(before[key]) and not is_right(after[key])]
     flips = len(won) + len(lost)
     tail = sum(math.comb(flips, i) for i in range(min(len(won), len(lost)) + 1))
     chance = min(1.0, 2 * tail / 2**flips)
@@ -208,3 +177,16 @@ def compare(old, new):
             row = after[key]
             lines.append(f"{mark} problem {row['problem']}: {given}, gold {row['gold']!r}")
     return lines
+
+
+def by_problem(result, same_data):
+    """The rows of a result by a key that other results share. Other data may have other numbers;
+    then prompt and gold answer are the problem, and equal ones are counted.
+    """
+    rows, times = {}, Counter()
+    for row in result["problems"]:
+        asked = row["problem"] if same_data else json.dumps([row["prompt"], row["gold"]])
+        key = asked, row["sample"]
+        rows[*key, times[key]] = row
+        times[key] += 1
+    return rows

@@ -1,4 +1,4 @@
-"""Asks a model every problem of a task and reports how many it solved.
+"""Has a model answer every problem of a task, and reports how many it solved.
 
     python evaluation/run_eval.py --task tiny_world --weight full_sft
     python evaluation/run_eval.py --task gsm8k --data_path out/gsm8k/test.jsonl --limit 200
@@ -10,48 +10,40 @@ stopped goes on where it was when the same command is given again. What another 
 same name is never overwritten.
 """
 
-import argparse
 import hashlib
 import shlex
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
+from common import ROOT, UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
-import numpy as np
-from tqdm import tqdm
-
-from common import ROOT, STOP
-from dataset.chat_template import render
 from dataset.tiny_world.generate import EVAL
-from evaluation import report
-from evaluation.answers import Part, keep_previous, read_result, require_same_run
-from evaluation.tasks import PROMPTS, TASKS, held_to, judge, read_problems, same_answer
-from model.generation import generate
+from evaluation import competition_math, report
+from evaluation.answers import Part, answer_all, keep_previous, read_result, require_same_run
+from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer
 from trainer import checkpoint
-from trainer.arguments import Parser, number, stop_at, wrong_values
+from trainer.arguments import Parser, number, one_of, stop_at, switch, wrong_values
 from trainer.distributed import pick_device, pick_dtype
 from trainer.optimizer import require_compiler
 from trainer.trainer_utils import init_model
 
 
 def parse(argv):
-    parser = answering_parser(__doc__)
-    add = parser.add_argument
-    answering_flags(add, batch_size=16, max_new_tokens=512, temperature=0.0)
-    add("--task", choices=TASKS, default="tiny_world")
-    add("--data_path", type=Path, help="problems, official or prepared; default: Tiny World's")
-    add("--prompt_style", default="zero_shot", help=f"a table of evaluation/{PROMPTS.name}")
-    add("--shots_path", type=Path, help="solved problems, for few_shot")
-    add("--num_samples", type=number(int, 1), default=1, help="answers to each problem")
-    add("--run", help="name of the result; default: that of the weights, and what is unusual")
-    add("--rescore", type=Path, metavar="FILE", help="judge a stored run again, without the model")
-    two = {"nargs": 2, "type": Path, "metavar": ("OLD", "NEW")}
-    add("--compare", **two, help="what flipped between two stored runs")
+    parser = Parser(__doc__)
+    add = parser.group("the evaluation")
+    add("task", "tiny_world", f"one of {'|'.join(TASKS)}", one_of(*TASKS))
+    add("data_path", None, "problems, official or prepared; default: Tiny World's", Path)
+    add("prompt_style", "zero_shot", f"a table of evaluation/{PROMPTS.name}")
+    add("shots_path", None, "solved problems, for few_shot", Path)
+    add("num_samples", 1, "answers to each problem", number(int, 1))
+    add("run", None, "name of the result; default: that of the weights, and what is unusual")
+    add("rescore", None, "judge a stored run again, without the model", Path, metavar="FILE")
+    flipped = "what flipped between two stored runs"
+    add("compare", None, flipped, Path, nargs=2, metavar=("OLD", "NEW"))
+    answering_flags(parser, batch_size=16, max_new_tokens=512, temperature=0.0)
     args = parser.parse_args(argv)
     stop_at(wrong_values(args))
     if args.num_samples > 1 and args.temperature == 0:
@@ -59,36 +51,30 @@ def parse(argv):
     return args
 
 
-def answering_parser(doc):
-    how = argparse.ArgumentDefaultsHelpFormatter
-    return Parser(description=doc.splitlines()[0], formatter_class=how)
+def answering_flags(parser, **defaults):
+    """Adds the flags that `open_model` and `options_of` read, but for --num_samples."""
+    add = parser.group("the model and its answers")
+    newest = "a name in --save_dir, or a path; default: full_sft, or the weights of --lora"
+    add("weight", None, newest, dest="from_weight")
+    add("lora", None, "adapters to merge into the weights: lora_NAME_512.pth", metavar="NAME")
+    add("hidden_size", None, "only where several sizes have the name", number(int, 1))
+    add("save_dir", ROOT / "out", "folder of weights and results", Path)
+    add("limit", 0, "number of problems; 0: all", number(int, 0))
+    add("batch_size", defaults["batch_size"], "answers written at once", number(int, 1))
+    longest = "maximum length of an answer, in tokens"
+    add("max_new_tokens", defaults["max_new_tokens"], longest, number(int, 1))
+    sampling = "0: always the most probable token"
+    add("temperature", defaults["temperature"], sampling, number(float, 0, 100))
+    add("seed", 1, "of the sampling, above temperature 0", number(int, 0, 2**63 - 1))
+    add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("dtype", "fp32", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
+    add("use_compile", 0, "1: torch.compile the step to the next token", switch)
 
 
-def answering_flags(add, **defaults):
-    """The flags that `open_model` and `answer_all` read, but for --num_samples."""
-    newest = "name in --save_dir, or a path; without it full_sft, or what is under --lora"
-    add("--weight", dest="from_weight", help=newest)
-    add("--lora", metavar="NAME", help="adapters to lay on the weights: lora_NAME_512.pth")
-    add("--hidden_size", type=int, help="only where several sizes have the name")
-    add("--save_dir", type=Path, default=ROOT / "out", help="of weights and results")
-    add("--limit", type=number(int, 0), default=0, help="the first so many problems; 0: all")
-    at_once, longest = defaults["batch_size"], defaults["max_new_tokens"]
-    positive = number(int, 1)
-    add("--batch_size", type=positive, default=at_once, help="answers written at once")
-    add("--max_new_tokens", type=positive, default=longest, help="longest answer")
-    likeliest = "0: always the likeliest token"
-    add(
-        "--temperature", type=number(float, 0, 100), default=defaults["temperature"], help=likeliest
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=1,
-        help="of the draws, above temperature 0",
-    )
-    add("--device", default="auto")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32")
-    add("--use_compile", type=int, choices=[0, 1], default=0)
+def options_of(args):
+    """The options of `answer_all`."""
+    names = ("num_samples", "batch_size", "seed", "temperature", "max_new_tokens", "use_compile")
+    return {name: getattr(args, name) for name in names}
 
 
 def open_model(args):
@@ -133,12 +119,12 @@ def main(argv=None):
         "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
-    args.allowed = held_to(args.task, data, tokenizer)
     keep_previous(path, result)
     if path.exists():
         require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
     part = Part(path.with_suffix(".part"), result, args.batch_size, "--run NAME")
-    rows = answer_all(problems, model, tokenizer, args, part)
+    options = options_of(args) | {"allowed": allowed_ids(args.task, data, tokenizer)}
+    rows = answer_all(problems, model, tokenizer, options, part)
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
     scores = finish(result | {"problems": rows}, path)
     part.path.unlink()
@@ -167,85 +153,29 @@ def finish(result, path):
     task, rows = result["task"], result["problems"]
     for row in rows:
         row |= judge(task, row["output"], row["gold"], row["truncated"])
+    if task == "math":
+        result["lenient_judge"] = competition_math.lenient_judge()
     found = report.totals(rows, lambda a, b: same_answer(task, a, b))
-    scores = {"overall": found["accuracy"]}
+    lenient, strict = found["accuracy"], found["strict_accuracy"]
+    scores = {"overall": strict if lenient is None else lenient}
     scores |= {kind: right / n for kind, (right, n) in found["by_type"].items()}
     report.write(path, result | {"totals": found, "scores": scores, "problems": rows})
 
     counts = {kind: n for kind, (_, n) in found["by_type"].items()}
     for kind, score in scores.items():
         print(f"{kind:24} {score:6.1%} of {counts.get(kind, len(rows)):4}")
-    interval = report.percent(found["accuracy"], found["accuracy_95"])
-    print(f"lenient {interval}, strict {found['strict_accuracy']:.1%}; 95 % intervals")
+    if lenient is None:
+        print(f"strict {report.percent(strict, found['strict_accuracy_95'])}; 95 % intervals")
+        print("for the lenient score: pip install math-verify, then --rescore")
+    else:
+        interval = report.percent(lenient, found["accuracy_95"])
+        print(f"lenient {interval}, strict {strict:.1%}; 95 % intervals")
     for k, share in found.get("pass_at", {}).items():
         print(f"pass@{k:19} {share:6.1%}")
     if "majority" in found:
         print(f"{'majority vote':24} {found['majority']:6.1%}")
     print(f"report: {path.with_suffix('.md')}\nevery answer: {path}")
     return scores
-
-
-def answer_all(problems, model, tokenizer, args, part=None):
-    """A row for each sample of each problem: {"problem", "sample", "output", "truncated", "tokens",
-    "seconds"} and what the problem holds. part: where they are kept on the way.
-
-    seconds: an even share of its batch's.
-    """
-    prompts = [
-        render(problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer)[0]
-        for problem in problems
-    ]
-    room = model.config.max_position_embeddings
-    for index, prompt in enumerate(prompts):
-        if len(prompt) >= room:
-            raise UserError(
-                f"problem {index} has {len(prompt)} tokens, and the model's context is {room}; "
-                "leave it out, or show fewer examples"
-            )
-    # Prompts of similar length go together: less padding.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    asked = [(index, sample) for index in order for sample in range(args.num_samples)]
-    rows = list(part.rows) if part else []
-    bar = tqdm(total=len(asked), initial=len(rows), unit="answer", leave=False, disable=None)
-    for first in range(len(rows), len(asked), args.batch_size):
-        chosen = asked[first : first + args.batch_size]
-        began = time.perf_counter()
-        batch = write_answers([prompts[index] for index, _ in chosen], first, model, args)
-        seconds = round((time.perf_counter() - began) / len(chosen), 3)
-        new = [
-            {
-                "problem": index,
-                "sample": sample,
-                "output": tokenizer.decode(ids),
-                "truncated": not ended,
-                "tokens": len(ids),
-                "seconds": seconds,
-            }
-            for (index, sample), (ids, ended) in zip(chosen, batch, strict=True)
-        ]
-        rows += new
-        bar.update(len(new))
-        if part:
-            part.add(new)
-    bar.close()
-    rows = sorted(rows, key=lambda row: (row["problem"], row["sample"]))
-    return [{**problems[row["problem"]], **row} for row in rows]
-
-
-def write_answers(prompts, first, model, args):
-    """(ids, whether it came to an end) of the answer to each prompt."""
-    seed = int(np.random.SeedSequence([args.seed, first]).generate_state(1)[0])
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    options["allowed"] = getattr(args, "allowed", None)
-    answers, ended = [[] for _ in prompts], [False] * len(prompts)
-    use_compile = bool(args.use_compile)
-    for step in generate(model, prompts, **options, seed=seed, use_compile=use_compile):
-        for place, token in enumerate(step):
-            if token in STOP:
-                ended[place] = True
-            elif token is not None:
-                answers[place].append(token)
-    return list(zip(answers, ended, strict=True))
 
 
 if __name__ == "__main__":

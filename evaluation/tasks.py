@@ -195,8 +195,8 @@ class Allowed:
         return list(node) or [IM_END]
 
 
-def held_to(task, path, tokenizer):
-    """What answers of a task are held to: in sid, to ids that exist. None: to nothing."""
+def allowed_ids(task, path, tokenizer):
+    """The constraint on the answers of a task for `generate`: in sid, ids that exist; else None."""
     if task != "sid":
         return None
     place = path.with_name("sids.json")
@@ -207,28 +207,33 @@ def held_to(task, path, tokenizer):
 
 
 def judge(task, output, gold, truncated):
-    """What is said of an output: {"extracted", "verdict", "strict_verdict", "error"}.
+    """The verdict on an output: {"extracted", "verdict", "strict_verdict", "error"}.
 
-    error: no_answer, truncated (no end within max_new_tokens), parse_error (an answer that is
-    neither number, expression nor words), wrong; None of a correct one.
+    verdict is the lenient one, None where its judge is not installed. error: no_answer, truncated
+    (no end within max_new_tokens), wrong; None of a correct answer.
     """
     if task in ("tiny_world", "sid"):
-        extracted, malformed = output.strip(), False
+        extracted = output.strip()
         strict = lenient = tiny_world_is_correct(output, gold)
     elif task == "gsm8k":
-        extracted, malformed = gsm8k.extract_answer(output), False
+        extracted = gsm8k.extract_answer(output)
         strict, lenient = (gsm8k.is_correct(output, gold, s) for s in (True, False))
     else:
         extracted = competition_math.extract_answer(output)
-        lenient = competition_math.is_equiv(extracted, gold)
         official = competition_math.extract_answer(output, strict=True)
         strict = competition_math.is_equiv(official, gold, strict=True)
-        malformed = bool(extracted) and competition_math.is_malformed(extracted)
-    error = "parse_error" if malformed else "wrong"
-    error = "truncated" if truncated else "no_answer" if not extracted else error
-    words = {True: "correct", False: "wrong"}
-    verdicts = {"verdict": words[bool(lenient)], "strict_verdict": words[bool(strict)]}
-    return {"extracted": extracted, **verdicts, "error": None if lenient else error}
+        lenient = None
+        if competition_math.lenient_judge():
+            lenient = competition_math.is_equiv(extracted, gold)
+    words = {True: "correct", False: "wrong", None: None}
+    verdicts = {"verdict": words[lenient], "strict_verdict": words[strict]}
+    error = "truncated" if truncated else "wrong" if extracted else "no_answer"
+    return {"extracted": extracted, **verdicts, "error": None if is_right(verdicts) else error}
+
+
+def is_right(row):
+    """Whether a judged answer is right: by the lenient judge, or by the strict one without it."""
+    return (row["verdict"] or row["strict_verdict"]) == "correct"
 
 
 def same_answer(task, a, b):

@@ -8,6 +8,7 @@ A run that was stopped goes on where it was when the same command is given again
 left in --out is never overwritten.
 """
 
+import argparse
 import hashlib
 import json
 import sys
@@ -16,25 +17,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT, UserError, replacing, report_user_errors
-from evaluation.answers import Part, require_same_run
-from evaluation.run_eval import answer_all, answering_flags, answering_parser, open_model
-from evaluation.tasks import judge, read_problems
-from trainer.arguments import number, stop_at, wrong_values
+from evaluation.answers import Part, answer_all, require_same_run
+from evaluation.run_eval import answering_flags, open_model, options_of
+from evaluation.tasks import is_right, judge, read_problems
+from trainer.arguments import Parser, number, one_of, stop_at, wrong_values
 
 SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit keep dtype
     use_compile""".split()  # with another one it is another run
 
 
 def main(argv=None):
-    parser = answering_parser(__doc__)
-    add, positive = parser.add_argument, number(int, 1)
-    add("--task", choices=["tiny_world", "gsm8k", "math"], default="gsm8k")
-    answering_flags(add, batch_size=64, max_new_tokens=256, temperature=0.8)
-    add("--data_path", type=Path, required=True, help="problems with their answers")
-    each = {"dest": "num_samples", "type": positive, "help": "answers to each problem"}
-    add("--samples", "--num_samples", default=8, **each)
-    add("--keep", type=positive, default=4, help="different right ones of a problem at most")
-    add("--out", type=Path, default=ROOT / "out" / "accepted.jsonl", help="conversations")
+    parser = Parser(__doc__)
+    add = parser.group("the data")
+    add("task", "gsm8k", "tiny_world, gsm8k or math", one_of("tiny_world", "gsm8k", "math"))
+    add("data_path", None, "problems with their answers", Path, required=True)
+    add("samples", 8, "answers to each problem", number(int, 1), dest="num_samples")
+    parser.add_argument("--num_samples", type=number(int, 1), help=argparse.SUPPRESS)
+    add("keep", 4, "maximum number of different right answers to a problem", number(int, 1))
+    add("out", ROOT / "out" / "accepted.jsonl", "file of conversations to write", Path)
+    answering_flags(parser, batch_size=64, max_new_tokens=256, temperature=0.8)
     args = parser.parse_args(argv)
     stop_at(wrong_values(args))
     if args.temperature == 0:
@@ -50,12 +51,14 @@ def main(argv=None):
             head = file.readline()
         require_same_run(args.out, head, source, "--out FILE")
     part = Part(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
-    rows = answer_all(problems, model, tokenizer, args, part)
+    rows = answer_all(problems, model, tokenizer, options_of(args), part)
 
     kept = accepted(rows, args.task, args.keep)
     with replacing(args.out) as file:
         for row in kept:
             answer = {"role": "assistant", "content": row["output"].strip()}
+            if row.get("reasoning"):
+                answer["reasoning_content"] = row["reasoning"]
             where = {"problem": row["problem"], "sample": row["sample"]}
             record = {"conversations": [*row["prompt"], answer], "source": source | where}
             file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
@@ -76,7 +79,7 @@ def accepted(rows, task, keep):
         text = " ".join(row["output"].split())
         if row["truncated"] or text in texts or len(texts) >= keep:
             continue
-        if judge(task, row["output"], row["gold"], row["truncated"])["verdict"] == "correct":
+        if is_right(judge(task, row["output"], row["gold"], row["truncated"])):
             texts.add(text)
             found.append(row)
     return found
