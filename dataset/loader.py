@@ -8,6 +8,7 @@ row has the place of each token in its sample (position_ids, from 0 in each) and
 sample in the row (document_ids, -1 for padding), so that the model treats each as if it were alone.
 """
 
+import re
 import signal
 import threading
 import time
@@ -33,6 +34,32 @@ class Source(NamedTuple):
     path: Path
     weight: float | None = None
     copies: int = 1
+
+    @classmethod
+    def read(cls, text):
+        """The Source that a user writes so. Raises ValueError for what is not one."""
+        match = re.fullmatch(r"(.*?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
+        path, weight, copies = match.groups()
+        try:
+            if Path(text).is_file():
+                path, weight, copies = text, None, None
+            if not Path(path).exists():
+                raise ValueError(f"{path}: there is no such file; give a path from here")
+            if not Path(path).is_file():
+                name = path or repr("")
+                raise ValueError(
+                    f"{name}: is no file, and data is read more than once; give a file"
+                )
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; give a path that can be read") from None
+        source = cls(
+            Path(path).resolve(),  # the same file, wherever the run is resumed
+            float(weight) if weight else None,
+            int(copies) if copies else 1,
+        )
+        if source.weight == 0 or not 0 < source.copies < 10**9:
+            raise ValueError(f"{text:.200}: give a share above 0, as :0.7, or copies, as *3")
+        return source
 
 
 def split_samples(dataset, part, seed):

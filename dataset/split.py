@@ -1,5 +1,6 @@
-"""Files cut into train, valid and test, with a manifest that says how."""
+"""The split of a data file into train, valid and test files, with a manifest that says how."""
 
+import argparse
 import hashlib
 import json
 import math
@@ -12,16 +13,20 @@ from common import UserError, replacing
 from dataset import formats
 
 
+def ratios(text):
+    """An argparse type: two or three numbers, as 8:1:1."""
+    try:
+        found = [float(ratio) for ratio in text.split(":")]
+    except ValueError:
+        found = []
+    if len(found) not in (2, 3) or min(found) < 0 or not 0 < sum(found) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give two or three numbers, as 8:1:1")
+    return found
+
+
 def split(args):
     """Writes train, valid and test files and a manifest; returns 0."""
-    try:
-        ratios = [float(ratio) for ratio in args.ratios.split(":")]
-    except ValueError:
-        ratios = []
-    usable = all(ratio >= 0 for ratio in ratios) and 0 < sum(ratios) < math.inf
-    if not usable or not 2 <= len(ratios) <= 3:
-        raise UserError(f"--ratios {args.ratios}: give two or three numbers, as 8:1:1")
-    names = ["train", "valid", "test"] if len(ratios) == 3 else ["train", "test"]
+    names = ["train", "valid", "test"] if len(args.ratios) == 3 else ["train", "test"]
     groups = []
     for number, record in formats.read_records(args.file):
         if isinstance(record, ValueError):
@@ -31,14 +36,15 @@ def split(args):
         groups.append(str(record.get(args.stratify)) if args.stratify else "")
     if not groups:
         raise UserError(f"{args.file} is empty; give a JSONL file")
-    part_of = shares(groups, ratios, args.seed)
+    part_of = shares(groups, args.ratios, args.seed)
 
     def records(part):
         for index, (_, record) in enumerate(formats.read_records(args.file)):
             if part_of[index] == part:
                 yield record
 
-    how = {"source": str(args.file), "ratios": args.ratios, "stratify": args.stratify}
+    ratios = ":".join(f"{ratio:g}" for ratio in args.ratios)
+    how = {"source": str(args.file), "ratios": ratios, "stratify": args.stratify}
     parts = {f"{name}.jsonl": records(part) for part, name in enumerate(names)}
     write_parts(args.out, parts, how | {"seed": args.seed}, [args.file])
     return 0

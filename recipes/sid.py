@@ -10,6 +10,7 @@ import ast
 import csv
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ASK = {  # task: the question; {0} is the history, the title or the id
     "id_to_title": "What is {0} called?",
     "title_to_id": "Which item is called {0}?",
 }
+PARTS = ("train", "valid", "test")
 LISTS = ("history_item_title", "history_item_sid")
 
 
@@ -38,19 +40,14 @@ def prepare_sid(args):
     """
     index, items = (read_objects(args.raw, f"*.{kind}.json") for kind in ("index", "item"))
     check(args.raw, index, items)
-    histories = [row for path in sorted(args.raw.glob("*.csv")) for row in read_histories(path)]
-    if not histories:
-        raise UserError(f"--raw {args.raw}: there is no *.csv file with histories in it")
-    part_of = shares([""] * len(histories), [8, 1, 1], args.seed)
-    parts = {"train": [], "valid": [], "test": []}
-    for row, part in zip(histories, part_of, strict=True):
-        name = list(parts)[part]
+    parts = {name: [] for name in PARTS}
+    for name, row in split(args):
         records = of_history(row, items, args.max_history)
         parts[name] += records[:1] if name == "test" else records
     for item, tokens in index.items():
         if item in items:
             parts["train"] += of_item("".join(tokens), items[item]["title"])
-    files = {f"{name}.jsonl": records for name, records in parts.items()}
+    files = {f"{name}.jsonl": records for name, records in parts.items() if records}
     how = {"task": "sid", "source": str(args.raw), "seed": args.seed}
     tokens = sorted({token for item in index.values() for token in item})
     sids = sorted({"".join(item) for item in index.values()})
@@ -58,6 +55,31 @@ def prepare_sid(args):
     how |= {"max_history": args.max_history}
     write_parts(args.out, files, how, texts={"tokens.txt": lines, "sids.json": json.dumps(sids)})
     return 0
+
+
+def split(args):
+    """(part, row) of each history. The files' own split is kept where one is called train; else
+    each customer's histories are drawn into one part.
+    """
+    paths = sorted(args.raw.glob("*.csv"))
+    own = {path: part_of_name(path) for path in paths}
+    rows = [(own[path], row) for path in paths for row in read_histories(path)]
+    if not rows:
+        raise UserError(f"--raw {args.raw}: there is no *.csv file with histories in it")
+    if "train" in own.values():
+        return [(part or "train", row) for part, row in rows]
+    customers = [row.get("user_id") or number for number, (_, row) in enumerate(rows)]
+    distinct = list(dict.fromkeys(customers))
+    drawn = shares([""] * len(distinct), [8, 1, 1], args.seed)
+    part_of = {customer: PARTS[part] for customer, part in zip(distinct, drawn, strict=True)}
+    return [(part_of[customer], row) for customer, (_, row) in zip(customers, rows, strict=True)]
+
+
+def part_of_name(path):
+    """The part that a file's name says, as Shop.valid.csv; None where it says none."""
+    words = re.findall("[a-z]+", path.stem.lower())
+    names = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+    return next((names[word] for word in words if word in names), None)
 
 
 def read_objects(folder, pattern):

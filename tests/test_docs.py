@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from dataset import prepare
 from dataset.tiny_world import generate as tiny_world
 from dataset.tokenizer import SHIPPED_TOKENIZER
+from recipes import misconceptions
 from recipes import peft as merge_lora
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
 
@@ -42,7 +42,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         trace = dict.fromkeys(("question", "correct", "incorrect", "cot", "misconception"), "x y")
         files["traces.jsonl"] = write_jsonl(tmp_path / "traces.jsonl", [trace] * 10)
         there = tmp_path / "cot"
-        prepare.main(["cot", str(files["traces.jsonl"]), "--out", str(there)])
+        misconceptions.main([str(files["traces.jsonl"]), "--out", str(there)])
         files |= {f"out/cot/{path.name}": path for path in there.iterdir()} | {"out/cot": there}
         files["out/loss_curve.png"] = tmp_path / "curve.png"
     if "out/misconceptions" in line:

@@ -1,7 +1,6 @@
 """Evaluation: the same result whatever the batch size and however often it was killed; gold answers
 are all right; the figures against their definitions."""
 
-import csv
 import hashlib
 import itertools
 import json
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
+from common import END_THINK, THINK, UserError
+from dataset.tokenizer import load_tokenizer
 from evaluation import answers, report, run_eval
 from evaluation.tasks import TASKS, judge, read_problems
 from model.causal_lm import CausalLM, ModelConfig
@@ -127,8 +127,6 @@ def test_a_run_and_its_report(trained, gsm8k, tmp_path):
         said = judge("gsm8k", row["output"], row["gold"], row["truncated"])
         assert said.items() <= row.items()
         assert row["tokens"] <= 20 and row["truncated"] == (row["tokens"] == 20)
-    table = list(csv.DictReader((folder / f"{name}.csv").open(encoding="utf-8")))
-    assert [line["verdict"] for line in table] == [row["verdict"] for row in rows]
     text = (folder / f"{name}.md").read_text(encoding="utf-8")
     assert result["weights_sha256"][:16] in text and result["command"] in text
     assert "python evaluation/run_eval.py --weight" in text and "--limit 7" in text
@@ -527,6 +525,24 @@ def test_an_answer_is_truncated_unless_it_came_to_its_stop_token(monkeypatch):
     for longest in (3, 50):
         got = answers.write_answers(None, [[3]] * 4, max_new_tokens=longest)
         assert got == [([5, 5, 5], False), ([6], True), ([], True), ([], True)]
+
+
+def test_reasoning_is_stored_apart_from_the_answer_and_not_judged(monkeypatch):
+    """A model that thinks "18" and answers "It is 5.", and one that never stops thinking."""
+    tokenizer = load_tokenizer()
+    wrote = [
+        [THINK, *tokenizer.encode("\n18\n").ids, END_THINK, *tokenizer.encode("\n\nIt is 5.").ids],
+        [THINK, *tokenizer.encode("\nHm").ids],
+    ]
+    monkeypatch.setattr(
+        answers, "write_answers", lambda *a, **k: [(wrote[0], True), (wrote[1], False)]
+    )
+    asked = [{"prompt": [{"role": "user", "content": "?"}], "gold": "It is 5."}] * 2
+    options = {"num_samples": 1, "batch_size": 2, "seed": 1}
+    model = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    rows = answers.answer_all(asked, model, tokenizer, options)
+    assert [(row["output"], row["reasoning"]) for row in rows] == [("It is 5.", "18"), ("", "Hm")]
+    assert judge("tiny_world", rows[0]["output"], "It is 5.", False)["verdict"] == "correct"
 
 
 def test_each_batch_has_draws_of_its_own_and_a_repeated_one_the_same():

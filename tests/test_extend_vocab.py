@@ -1,12 +1,15 @@
 """New tokens: what they begin as, that nothing else moves; recommendation data that uses them."""
 
+import csv
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common import UserError
+from dataset.formats import read_records
 from dataset.lm_dataset import SFTDataset
 from dataset.tokenizer import load_tokenizer
 from evaluation import run_eval
@@ -14,6 +17,7 @@ from evaluation.tasks import Allowed, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from model.generation import complete
+from recipes import sid
 from tests.conftest import run_here, sft, write_jsonl
 from trainer import checkpoint
 from trainer.trainer_utils import read_tokens
@@ -69,6 +73,45 @@ def test_tokens_of_each_kind_of_file(tmp_path):
     for path in (lines, tmp_path / "no.txt"):
         with pytest.raises(UserError, match="--extend_tokens"):
             read_tokens(path)
+
+
+def questions(folder):
+    """{part: the questions of its conversations}."""
+    return {
+        path.stem: [record["conversations"][0]["content"] for _, record in read_records(path)]
+        for path in folder.glob("*.jsonl")
+    }
+
+
+def test_official_parts_of_a_shop_stay_what_they_are(shop, tmp_path):
+    head, *lines = (shop / "Shop.valid.csv").read_text(encoding="utf-8").splitlines()
+    for name, part in (("train", lines[:10]), ("valid", lines[10:16]), ("test", lines[16:])):
+        text = "\n".join([head, *part]) + "\n"
+        (tmp_path / f"Shop.{name}.csv").write_text(text, encoding="utf-8")
+    for path in shop.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    asked = questions(tmp_path / "out")
+    for name, count in (("train", 10), ("valid", 6), ("test", 14)):
+        assert sum("Which item is next" in text and "<a_" in text for text in asked[name]) == count
+
+
+def test_a_customer_is_in_one_part_only(shop, tmp_path):
+    """30 histories of 6 customers."""
+    text = (shop / "Shop.valid.csv").read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^U(\d+),", lambda user: f"U{int(user[1]) % 6},", text)
+    (tmp_path / "Shop.csv").write_text(text, encoding="utf-8")
+    for path in shop.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows = list(csv.DictReader(text.splitlines()))
+    for seed in (1, 2, 3):
+        args = SimpleNamespace(raw=tmp_path, seed=seed)
+        parts = {}
+        for part, row in sid.split(args):
+            parts.setdefault(row["user_id"], set()).add(part)
+        assert len(parts) == 6 and all(len(found) == 1 for found in parts.values())
+        assert len(sid.split(args)) == len(rows) == 30
 
 
 def test_freezing_without_new_tokens_is_refused():

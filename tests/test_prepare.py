@@ -75,7 +75,7 @@ def test_check_says_what_a_run_would_do(data, name):
     args = SimpleNamespace(**how, accumulation_steps=1, num_workers=0)
     plan = epoch_plan(dataset, range(len(dataset)), args, 0)
     rows = best_fit_decreasing(dataset.lengths.tolist(), 40)
-    assert (table["rows"], table["packed_rows"]) == (len(dataset), len(rows))
+    assert (table["samples"], table["packed_rows"]) == (len(dataset), len(rows))
     assert table["steps_per_epoch"] == len(plan) == -(-len(rows) // size)
     assert table["packing_efficiency"] == pytest.approx(sum(dataset.lengths) / len(rows) / 40)
     assert table["longer"] == sum(whole.lengths > 40) and table["dropped"] == dataset.dropped
@@ -167,7 +167,7 @@ def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
 def test_mistakes_are_told_in_a_sentence(tmp_path, data):
     for command, says in (
         (["check", "--data_path", tmp_path / "no.jsonl"], "no.jsonl"),
-        (["split", "--ratios", "8:x", data / "sft.jsonl", "--out", tmp_path], "--ratios 8:x"),
+        (["split", "--ratios", "8:x", data / "sft.jsonl", "--out", tmp_path], "--ratios: 8:x"),
         (["split", "--stratify", "no", data / "sft.jsonl", "--out", tmp_path], "line 1"),
     ):
         done = run_here("dataset/prepare.py", *command)
@@ -233,6 +233,15 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     assert done.returncode == 2 and "line 1" in done.stderr and "cot" in done.stderr
 
 
+SCRIPTS = {"cot": ["recipes/misconceptions.py"], "sid": ["recipes/sid.py"]}
+SCRIPTS |= {name: ["recipes/prepare_math.py", name] for name in ("gsm8k", "math")}
+SCRIPTS |= {name: ["dataset/prepare.py", name] for name in ("check", "show", "split")}
+
+
+def prepare(name, *flags):
+    return run_here(*SCRIPTS[name], *flags)
+
+
 LINK = pytest.param(True, marks=pytest.mark.skipif(sys.platform == "win32", reason="links"))
 
 
@@ -253,7 +262,7 @@ def test_every_splitting_command_takes_its_seed(tmp_path, gsm8k_raw, shop):
         for number, seed in enumerate((1, 1, 2)):
             out = tmp_path / f"{command[0]}{number}"
             flags = [*command, "--out", out, "--seed", seed]
-            assert run_here("dataset/prepare.py", *flags).returncode == 0
+            assert prepare(*flags).returncode == 0
             found.append([(out / f"{part}.jsonl").read_bytes() for part in ("train", "valid")])
             assert json.loads((out / "manifest.json").read_bytes())["seed"] == seed
         assert found[0] == found[1] and found[0][0] != found[2][0] and found[0][1] != found[2][1]
@@ -318,20 +327,20 @@ LONG = "x" * 300 + ".jsonl"
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["check", "--data_path", "F", "--max_seq_len", 1], "--max_seq_len 1: give a whole"),
-        (["check", "--data_path", "F", "--batch_size", 0], "--batch_size 0: give a whole"),
-        (["check", "--data_path", "F", "--batch_size", "x"], "--batch_size x: give a whole"),
-        (["show", "--data_path", "F", "-n", -1], "--n -1: give a whole number from 1"),
-        (["show", "--data_path", "F", "--max_seq_len", 0], "--max_seq_len 0: give a whole"),
-        (["split", "F", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
+        (["check", "--data_path", "F", "--max_seq_len", 1], "--max_seq_len: 1: give a whole"),
+        (["check", "--data_path", "F", "--batch_size", 0], "--batch_size: 0: give a whole"),
+        (["check", "--data_path", "F", "--batch_size", "x"], "--batch_size: x: give a whole"),
+        (["show", "--data_path", "F", "-n", -1], "--n: -1: give a whole number from 1"),
+        (["show", "--data_path", "F", "--max_seq_len", 0], "--max_seq_len: 0: give a whole"),
+        (["split", "F", "--out", "O", "--seed", -1], "--seed: -1: give a whole"),
         (["gsm8k", "--raw", "D", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
         (["sid", "--raw", "D", "--out", "O", "--max_history", 0], "--max_history 0: give a whole"),
         (["cot", "F", "--out", "O", "--seed", 1.5], "--seed 1.5: give a whole"),
-        (["split", "F", "--out", "O", "--ratios", "nan:1"], "--ratios nan:1"),
-        (["split", "F", "--out", "O", "--ratios", "inf:1"], "--ratios inf:1"),
-        (["split", "F", "--out", "O", "--ratios", "1e308:1e308"], "--ratios 1e308:1e308"),
-        (["split", "F", "--out", "O", "--ratios", "2:-1"], "--ratios 2:-1"),
-        (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios 0:0"),
+        (["split", "F", "--out", "O", "--ratios", "nan:1"], "--ratios: nan:1"),
+        (["split", "F", "--out", "O", "--ratios", "inf:1"], "--ratios: inf:1"),
+        (["split", "F", "--out", "O", "--ratios", "1e308:1e308"], "--ratios: 1e308:1e308"),
+        (["split", "F", "--out", "O", "--ratios", "2:-1"], "--ratios: 2:-1"),
+        (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios: 0:0"),
         (["split", LONG, "--out", "O"], "xx.jsonl: File name too long"),
         (["check", "--data_path", LONG], "xx.jsonl: File name too long"),
         (["check", "--data_path", ""], "is no file"),
@@ -345,7 +354,7 @@ def test_flags_that_cannot_be_meant_are_told_in_a_sentence(data, tmp_path, flags
     if "too long" in says and sys.platform == "win32":
         pytest.skip("the words of Unix")
     places = {"F": data / "sft.jsonl", "D": data, "O": tmp_path / "out", LONG: tmp_path / LONG}
-    done = run_here("dataset/prepare.py", *(places.get(flag, flag) for flag in flags))
+    done = prepare(*(places.get(flag, flag) for flag in flags))
     assert done.returncode == 2 and says in done.stderr, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -422,7 +431,7 @@ def test_a_number_too_long_to_read_is_a_bad_record_of_each_reader(tmp_path):
         ["gsm8k", "--raw", tmp_path / "raw"],
         ["sid", "--raw", tmp_path],
     ):
-        done = run_here("dataset/prepare.py", *command, "--out", tmp_path / "out")
+        done = prepare(*command, "--out", tmp_path / "out")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert "digits" in done.stderr and str(tmp_path) in done.stderr
     done = run_here("dataset/prepare.py", "check", "--data_path", tmp_path / "x.jsonl")
@@ -439,5 +448,5 @@ def test_deeply_nested_json_is_told_in_a_sentence(tmp_path):
         ["gsm8k", "--raw", tmp_path / "raw"],
         ["sid", "--raw", tmp_path],
     ):
-        done = run_here("dataset/prepare.py", *command, "--out", tmp_path / "out")
+        done = prepare(*command, "--out", tmp_path / "out")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

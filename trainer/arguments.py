@@ -60,22 +60,11 @@ def switch(text):
 
 
 def source(text):
-    """An argparse type: a file, or one with its share (a.jsonl:0.7) or its copies (a.jsonl*3)."""
-    path, weight, copies = text, None, None
-    if not os.path.isfile(text):  # noqa: PTH113  False for a name that the system cannot have
-        match = re.fullmatch(r"(.*?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
-        path, weight, copies = match.groups()
-    if not os.path.isfile(path):  # noqa: PTH113
-        return Problem(
-            f"{path:.200}: there is no such file (no folder or pipe: data is read more than once); "
-            "give a path from here"
-        )
-    weight = number(float, 1e-9)(weight) if weight else None
-    copies = number(int, 1)(copies) if copies else 1
-    for value in (weight, copies):
-        if isinstance(value, Problem):
-            return value
-    return Source(Path(path).resolve(), weight, copies)  # the same file, wherever it is resumed
+    """An argparse type: a file with its share or copies, as `Source.read` takes it."""
+    try:
+        return Source.read(text)
+    except ValueError as error:
+        return Problem(str(error))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
