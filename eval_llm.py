@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from common import UserError, report_user_errors
+from common import END_OF_TEXT, ROOT, STOP, UserError, report_user_errors
 
 with suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  input() then has no limit of length, but a history
@@ -25,12 +25,12 @@ HELP = """/system TEXT   a system prompt for a new conversation; without TEXT: n
 /save FILE      write it as a line of JSONL that train_full_sft.py reads
 /quit           or Ctrl-D; Ctrl-C stops an answer"""
 SAMPLING = {  # name: (kind, default, lowest, highest, meaning)
-    "temperature": (float, 0.0, 0, 100, "0: always the likeliest token"),
-    "top_k": (int, 0, 0, 10**9, "draw from the k likeliest tokens; 0: from all"),
-    "top_p": (float, 1.0, 0, 1, "draw from the likeliest that add up to this probability"),
+    "temperature": (float, 0.0, 0, 100, "0: always the most probable token"),
+    "top_k": (int, 0, 0, 10**9, "sample from the k most probable tokens; 0: from all"),
+    "top_p": (float, 1.0, 0, 1, "sample from the most probable tokens with this sum"),
     "repetition_penalty": (float, 1.0, 0.01, 100, "above 1: repeats less"),
-    "max_new_tokens": (int, 256, 1, 10**9, "longest answer"),
-    "seed": (int, 1, 0, 2**63 - 1, "of the draws"),
+    "max_new_tokens": (int, 256, 1, 10**9, "maximum length of an answer, in tokens"),
+    "seed": (int, 1, 0, 2**63 - 1, "of the sampling"),
 }
 LONGEST_LINE = 4095  # bytes that a terminal of Linux passes on where readline does not read it
 
@@ -53,14 +53,15 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
-    add("--lora", metavar="NAME", help="adapters to lay on the weights: lora_NAME_512.pth")
-    add("--save_dir", type=Path, default=Path(__file__).resolve().parent / "out", help="of weights")
+    add("--lora", metavar="NAME", help="adapters to merge into the weights: lora_NAME_512.pth")
+    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     add("--hidden_size", type=int, help="only where several sizes have the name")
     add("--prompt", help="answer this and end")
     add("--system", default="", help="system prompt")
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
-    add("--use_compile", type=int, choices=[0, 1], default=0, help="1: fuse; needs a compiler")
+    compiled = "1: torch.compile the step to the next token; needs a C++ compiler"
+    add("--use_compile", type=int, choices=[0, 1], default=0, help=compiled)
     for name, (_, default, *_, text) in SAMPLING.items():
         add(f"--{name}", default=default, help=text)
     args = parser.parse_args(argv)
@@ -99,8 +100,7 @@ class Chat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def prompt(self, text):
-        """The ids to go on from. Drops the oldest turns, with a notice, when they leave no room."""
-        from common import END_OF_TEXT
+        """The ids of the prompt. Drops the oldest turns, with a notice, when they leave no room."""
         from dataset.chat_template import render
 
         room = self.model.config.max_position_embeddings
@@ -126,8 +126,8 @@ class Chat:
         return ids
 
     def answer(self, text):
-        """Prints the answer to text as it is written; Ctrl-C ends it early."""
-        from common import STOP
+        """Prints the answer to text as it is generated; Ctrl-C ends it early."""
+        from dataset.chat_template import parse_answer
         from model.generation import generate
 
         ids, new, waiting = self.prompt(text), [], []
@@ -140,7 +140,7 @@ class Chat:
                 new.append(token)
                 waiting.append(token)
                 piece = self.tokenizer.decode(waiting, skip_special_tokens=False)
-                # A character may be spread over up to four tokens; a part of it decodes to U+FFFD.
+                # A character may take up to four tokens; a part of it decodes to U+FFFD.
                 if not piece.endswith("\ufffd") or len(waiting) > 3:
                     print(piece, end="", flush=True)
                     waiting = []
@@ -150,23 +150,20 @@ class Chat:
             signal.signal(signal.SIGINT, old_handler)
         print(self.tokenizer.decode(waiting, skip_special_tokens=False))
         if not self.continues:
-            written = self.tokenizer.decode(new, skip_special_tokens=False)
-            self.messages.append({"role": "assistant", "content": written})
+            self.messages.append({"role": "assistant", **parse_answer(new, self.tokenizer)})
         speed = len(new) / (time.perf_counter() - start)
         if sys.stdin.isatty():
             print(f"[{len(new)} tokens, {speed:.0f}/s{', stopped' if interrupted else ''}]")
 
     def command(self, line):
-        """Carries out a line that starts with a slash; returns False for /quit."""
+        """Runs a line that starts with a slash; returns False for /quit."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
-        if name == "/quit":
-            return False
         if name == "/help":
             print(HELP)
         elif name == "/reset":
-            system = self.messages[:1] if self.messages else []
-            self.messages = [message for message in system if message["role"] == "system"]
+            system = self.messages[0] if self.messages else {"role": "user"}
+            self.start_over(system["content"] if system["role"] == "system" else "")
             print("[a new conversation]")
         elif name == "/system":
             self.start_over(rest)
@@ -179,9 +176,9 @@ class Chat:
             print(f"[{setting} {self.settings[setting]}]")
         elif name == "/save":
             self.save(rest)
-        else:
+        elif name != "/quit":
             raise UserError(f"{name} is not a command; /help lists them")
-        return True
+        return name != "/quit"
 
     def save(self, name):
         """Appends the conversation to a JSONL file."""

@@ -1,5 +1,5 @@
-"""Attention proper, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762), in the way that is quick on the
-device at hand; and what a token may see.
+"""Attention (arXiv:1706.03762): the formula, and the same faster on each device; and which tokens a
+token may see.
 
 Shapes: B rows, H heads, K key and value heads, G = H / K, T queries, S keys, d head size.
 """
@@ -11,11 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BLOCK = 128  # queries at once on a CPU: larger ones score more of the future, in vain
+BLOCK = 128  # queries at once on a CPU; a larger block computes more scores that are masked
+
+
+def plain_attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(d)) v over the keys that mask allows: `attend`, as the formula says.
+
+    q (B, H, T, d), k and v (B, K, S, d), mask (1 or B, 1, T, S) bool -> (B, H, T, d)
+    """
+    G = q.shape[1] // k.shape[1]  # query heads that share a key and value head
+    k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)  # -> (B, H, S, d)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, d) @ (B, H, d, S)
+    scores = scores.masked_fill(~mask, -torch.inf)  # (B, H, T, S)
+    return scores.softmax(dim=-1) @ v
 
 
 def visible(past, T, document_ids, device):
-    """Which of S = past + T keys each of the T last tokens may see: bool (1 or B, 1, T, S)."""
+    """The mask of the T last of S = past + T tokens: bool (1 or B, 1, T, S), True where seen."""
     key = torch.arange(past + T, device=device)
     mask = (key[past:, None] >= key[None, :])[None, None]
     if document_ids is not None:  # (B, S)
@@ -24,10 +36,10 @@ def visible(past, T, document_ids, device):
 
 
 def attend(q, k, v, mask):
-    """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
+    """`plain_attention` in the fastest way for the device: (B, H, T, d).
 
-    mask is what `visible` or `document_blocks` gives. None: each token sees those before it, and
-    the T queries are the last of the S tokens.
+    mask is the result of `visible` or `document_blocks`. None: each token sees itself and those
+    before it; the T queries are the last of the S tokens.
     """
     if q.shape[2] == 1:
         return attend_from_one(q, k, v, mask)
@@ -41,8 +53,8 @@ def attend(q, k, v, mask):
 
 
 def attend_from_one(q, k, v, mask):
-    """The next token's query sees all keys. So the G heads that share a key can be what torch's
-    kernel takes for G queries of one head, and each key is read once.
+    """Attention of one query, which sees all keys. The G heads that share a key are passed to
+    torch's kernel as G queries of one head, so each key is read once.
     """
     B, H, _, d = q.shape
     together = q.reshape(B, k.shape[1], -1, d).to(k.dtype)  # (B, H, 1, d) -> (B, K, G, d)
@@ -51,9 +63,9 @@ def attend_from_one(q, k, v, mask):
 
 
 def attend_in_blocks(q, k, v, mask):
-    """The formula as it stands, for a block of queries after the other: what lies after a block is
-    not computed. On a CPU this is quicker than torch's fused kernel, most of all in bf16. The G
-    heads that share a key make one larger product.
+    """The formula for one block of queries after the other; keys after a block are not computed. On
+    a CPU this is faster than torch's fused kernel, most of all in bf16. The G heads that share a
+    key become one larger product.
     """
     (B, H, T, d), K, S, dtype = q.shape, k.shape[1], k.shape[2], q.dtype
     q, results = q.to(k.dtype).reshape(B, K, H // K, T, d) * d**-0.5, []
@@ -76,15 +88,15 @@ def attend_in_blocks(q, k, v, mask):
 
 
 def blocks_available(device, head_dim):
-    """Whether torch can compile FlexAttention: it takes CUDA, Triton and a power of two."""
+    """Whether torch can compile FlexAttention: it needs CUDA, Triton and a power of two."""
     return device.type == "cuda" and head_dim in (16, 32, 64, 128, 256) and find_spec("triton")
 
 
 def document_blocks(document_ids):
-    """document_ids (B, T) -> the BlockMask with which a token sees its document up to itself.
+    """The BlockMask of document_ids (B, T): a token sees its own document up to itself.
 
     On a GPU, FlexAttention (arXiv:2412.05496) computes only those blocks of the T x T scores in
-    which some query may see some key: packed rows cost what their documents cost.
+    which some query may see some key, so packed rows cost as much as their documents alone.
     """
     B, T = document_ids.shape
 
@@ -97,7 +109,7 @@ def document_blocks(document_ids):
 
 
 def compiled(function):
-    """The function as one fused kernel; inside a compiled model that happens anyway."""
+    """The function compiled to one kernel; inside a compiled model that happens anyway."""
     return function if torch.compiler.is_compiling() else compile_once(function)
 
 

@@ -74,7 +74,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        weight = self.weight.float()  # fp32 already, but in a model that was cast to generate
+        weight = self.weight.float()  # not fp32 only in a model that was cast to generate
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202): a gate decides how much of each value passes."""
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -141,7 +141,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: each half reads a normalised copy and adds its result to the residual stream."""
+    """Pre-norm: attention and MLP each read a normalised copy of x and add their result to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, rotary, mask, kv_cache):
         x = self.dropout(self.embed_tokens(input_ids))  # (B, T) -> (B, T, D)
         for index, layer in enumerate(self.layers):
-            if self.grad_checkpoint and self.training:  # keep x alone, compute the rest once more
+            if self.grad_checkpoint and self.training:  # keep x only, recompute the rest
                 x = checkpoint(layer, x, rotary, mask, kv_cache, index, use_reentrant=False)
             else:
                 x = layer(x, rotary, mask, kv_cache, index)
@@ -192,21 +192,21 @@ class CausalLM(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
                 continue
-            # Embeddings and attention keep the size of what passes through them. With GPT-2's 0.02
-            # a narrow model learns to copy what it read late or never: see docs/4_pretraining.md.
+            # Embeddings and attention keep the variance of their input. With GPT-2's 0.02 a narrow
+            # model learns to copy its context late or never: see docs/4_pretraining.md.
             std = weight.shape[1] ** -0.5
             if "mlp" in name:
                 std = 0.02
             if name.endswith("down_proj.weight"):
                 # 2L results are added to the residual stream; scaled down, their sum keeps its
-                # size however deep the model (the GPT-2 paper, section 2.3).
+                # variance at any depth (the GPT-2 paper, section 2.3).
                 std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
             nn.init.normal_(weight, std=std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids, position_ids=None, document_ids=None, kv_cache=None, labels=None):
-        """Scores every vocabulary entry as the token after each position, or sums up the loss.
+        """The logits of the token after each position; with labels, the summed loss.
 
         input_ids     (B, T) int64
         position_ids  (B, T) int64, each token's place in its document; default: 0, 1, 2 ... after
@@ -224,7 +224,7 @@ class CausalLM(nn.Module):
         return self.lm_head(x)
 
     def hidden_states(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):
-        """What the decoder says of each position, (B, T, D); its arguments are those of forward."""
+        """The hidden states of the last layer, (B, T, D); arguments as in forward."""
         T = input_ids.shape[1]
         past = kv_cache.length if kv_cache is not None else 0
         if position_ids is None:
@@ -233,7 +233,7 @@ class CausalLM(nn.Module):
         if kv_cache is not None:
             document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
         mask, device = None, input_ids.device
-        # A single token, the batch of a process without rows, is no work for blocks.
+        # FlexAttention needs more than one token, the batch of a process without samples.
         packed = document_ids is not None and kv_cache is None and T > 1
         if packed and attention.blocks_available(device, self.config.head_dim):
             mask = attention.document_blocks(document_ids)
@@ -243,7 +243,7 @@ class CausalLM(nn.Module):
 
 
 class KVCache:
-    """The keys and values of the tokens so far, so that a new token costs one position's work.
+    """The keys and values of the tokens so far, so that a new token computes one position only.
 
     Room for `max_length` tokens is taken once; `length` of them are filled. Holds the document ids
     too once a call gives some (then every call must).
@@ -265,7 +265,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, shape, document_ids):
-        """Makes place for (B, T) tokens; returns all document ids so far (B, S), or None."""
+        """Makes room for (B, T) tokens; returns all document ids so far (B, S), or None."""
         start, self.length = self.length, self.length + shape[1]
         if self.length > self.max_length:
             raise ValueError(f"{self.length} tokens do not fit a KV cache of {self.max_length}")

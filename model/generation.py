@@ -1,14 +1,13 @@
-"""Writing text: one token after the other, each drawn from what the model thinks may come next."""
+"""Generation: one token after the other, each sampled from the model's distribution of the next.
 
-import copy
-from contextlib import contextmanager
-from functools import partial
-from weakref import WeakKeyDictionary
+Shapes: B prompts, T tokens of a call, V vocabulary.
+"""
 
 import torch
 
 from common import STOP
 from model.causal_lm import KVCache
+from model.fast_decode import compiled_step, laid_out_weights
 
 
 @torch.inference_mode()
@@ -28,17 +27,16 @@ def generate(
     """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
 
     prompts             B lists of token ids, of any lengths above 0
-    temperature         0 takes the likeliest token always, and so does what is below 1e-6, where
-                        logits would overflow; higher flattens the distribution
-    top_k               draws from the k likeliest only; 0: from all
-    top_p               draws from the fewest tokens whose probability adds up to top_p, one at
-                        least (arXiv:1904.09751)
+    temperature         divides the logits; below 1e-6 the most probable token is always taken
+    top_k               samples from the k most probable tokens; 0: from all
+    top_p               samples from the fewest tokens whose probabilities add up to top_p, at
+                        least one (arXiv:1904.09751)
     repetition_penalty  above 1 makes tokens of prompt and answer less likely (arXiv:1909.05858)
-    stop_ids            a row that draws one of these is finished; it is yielded, then None
-    seed                of the draws; None: another each time
-    use_compile         torch fuses the step from one token to the next; the first answer of a
-                        model waits for that
-    allowed             a function from the new ids of a row, a list, to those that may follow
+    stop_ids            a row that samples one of these is finished; it is yielded, then None
+    seed                of the sampling; None: another one each time
+    use_compile         compiles the step to the next token; the first answer of a model waits
+    allowed             constrained decoding: a function from the new ids of a row, a list, to the
+                        ids that may follow
 
     Ends when all rows are finished, or after max_new_tokens steps. A row that fills the model's
     context is finished, too. Raises ValueError for an empty prompt or one longer than the context.
@@ -57,14 +55,15 @@ def generate(
     column = torch.arange(longest, device=device)
     documents = torch.where(column < pads, -1, 0) if pads.any() else None  # (B, T)
     if device.type == "cpu":
-        dtype = torch.float32  # in which attention is quickest there
+        dtype = torch.float32  # attention is fastest in it there
     cache = KVCache(model.config, len(prompts), longest + steps, device, dtype)
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     finished = torch.tensor([length == room for length in lengths], device=device)
     stops = torch.tensor(stop_ids, device=device)
     seen, new, positions = ids, ids, (column - pads).clamp(min=0)
-    forward, forward_one = model, fused(model, len(prompts)) if use_compile else model
-    with matrices_laid_out(model, len(prompts)):
+    forward = model
+    forward_one = compiled_step(model, len(prompts)) if use_compile else model
+    with laid_out_weights(model, len(prompts)):
         for _ in range(steps):
             logits = forward(new, positions, documents, cache)[:, -1].float()  # (B, V)
             if repetition_penalty != 1.0:
@@ -74,7 +73,7 @@ def generate(
                 for row, ids in enumerate(seen[:, longest:].tolist()):
                     may[row, allowed(ids)] = 0.0
                 logits = logits + may
-            new = choose(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
             row_done, row_new = finished.tolist(), new[:, 0].tolist()
             yield [None if d else i for d, i in zip(row_done, row_new, strict=True)]
             finished |= torch.isin(new[:, 0], stops) | (positions[:, -1] >= room - 2)
@@ -83,67 +82,6 @@ def generate(
             positions = (positions[:, -1:] + 1).clamp(max=room - 1)
             documents = torch.zeros_like(new) if documents is not None else None
             seen, forward = torch.cat([seen, new], dim=1), forward_one
-
-
-@contextmanager
-def matrices_laid_out(model, batch_size):
-    """Inside, the model is in eval mode and, on a CPU with oneDNN, reads copies of its matrices in
-    the order in which the processor takes them. A new token needs every weight once, so the time
-    that it takes is the time to read them.
-    """
-    was_training, linears = model.training, []
-    model.eval()
-    lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    weight = model.lm_head.weight
-    whole = weight.device.type == "cpu" and not hasattr(weight, "full_tensor")  # fsdp shards it
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype)
-    able = half is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)()
-    if lay_out and whole and able and not model.config.use_moe:
-        linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    try:
-        for linear in linears:
-            linear.forward = partial(multiply, lay_out(linear.weight.detach(), batch_size))
-        yield
-    finally:
-        for linear in linears:
-            linear.__dict__.pop("forward", None)
-        model.train(was_training)
-
-
-def multiply(weight, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def fused(model, batch_size):
-    """The model, compiled for the step to the next token and kept for the next answer.
-
-    On a CPU, a matrix times a single row is written as products and a sum: compiled, that reads
-    bf16 weights as fast as the memory gives them. For several rows, the compiler lays the matrices
-    out (it calls that freezing) and takes them for constants, so new ones are compiled again.
-    """
-    from torch._inductor import config as compiler
-
-    weights = list(model.parameters())
-    key = batch_size > 1, weights[0].dtype, sum(weight._version for weight in weights)
-    if FUSED.get(model, (None,))[0] != key:
-        if model in FUSED:
-            torch.compiler.reset()  # the code for the old weights would be taken for the new ones
-        twin = copy.deepcopy(model, {id(weight): weight for weight in weights}).eval()
-        on_cpu = weights[0].device.type == "cpu"
-        for module in twin.modules():
-            if type(module) is torch.nn.Linear and on_cpu and batch_size == 1:
-                module.__class__ = OneRow
-        laid_out = compiler.patch(freezing=on_cpu and batch_size > 1)
-        FUSED[model] = key, laid_out(torch.compile(twin, dynamic=True))
-    return FUSED[model][1]
-
-
-FUSED = WeakKeyDictionary()
-
-
-class OneRow(torch.nn.Linear):
-    def forward(self, x):
-        return (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1).to(x.dtype)
 
 
 def complete(model, prompts, **options):
@@ -167,18 +105,18 @@ def penalise(logits, seen, pads, penalty):
     return torch.where(used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def choose(logits, temperature, top_k, top_p, generator):
-    """One token id for each row of logits (B, V) -> (B, 1)."""
+def sample(logits, temperature, top_k, top_p, generator):
+    """One token id for each row of logits: (B, V) -> (B, 1)."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k > 0:
-        weakest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < weakest, -torch.inf)
+        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
     if top_p < 1:
         probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        before = probability.cumsum(dim=-1) - probability  # of all likelier tokens together
-        unlikely = (before >= top_p) & (before > 0)
-        dropped = torch.zeros_like(unlikely).scatter(1, order, unlikely)
+        before = probability.cumsum(dim=-1) - probability  # of all more probable tokens together
+        rest = (before >= top_p) & (before > 0)
+        dropped = torch.zeros_like(rest).scatter(1, order, rest)
         logits = logits.masked_fill(dropped, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

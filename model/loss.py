@@ -1,7 +1,7 @@
-"""The loss of next-token prediction, without ever holding a score for every token and every entry
-of the vocabulary at once.
+"""The loss of next-token prediction: as it is defined, and the same in chunks, which never hold the
+logits of all tokens at once.
 
-Shapes: B batch, T time, D hidden, V vocabulary, N labelled tokens, n those of a chunk.
+Shapes: B batch, T time, D hidden, V vocabulary, N supervised tokens, n those of a chunk.
 """
 
 import torch
@@ -9,15 +9,23 @@ import torch.nn.functional as F
 
 from common import IGNORE
 
-CHUNK = 512  # tokens whose scores are held at once
+CHUNK = 512  # tokens whose logits are held at once
+
+
+def plain_cross_entropy(x, weight, labels):
+    """The sum of -log p(token) over the supervised tokens; arguments as below."""
+    logits = (x @ weight.T)[:, :-1]  # (B, T, D) @ (D, V) -> (B, T - 1, V), all but the last
+    logits, targets = logits.flatten(0, 1), labels[:, 1:].flatten()  # each predicts the next token
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
 def summed_cross_entropy(x, weight, labels):
-    """The sum of -log p(token) over the labelled tokens, each predicted by the position before it.
+    """`plain_cross_entropy`, without holding all logits: at V = 150,000 they would take more memory
+    than the model.
 
-    x (B, T, D), what the decoder says of each position; weight (V, D) of the output layer; labels
-    (B, T), -100 = no loss. Returns an fp32 scalar, not divided: a step's sum over all micro-batches
-    and processes is divided once, by its number of labelled tokens.
+    x (B, T, D), the hidden states; weight (V, D) of the output layer; labels (B, T), -100 = no
+    loss. Returns an fp32 scalar, not divided: a step's sum over all micro-batches and processes is
+    divided once, by its number of supervised tokens.
     """
     places = F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
     targets = labels.flatten()[places + 1]
@@ -30,8 +38,8 @@ def summed_cross_entropy(x, weight, labels):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients are made together with the loss, while a chunk's scores are at hand: that of a
-    score is its probability, less 1 for the token that came. Products are made in dtype.
+    """Computes the gradients together with the loss, while a chunk's logits exist: the gradient of
+    a logit is its probability, minus 1 for the target. Products are computed in dtype.
     """
 
     @staticmethod
@@ -39,7 +47,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total, matrix = torch.zeros((), device=x.device), weight.to(dtype)
         if with_gradients:
             x_grad, weight_grad = torch.zeros_like(x), torch.zeros_like(weight)
-        # A CPU keeps compiled code for each size of product that it meets: only a few are used.
+        # A CPU keeps compiled code for each size of product that occurs: only a few are used.
         count, padding = len(places), (0, -len(places) % 64)
         places, targets = F.pad(places, padding), F.pad(targets, padding)
         for start in range(0, count, CHUNK):
@@ -48,11 +56,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 x[chunk].to(dtype),
                 targets[start : start + CHUNK, None],
             )  # (n, D), (n, 1)
-            scores = (part @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
-            log_sum = scores.logsumexp(dim=-1, keepdim=True)
-            total += (log_sum - scores.gather(1, target))[:real].sum()
+            logits = (part @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            total += (log_sum - logits.gather(1, target))[:real].sum()
             if with_gradients:
-                grad = scores.sub_(log_sum).exp_()
+                grad = logits.sub_(log_sum).exp_()
                 grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
                 grad[real:] = 0
                 grad = grad.to(dtype)
@@ -68,5 +76,5 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def supervised_tokens(labels):
-    """How many terms the sum above has."""
+    """The number of terms in the sum above."""
     return int((labels[:, 1:] != IGNORE).sum())

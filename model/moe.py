@@ -36,8 +36,8 @@ class MoE(nn.Module):
             weight = weight / weight.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
-            # An expert that no token chose runs on zero rows: its gradient is then zero, not
-            # missing, and DistributedDataParallel does not wait for it in vain.
+            # An expert without tokens runs on zero rows: its gradient is then zero, not missing,
+            # and DistributedDataParallel does not wait for it forever.
             token, choice = torch.where(chosen == index)
             result = expert(tokens[token]) * weight[token, choice, None]
             out = out.index_add(0, token, result.type_as(out))

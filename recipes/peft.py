@@ -1,4 +1,4 @@
-"""Adapters merged into their weights, or carried to and from PEFT's files.
+"""Merges adapters into their weights, or converts them to and from PEFT's files.
 
 python recipes/peft.py --lora full_sft                      # out/full_sft_merged_384.pth
 python recipes/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
@@ -6,9 +6,7 @@ python recipes/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.jso
 python recipes/peft.py --from_peft FOLDER --weight pretrain --save_weight mine
 """
 
-import argparse
 import json
-import struct
 import sys
 from pathlib import Path
 
@@ -17,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
-import torch
 
 from common import ROOT, replacing
 from model.lora import adapter_state, add_lora, merge_for_good
 from trainer import checkpoint
+from trainer.arguments import Parser
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names, which end with .weight
@@ -37,16 +35,15 @@ UNKNOWN = {  # what PEFT can do and these adapters cannot, with the value that s
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--lora", metavar="NAME", help="adapters: lora_NAME_512.pth in --save_dir")
-    add("--weight", dest="from_weight", help="what is beneath them; default: what they learned on")
-    add("--save_dir", type=Path, default=ROOT / "out", help="of weights")
-    add("--save_weight", help="name of the result; default: that of the adapters, and _merged")
-    add("--to_peft", type=Path, metavar="FOLDER", help="write PEFT's files instead")
-    add("--from_peft", type=Path, metavar="FOLDER", help="read PEFT's files; writes lora_NAME")
+    parser = Parser(__doc__)
+    add = parser.group("adapters and weights")
+    add("lora", None, "adapters: lora_NAME_512.pth in --save_dir", metavar="NAME")
+    weights = "the weights beneath; default: those that the adapters were trained on"
+    add("weight", None, weights, dest="from_weight")
+    add("save_dir", ROOT / "out", "folder of weights", Path)
+    add("save_weight", None, "name of the result; default: that of the adapters, and _merged")
+    add("to_peft", None, "write PEFT's files instead", Path, metavar="FOLDER")
+    add("from_peft", None, "read PEFT's files; writes lora_NAME", Path, metavar="FOLDER")
     args = parser.parse_args(argv)
     if (args.lora is None) == (args.from_peft is None):
         raise UserError("give --lora NAME, or --from_peft FOLDER")
@@ -77,6 +74,17 @@ def main(argv=None):
     print(f"written: {target}")
 
 
+def require_safetensors():
+    """The package safetensors. Raises UserError where it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError(
+            "PEFT's files need the package safetensors: pip install safetensors"
+        ) from None
+    return safetensors
+
+
 def write_peft(folder, model, base):
     """Writes a model's adapters as PEFT reads them."""
     state = adapter_state(model.state_dict())
@@ -86,21 +94,21 @@ def write_peft(folder, model, base):
     config |= {"lora_dropout": model.lora.dropout, "fan_in_fan_out": False, **UNKNOWN}
     with replacing(folder / CONFIG) as file:
         file.write(json.dumps(config, indent=1).encode())
-    write_safetensors(folder / WEIGHTS, {f"{PREFIX}{n}.weight": w for n, w in state.items()})
+    tensors = {f"{PREFIX}{name}.weight": w.contiguous() for name, w in state.items()}
+    with replacing(folder / WEIGHTS) as file:
+        file.write(require_safetensors().torch.save(tensors))
     print(f"written: {folder / CONFIG}, {folder / WEIGHTS}")
 
 
 def read_peft(folder, model):
-    """Gives a model the adapters of PEFT's files. Raises UserError for what it cannot mean."""
+    """Adds the adapters of PEFT's files to a model. Raises UserError for what they cannot be."""
+    safetensors = require_safetensors()
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = read_safetensors(folder / WEIGHTS)
-        rank, alpha, targets = (
-            int(config["r"]),
-            float(config["lora_alpha"]),
-            config["target_modules"],
-        )
-    except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
+        tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        targets = config["target_modules"]
+    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"--from_peft {folder} holds no adapters of PEFT: {error}") from None
     other = [
         f"{k} = {config[k]}" for k, off in UNKNOWN.items() if config.get(k, off) not in (off, None)
@@ -121,36 +129,6 @@ def read_peft(folder, model):
     if wrong:
         raise UserError(f"{folder / WEIGHTS} does not fit these weights: {', '.join(wrong[:5])}")
     model.load_state_dict(state, strict=False)
-
-
-# Safetensors: the length of a header as 8 bytes, the header as JSON, then all numbers in a row.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def write_safetensors(path, tensors):
-    header, parts, at = {}, [], 0
-    for name, tensor in tensors.items():
-        parts.append(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-        ends = [at, at + len(parts[-1])]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": ends}
-        at = ends[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text + b"".join(parts))
-
-
-def read_safetensors(path):
-    content = path.read_bytes()
-    (length,) = struct.unpack_from("<Q", content)
-    header = json.loads(content[8 : 8 + length])
-    tensors = {}
-    for name, part in header.items():
-        if name != "__metadata__":
-            begin, end = (8 + length + offset for offset in part["data_offsets"])
-            values = torch.frombuffer(bytearray(content[begin:end]), dtype=DTYPES[part["dtype"]])
-            tensors[name] = values.reshape(part["shape"]).float()
-    return tensors
 
 
 if __name__ == "__main__":

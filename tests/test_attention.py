@@ -5,7 +5,7 @@ import torch
 
 from dataset.loader import pack, pad
 from model import attention
-from model.attention import attend, visible
+from model.attention import attend, plain_attention, visible
 from model.causal_lm import CausalLM, ModelConfig
 
 LENGTHS = (1, 2, 63, 127, 128, 129, 200, 256, 257, 400)  # a block of queries on a CPU has 128
@@ -53,6 +53,19 @@ def compare(found, expected, weights):
     theirs = torch.autograd.grad((expected * direction).sum(), weights)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_plain_attention_is_the_formula_and_the_fast_one_is_plain_attention(K, with_documents):
+    for T, past in ((1, 0), (7, 5), (129, 130)):
+        weights, documents = tensors(T, K, past, with_documents)
+        mask = visible(past, T, documents, "cpu")
+        plain = plain_attention(*weights, mask)
+        compare(plain, formula(*weights, past, documents), weights)
+        compare(
+            attend(*weights, mask), plain_attention(*(w.double() for w in weights), mask), weights
+        )
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eval_llm
+from common import END_THINK, THINK
 from tests.conftest import ROOT, run, run_here
 
 
@@ -236,6 +237,23 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(trained, capsys, mon
     talk.answer("Hi")
     assert talk.messages[-1]["content"] == talk.tokenizer.decode(ids[:1])
     assert torch.is_grad_enabled()
+
+
+def test_a_models_reasoning_comes_back_as_reasoning(trained, monkeypatch):
+    """The next prompt holds it between the control tokens that the model wrote."""
+    talk = chat(trained)
+    wrote = [THINK, *talk.tokenizer.encode("\nHm\n").ids, END_THINK]
+    wrote += talk.tokenizer.encode("\n\nYes.").ids
+    monkeypatch.setattr("model.generation.generate", lambda *a, **k: ([i] for i in [*wrote, 2]))
+    talk.answer("Is it so?")
+    assert talk.messages[-1] == {
+        "role": "assistant",
+        "content": "Yes.",
+        "reasoning_content": "Hm",
+    }
+    ids = talk.prompt("And now?")
+    at = ids.index(THINK)
+    assert ids[at : at + len(wrote)] == wrote
 
 
 def test_typed_control_text_starts_no_turn(trained):

@@ -12,7 +12,8 @@ from tests.conftest import ROOT
 WRITER = """
 import json, sys
 from pathlib import Path
-out = Path(__file__).parents[1] / "out"
+root = next(folder for folder in Path(__file__).parents if (folder / "demo.py").exists())
+out = root / "out"
 log = out.parent / "log.txt"
 with log.open("a") as file:
     file.write(f"{Path(__file__).stem} {' '.join(sys.argv[1:3])}\\n")
@@ -44,7 +45,6 @@ part.replace(path)
 SCRIPTS = {
     "dataset/tiny_world/generate.py": "for name in ('pretrain', 'sft', 'eval'):\n"
     "    (out.parent / 'dataset' / f'{name}_tiny.jsonl').write_text('')",
-    "trainer/train_tokenizer.py": "(out / 'tokenizer.json').write_text('')",
     "trainer/train_pretrain.py": TRAINING.format("pretrain"),
     "trainer/train_full_sft.py": TRAINING.format("full_sft"),
     "evaluation/run_eval.py": EVALUATION,
@@ -57,7 +57,7 @@ def demo(tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(ROOT / "demo.py", tmp_path)
     for name, body in SCRIPTS.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(WRITER + body, encoding="utf-8")
 
     def run(*flags, stop=""):
@@ -74,12 +74,12 @@ def demo(tmp_path):
 
 EVAL = ["run_eval --weight pretrain", "run_eval --weight full_sft"]
 SFT = ["train_full_sft --from_weight pretrain", *EVAL]
-SCRIPTS_OF_ALL = 6
+SCRIPTS_OF_ALL = 5
 
 
 def test_a_stage_that_is_done_is_not_done_again(demo):
     code, ran = demo()
-    assert code == 0 and len(ran) == SCRIPTS_OF_ALL and ran[3:] == SFT
+    assert code == 0 and len(ran) == SCRIPTS_OF_ALL and ran[2:] == SFT
     assert demo() == (0, [])
     report = json.loads((demo.folder / "out" / "demo.json").read_text(encoding="utf-8"))
     assert report["scores"]["full_sft"] == {"overall": 1.0} and report["tokens_trained"] == 2
@@ -117,3 +117,13 @@ def test_a_retraining_that_was_stopped_is_not_taken_for_done(demo):
     (demo.folder / "out" / "pretrain_384.pth").unlink()
     assert demo(stop="full_sft")[0] == 130
     assert demo() == (0, ["train_full_sft --from_resume 1", *EVAL])
+
+
+def test_a_run_of_the_users_own_is_not_resumed(demo):
+    """Its checkpoint has the name of the demo's; the trainer keeps it under another."""
+    (demo.folder / "out" / "checkpoints").mkdir()
+    for name in ("pretrain", "full_sft"):
+        (demo.folder / "out" / "checkpoints" / f"{name}_384_resume.pth").write_text("theirs")
+    code, ran = demo(stop="pretrain")
+    assert code == 130 and ran[-1] == "train_pretrain "
+    assert demo() == (0, ["train_pretrain --from_resume 1", *SFT])  # but the demo's own is

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common import IGNORE, UserError
 from dataset import offline
@@ -16,7 +17,7 @@ from dataset.lm_dataset import SFTDataset
 from dataset.loader import split_samples
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
+from model.distillation import Distillation, Teacher, add_projections
 from tests.conftest import TINY, export, write_jsonl
 from trainer import checkpoint, optimizer, train_distillation, train_full_sft, train_tokenizer
 from trainer.teacher import with_teacher
@@ -132,10 +133,7 @@ def test_a_teacher_says_what_its_layers_give(batch):
     torch.testing.assert_close(said["hidden_states"], expected.last_hidden_state)
     out = layer[0][0] if isinstance(layer[0], tuple) else layer[0]
     torch.testing.assert_close(said["aux_hidden_states"][:, :, 0], out)
-    said = Teacher(teacher, top_k=7, temperature=2.0)(batch[0])
-    p, ids = (logits / 2).softmax(-1).topk(7)
-    torch.testing.assert_close(said["top_log_p"].exp(), p)
-    assert torch.equal(said["top_ids"], ids)
+    torch.testing.assert_close(F.linear(said["hidden_states"], Teacher(teacher).output), logits)
 
 
 def test_the_hidden_states_error_is_the_formula(batch):
@@ -217,27 +215,6 @@ def test_layers_that_are_watched_may_be_compiled_or_computed_twice(batch, how, c
         torch.testing.assert_close(one, other)
 
 
-def test_the_divergence_of_the_likeliest_is_that_over_them_and_the_rest():
-    generator = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(6, 9, generator=generator).double().softmax(-1) for _ in range(2))
-    whole = (p * (p / q).log()).sum()
-    for k in (1, 4, 9):
-        top, ids = p.topk(k)
-        found = divergence_of_top(top.log(), ids, q.log().requires_grad_())
-        events = []
-        for mine, other, chosen in zip(p, q, ids.tolist(), strict=True):
-            rest = [token for token in range(9) if token not in chosen]
-            pairs = [(mine[token], other[token]) for token in chosen]
-            pairs += [(mine[rest].sum(), other[rest].sum())] * bool(rest)
-            events += [a * (a / b).log() for a, b in pairs]
-        torch.testing.assert_close(found, sum(events))
-        assert found <= whole + 1e-12
-    torch.testing.assert_close(found, whole)
-    certain = torch.tensor([[1.0, 0.0, 0.0]]).double()  # nothing is left for the rest
-    found = divergence_of_top(certain[:, :1].log(), torch.tensor([[0]]), certain.log_softmax(-1))
-    assert found.isfinite()
-
-
 def distill(trained, data, out, *more):
     flags = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
     flags += ["--save_dir", out, "--batch_size", 2, "--max_seq_len", 96, "--log_interval", 1]
@@ -247,7 +224,7 @@ def distill(trained, data, out, *more):
 
 def test_a_run_and_its_resumption(trained, data, tmp_path, capsys):
     distill(trained, data, tmp_path / "whole", "--distill_alpha", 0.2)
-    assert "taught by" in capsys.readouterr().out
+    assert "teacher: " in capsys.readouterr().out
     lines = (tmp_path / "whole/logs/distilled_16.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
@@ -304,22 +281,17 @@ def test_online_and_offline_agree(recorded, trained, data, tmp_path, capsys):
     replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5, "--val_split", 0.1]
     distill(trained, data, tmp_path / "on", *HIDDEN, "--aux_layers", "1,2", *replay)
     from_disk(recorded, tmp_path / "off", *HIDDEN)
-    assert "taught by " + str(recorded) in capsys.readouterr().out
+    assert "teacher: " + str(recorded) in capsys.readouterr().out
     same_runs(tmp_path / "on", tmp_path / "off")
 
 
-def test_recorded_probabilities_agree_too(trained, data, tmp_path):
-    V = checkpoint.load(trained / "full_sft_32.pth")["config"]["vocab_size"]
-    flat = ["--distill_temperature", 2.0]
-    export(trained, data, tmp_path / "top", "--top_k", V, *flat, "--test_split", 0.1)
-    assert {"train", "valid", "test"} <= {path.name for path in (tmp_path / "top").iterdir()}
-    assert not (tmp_path / "top" / "output.pt").exists()
-    export(trained, data, tmp_path / "top_all", "--top_k", V, *flat)
-    distill(trained, data, tmp_path / "on", *flat)
-    from_disk(tmp_path / "top_all", tmp_path / "off", *flat)
-    same_runs(tmp_path / "on", tmp_path / "off")
-    with pytest.raises(UserError, match="distill_temperature 2.0.*hidden_weight"):
-        from_disk(tmp_path / "top", tmp_path / "no", *HIDDEN)
+def test_a_recording_of_top_k_probabilities_is_refused(recorded, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(recorded, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"top_k": 7}))
+    with pytest.raises(UserError, match="top-k probabilities .* export anew"):
+        from_disk(folder, tmp_path / "out")
 
 
 def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_common(
@@ -392,10 +364,10 @@ def test_projections_learn_though_all_else_is_frozen(recorded):
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
     learn = {name for name, weight in module.named_parameters() if weight.requires_grad}
     assert learn == {f"student.projections.{index}.weight" for index in range(3)}
-    assert set(module.teacher.said) == {"hidden_states", "aux_hidden_states"}
+    assert set(module.teacher.like) == {"hidden_states", "aux_hidden_states"}
     args["hidden_weight"] = 0.0  # then nothing is read that nothing asks for
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
-    assert set(module.teacher.said) == {"hidden_states"}
+    assert set(module.teacher.like) == {"hidden_states"}
 
 
 def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
@@ -427,7 +399,7 @@ def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
     [
         (["--max_seq_len", 50], "--max_seq_len 50 is below its 96"),
         ([*HIDDEN, "--aux_layers", "1"], "recording"),
-        (["--aux_layers", "1"], "--hidden_weight only"),
+        (["--aux_layers", "1"], "needs --hidden_weight"),
         (["--parallel", "fsdp"], "ddp"),
         (["--replay_path", __file__], "teacher and data in one"),
         (["--teacher_weight", "x"], "teacher and data in one"),
@@ -483,12 +455,15 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     command = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
     folder = tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
-    # The output layer alone says nothing of where it belongs.
     shards = ["train/00000.pt", "train/00001.pt", "valid/00000.pt"]
-    names = [*shards, "tokenizer.json", *["output.pt"] * (how != "of another")]
+    names = [*shards, "tokenizer.json", "output.pt"]
     whole = {name: (folder / name).read_bytes() for name in names}
     others = dict(zip(shards, [whole[name] for name in shards[1:] + shards[:1]], strict=True))
     others["tokenizer.json"] = whole["tokenizer.json"] + b"\n"
+    swapped = torch.load(folder / "output.pt", weights_only=True)
+    swapped["belongs"] = swapped["belongs"].flip(0)
+    torch.save(swapped, tmp_path / "swapped.pt")
+    others["output.pt"] = (tmp_path / "swapped.pt").read_bytes()
 
     def read():
         for part in ("train", "valid"):
@@ -509,9 +484,7 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     export(trained, data, folder, *command)
     assert kept.stat().st_mtime_ns == before
     assert (folder / "tokenizer.json").read_bytes() == whole["tokenizer.json"]
-    output = torch.load(folder / "output.pt", weights_only=True)
-    assert torch.equal(output, read().output)
-    assert torch.equal(output, torch.load(recorded / "output.pt", weights_only=True))
+    assert torch.equal(read().output, offline.read_output(recorded))
     for name in shards:
         made, was = (torch.load(place / name, weights_only=True) for place in (folder, recorded))
         assert made.keys() == was.keys()
@@ -545,6 +518,9 @@ def test_a_recording_of_an_earlier_version_is_read_and_goes_on(recorded, trained
         shard = torch.load(path, weights_only=True)
         del shard["belongs"]
         torch.save(shard, path)
+    output = offline.read_output(folder).clone()
+    torch.save(output, folder / "output.pt")
+    assert torch.equal(offline.read_output(folder), output)
     assert len(offline.tokens_of(folder / "train")["lines"]) > 40
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
     export(trained, data, folder, "--val_split", 0.1, *replay, "--aux_layers", "1,2")
@@ -559,10 +535,18 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
         train_full_sft.main(["--hidden_weight", "1"])
     assert "to compare with" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        export(trained, data, tmp_path / "x", "--top_k", "-1", "--data_path", tmp_path / "no.jsonl")
+        export(
+            trained,
+            data,
+            tmp_path / "x",
+            "--shard_size",
+            "-1",
+            "--data_path",
+            tmp_path / "no.jsonl",
+        )
     said = capsys.readouterr().err
-    assert "--top_k -1: give a whole number" in said and "no.jsonl: there is no such" in said
+    assert "--shard_size -1: give a whole number" in said and "no.jsonl: there is no such" in said
     layers = [(["--aux_layers", given], "layers 1 to 2") for given in ("3", "0", "1,x", "-1")]
-    for flags, says in (*layers, (["--top_k", 10**6], "--top_k")):
+    for flags, says in layers:
         with pytest.raises(UserError, match=says):
             export(trained, data, tmp_path / "x", *flags)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.causal_lm import CausalLM, ModelConfig
-from model.generation import choose, complete, generate, penalise
+from model.generation import complete, generate, penalise
+from model.generation import sample as choose
 from tests.test_model import SHAPE, pair, randomised
 
 transformers = pytest.importorskip("transformers")

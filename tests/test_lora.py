@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -119,7 +120,7 @@ def test_the_hash_is_of_the_weights_beneath():
 
 
 def test_a_name_that_fits_nothing_is_refused():
-    with pytest.raises(UserError, match="k_prj"):
+    with pytest.raises(ValueError, match="k_prj"):
         add_lora(small(), target="q_proj,k_prj")
 
 
@@ -271,6 +272,12 @@ def test_to_peft_and_back(target, tmp_path, monkeypatch):
     merge_lora.read_peft(tmp_path / "theirs", again)
     with torch.no_grad():
         assert torch.allclose(theirs(IDS).logits, again.eval()(IDS), atol=1e-5)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        merge_lora.read_peft(tmp_path, small())
 
 
 def merge_lora_names():

@@ -164,6 +164,7 @@ def test_the_loss_in_chunks_is_torchs_and_so_are_its_gradients(monkeypatch, chun
     results = []
     for summed in (
         loss.summed_cross_entropy,
+        loss.plain_cross_entropy,
         lambda x, weight, labels: torch.nn.functional.cross_entropy(
             (x @ weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
         ),
@@ -174,8 +175,9 @@ def test_the_loss_in_chunks_is_torchs_and_so_are_its_gradients(monkeypatch, chun
         results.append([value, *(t.grad for t in own)])
         with torch.no_grad():
             torch.testing.assert_close(summed(*own, labels), value)
-    for ours, theirs in zip(*results, strict=True):
+    for ours, plain, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(plain, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

@@ -65,6 +65,24 @@ def test_a_run(trained, tmp_path):
         assert file.read_bytes() == before
 
 
+def test_reasoning_is_saved_as_reasoning(trained, tmp_path, monkeypatch):
+    ask = {
+        "category": "any",
+        "expected": "Yes.",
+        "conversations": [{"role": "user", "content": "?"}],
+    }
+    data = write_jsonl(tmp_path / "problems.jsonl", [ask])
+    answer = row(0, "Yes.") | {"sample": 0, "prompt": ask["conversations"], "reasoning": "Hm"}
+    monkeypatch.setattr(
+        rejection_sample, "answer_all", lambda *_: [answer | {"gold": ask["expected"]}]
+    )
+    flags = ["--task", "tiny_world", "--weight", trained / "full_sft_32.pth", "--data_path", data]
+    rejection_sample.main(list(map(str, [*flags, "--out", tmp_path / "out.jsonl"])))
+    (record,) = (json.loads(line) for line in (tmp_path / "out.jsonl").open(encoding="utf-8"))
+    message = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm"}
+    assert record["conversations"][-1] == message
+
+
 def test_samples_that_would_all_be_the_same_are_refused(tmp_path):
     with pytest.raises(UserError, match="--temperature"):
         rejection_sample.main(["--data_path", str(tmp_path), "--temperature", "0"])

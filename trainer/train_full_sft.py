@@ -39,6 +39,7 @@ from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
     choose_trainable,
+    conversation_options,
     describe,
     init_model,
     open_data,
@@ -65,8 +66,7 @@ def main(argv=None, **defaults):
     model, tokenizer, _ = init_model(args, compute.device, saved)
     choose_trainable(model, tokenizer, args, saved)
     lock = lock_run(args, model.config)  # no other run writes the same files
-    options = {"overlong": args.overlong, "keep_think": args.keep_think}
-    options["data_format"] = args.data_format
+    options = conversation_options(args)
     dataset, train, val_dataset, val = open_data(SFTDataset, args, tokenizer, SFT, **options)
     train += replay(dataset, train, args, tokenizer)
     task = args.best_metric != "val_loss" and TaskScore(args.best_metric, args.val_data_path)

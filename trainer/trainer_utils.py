@@ -110,6 +110,11 @@ def open_data(kind, args, tokenizer, default, **options):
     return dataset, mix(train, dataset, sources, args.seed), val_dataset, val
 
 
+def conversation_options(args):
+    """The flags of conversations that SFTDataset takes, as its arguments."""
+    return {name: getattr(args, name) for name in ("overlong", "keep_think", "data_format")}
+
+
 def replay(dataset, train, args, tokenizer):
     """Adds pretraining text to a dataset of conversations, whose training samples are train;
     returns the numbers of the new samples. Conversations alone make a model forget the rest.
