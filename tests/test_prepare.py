@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dataset import split
+from dataset import prepare
 from dataset.chat_template import render
 from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
@@ -51,16 +51,34 @@ def test_check_reports_what_is_in_the_file(mixed):
     assert table["tokens"] == sum(len(ids) for ids, _ in rendered)
     learned, tokens = (sum(sum(mask) for _, mask in rendered), table["tokens"])
     assert table["supervised"] == pytest.approx(learned / tokens)
-    assert sum(count for *_, count in table["length_histogram"]) == 10
+    assert table["length_quantiles"]["1"] == max(len(ids) for ids, _ in rendered)
+    assert table["length_quantiles"]["0"] == min(len(ids) for ids, _ in rendered)
 
 
 def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
     files = [data / "sft.jsonl", data / "pretrain.jsonl"]
     done = run_here("dataset/prepare.py", "check", "--data_path", *files)
     assert done.returncode == 0, done.stderr
-    assert "conversations: 40 records, 0 bad" in done.stdout
-    assert "text: 60 records, 0 bad" in done.stdout
-    assert re.search(r"packed +\d+ rows, \d+\.\d% full", done.stdout)
+    tables = [dict(re.findall(r"(\w+) +(.*)", table)) for table in done.stdout.split("\n\n")]
+    found = [(table["format"], table["records"], table["bad"]) for table in tables]
+    assert found == [("conversations", "40", "0"), ("text", "60", "0")]
+    for table, path in zip(tables, files, strict=True):
+        (expected,) = json.loads(
+            run_here("dataset/prepare.py", "check", "--data_path", path, "--json").stdout
+        )
+        assert table["file"] == str(path)
+        assert table["packed_rows"] == str(expected["packed_rows"])
+        assert table["packing_efficiency"] == f"{expected['packing_efficiency']:.3f}"
+
+
+def test_check_names_the_lines_of_bad_records_and_of_duplicates(mixed):
+    done = run_here("dataset/prepare.py", "check", "--data_path", mixed)
+    assert done.returncode == 1
+    assert re.findall(r"^  line (\d+): (?:not JSON|message 1)", done.stdout, re.MULTILINE) == [
+        "9",
+        "11",
+    ]
+    assert re.search(r"^duplicates +records: 1, lines: \[10\]$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["sft", "pretrain"])
@@ -75,7 +93,7 @@ def test_check_says_what_a_run_would_do(data, name):
     args = SimpleNamespace(**how, accumulation_steps=1, num_workers=0)
     plan = epoch_plan(dataset, range(len(dataset)), args, 0)
     rows = best_fit_decreasing(dataset.lengths.tolist(), 40)
-    assert (table["rows"], table["packed_rows"]) == (len(dataset), len(rows))
+    assert (table["samples"], table["packed_rows"]) == (len(dataset), len(rows))
     assert table["steps_per_epoch"] == len(plan) == -(-len(rows) // size)
     assert table["packing_efficiency"] == pytest.approx(sum(dataset.lengths) / len(rows) / 40)
     assert table["longer"] == sum(whole.lengths > 40) and table["dropped"] == dataset.dropped
@@ -132,8 +150,8 @@ def test_show_writes_a_page_that_is_whole_and_escaped(tmp_path):
     tags = Tags()
     tags.feed(page.read_text(encoding="utf-8"))
     assert tags.seen["script"] == 0 and tags.seen["section"] == 1
-    written = re.sub(r"\d", "", tags.text)  # without the numbers of the tokens
-    assert "<script>alert()</script> für" in written and "é & <b>" in written
+    written = re.sub(r"\[\d+\]", "", tags.text)  # without the ids of the tokens
+    assert "<script>alert(1)</script> für" in written and "é & <b>" in written
     # Each sign is escaped, and none is read as text by chance.
     assert page.read_text(encoding="utf-8").count("&lt;") == tags.text.count("<") > 3
 
@@ -298,7 +316,7 @@ def test_parts_appear_all_or_none(tmp_path, monkeypatch):
     command = ["dataset/prepare.py", "split", "--out", out, path]
     assert run_here(*command).returncode == 0
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    write, written = split.json.dumps, []
+    write, written = prepare.json.dumps, []
 
     def fails_at_the_end(value, **how):
         written.append(value)
@@ -306,7 +324,7 @@ def test_parts_appear_all_or_none(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(value, **how)
 
-    monkeypatch.setattr(split.json, "dumps", fails_at_the_end)
+    monkeypatch.setattr(prepare.json, "dumps", fails_at_the_end)
     done = run_here(*command, "--seed", 2)
     assert done.returncode == 2 and "test.jsonl cannot be written: No space" in done.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
@@ -318,12 +336,27 @@ LONG = "x" * 300 + ".jsonl"
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["check", "--data_path", "F", "--max_seq_len", 1], "--max_seq_len 1: give a whole"),
-        (["check", "--data_path", "F", "--batch_size", 0], "--batch_size 0: give a whole"),
-        (["check", "--data_path", "F", "--batch_size", "x"], "--batch_size x: give a whole"),
-        (["show", "--data_path", "F", "-n", -1], "--n -1: give a whole number from 1"),
-        (["show", "--data_path", "F", "--max_seq_len", 0], "--max_seq_len 0: give a whole"),
-        (["split", "F", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
+        (
+            ["check", "--data_path", "F", "--max_seq_len", 1],
+            "--max_seq_len: give a whole number from 2 to 1000000000, not 1",
+        ),
+        (
+            ["check", "--data_path", "F", "--batch_size", 0],
+            "--batch_size: give a whole number from 1 to 1000000000, not 0",
+        ),
+        (
+            ["check", "--data_path", "F", "--batch_size", "x"],
+            "--batch_size: give a whole number from 1 to 1000000000, not x",
+        ),
+        (
+            ["show", "--data_path", "F", "-n", -1],
+            "-n/--n: give a whole number from 1 to 1000000000, not -1",
+        ),
+        (
+            ["show", "--data_path", "F", "--max_seq_len", 0],
+            "--max_seq_len: give a whole number from 2 to 1000000000, not 0",
+        ),
+        (["split", "F", "--out", "O", "--seed", -1], "--seed: give a whole number from 0 to"),
         (["gsm8k", "--raw", "D", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
         (["sid", "--raw", "D", "--out", "O", "--max_history", 0], "--max_history 0: give a whole"),
         (["cot", "F", "--out", "O", "--seed", 1.5], "--seed 1.5: give a whole"),
