@@ -459,7 +459,8 @@ def test_a_number_too_long_to_read_is_a_bad_record_of_each_reader(tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert "digits" in done.stderr and str(tmp_path) in done.stderr
     done = run_here("dataset/prepare.py", "check", "--data_path", tmp_path / "x.jsonl")
-    assert done.returncode == 2 and "more digits" in done.stderr
+    assert done.returncode == 2 and "line 1: JSON that cannot be read" in done.stderr
+    assert "(4300 digits)" in done.stderr
 
 
 def test_deeply_nested_json_is_told_in_a_sentence(tmp_path):
