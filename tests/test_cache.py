@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import ROOT, chat, run, write_jsonl
+from trainer import trainer_utils
 
 
 def rows_of(dataset):
@@ -68,6 +70,7 @@ def test_bad_records_and_notes_are_remembered(tmp_path):
 
 
 FILES = ["ids.bin", "mask.bin", "offsets.npy", "supervised.npy", "lines.npy", "report.json"]
+FILES += ["sha256.json"]
 
 
 def damages(path, other):
@@ -123,6 +126,19 @@ def test_a_damaged_cache_is_made_anew_with_a_word(data, tmp_path, name, capsys):
         said = capsys.readouterr().out
         assert len(said.splitlines()) == 1 and f"{one} is damaged" in said, (how, said)
         assert rows(path) == expected and capsys.readouterr().out == "", how
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_of_a_job_compares_the_hashes(data, tmp_path, monkeypatch, first):
+    monkeypatch.setattr(trainer_utils, "is_first", lambda: first)
+    args = SimpleNamespace(
+        max_seq_len=40, strict_data=False, cache_dir=tmp_path, rebuild_cache=False
+    )
+    compared, is_whole = [], cache.is_whole
+    monkeypatch.setattr(cache, "is_whole", lambda folder: compared.append(1) or is_whole(folder))
+    for _ in range(2):
+        SFTDataset(data / "sft.jsonl", load_tokenizer(), **trainer_utils.reading(args))
+    assert len(compared) == int(first)  # not where there is no cache yet
 
 
 BUILD = """
