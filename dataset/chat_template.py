@@ -169,3 +169,17 @@ def call_text(call):
     arguments = json_of(call.get("arguments") or call.get("parameters"), "arguments") or {}
     text = json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
     return text_of(text, "tool_calls is text")
+
+
+def parse_answer(ids, tokenizer):
+    """An assistant's message of the ids that a model wrote: {"content"}, and "reasoning_content"
+    where it reasoned first; the inverse of `render`. Reasoning that does not end is all there is.
+    """
+    ids = list(ids)
+    if ids[:1] != [THINK]:
+        return {"content": tokenizer.decode(ids, skip_special_tokens=False)}
+    end = ids.index(END_THINK) if END_THINK in ids else len(ids)
+    reasoning = tokenizer.decode(ids[1:end], skip_special_tokens=False)
+    content = tokenizer.decode(ids[end + 1 :], skip_special_tokens=False)
+    message = {"content": content.removeprefix("\n\n")}
+    return message | {"reasoning_content": reasoning.removeprefix("\n").removesuffix("\n")}

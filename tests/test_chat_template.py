@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from common import IM_START
-from dataset.chat_template import render
+from common import IM_START, THINK
+from dataset.chat_template import parse_answer, render
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -131,3 +131,21 @@ def test_an_assistant_that_writes_control_text_learns_it_as_text():
 def test_what_is_no_conversation_is_named(messages, says):
     with pytest.raises(ValueError, match=says):
         render(messages)
+
+
+@pytest.mark.parametrize("content", ["", "Yes.", "\n\nYes\n"])
+@pytest.mark.parametrize("reasoning", [None, "Hm.", "\none\n\ntwo"])
+def test_an_answer_is_parsed_as_it_was_rendered(content, reasoning):
+    message = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    ids, mask = render([{"role": "user", "content": "?"}, message])
+    written = [token for token, supervised in zip(ids, mask, strict=True) if supervised][:-1]
+    parsed = parse_answer(written, load_tokenizer())
+    assert parsed == {name: text for name, text in message.items() if name != "role"}
+
+
+def test_reasoning_that_does_not_end_is_all_there_is():
+    ids = load_tokenizer().encode("\nHm, and").ids
+    parsed = parse_answer([THINK, *ids], load_tokenizer())
+    assert parsed == {"content": "", "reasoning_content": "Hm, and"}
