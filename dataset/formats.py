@@ -84,7 +84,7 @@ def read_json(path):
 
 
 def is_folder(path):
-    """Whether there is a folder; Path.is_dir raises OSError for a name that is too long."""
+    """Whether path is a folder. Path.is_dir would raise OSError for a name that is too long."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
@@ -169,9 +169,9 @@ def to_text(record):
 def to_conversation(record, name, notes):
     """(messages, tools) of a record in the named format, as `render` takes them.
 
-    Assistant turns before the first of another are left out, and so are empty ones; the Counter
-    notes says how many. Raises ValueError for what cannot be meant: a missing key, an unknown
-    role, content that is not text.
+    Assistant turns before the first turn of a user are left out, and so are empty ones; the Counter
+    notes counts them. Raises ValueError for a missing key, an unknown role, content that is not
+    text.
     """
     missing = [key for key in KEYS[name] if key not in record]
     if missing:
@@ -180,15 +180,15 @@ def to_conversation(record, name, notes):
     kept = []
     for turn in messages:
         assistant = turn["role"] == "assistant"
-        said = turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
-        if assistant and not said:
+        filled = turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
+        if assistant and not filled:
             notes["empty assistant turns left out"] += 1
         elif assistant and all(before["role"] == "system" for before in kept):
             notes["leading assistant turns left out"] += 1
         else:
             kept.append(turn)
     if not kept:
-        raise ValueError("no turn is left of it")
+        raise ValueError("no turn is left")
     return kept, record.get("tools") or messages[0].get("tools")
 
 
@@ -206,7 +206,9 @@ def turns(record, name):
         instruction = text_of(question, "it has instruction")
         question = f"{instruction}\n{text_of(record['input'], 'it has input')}"
     history = record.get("history") or []
-    for pair in [*(history if isinstance(history, list) else [history]), [question, answer]]:
+    if not isinstance(history, list):
+        raise ValueError(f"history is a list of [question, answer], not {history!r}")
+    for pair in [*history, [question, answer]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history is a list of [question, answer], but has {pair!r}")
         found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
