@@ -29,6 +29,7 @@ ALIASES = {
     "tool": "tool function observation",
 }
 ROLE_OF = {alias: role for role, aliases in ALIASES.items() for alias in aliases.split()}
+SEPARATOR = re.compile(r"[\s,]*")  # between the items of an array
 KEYS = {  # format: the keys that every record of it has; the first format that fits is taken
     "conversations": ("conversations",),
     "sharegpt": ("conversations",),
@@ -46,15 +47,15 @@ def read_records(path):
     """Yields (line number, record) of a JSONL file or of one JSON array, without holding all of it
     in memory.
 
-    A record is a dict. Instead of what is not a JSON object, a ValueError is yielded; reading ends
-    where an array is broken, and with the first value after an array. Raises UserError if there is
-    no such file.
+    A record is a dict; what is not a JSON object is yielded as a ValueError in its place. Reading
+    ends where an array is broken, and at the first value after an array. Raises UserError if there
+    is no such file.
     """
     with open_file(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        items = array_items(file) if start.startswith(b"[") else lines(file)
         try:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            items = array_items(file) if start.startswith(b"[") else lines(file)
             for number, item in items:
                 if not isinstance(item, dict | ValueError):
                     item = ValueError(f"not a record in braces, but {type(item).__name__}")
@@ -99,9 +100,6 @@ def lines(file):
             yield number, ValueError(f"not JSON: {error.msg}, at character {error.colno}")
         except (ValueError, RecursionError) as error:  # bad UTF-8, a number of too many digits
             yield number, ValueError(f"JSON that cannot be read: {error}")
-
-
-SEPARATOR = re.compile(r"[\s,]*")
 
 
 def array_items(file, piece=1 << 20):
