@@ -1,4 +1,4 @@
-"""The cache of tokenised files: the same rows, made once, whole or not there."""
+"""The cache of tokenised files: the same samples, made once, whole or not there."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.conftest import ROOT, chat, run, write_jsonl
 from trainer import trainer_utils
 
 
-def rows_of(dataset):
+def samples_of(dataset):
     return [[part.tolist() for part in dataset[i]] for i in range(len(dataset))]
 
 
@@ -36,7 +36,7 @@ def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
     first = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
     monkeypatch.setattr(cache, "render_batch", None)  # tokenises nothing from here on
     again = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
-    assert rows_of(plain) == rows_of(first) == rows_of(again)
+    assert samples_of(plain) == samples_of(first) == samples_of(again)
     assert len({path.name for path in tmp_path.iterdir()}) == 1
     with pytest.raises(TypeError):
         kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path, rebuild=True)
@@ -107,25 +107,25 @@ def test_a_damaged_cache_is_made_anew_with_a_word(data, tmp_path, name, capsys):
     path = write_jsonl(tmp_path / "path.jsonl", few)
     other = write_jsonl(tmp_path / "other.jsonl", few[:0:-1])
 
-    def rows(path):
-        return rows_of(SFTDataset(path, tokenizer, 40, cache_dir=tmp_path / "cache"))
+    def samples(path):
+        return samples_of(SFTDataset(path, tokenizer, 40, cache_dir=tmp_path / "cache"))
 
-    expected = rows(path)
+    expected = samples(path)
     (one,) = (tmp_path / "cache").iterdir()
-    assert rows(other) != expected
+    assert samples(other) != expected
     (another,) = set((tmp_path / "cache").iterdir()) - {one}
     assert {file.name for file in one.iterdir()} == set(FILES)
-    assert rows(path) == expected and capsys.readouterr().out == ""
+    assert samples(path) == expected and capsys.readouterr().out == ""
     if name == "all":  # each file is whole, and of another cache
         harms = [("all", lambda: shutil.copytree(another, one, dirs_exist_ok=True))]
     else:
         harms = damages(one / name, another / name)
     for how, harm in harms:
         harm()
-        assert rows(path) == expected, how
+        assert samples(path) == expected, how
         said = capsys.readouterr().out
         assert len(said.splitlines()) == 1 and f"{one} is damaged" in said, (how, said)
-        assert rows(path) == expected and capsys.readouterr().out == "", how
+        assert samples(path) == expected and capsys.readouterr().out == "", how
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -111,12 +111,12 @@ def test_the_turns_that_are_left_out_are_counted():
     assert messages == [SYSTEM, ASKED[0], ASKED[0], ASKED[1], ASKED[0]]
     assert notes == {"leading assistant turns left out": 1, "empty assistant turns left out": 1}
     ids, mask = render(messages)
-    assert mask[-1] == 0 and ids[-2] == 2  # the user's last turn is there, and not learned
+    assert mask[-1] == 0 and ids[-2] == 2  # the user's last turn is there, and not supervised
 
 
-def test_a_turn_of_loss_weight_0_is_not_learned():
-    unlearned = {**ASKED[1], "loss_weight": 0}
-    ids, mask = render(converted({"messages": [*ASKED, ASKED[0], unlearned]})[0])
+def test_a_turn_of_loss_weight_0_is_not_supervised():
+    unsupervised = {**ASKED[1], "loss_weight": 0}
+    ids, mask = render(converted({"messages": [*ASKED, ASKED[0], unsupervised]})[0])
     whole, both = render([*ASKED, *ASKED])
     assert ids == whole and sum(mask) * 2 == sum(both) and not any(mask[len(mask) // 2 :])
 
@@ -124,11 +124,11 @@ def test_a_turn_of_loss_weight_0_is_not_learned():
 @pytest.mark.parametrize("key", ["loss_weight", "weight"])
 def test_a_turn_is_learned_by_its_weight(key):
     plain = render([*ASKED, *ASKED])
-    for weight, learned in ((0, 1), (0.0, 1), (False, 1), (1, 2), (1.0, 2), (True, 2), (None, 2)):
+    for weight, turns in ((0, 1), (0.0, 1), (False, 1), (1, 2), (1.0, 2), (True, 2), (None, 2)):
         ids, mask = render(
             converted({"messages": [*ASKED, ASKED[0], {**ASKED[1], key: weight}]})[0]
         )
-        assert ids == plain[0] and sum(mask) == sum(plain[1]) // 2 * learned, weight
+        assert ids == plain[0] and sum(mask) == sum(plain[1]) // 2 * turns, weight
     for weight in (0.5, "0", "1", -1, 2, [], {}):
         with pytest.raises(ValueError, match=f"message 3 has {key} .*; give 0 or 1"):
             converted({"messages": [SYSTEM, ASKED[0], {**ASKED[1], key: weight}]})
@@ -247,9 +247,9 @@ def test_overlong_conversations_are_cut_between_turns(tmp_path, overlong, rows):
     for input_ids, labels in [dataset[i] for i in range(len(dataset))]:
         assert len(input_ids) <= length + 5 and 2 in labels
         assert input_ids[-1] == 2 or input_ids[-2] == 2  # ends with a whole answer
-    learned = [label for i in range(rows) for label in dataset[i][1].tolist() if label != -100]
+    supervised = [label for i in range(rows) for label in dataset[i][1].tolist() if label != -100]
     once = [i for i, m in zip(*render(turn), strict=True) if m]
-    assert learned == once * {"truncate": 2, "drop": 0, "split": 6}[overlong]
+    assert supervised == once * {"truncate": 2, "drop": 0, "split": 6}[overlong]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")

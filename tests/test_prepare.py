@@ -49,8 +49,8 @@ def test_check_reports_what_is_in_the_file(mixed):
     talks = [talk for _, talk in read_records(mixed) if isinstance(talk, dict)]
     rendered = [render(t["conversations"][-4:]) for t in talks if t["conversations"] != [7]]
     assert table["tokens"] == sum(len(ids) for ids, _ in rendered)
-    learned, tokens = (sum(sum(mask) for _, mask in rendered), table["tokens"])
-    assert table["supervised"] == pytest.approx(learned / tokens)
+    supervised = sum(sum(mask) for _, mask in rendered)
+    assert table["supervised"] == pytest.approx(supervised / table["tokens"])
     assert table["length_quantiles"]["1"] == max(len(ids) for ids, _ in rendered)
     assert table["length_quantiles"]["0"] == min(len(ids) for ids, _ in rendered)
 
@@ -122,7 +122,7 @@ def test_show_of_text_leaves_out_the_first_token_and_shows_whole_characters(tmp_
         assert "second" not in done.stdout
 
 
-def test_show_colours_what_is_learned(data):
+def test_show_colours_what_is_supervised(data):
     done = run_here("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
     assert green(done.stdout) == "It is a number. <|im_end|>"
     plain = re.sub(r"\033\[\d+m", "", done.stdout)
