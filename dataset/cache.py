@@ -1,10 +1,11 @@
-"""Tokenised files: each is tokenised once, in batches, and then read where it lies on disk.
+"""Tokenised files: each is tokenised once, in batches, and then read from disk.
 
     out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  lines.npy  report.json
+                        sha256.json
 
-The key is a hash of all that decides the tokens: the file's content, the tokenizer, the code
-between them, the options. A folder appears under its key when it is complete, and is made anew
-when the hash of one of its files is another than report.json says.
+The key is a hash of all that decides the tokens: the file's content, the tokenizer, the code that
+makes tokens of it, the options. A folder appears under its key when it is complete. It is made
+again when a file's hash is not the one that sha256.json holds.
 """
 
 import hashlib
@@ -24,10 +25,9 @@ from common import UserError
 from dataset import formats, offline
 from dataset.chat_template import render_batch
 
-# A change of these makes it anew.
-CODE = ("tokenizer", "formats", "chat_template", "lm_dataset", "cache")
+CODE = ("tokenizer", "formats", "chat_template", "lm_dataset", "cache")  # modules of the key
 ARRAYS = ("offsets", "supervised", "lines")
-CHARACTERS = 1_000_000  # are tokenised at once
+CHARACTERS = 1_000_000  # that are tokenised at once
 REASONS = 1000  # bad records that are kept with their reason; all are counted
 
 
@@ -36,10 +36,11 @@ class Tokens:
     """A file's R records as N tokens, one record after the other.
 
     ids         (N,) uint16 or uint32
-    mask        (N,) uint8, 1 where the token is to be learned
+    mask        (N,) uint8, 1 where the token is supervised
     offsets     (R + 1,) int64; record r is ids[offsets[r] : offsets[r + 1]]
-    supervised  (R,) int64, how many of a record's tokens are learned; its first never is
-    lines       (R,) int64, the line of the file (or its place in a JSON array) of each record
+    supervised  (R,) int64, the supervised tokens of a record, without its first, which nothing
+                predicts
+    lines       (R,) int64, the line of the file (or the place in a JSON array) of each record
     report      {"format", "records", "bad", "bad_lines": [[line, reason]], "characters", "notes"}
     content     the hash of the file
     """
@@ -54,14 +55,17 @@ class Tokens:
     content: str
 
 
-def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None, rebuild=False):
+def tokenised(
+    path, tokenizer, to_pieces, options, strict=False, cache_dir=None, rebuild=False, verify=True
+):
     """The Tokens of a file, from the cache if it is there; without a cache_dir, in memory.
 
-    to_pieces(record, report) gives the record's [(piece, learn)], or raises ValueError if it is a
-    bad one. options is a list of whatever else decides what to_pieces gives.
-    Raises UserError for a missing file, a full disk, and with strict at the first bad record.
+    to_pieces(record, report) returns the record's [(piece, supervised)], or raises ValueError for a
+    bad record. options is a list of whatever else decides what it returns. rebuild replaces the
+    cache; verify compares the hashes of its files, which reads all of it.
+    Raises UserError for a missing file, a full disk, and with strict for the first bad record.
     """
-    if formats.is_folder(path):  # tokens already, with what a teacher says of them
+    if formats.is_folder(path):  # tokens and a teacher's outputs
         return Tokens(**offline.tokens_of(path))
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
@@ -74,25 +78,27 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     try:
         if rebuild:
             shutil.rmtree(folder, ignore_errors=True)
-        if folder.is_dir() and not is_whole(folder):
-            print(f"the cache {folder} is damaged: tokenising {path} anew")
+        elif verify and folder.is_dir() and not is_whole(folder):
+            print(f"the cache {folder} is damaged: tokenising {path} again")
             shutil.rmtree(folder)
         if not folder.is_dir():
             build(folder, path, tokenizer, to_pieces, strict, dtype)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))[1]["report"]
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         if strict and report["bad"]:
             raise bad_record(path, *report["bad_lines"][0])
-        offsets, *more = (np.load(folder / f"{name}.npy") for name in ARRAYS)
-        ids, mask = (
-            np.memmap(folder / name, kind, "r") if offsets[-1] else np.empty(0, kind)
-            for name, kind in (("ids.bin", dtype), ("mask.bin", "u1"))
-        )
+        ids, mask = mapped(folder / "ids.bin", dtype), mapped(folder / "mask.bin", "u1")
+        arrays = [np.load(folder / f"{name}.npy") for name in ARRAYS]
     except OSError as error:
         raise UserError(
             f"the cache {folder} cannot be used: {error.strerror or error}. Make room, or choose "
             "another --cache_dir"
         ) from None
-    return Tokens(ids, mask, offsets, *more, report, path, content)
+    return Tokens(ids, mask, *arrays, report, path, content)
+
+
+def mapped(path, dtype):
+    """A file as an array that is read from disk where it is used; an empty one cannot be."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def content_hash(path):
@@ -101,27 +107,22 @@ def content_hash(path):
 
 
 def cache_key(content, tokenizer, options):
-    """A name for what comes out: the same for the same input, whatever the file is called."""
+    """The name of a cache: the same for the same input, whatever the file is called."""
     modules = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     code = [module.read_text(encoding="utf-8") for module in modules]
-    return hash_of_values([content, tokenizer.to_str(), code, options])[:32]
-
-
-def hash_of_values(values):
-    return hashlib.sha256(json.dumps(values).encode("utf-8")).hexdigest()
+    text = json.dumps([content, tokenizer.to_str(), code, options])
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
 def is_whole(folder):
     """Whether each file of a cache is as `build` wrote it."""
     try:
-        digest, said = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        return (
-            digest == hash_of_values(said)
-            and said["key"] == folder.name
-            and all(content_hash(folder / name) == was for name, was in said["sha256"].items())
-        )
-    except (OSError, ValueError, TypeError):
+        hashes = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
+        key = hashes.pop("key")
+        files = {name: content_hash(folder / name) for name in hashes}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
+    return key == folder.name and files == hashes
 
 
 def build(folder, path, tokenizer, to_pieces, strict, dtype):
@@ -133,11 +134,10 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
             *arrays, report = write_tokens(path, tokenizer, to_pieces, strict, dtype, ids, mask)
         for name, array in zip(ARRAYS, arrays, strict=True):
             np.save(part / f"{name}.npy", array)
+        (part / "report.json").write_text(json.dumps(report), encoding="utf-8")
         hashes = {file.name: hash_on_disk(file) for file in part.iterdir()}
-        said = {"key": folder.name, "sha256": hashes, "report": report}
-        text = json.dumps([hash_of_values(said), said])
-        (part / "report.json").write_text(text, encoding="utf-8")
-        hash_on_disk(part / "report.json")
+        (part / "sha256.json").write_text(json.dumps(hashes | {"key": folder.name}), "utf-8")
+        hash_on_disk(part / "sha256.json")
         try:
             part.rename(folder)
         except OSError:
@@ -155,20 +155,27 @@ def hash_on_disk(path):
 
 
 def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file):
-    """Tokenises a file into two open ones; returns the rest of its Tokens."""
-    lengths, supervised, lines, waiting, size = [], [], [], [], 0
+    """Tokenises a file into two open ones; returns (offsets, supervised, lines, report)."""
     report = {"format": None, "records": 0, "bad": 0, "bad_lines": [], "characters": 0}
     report["notes"] = Counter()
-
-    def write_waiting():
-        for ids, mask in render_batch(waiting, tokenizer):
+    lengths, supervised, lines = [0], [], []
+    for batch in good_records(path, to_pieces, strict, report):
+        lines += [number for number, _ in batch]
+        for ids, mask in render_batch([pieces for _, pieces in batch], tokenizer):
             ids_file.write(np.array(ids, dtype).tobytes())
             mask_file.write(bytes(mask))
             lengths.append(len(ids))
             supervised.append(sum(mask[1:]))
-        waiting.clear()
+    counts = [np.array(numbers, np.int64) for numbers in (lengths, supervised, lines)]
+    return np.cumsum(counts[0]), *counts[1:], report
 
+
+def good_records(path, to_pieces, strict, report):
+    """Yields [(line, pieces)] of the good records of a file, in batches of about CHARACTERS; the
+    report counts them and the bad ones.
+    """
     records = formats.read_records(path)
+    batch, full = [], CHARACTERS
     for number, record in tqdm(records, f"tokenising {path.name}", leave=False, disable=None):
         try:
             if isinstance(record, ValueError):
@@ -182,17 +189,12 @@ def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file)
                 report["bad_lines"].append([number, str(error)])
             continue
         report["records"] += 1
-        lines.append(number)
-        waiting.append(pieces)
-        characters = sum(len(piece) for piece, _ in pieces if isinstance(piece, str))
-        report["characters"] += characters
-        size += characters
-        if size > CHARACTERS:
-            write_waiting()
-            size = 0
-    write_waiting()
-    counts = (np.array(numbers, np.int64) for numbers in (supervised, lines))
-    return np.cumsum([0, *lengths], dtype=np.int64), *counts, report
+        report["characters"] += sum(len(piece) for piece, _ in pieces if isinstance(piece, str))
+        batch.append((number, pieces))
+        if report["characters"] > full:
+            yield batch
+            batch, full = [], report["characters"] + CHARACTERS
+    yield batch
 
 
 def bad_record(path, number, reason):

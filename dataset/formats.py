@@ -1,4 +1,4 @@
-"""From the formats in which people keep their data to the project's own.
+"""Reads data files, and converts the usual formats to the project's own.
 
     text            {"text"}                                                   pretraining
     conversations   {"conversations": [{"role", "content", ...}], "tools"?}    the project's own
@@ -20,14 +20,16 @@ import re
 from pathlib import Path
 
 from common import UserError
+from dataset.chat_template import ROLES, json_of, text_of
 
-ROLES = {
+ALIASES = {
     "user": "human user",
     "assistant": "gpt assistant chatgpt bing bard model function_call",
     "system": "system developer",
     "tool": "tool function observation",
 }
-ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases.split()}
+ROLE_OF = {alias: role for role, aliases in ALIASES.items() for alias in aliases.split()}
+SEPARATOR = re.compile(r"[\s,]*")  # between the items of an array
 KEYS = {  # format: the keys that every record of it has; the first format that fits is taken
     "conversations": ("conversations",),
     "sharegpt": ("conversations",),
@@ -42,25 +44,24 @@ KEYS = {  # format: the keys that every record of it has; the first format that 
 
 
 def read_records(path):
-    """Yields (line number, record) of a JSONL file or of one JSON array, never holding it whole.
+    """Yields (line number, record) of a JSONL file or of one JSON array, without holding all of it
+    in memory.
 
-    What is no JSON object comes as a ValueError in the record's place. A broken array ends there,
-    and so does what follows an array. Raises UserError if there is no such file.
+    A record is a dict; what is not a JSON object is yielded as a ValueError in its place. Reading
+    ends where an array is broken, and at the first value after an array. Raises UserError if there
+    is no such file.
     """
     with open_file(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        items = array_items(file) if start.startswith(b"[") else lines(file)
-        while True:
-            try:
-                number, item = next(items, (None, None))
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from None
-            if number is None:
-                return
-            if not isinstance(item, dict | ValueError):
-                item = ValueError(f"not a record in braces, but {type(item).__name__}")
-            yield number, item
+        try:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            items = array_items(file) if start.startswith(b"[") else lines(file)
+            for number, item in items:
+                if not isinstance(item, dict | ValueError):
+                    item = ValueError(f"not a record in braces, but {type(item).__name__}")
+                yield number, item
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def open_file(path):
@@ -75,7 +76,7 @@ def open_file(path):
 
 
 def read_json(path):
-    """What a JSON file says. Raises UserError if it is none."""
+    """The value of a JSON file. Raises UserError if it is not JSON."""
     with open_file(path) as file:
         try:
             return json.loads(file.read().decode("utf-8-sig"))
@@ -84,11 +85,12 @@ def read_json(path):
 
 
 def is_folder(path):
-    """Whether there is a folder; Path.is_dir raises OSError for a name that is too long."""
+    """Whether path is a folder. Path.is_dir would raise OSError for a name that is too long."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def lines(file):
+    """Yields (line number, its value or a ValueError) of a JSONL file."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -96,20 +98,12 @@ def lines(file):
             yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except json.JSONDecodeError as error:
             yield number, ValueError(f"not JSON: {error.msg}, at character {error.colno}")
-        except RecursionError:
-            yield number, ValueError("not JSON that can be read: it is nested too deeply")
-        except UnicodeDecodeError as error:
-            yield number, error
-        except ValueError:
-            yield number, ValueError(TOO_LONG)
-
-
-TOO_LONG = "a number in it has more digits than Python reads; write it as text"
-SEPARATOR = re.compile(r"[\s,]*")
+        except (ValueError, RecursionError) as error:  # bad UTF-8, a number of too many digits
+            yield number, ValueError(f"JSON that cannot be read: {error}")
 
 
 def array_items(file, piece=1 << 20):
-    """The items of a JSON array, decoded one after the other from pieces of the file."""
+    """Yields (line number, item or ValueError) of a JSON array, decoded from pieces of the file."""
     # A byte that is not UTF-8 becomes a lone surrogate, which makes only its own record a bad one.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     text = decode(file.read(piece))
@@ -138,13 +132,16 @@ def array_items(file, piece=1 << 20):
 
 
 def decoded(text, begin):
-    """(what the JSON at begin says, where it ends); a ValueError if a number in it is too long."""
+    """(the JSON value that begins there, where it ends). A value with a number of too many digits
+    is returned as a ValueError.
+    """
     try:
         return json.JSONDecoder().raw_decode(text, begin)
     except json.JSONDecodeError:
         raise
-    except ValueError:
-        return ValueError(TOO_LONG), json.JSONDecoder(parse_int=str).raw_decode(text, begin)[1]
+    except ValueError as error:
+        problem = ValueError(f"JSON that cannot be read: {error}")
+        return problem, json.JSONDecoder(parse_int=str).raw_decode(text, begin)[1]
 
 
 def format_of(record):
@@ -164,15 +161,15 @@ def to_text(record):
     """The text of a pretraining record."""
     if "text" not in record:
         raise ValueError(f'there is no "text" in it, only {", ".join(map(repr, record))}')
-    return text_of(record["text"], '"text"')
+    return text_of(record["text"], "it has text")
 
 
 def to_conversation(record, name, notes):
     """(messages, tools) of a record in the named format, as `render` takes them.
 
-    Assistant turns before the first of another are left out, and so are empty ones; the Counter
-    notes says how many. Raises ValueError for what cannot be meant: a missing key, an unknown
-    role, content that is not text.
+    Assistant turns before the first turn of a user are left out, and so are empty ones; the Counter
+    notes counts them. Raises ValueError for a missing key, an unknown role, content that is not
+    text.
     """
     missing = [key for key in KEYS[name] if key not in record]
     if missing:
@@ -181,20 +178,20 @@ def to_conversation(record, name, notes):
     kept = []
     for turn in messages:
         assistant = turn["role"] == "assistant"
-        said = turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
-        if assistant and not said:
+        filled = turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
+        if assistant and not filled:
             notes["empty assistant turns left out"] += 1
         elif assistant and all(before["role"] == "system" for before in kept):
             notes["leading assistant turns left out"] += 1
         else:
             kept.append(turn)
     if not kept:
-        raise ValueError("no turn is left of it")
+        raise ValueError("no turn is left")
     return kept, record.get("tools") or messages[0].get("tools")
 
 
 def turns(record, name):
-    """The record's turns, each still in the words of its format."""
+    """The record's turns, each still in its own format."""
     system = record.get("system") or record.get("system_prompt")
     found = [{"role": "system", "content": system}] if system else []
     if name in ("conversations", "sharegpt", "openai"):
@@ -203,75 +200,66 @@ def turns(record, name):
             raise ValueError(f"a conversation is a list of messages, not {listed!r}")
         return found + listed
     question, answer = (record[key] for key in KEYS[name])
+    if record.get("input"):
+        instruction = text_of(question, "it has instruction")
+        question = f"{instruction}\n{text_of(record['input'], 'it has input')}"
     history = record.get("history") or []
-    for pair in history if isinstance(history, list) else [history]:
+    if not isinstance(history, list):
+        raise ValueError(f"history is a list of [question, answer], not {history!r}")
+    for pair in [*history, [question, answer]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history is a list of [question, answer], but has {pair!r}")
-        found += [{"role": r, "content": c} for r, c in zip(ROLES, pair, strict=False)]
-    if record.get("input"):
-        question = f"{text_of(question, 'instruction')}\n{text_of(record['input'], 'input')}"
-    return found + [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return found
 
 
 def message(turn, number):
-    """A turn in the project's own words. Raises ValueError, naming it by its number."""
-    where = f"message {number}"
+    """A turn as the project's message. Raises ValueError, which names it by its number."""
     if not isinstance(turn, dict) or not {"role", "from"} & set(turn):
-        raise ValueError(f'{where} is not {{"role": ..., "content": ...}}: {turn!r:.200}')
-    alias = turn["role"] if "role" in turn else turn["from"]
+        raise ValueError(f'message {number} is not {{"role": ..., "content": ...}}: {turn!r:.200}')
+    alias = turn.get("role", turn.get("from"))
     role = ROLE_OF.get(alias.lower()) if isinstance(alias, str) else None
     if role is None:
-        raise ValueError(f"{where} has role {alias!r}; use one of {', '.join(ROLES)}")
-    content = turn["content"] if "content" in turn else turn.get("value")
-    reasoning = turn.get("reasoning_content") or turn.get("reasoning") or ""
-    calls = turn.get("tool_calls") or turn.get("function_call") or []
+        raise ValueError(f"message {number} has role {alias!r}; use one of {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    reasoning = turn.get("reasoning_content") or turn.get("reasoning")
+    calls = turn.get("tool_calls") or turn.get("function_call")
     if alias.lower() == "function_call":
         content, calls = "", content
-    if isinstance(content, list):  # OpenAI's parts
-        parts = {"text": [], "reasoning": [], "tool_call": []}
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in list(parts):  # which may be a list or an object
-                raise ValueError(f"{where} has a part of type {kind!r}, which is not text")
-            parts[kind].append(part[kind] if kind in part else part.get("text", part.get("value")))
-        content = "".join(text_of(part, where) for part in parts["text"])
-        reasoning = "\n".join(text_of(part, where) for part in parts["reasoning"]) or reasoning
-        calls = [json_of(call, where) for call in parts["tool_call"]] or calls
-    calls = json_of(calls, where)
+    if isinstance(content, list):
+        parts = parts_of(content, number)
+        content = "".join(parts["text"])
+        reasoning = "\n".join(parts["reasoning"]) or reasoning
+        calls = [json_of(call, f"message {number}: a call") for call in parts["tool_call"]] or calls
+    calls = json_of(calls, f"message {number}: a call")
     if content is None and calls:
         content = ""
-    own = {"role": role, "content": text_of(content, f"{where}: content")}
+    converted = {"role": role, "content": text_of(content, f"message {number} has content")}
     if reasoning:
-        own["reasoning_content"] = text_of(reasoning, f"{where}: reasoning_content")
+        found = f"message {number} has reasoning_content"
+        converted["reasoning_content"] = text_of(reasoning, found)
     if calls:
-        own["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        converted["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if turn.get("tools"):
-        own["tools"] = turn["tools"]
+        converted["tools"] = turn["tools"]
     name = "loss_weight" if "loss_weight" in turn else "weight"
     weight = turn.get(name)
     if weight not in (None, 0, 1):
-        raise ValueError(f"{where}: {name} is {weight!r}, not 0 or 1")
+        raise ValueError(f"message {number} has {name} {weight!r}; give 0 or 1")
     if weight == 0:
-        own["loss_weight"] = 0
-    return own
+        converted["loss_weight"] = 0
+    return converted
 
 
-def json_of(value, where):
-    """Tool calls come as values or as their JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: a tool call is text that is not JSON: {error}") from None
-
-
-def text_of(value, where):
-    """The value, if it is text that UTF-8 can hold. Raises ValueError."""
-    if not isinstance(value, str):
-        raise ValueError(f"{where} is {value!r:.200}, which is not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has half a character (a lone surrogate): {error}") from None
-    return value
+def parts_of(content, number):
+    """The texts of each type of OpenAI's content parts, as a dict of lists."""
+    parts = {"text": [], "reasoning": [], "tool_call": []}
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in list(parts):  # a list: a kind that is a list or a dict cannot be hashed
+            raise ValueError(f"message {number} has a part of type {kind!r}, which is not text")
+        value = part.get(kind, part.get("text", part.get("value")))
+        if kind != "tool_call":
+            value = text_of(value, f"message {number} has a part")
+        parts[kind].append(value)
+    return parts

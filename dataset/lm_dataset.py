@@ -1,13 +1,13 @@
-"""From data files to labelled rows.
+"""From data files to samples.
 
-A row is (input_ids, labels), two int64 tensors of the same length. labels is input_ids where the
-model learns the token and -100 where it does not; the shift by one, so that each position predicts
-the next, happens in the loss. The way of a line of a file:
+A sample is (input_ids, labels), two int64 tensors of the same length. labels is input_ids where the
+token is supervised, and -100 elsewhere. The shift by one, so that each position predicts the next
+token, happens in the loss. The steps from a record of a file to its samples:
 
     formats.py          its JSON -> messages, whatever format it is in
     chat_template.py    messages -> tokens and their loss mask
-    cache.py            kept for the next start
-    here                tokens -> rows of at most max_length
+    cache.py            the tokens of all records, kept on disk for the next start
+    here                tokens -> samples of at most max_seq_len tokens
 """
 
 import numpy as np
@@ -21,17 +21,23 @@ from dataset.chat_template import pieces
 
 
 class TokenDataset(Dataset):
-    """Rows of one or more tokenised files; below are its two kinds.
+    """The samples of one or more files; the two kinds of it are below.
 
-    files    the Tokens of each
-    rows     (n, 4) int64: of each row its file, its record there, and from where to where it goes
-             in the file's tokens
-    dropped  records, or parts of them, without anything to learn within max_length
+    files    the Tokens of each file
+    samples  (n, 4) int64: of each sample its file, its record in the file, and where it starts and
+             ends in the file's tokens
+    dropped  the number of records without a supervised token in any sample
+    cut      the number of records that are longer than max_length
+
+    Arguments: data_path is a path or a list of them, max_length the limit of a sample in tokens;
+    strict, cache_dir and rebuild are those of `tokenised`. Raises UserError for a file without a
+    usable record, for the same content twice, and if no sample is left.
     """
 
     def __init__(self, data_path, tokenizer, max_length=1024, strict=False, **cache):
-        self.files, self.samples, self.dropped, self.cut = [], [], 0, 0
         paths = data_path if isinstance(data_path, list) else [data_path]
+        self.files, self.dropped, self.cut = [], 0, 0
+        samples = []
         for path in paths:
             options = [type(self).__name__, *self.options]
             tokens = tokenised(path, tokenizer, self.to_pieces, options, strict, **cache)
@@ -39,43 +45,48 @@ class TokenDataset(Dataset):
             if tokens.content in self.content:
                 first = self.files[self.content.index(tokens.content)].path
                 raise UserError(
-                    f"{path} is {first} again, so what one holds out to validate on would be "
-                    f"trained on in the other; for two copies, give --data_path '{first}*2'"
+                    f"{path} has the content of {first}: what one holds out for validation would "
+                    f"be trained on in the other; for two copies, give --data_path '{first}*2'"
                 )
-            self.samples.append(self.cut_samples(tokens, max_length, len(self.files)))
+            samples.append(self.samples_of(tokens, len(self.files), max_length))
             self.files.append(tokens)
-        self.samples = np.concatenate(self.samples)
+        self.samples = np.concatenate(samples)
         if not len(self.samples):
             raise UserError(
-                f"{', '.join(map(str, paths))}: nothing to learn from, say an assistant's turn, "
-                f"within --max_seq_len {max_length}; raise it, or look at the data with "
-                "dataset/prepare.py check"
+                f"{', '.join(map(str, paths))}: no supervised token, say an assistant's turn, "
+                f"is within --max_seq_len {max_length}; raise it, or use dataset/prepare.py check"
             )
 
-    def cut_samples(self, tokens, max_length, file):
-        """The rows of a file: its records as they are, those that are too long cut."""
+    def samples_of(self, tokens, file, max_seq_len):
+        """The samples of a file, (n, 4). A record is one sample; one that is too long is cut."""
         starts, ends = tokens.offsets[:-1], tokens.offsets[1:]
-        records = np.arange(len(starts))
-        fits = (ends - starts <= max_length) & (tokens.supervised > 0)
-        rows = [np.stack([np.full(len(starts), file), records, starts, ends], 1)[fits]]
-        self.dropped += int((tokens.supervised == 0).sum())
-        for record in np.flatnonzero((ends - starts > max_length) & (tokens.supervised > 0)):
-            start, end = int(starts[record]), int(ends[record])
+        table = np.stack([np.full_like(starts, file), np.arange(len(starts)), starts, ends], 1)
+        table = table[tokens.supervised > 0]
+        too_long = table[:, 3] - table[:, 2] > max_seq_len
+        samples = [table[~too_long]]
+        for _, record, start, end in table[too_long].tolist():
             mask = tokens.mask[start:end]
-            spans = self.spans(tokens.ids[start:end], mask, max_length)
-            kept = [span for span in spans if mask[span[0] + 1 : span[1]].any()]
-            self.cut += 1
-            self.dropped += not kept
-            rows += [np.array([[file, record, start + a, start + b] for a, b in kept])] * bool(kept)
-        rows = np.concatenate(rows)
-        return rows[np.argsort(rows[:, 2], kind="stable")]
+            for a, b in self.spans(tokens.ids[start:end], mask, max_seq_len):
+                if mask[a + 1 : b].any():  # a sample's first token is never predicted
+                    samples.append([[file, record, start + a, start + b]])
+        samples = np.concatenate(samples)
+        self.cut += int(too_long.sum())
+        self.dropped += len(starts) - len(np.unique(samples[:, 1]))
+        return samples[np.argsort(samples[:, 2], kind="stable")]
 
     def __len__(self):
         return len(self.samples)
 
+    def __getitem__(self, index):
+        file, _, start, end = self.samples[index]
+        tokens = self.files[file]
+        input_ids = torch.from_numpy(tokens.ids[start:end].astype(np.int64))
+        supervised = torch.from_numpy(tokens.mask[start:end] == 1)
+        return input_ids, torch.where(supervised, input_ids, IGNORE)
+
     @property
     def lengths(self):
-        """(n,) tokens of each row."""
+        """(n,) tokens of each sample."""
         return self.samples[:, 3] - self.samples[:, 2]
 
     @property
@@ -83,26 +94,20 @@ class TokenDataset(Dataset):
         """The hash of each file."""
         return [file.content for file in self.files]
 
-    def where(self, rows):
-        """The files and lines that rows come from, in words."""
+    def where(self, samples):
+        """The files and lines that samples come from, as text."""
         lines = {}
-        for file, record, *_ in self.samples[rows].tolist():
-            lines.setdefault(self.files[file].path, set()).add(int(self.files[file].lines[record]))
-        return "; ".join(f"{path}, lines {sorted(found)}" for path, found in lines.items())
-
-    def __getitem__(self, index):
-        file, _, start, end = self.samples[index]
-        tokens = self.files[file]
-        input_ids = torch.from_numpy(tokens.ids[start:end].astype(np.int64))
-        learned = torch.from_numpy(tokens.mask[start:end] == 1)
-        return input_ids, torch.where(learned, input_ids, IGNORE)
+        for file, record, *_ in self.samples[samples].tolist():
+            tokens = self.files[file]
+            lines.setdefault(tokens.path, set()).add(int(tokens.lines[record]))
+        return "; ".join(f"{path}, lines {sorted(numbers)}" for path, numbers in lines.items())
 
 
 class PretrainDataset(TokenDataset):
-    """Documents {"text"}: every token is learned, and <|endoftext|> after the last.
+    """Documents {"text"}: every token is supervised, and <|endoftext|> after the last.
 
-    A document longer than max_length becomes several rows. Each begins with the last token of the
-    row before, so that every token but the document's first is predicted once.
+    A document longer than max_length becomes several samples. Each begins with the last token of
+    the one before, so that every token but the document's first is predicted once.
     """
 
     options = ()
@@ -114,16 +119,18 @@ class PretrainDataset(TokenDataset):
             raise ValueError('"text" is empty')
         return [(text, 1), (END_OF_TEXT, 1)]
 
-    def spans(self, ids, mask, max_length):
-        return [(at, min(at + max_length, len(ids))) for at in range(0, len(ids), max_length - 1)]
+    def spans(self, ids, mask, max_seq_len):
+        """Where the samples of a long document start and end in it, as [(start, end)]."""
+        starts = range(0, len(ids), max_seq_len - 1)
+        return [(start, min(start + max_seq_len, len(ids))) for start in starts]
 
 
 class SFTDataset(TokenDataset):
-    """Conversations in any format of `formats.py`: only the assistant's words are learned.
+    """Conversations in any format of `formats.py`: only what the assistant writes is supervised.
 
     overlong     what happens to a conversation longer than max_length.
                  truncate: it ends with the last answer that fits, or in the middle of the first;
-                 split: what is left becomes further rows; drop: it is left out
+                 split: the rest becomes further samples; drop: it is left out
     keep_think   whose reasoning is kept: that of all answers, of the last one, of none
     data_format  a name of `formats.py`; default: that of the file's first record
     """
@@ -133,51 +140,54 @@ class SFTDataset(TokenDataset):
         super().__init__(*args, **more)
 
     def to_pieces(self, record, report):
-        keep_think, given = self.options
-        report["format"] = report["format"] or given or formats.format_of(record)
+        keep_think, data_format = self.options
+        report["format"] = report["format"] or data_format or formats.format_of(record)
         if report["format"] == "text":
             raise ValueError("it is pretraining text, not a conversation")
         messages, tools = formats.to_conversation(record, report["format"], report["notes"])
         answers = [message for message in messages if message["role"] == "assistant"]
-        forgotten = {"all": [], "last": answers[:-1], "none": answers}[keep_think]
-        for message in forgotten:
-            message.pop("reasoning_content", None)
+        for answer in {"all": [], "last": answers[:-1], "none": answers}[keep_think]:
+            answer.pop("reasoning_content", None)
         return pieces(messages, tools)
 
-    def spans(self, ids, mask, max_length):
-        # An answer ends at an <|im_end|> that is learned. No text can imitate one.
+    def spans(self, ids, mask, max_seq_len):
+        """Where the samples of a long conversation start and end in it, as [(start, end)]."""
+        if self.overlong == "drop":
+            return []
+        # An answer ends at an <|im_end|> that is supervised. No text can imitate one.
         ends = np.flatnonzero((ids == IM_END) & (mask == 1)) + 1
-        spans, start = [], 0
-        while self.overlong != "drop":
-            fitting = ends[(ends > start) & (ends <= start + max_length)]
-            end = int(fitting[-1]) if len(fitting) else min(start + max_length, len(ids))
+        spans, start, end = [], 0, 0
+        while end < len(ids):
+            fitting = ends[(ends > start) & (ends <= start + max_seq_len)]
+            end = int(fitting[-1]) if len(fitting) else min(start + max_seq_len, len(ids))
             spans.append((start, end))
-            if end == len(ids) or self.overlong == "truncate":
+            if self.overlong == "truncate":
                 break
             start = end if len(fitting) else end - 1  # seen again, as in a cut document
         return spans
 
     def mix_in(self, documents, share, seed):
-        """Adds rows of a PretrainDataset, share * the number of conversations, drawn by the seed;
-        returns their numbers. Conversations alone make a model forget what they do not mention.
+        """Adds samples of a PretrainDataset, share * the number of conversations, drawn by the
+        seed; returns their numbers. Conversations alone make a model forget what they do not
+        mention.
         """
         first = len(self.samples)
         count = min(len(documents), round(share * first))
-        chosen = documents.samples[np.random.default_rng(seed).permutation(len(documents))[:count]]
-        self.samples = np.concatenate([self.samples, chosen + [len(self.files), 0, 0, 0]])
+        drawn = documents.samples[np.random.default_rng(seed).permutation(len(documents))[:count]]
+        self.samples = np.concatenate([self.samples, drawn + [len(self.files), 0, 0, 0]])
         self.files = self.files + documents.files
         return range(first, len(self.samples))
 
 
 def require_records(report, path):
-    """Raises UserError if nothing in the file could be used, with the first reason."""
+    """Raises UserError if no record of the file is usable, with the first reason."""
     if report["records"]:
         return
+    reason = "it is empty"
     if report["bad"]:
-        number, reason = report["bad_lines"][0]
-        raise UserError(
-            f"{path}: none of its {report['bad']} records can be used; line {number}: {reason}. "
-            'Pretraining reads lines of {"text": ...}, SFT lines of '
-            '{"conversations": [{"role": ..., "content": ...}]} or another of the usual formats'
-        )
-    raise UserError(f"{path} is empty; give a JSONL file")
+        reason = "line {}: {}".format(*report["bad_lines"][0])
+    raise UserError(
+        f"{path} has no usable record: {reason}. Pretraining reads lines of "
+        '{"text": ...}, SFT lines of {"conversations": [{"role": ..., "content": ...}]} or '
+        "another format of dataset/formats.py"
+    )

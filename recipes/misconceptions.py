@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, report_user_errors
 from dataset.formats import read_records
-from dataset.split import shares, write_parts
+from dataset.prepare import shares, write_parts
 from trainer.arguments import Parser, number, stop_at, wrong_values
 
 MARKS = ("<COT_START>", "<COT_END>")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, report_user_errors
 from dataset.formats import is_folder, open_file, read_json
-from dataset.split import shares, write_parts
+from dataset.prepare import shares, write_parts
 from trainer.arguments import Parser, number, stop_at, wrong_values
 
 ASK = {  # task: the question; {0} is the history, the title or the id

@@ -1,4 +1,4 @@
-"""The cache of tokenised files: the same rows, made once, whole or not there."""
+"""The cache of tokenised files: the same samples, made once, whole or not there."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import ROOT, chat, run, write_jsonl
+from trainer import trainer_utils
 
 
-def rows_of(dataset):
+def samples_of(dataset):
     return [[part.tolist() for part in dataset[i]] for i in range(len(dataset))]
 
 
@@ -34,7 +36,7 @@ def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
     first = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
     monkeypatch.setattr(cache, "render_batch", None)  # tokenises nothing from here on
     again = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
-    assert rows_of(plain) == rows_of(first) == rows_of(again)
+    assert samples_of(plain) == samples_of(first) == samples_of(again)
     assert len({path.name for path in tmp_path.iterdir()}) == 1
     with pytest.raises(TypeError):
         kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path, rebuild=True)
@@ -68,6 +70,7 @@ def test_bad_records_and_notes_are_remembered(tmp_path):
 
 
 FILES = ["ids.bin", "mask.bin", "offsets.npy", "supervised.npy", "lines.npy", "report.json"]
+FILES += ["sha256.json"]
 
 
 def damages(path, other):
@@ -104,25 +107,38 @@ def test_a_damaged_cache_is_made_anew_with_a_word(data, tmp_path, name, capsys):
     path = write_jsonl(tmp_path / "path.jsonl", few)
     other = write_jsonl(tmp_path / "other.jsonl", few[:0:-1])
 
-    def rows(path):
-        return rows_of(SFTDataset(path, tokenizer, 40, cache_dir=tmp_path / "cache"))
+    def samples(path):
+        return samples_of(SFTDataset(path, tokenizer, 40, cache_dir=tmp_path / "cache"))
 
-    expected = rows(path)
+    expected = samples(path)
     (one,) = (tmp_path / "cache").iterdir()
-    assert rows(other) != expected
+    assert samples(other) != expected
     (another,) = set((tmp_path / "cache").iterdir()) - {one}
     assert {file.name for file in one.iterdir()} == set(FILES)
-    assert rows(path) == expected and capsys.readouterr().out == ""
+    assert samples(path) == expected and capsys.readouterr().out == ""
     if name == "all":  # each file is whole, and of another cache
         harms = [("all", lambda: shutil.copytree(another, one, dirs_exist_ok=True))]
     else:
         harms = damages(one / name, another / name)
     for how, harm in harms:
         harm()
-        assert rows(path) == expected, how
+        assert samples(path) == expected, how
         said = capsys.readouterr().out
         assert len(said.splitlines()) == 1 and f"{one} is damaged" in said, (how, said)
-        assert rows(path) == expected and capsys.readouterr().out == "", how
+        assert samples(path) == expected and capsys.readouterr().out == "", how
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_of_a_job_compares_the_hashes(data, tmp_path, monkeypatch, first):
+    monkeypatch.setattr(trainer_utils, "is_first", lambda: first)
+    args = SimpleNamespace(
+        max_seq_len=40, strict_data=False, cache_dir=tmp_path, rebuild_cache=False
+    )
+    compared, is_whole = [], cache.is_whole
+    monkeypatch.setattr(cache, "is_whole", lambda folder: compared.append(1) or is_whole(folder))
+    for _ in range(2):
+        SFTDataset(data / "sft.jsonl", load_tokenizer(), **trainer_utils.reading(args))
+    assert len(compared) == int(first)  # not where there is no cache yet
 
 
 BUILD = """

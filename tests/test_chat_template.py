@@ -1,4 +1,4 @@
-"""Golden masks: what of a conversation is learned, spelled out by hand."""
+"""Golden masks: what of a conversation is supervised, written by hand."""
 
 import json
 import re
@@ -13,14 +13,14 @@ USER = {"role": "user", "content": "Hi"}
 
 
 def marked(ids, mask):
-    """The text of a conversation with [brackets] around what is learned."""
+    """The text of a conversation with [brackets] around what is supervised."""
     tokenizer, text, on = load_tokenizer(), "", 0
     runs = []
-    for token, learn in zip(ids, mask, strict=True):
-        if runs and runs[-1][1] == learn:
+    for token, supervised in zip(ids, mask, strict=True):
+        if runs and runs[-1][1] == supervised:
             runs[-1][0].append(token)
         else:
-            runs.append(([token], learn))
+            runs.append(([token], supervised))
     for part, on in runs:
         piece = tokenizer.decode(part, skip_special_tokens=False)
         text += f"[{piece}]" if on else piece
@@ -75,9 +75,9 @@ def test_letters_that_are_not_ascii_are_learned_as_they_are():
             answer = {"role": "assistant", "content": "", "tool_calls": calls}
             tools = [{"name": "schätze", "description": "größer"}]
             text = marked(*render([USER, answer], tools=tools))
-            learned = re.search(r"\[<tool_call>(.*)</tool_call><.im_end.>\]", text, re.DOTALL)[1]
-            assert json.loads(learned) == {"name": "schätze", "arguments": arguments}
-            assert all(word in learned for word in ("schätze", "größe", "zwölf 🙂", "日本", "é"))
+            supervised = re.search(r"\[<tool_call>(.*)</tool_call><.im_end.>\]", text, re.DOTALL)[1]
+            assert json.loads(supervised) == {"name": "schätze", "arguments": arguments}
+            assert all(word in supervised for word in ("schätze", "größe", "zwölf 🙂", "日本", "é"))
             assert "größer" in text and "\\u" not in text
 
 
@@ -104,8 +104,8 @@ def test_forged_turns_train_nothing_and_start_no_turn(role):
 
 def test_an_assistant_that_writes_control_text_learns_it_as_text():
     ids, mask = render([USER, {"role": "assistant", "content": "<|im_end|> ends a turn"}])
-    learned = [token for token, on in zip(ids, mask, strict=True) if on]
-    assert learned.count(2) == 1 and learned[-1] == 2
+    supervised = [token for token, on in zip(ids, mask, strict=True) if on]
+    assert supervised.count(2) == 1 and supervised[-1] == 2
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,13 @@ def test_an_assistant_that_writes_control_text_learns_it_as_text():
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}], "only an assistant"),
         ([{"role": "assistant", "content": "", "tool_calls": "{"}], "tool_calls is text"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "needs a name"),
+        ([{"role": "user", "content": "\ud83d"}], "message 1 has content with half a character"),
+        ([USER | {"tools": [{"name": "\ud83d"}]}], "tools is text with half a character"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"name": "\ud83d"}]}],
+            "tool_calls is text with half a character",
+        ),
+        ([{"role": "assistant", "content": "", "reasoning_content": 7}], "reasoning_content 7"),
     ],
 )
 def test_what_is_no_conversation_is_named(messages, says):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dataset.chat_template import as_json, call_text, render, tools_text
+from dataset.chat_template import call_text, list_of, render, tools_text
 from dataset.formats import format_of, read_records, to_conversation
 from dataset.lm_dataset import SFTDataset
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
@@ -96,7 +96,9 @@ def test_tool_calls_in_all_their_spellings_are_the_same_tokens():
     assert 5 in rendered[0][0] and sum(rendered[0][1]) > 3
 
 
-@pytest.mark.parametrize("more", [{}, {"arguments": None}, {"arguments": ""}, {"parameters": {}}])
+@pytest.mark.parametrize(
+    "more", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": " "}, {"parameters": {}}]
+)
 def test_a_call_without_arguments_has_none(more):
     assert json.loads(call_text({"name": "now", **more})) == {"name": "now", "arguments": {}}
 
@@ -109,12 +111,12 @@ def test_the_turns_that_are_left_out_are_counted():
     assert messages == [SYSTEM, ASKED[0], ASKED[0], ASKED[1], ASKED[0]]
     assert notes == {"leading assistant turns left out": 1, "empty assistant turns left out": 1}
     ids, mask = render(messages)
-    assert mask[-1] == 0 and ids[-2] == 2  # the user's last turn is there, and not learned
+    assert mask[-1] == 0 and ids[-2] == 2  # the user's last turn is there, and not supervised
 
 
-def test_a_turn_of_loss_weight_0_is_not_learned():
-    unlearned = {**ASKED[1], "loss_weight": 0}
-    ids, mask = render(converted({"messages": [*ASKED, ASKED[0], unlearned]})[0])
+def test_a_turn_of_loss_weight_0_is_not_supervised():
+    unsupervised = {**ASKED[1], "loss_weight": 0}
+    ids, mask = render(converted({"messages": [*ASKED, ASKED[0], unsupervised]})[0])
     whole, both = render([*ASKED, *ASKED])
     assert ids == whole and sum(mask) * 2 == sum(both) and not any(mask[len(mask) // 2 :])
 
@@ -122,13 +124,13 @@ def test_a_turn_of_loss_weight_0_is_not_learned():
 @pytest.mark.parametrize("key", ["loss_weight", "weight"])
 def test_a_turn_is_learned_by_its_weight(key):
     plain = render([*ASKED, *ASKED])
-    for weight, learned in ((0, 1), (0.0, 1), (False, 1), (1, 2), (1.0, 2), (True, 2), (None, 2)):
+    for weight, turns in ((0, 1), (0.0, 1), (False, 1), (1, 2), (1.0, 2), (True, 2), (None, 2)):
         ids, mask = render(
             converted({"messages": [*ASKED, ASKED[0], {**ASKED[1], key: weight}]})[0]
         )
-        assert ids == plain[0] and sum(mask) == sum(plain[1]) // 2 * learned, weight
+        assert ids == plain[0] and sum(mask) == sum(plain[1]) // 2 * turns, weight
     for weight in (0.5, "0", "1", -1, 2, [], {}):
-        with pytest.raises(ValueError, match=f"message 3: {key} is .*, not 0 or 1"):
+        with pytest.raises(ValueError, match=f"message 3 has {key} .*; give 0 or 1"):
             converted({"messages": [SYSTEM, ASKED[0], {**ASKED[1], key: weight}]})
         if key == "loss_weight":
             with pytest.raises(ValueError, match="message 2 has loss_weight .*0 or 1"):
@@ -140,9 +142,9 @@ def test_a_turn_is_learned_by_its_weight(key):
     [
         ({"role": "narrator", "content": "x"}, "message 2 has role 'narrator'"),
         ({"from": None, "value": "x"}, "message 2 has role None"),
-        ({"role": "user", "content": None}, "message 2: content is None"),
-        ({"role": "user", "content": 7}, "content is 7"),
-        ({"role": "user", "content": "\ud83d"}, "half a character"),
+        ({"role": "user", "content": None}, "message 2 has content None"),
+        ({"role": "user", "content": 7}, "message 2 has content 7"),
+        ({"role": "user", "content": "\ud83d"}, "message 2 has content with half a character"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url'"),
         ({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, "part of type .'text'."),
         ({"role": "user", "content": [{"type": {}}]}, "part of type {}"),
@@ -220,7 +222,9 @@ def test_a_number_too_long_to_read_is_one_bad_record(tmp_path, array, digits):
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     one, bad, other = [record for _, record in read_records(tmp_path / "x.json")]
     assert (one, other) == ({"text": "a"}, {"text": "c"})
-    assert isinstance(bad, ValueError) and "more digits" in str(bad)
+    assert isinstance(
+        bad, ValueError
+    ) and "JSON that cannot be read: Exceeds the limit (4300 digits)" in str(bad)
 
 
 @pytest.mark.parametrize("keep_think, kept", [("all", [1, 1]), ("last", [0, 1]), ("none", [0, 0])])
@@ -243,9 +247,9 @@ def test_overlong_conversations_are_cut_between_turns(tmp_path, overlong, rows):
     for input_ids, labels in [dataset[i] for i in range(len(dataset))]:
         assert len(input_ids) <= length + 5 and 2 in labels
         assert input_ids[-1] == 2 or input_ids[-2] == 2  # ends with a whole answer
-    learned = [label for i in range(rows) for label in dataset[i][1].tolist() if label != -100]
+    supervised = [label for i in range(rows) for label in dataset[i][1].tolist() if label != -100]
     once = [i for i, m in zip(*render(turn), strict=True) if m]
-    assert learned == once * {"truncate": 2, "drop": 0, "split": 6}[overlong]
+    assert supervised == once * {"truncate": 2, "drop": 0, "split": 6}[overlong]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
@@ -342,7 +346,7 @@ def compared_with_transformers(path):
     for _, record in read_records(path):
         messages, tools = to_conversation(record, format_of(record), Counter())
         ids, mask = render(messages, tools, tokenizer=tokenizer)
-        if tools := as_json(tools, "tools"):
+        if tools := list_of(tools, "tools"):
             if messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": ""}, *messages]
             said = [messages[0]["content"], tools_text(tools)]

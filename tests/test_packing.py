@@ -16,12 +16,12 @@ from tests.conftest import chat, write_jsonl
 from tests.test_chat_template import marked
 
 
-def random_rows(rng, count, longest):
+def random_samples(rng, count, longest):
     rows = []
     for _ in range(count):
         ids = torch.tensor([rng.randrange(3, 100) for _ in range(rng.randrange(2, longest))])
-        learned = torch.tensor([rng.random() < 0.5 for _ in ids])
-        rows.append((ids, torch.where(learned, ids, IGNORE)))
+        supervised = torch.tensor([rng.random() < 0.5 for _ in ids])
+        rows.append((ids, torch.where(supervised, ids, IGNORE)))
     return rows
 
 
@@ -29,7 +29,7 @@ def random_rows(rng, count, longest):
 def test_every_document_is_there_once_and_untouched(collate):
     rng = random.Random(0)
     for _ in range(50):
-        rows = random_rows(rng, rng.randrange(1, 40), rng.choice([10, 100, 300]))
+        rows = random_samples(rng, rng.randrange(1, 40), rng.choice([10, 100, 300]))
         ids, labels, positions, documents = collate(rows)
         found = []
         for line in range(len(ids)):
@@ -43,7 +43,7 @@ def test_every_document_is_there_once_and_untouched(collate):
         assert supervised_tokens(labels) == sum(int((b[1:] != IGNORE).sum()) for _, b in rows)
 
 
-def plain_best_fit_decreasing(lengths, row_length):
+def plain_best_fit_decreasing(lengths, max_seq_len):
     """The textbook's, which looks at every row for every item."""
     space = []
     for length in sorted(lengths, reverse=True):
@@ -51,30 +51,30 @@ def plain_best_fit_decreasing(lengths, row_length):
         if fitting:
             space[min(fitting, key=lambda index: space[index])] -= length
         else:
-            space.append(row_length - length)
-    return sorted(row_length - left for left in space)
+            space.append(max_seq_len - length)
+    return sorted(max_seq_len - left for left in space)
 
 
 def test_best_fit_decreasing_fills_rows_as_the_textbook_does():
     rng = random.Random(2)
     for _ in range(100):
-        row_length = rng.choice([16, 100, 512])
-        lengths = [rng.randint(1, row_length) for _ in range(rng.randrange(200))]
-        rows = best_fit_decreasing(lengths, row_length)
+        max_seq_len = rng.choice([16, 100, 512])
+        lengths = [rng.randint(1, max_seq_len) for _ in range(rng.randrange(200))]
+        rows = best_fit_decreasing(lengths, max_seq_len)
         assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
         filled = sorted(sum(lengths[item] for item in row) for row in rows)
-        assert filled == plain_best_fit_decreasing(lengths, row_length)
+        assert filled == plain_best_fit_decreasing(lengths, max_seq_len)
 
 
 def test_best_fit_decreasing_needs_as_many_rows_as_trl():
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     rng = random.Random(4)
     for _ in range(30):
-        row_length = rng.choice([64, 512, 1024])
-        lengths = [rng.randint(1, row_length) for _ in range(rng.randint(1, 800))]
+        max_seq_len = rng.choice([64, 512, 1024])
+        lengths = [rng.randint(1, max_seq_len) for _ in range(rng.randint(1, 800))]
         rows = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
-        theirs = trl.pack_dataset(rows, row_length, strategy="bfd")
-        assert len(theirs) == len(best_fit_decreasing(lengths, row_length))
+        theirs = trl.pack_dataset(rows, max_seq_len, strategy="bfd")
+        assert len(theirs) == len(best_fit_decreasing(lengths, max_seq_len))
 
 
 CONVERSATIONS = [chat("Hi", "Hello!", "Bye", "See you."), chat("1+1?", "2"), chat("Name?", "I am.")]
@@ -87,13 +87,15 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("row_length", [64, 90])
+@pytest.mark.parametrize("max_seq_len", [64, 90])
 @pytest.mark.parametrize("packing", [True, False])
-def test_conversations_become_the_batch_that_is_written_here_by_hand(tmp_path, row_length, packing):
+def test_conversations_become_the_batch_that_is_written_here_by_hand(
+    tmp_path, max_seq_len, packing
+):
     tokenizer = load_tokenizer()
     data = SFTDataset(write_jsonl(tmp_path / "x.jsonl", CONVERSATIONS), tokenizer)
     documents = [data[row] for row in range(3)]
-    ids, labels, positions, numbers = pack(documents, row_length) if packing else pad(documents)
+    ids, labels, positions, numbers = pack(documents, max_seq_len) if packing else pad(documents)
     found = []
     for row in range(len(ids)):
         count = int(numbers[row].max()) + 1
@@ -110,21 +112,21 @@ def test_conversations_become_the_batch_that_is_written_here_by_hand(tmp_path, r
             found.append(marked(its_ids.tolist(), supervised.tolist()))
         assert set(found.pop()) <= set("<|endoftext|>")
     assert sorted(found) == sorted(TEXTS)
-    assert len(ids) == {(True, 90): 1, (True, 64): 2}.get((packing, row_length), 3)
+    assert len(ids) == {(True, 90): 1, (True, 64): 2}.get((packing, max_seq_len), 3)
 
 
 def test_a_row_is_never_longer_than_asked_for():
     rng = random.Random(5)
     for _ in range(100):
-        row_length = rng.randrange(4, 300)
-        documents = random_rows(rng, rng.randrange(1, 30), row_length + 1)
-        ids, _, positions, _ = pack(documents, row_length)
-        assert ids.shape[1] <= row_length and positions.max() < row_length
+        max_seq_len = rng.randrange(4, 300)
+        documents = random_samples(rng, rng.randrange(1, 30), max_seq_len + 1)
+        ids, _, positions, _ = pack(documents, max_seq_len)
+        assert ids.shape[1] <= max_seq_len and positions.max() < max_seq_len
 
 
 def test_short_rows_waste_little_and_are_short():
     rng = random.Random(1)
-    ids, *_, documents = pack(random_rows(rng, 64, 60), 512)
+    ids, *_, documents = pack(random_samples(rng, 64, 60), 512)
     assert (documents >= 0).float().mean() > 0.9 and ids.shape[1] == SHORTEST
 
 
@@ -134,7 +136,7 @@ def test_a_packed_document_has_the_losses_that_it_has_alone_and_no_influence_on_
     model = CausalLM(ModelConfig(**config))
     rng = random.Random(3)
     for _ in range(10):
-        rows = random_rows(rng, 12, rng.choice([8, 40, 120]))
+        rows = random_samples(rng, 12, rng.choice([8, 40, 120]))
         ids, labels, *where = pack(rows, 128)
         with torch.no_grad():
             packed = model(ids, *where)

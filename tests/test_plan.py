@@ -10,7 +10,7 @@ from common import IGNORE, UserError
 from dataset import loader as plan
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.loader import Source, epoch_plan, mix, split_samples
-from dataset.split import shares
+from dataset.prepare import shares
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import TINY, chat, run_here, write_jsonl
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dataset import split
+from dataset import prepare
 from dataset.chat_template import render
 from dataset.formats import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
@@ -49,18 +49,36 @@ def test_check_reports_what_is_in_the_file(mixed):
     talks = [talk for _, talk in read_records(mixed) if isinstance(talk, dict)]
     rendered = [render(t["conversations"][-4:]) for t in talks if t["conversations"] != [7]]
     assert table["tokens"] == sum(len(ids) for ids, _ in rendered)
-    learned, tokens = (sum(sum(mask) for _, mask in rendered), table["tokens"])
-    assert table["supervised"] == pytest.approx(learned / tokens)
-    assert sum(count for *_, count in table["length_histogram"]) == 10
+    supervised = sum(sum(mask) for _, mask in rendered)
+    assert table["supervised"] == pytest.approx(supervised / table["tokens"])
+    assert table["length_quantiles"]["1"] == max(len(ids) for ids, _ in rendered)
+    assert table["length_quantiles"]["0"] == min(len(ids) for ids, _ in rendered)
 
 
 def test_check_of_good_data_ends_with_0_and_reads_as_a_table(data):
     files = [data / "sft.jsonl", data / "pretrain.jsonl"]
     done = run_here("dataset/prepare.py", "check", "--data_path", *files)
     assert done.returncode == 0, done.stderr
-    assert "conversations: 40 records, 0 bad" in done.stdout
-    assert "text: 60 records, 0 bad" in done.stdout
-    assert re.search(r"packed +\d+ rows, \d+\.\d% full", done.stdout)
+    tables = [dict(re.findall(r"(\w+) +(.*)", table)) for table in done.stdout.split("\n\n")]
+    found = [(table["format"], table["records"], table["bad"]) for table in tables]
+    assert found == [("conversations", "40", "0"), ("text", "60", "0")]
+    for table, path in zip(tables, files, strict=True):
+        (expected,) = json.loads(
+            run_here("dataset/prepare.py", "check", "--data_path", path, "--json").stdout
+        )
+        assert table["file"] == str(path)
+        assert table["packed_rows"] == str(expected["packed_rows"])
+        assert table["packing_efficiency"] == f"{expected['packing_efficiency']:.3f}"
+
+
+def test_check_names_the_lines_of_bad_records_and_of_duplicates(mixed):
+    done = run_here("dataset/prepare.py", "check", "--data_path", mixed)
+    assert done.returncode == 1
+    assert re.findall(r"^  line (\d+): (?:not JSON|message 1)", done.stdout, re.MULTILINE) == [
+        "9",
+        "11",
+    ]
+    assert re.search(r"^duplicates +records: 1, lines: \[10\]$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["sft", "pretrain"])
@@ -104,7 +122,7 @@ def test_show_of_text_leaves_out_the_first_token_and_shows_whole_characters(tmp_
         assert "second" not in done.stdout
 
 
-def test_show_colours_what_is_learned(data):
+def test_show_colours_what_is_supervised(data):
     done = run_here("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
     assert green(done.stdout) == "It is a number. <|im_end|>"
     plain = re.sub(r"\033\[\d+m", "", done.stdout)
@@ -132,8 +150,8 @@ def test_show_writes_a_page_that_is_whole_and_escaped(tmp_path):
     tags = Tags()
     tags.feed(page.read_text(encoding="utf-8"))
     assert tags.seen["script"] == 0 and tags.seen["section"] == 1
-    written = re.sub(r"\d", "", tags.text)  # without the numbers of the tokens
-    assert "<script>alert()</script> für" in written and "é & <b>" in written
+    written = re.sub(r"\[\d+\]", "", tags.text)  # without the ids of the tokens
+    assert "<script>alert(1)</script> für" in written and "é & <b>" in written
     # Each sign is escaped, and none is read as text by chance.
     assert page.read_text(encoding="utf-8").count("&lt;") == tags.text.count("<") > 3
 
@@ -167,7 +185,7 @@ def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
 def test_mistakes_are_told_in_a_sentence(tmp_path, data):
     for command, says in (
         (["check", "--data_path", tmp_path / "no.jsonl"], "no.jsonl"),
-        (["split", "--ratios", "8:x", data / "sft.jsonl", "--out", tmp_path], "--ratios: 8:x"),
+        (["split", "--ratios", "8:x", data / "sft.jsonl", "--out", tmp_path], "--ratios 8:x"),
         (["split", "--stratify", "no", data / "sft.jsonl", "--out", tmp_path], "line 1"),
     ):
         done = run_here("dataset/prepare.py", *command)
@@ -238,7 +256,7 @@ SCRIPTS |= {name: ["recipes/prepare_math.py", name] for name in ("gsm8k", "math"
 SCRIPTS |= {name: ["dataset/prepare.py", name] for name in ("check", "show", "split")}
 
 
-def prepare(name, *flags):
+def prepare_by(name, *flags):
     return run_here(*SCRIPTS[name], *flags)
 
 
@@ -262,7 +280,7 @@ def test_every_splitting_command_takes_its_seed(tmp_path, gsm8k_raw, shop):
         for number, seed in enumerate((1, 1, 2)):
             out = tmp_path / f"{command[0]}{number}"
             flags = [*command, "--out", out, "--seed", seed]
-            assert prepare(*flags).returncode == 0
+            assert prepare_by(*flags).returncode == 0
             found.append([(out / f"{part}.jsonl").read_bytes() for part in ("train", "valid")])
             assert json.loads((out / "manifest.json").read_bytes())["seed"] == seed
         assert found[0] == found[1] and found[0][0] != found[2][0] and found[0][1] != found[2][1]
@@ -307,7 +325,7 @@ def test_parts_appear_all_or_none(tmp_path, monkeypatch):
     command = ["dataset/prepare.py", "split", "--out", out, path]
     assert run_here(*command).returncode == 0
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    write, written = split.json.dumps, []
+    write, written = prepare.json.dumps, []
 
     def fails_at_the_end(value, **how):
         written.append(value)
@@ -315,7 +333,7 @@ def test_parts_appear_all_or_none(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(value, **how)
 
-    monkeypatch.setattr(split.json, "dumps", fails_at_the_end)
+    monkeypatch.setattr(prepare.json, "dumps", fails_at_the_end)
     done = run_here(*command, "--seed", 2)
     assert done.returncode == 2 and "test.jsonl cannot be written: No space" in done.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
@@ -327,20 +345,35 @@ LONG = "x" * 300 + ".jsonl"
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["check", "--data_path", "F", "--max_seq_len", 1], "--max_seq_len: 1: give a whole"),
-        (["check", "--data_path", "F", "--batch_size", 0], "--batch_size: 0: give a whole"),
-        (["check", "--data_path", "F", "--batch_size", "x"], "--batch_size: x: give a whole"),
-        (["show", "--data_path", "F", "-n", -1], "--n: -1: give a whole number from 1"),
-        (["show", "--data_path", "F", "--max_seq_len", 0], "--max_seq_len: 0: give a whole"),
-        (["split", "F", "--out", "O", "--seed", -1], "--seed: -1: give a whole"),
+        (
+            ["check", "--data_path", "F", "--max_seq_len", 1],
+            "--max_seq_len: give a whole number from 2 to 1000000000, not 1",
+        ),
+        (
+            ["check", "--data_path", "F", "--batch_size", 0],
+            "--batch_size: give a whole number from 1 to 1000000000, not 0",
+        ),
+        (
+            ["check", "--data_path", "F", "--batch_size", "x"],
+            "--batch_size: give a whole number from 1 to 1000000000, not x",
+        ),
+        (
+            ["show", "--data_path", "F", "-n", -1],
+            "-n/--n: give a whole number from 1 to 1000000000, not -1",
+        ),
+        (
+            ["show", "--data_path", "F", "--max_seq_len", 0],
+            "--max_seq_len: give a whole number from 2 to 1000000000, not 0",
+        ),
+        (["split", "F", "--out", "O", "--seed", -1], "--seed: give a whole number from 0 to"),
         (["gsm8k", "--raw", "D", "--out", "O", "--seed", -1], "--seed -1: give a whole"),
         (["sid", "--raw", "D", "--out", "O", "--max_history", 0], "--max_history 0: give a whole"),
         (["cot", "F", "--out", "O", "--seed", 1.5], "--seed 1.5: give a whole"),
-        (["split", "F", "--out", "O", "--ratios", "nan:1"], "--ratios: nan:1"),
-        (["split", "F", "--out", "O", "--ratios", "inf:1"], "--ratios: inf:1"),
-        (["split", "F", "--out", "O", "--ratios", "1e308:1e308"], "--ratios: 1e308:1e308"),
-        (["split", "F", "--out", "O", "--ratios", "2:-1"], "--ratios: 2:-1"),
-        (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios: 0:0"),
+        (["split", "F", "--out", "O", "--ratios", "nan:1"], "--ratios nan:1"),
+        (["split", "F", "--out", "O", "--ratios", "inf:1"], "--ratios inf:1"),
+        (["split", "F", "--out", "O", "--ratios", "1e308:1e308"], "--ratios 1e308:1e308"),
+        (["split", "F", "--out", "O", "--ratios", "2:-1"], "--ratios 2:-1"),
+        (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios 0:0"),
         (["split", LONG, "--out", "O"], "xx.jsonl: File name too long"),
         (["check", "--data_path", LONG], "xx.jsonl: File name too long"),
         (["check", "--data_path", ""], "is no file"),
@@ -354,7 +387,7 @@ def test_flags_that_cannot_be_meant_are_told_in_a_sentence(data, tmp_path, flags
     if "too long" in says and sys.platform == "win32":
         pytest.skip("the words of Unix")
     places = {"F": data / "sft.jsonl", "D": data, "O": tmp_path / "out", LONG: tmp_path / LONG}
-    done = prepare(*(places.get(flag, flag) for flag in flags))
+    done = prepare_by(*(places.get(flag, flag) for flag in flags))
     assert done.returncode == 2 and says in done.stderr, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -431,11 +464,12 @@ def test_a_number_too_long_to_read_is_a_bad_record_of_each_reader(tmp_path):
         ["gsm8k", "--raw", tmp_path / "raw"],
         ["sid", "--raw", tmp_path],
     ):
-        done = prepare(*command, "--out", tmp_path / "out")
+        done = prepare_by(*command, "--out", tmp_path / "out")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert "digits" in done.stderr and str(tmp_path) in done.stderr
     done = run_here("dataset/prepare.py", "check", "--data_path", tmp_path / "x.jsonl")
-    assert done.returncode == 2 and "more digits" in done.stderr
+    assert done.returncode == 2 and "line 1: JSON that cannot be read" in done.stderr
+    assert "(4300 digits)" in done.stderr
 
 
 def test_deeply_nested_json_is_told_in_a_sentence(tmp_path):
@@ -448,5 +482,5 @@ def test_deeply_nested_json_is_told_in_a_sentence(tmp_path):
         ["gsm8k", "--raw", tmp_path / "raw"],
         ["sid", "--raw", tmp_path],
     ):
-        done = prepare(*command, "--out", tmp_path / "out")
+        done = prepare_by(*command, "--out", tmp_path / "out")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

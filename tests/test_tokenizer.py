@@ -94,3 +94,20 @@ def test_a_file_without_text_makes_no_tokenizer(tmp_path, content):
     done = run_here("trainer/train_tokenizer.py", *flags)
     assert done.returncode == 2 and "x.jsonl: there is no text in it" in done.stderr
     assert (tmp_path / "t.json").read_text(encoding="utf-8") == "before"
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--vocab_size", 271], "--vocab_size 271: give a whole number from 272"),
+        (["--vocab_size", "x"], "--vocab_size x: give a whole number from 272"),
+        (["--vocab", 300], "unrecognized arguments: --vocab"),
+        (["--data_path"], "--data_path: expected at least one argument"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_told_in_a_sentence(tmp_path, data, flags, says):
+    out = tmp_path / "t.json"
+    files = [] if "--data_path" in flags else ["--data_path", data / "sft.jsonl"]
+    done = run_here("trainer/train_tokenizer.py", "--out", out, *files, *flags)
+    assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not out.exists()

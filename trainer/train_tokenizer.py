@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on JSONL: a text that occurs often becomes one token.
+"""Trains a byte-level BPE tokenizer on JSONL: byte sequences that occur often become one token.
 
     python trainer/train_tokenizer.py                       # Tiny World -> model/tokenizer.json
     python trainer/train_tokenizer.py --data_path mine.jsonl --vocab_size 6400 --out mine.json
@@ -6,7 +6,6 @@
 The same data and vocabulary size give the same file, byte for byte.
 """
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,9 +18,10 @@ from common import UserError, replacing, report_user_errors
 from dataset.formats import format_of, read_records, to_conversation, to_text
 from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
 from dataset.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
+from trainer.arguments import Parser, number, stop_at, wrong_values
 
-# Where text may be cut before pairs are merged: contractions, single digits (so that numbers are
-# written digit by digit, as sums are done), single newlines, words and punctuation with the space
+# The pieces that text is cut into; tokens are merged only within a piece: contractions, single
+# digits (sums are calculated digit by digit), single newlines, words and punctuation with the space
 # before them, other space.
 CUTS = r"'(?:s|t|re|ve|m|ll|d)\b|\p{N}|\n| ?\p{L}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|\s"
 
@@ -47,38 +47,34 @@ def train(texts, vocab_size):
 
 
 def texts_of(path):
-    """What is written in a file of any format: its texts, or the contents of its messages."""
+    """Yields the texts of a file in any format: its documents, or the contents of its messages."""
     name = None
-    for number, record in read_records(path):
+    for line, record in read_records(path):
         try:
             if isinstance(record, ValueError):
                 raise record
             name = name or format_of(record)
             if name == "text":
                 yield to_text(record)
-            else:
-                messages, _ = to_conversation(record, name, Counter())
-                yield from [message["content"] for message in messages]
+                continue
+            messages, _ = to_conversation(record, name, Counter())
         except ValueError as error:
-            raise UserError(f"{path}, line {number} is no text or conversation: {error}") from None
+            raise UserError(f"{path}, line {line} is no text or conversation: {error}") from None
+        yield from [message["content"] for message in messages]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data_path", type=Path, nargs="+", default=[PRETRAIN, SFT])
-    parser.add_argument("--vocab_size", type=int, default=2048)
-    parser.add_argument("--out", type=Path, default=SHIPPED_TOKENIZER)
+    parser = Parser(__doc__)
+    add, smallest = parser.add_argument, len(CONTROL_TOKENS) + 256
+    files = "files of text or conversations; default: Tiny World"
+    add("--data_path", type=Path, nargs="+", help=files)
+    size = f"tokens, at least the {len(CONTROL_TOKENS)} control tokens and 256 bytes"
+    add("--vocab_size", type=number(int, smallest), default=2048, help=size)
+    add("--out", type=Path, default=SHIPPED_TOKENIZER, help="file to write")
     args = parser.parse_args(argv)
-    smallest = len(CONTROL_TOKENS) + 256
-    if args.vocab_size < smallest:
-        raise UserError(
-            f"--vocab_size {args.vocab_size}: give at least {smallest}, "
-            f"{len(CONTROL_TOKENS)} control tokens and 256 bytes"
-        )
+    stop_at(wrong_values(args))
     texts = []
-    for path in args.data_path:
+    for path in args.data_path or [PRETRAIN, SFT]:
         found = list(texts_of(write_missing(path)))
         if not any(found):
             raise UserError(f"{path}: there is no text in it; give a file with text")
@@ -89,8 +85,8 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.out)
     tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts))
     characters = sum(map(len, texts))
-    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens,", end=" ")
-    print(f"{characters / tokens:.2f} characters of the data per token")
+    ratio = f"{characters / tokens:.2f} characters of the data per token"
+    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens, {ratio}")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def reading(args):
         "strict": args.strict_data,
         "cache_dir": args.cache_dir or args.save_dir / "cache",
         "rebuild": args.rebuild_cache and is_first(),
+        "verify": is_first(),  # it opens the data before the others
     }
 
 

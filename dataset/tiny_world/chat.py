@@ -1,9 +1,9 @@
-"""The conversations of Tiny World: sft_tiny.jsonl to learn from, eval_tiny.jsonl to be judged by.
+"""The conversations of Tiny World: sft_tiny.jsonl for training, eval_tiny.jsonl for evaluation.
 
-Both come from the same functions, one per kind of conversation. What differs is what they may talk
-about: `Pool` hands out known villagers, strangers, sums and stories, or the held-out ones.
+Both are made by the same functions, one per kind of conversation, from different topics: a `Pool`
+holds the villagers, strangers, sums and stories of training, or the held-out ones.
 Each function returns (category, messages, expected): the messages end with the right answer, and
-expected is what evaluation looks for in the model's own: the whole answer, or the words in a list.
+expected is what the evaluation compares a model's answer with: the whole answer or a list of words.
 """
 
 from dataset.tiny_world.text import (
@@ -104,7 +104,7 @@ def follow_up(rng, pool):
 
 
 def favourite(rng, pool):
-    """What the user said of himself, after a question about something else."""
+    """A question about what the user said earlier, after a question about something else."""
     kind = rng.choice(["colour", "animal"])
     value = rng.choice(words.values[kind])
     told = f"My favourite {kind} is {'the ' * (kind == 'animal')}{value}."
@@ -116,7 +116,7 @@ def favourite(rng, pool):
 
 
 def in_a_manner(rng, pool):
-    """The form of the answer is asked for by the user, or by the system prompt."""
+    """An answer in a form that the user or the system prompt demands."""
     person, manner = rng.choice(pool.people), rng.choice(list(words.manners))
     kinds = {"one word": SHORT_KINDS, "capitals": [*SHORT_KINDS, "pet"]}
     kind = rng.choice(kinds.get(manner, KINDS))
@@ -150,7 +150,7 @@ def unknown(rng, pool):
 
 
 def long_talk(rng, pool):
-    """One topic after another in the same conversation: learned, not judged."""
+    """One topic after another in the same conversation; in training only."""
     makers = [recall, two_facts, story_on_request, calculation, follow_up, favourite, unknown]
     makers += [small_talk]
     messages = [
@@ -160,7 +160,7 @@ def long_talk(rng, pool):
 
 
 def small_talk(rng, pool):
-    """Who the assistant is, and what words mean: learned, not judged."""
+    """Who the assistant is, and what words mean; in training only."""
     if rng.random() < 0.5:
         return None, turns(*rng.choice(words.identity)), None
     word = rng.choice(list(words.meanings))
@@ -202,7 +202,7 @@ def conversations(world, rng):
 
 
 def questions(world, rng, held_out=True, counts=EVAL_COUNTS):
-    """The records of eval_tiny.jsonl, or others of their kind: no question twice."""
+    """The records of eval_tiny.jsonl, or others of their kind; no question occurs twice."""
     pool, seen = Pool(world, held_out), set()
     for maker, count in counts.items():
         while count:

@@ -1,4 +1,4 @@
-"""Tiny World: the village of Amberbrook, invented so that a laptop has something to learn.
+"""Generates Tiny World, the data about an invented village, small enough to train on a laptop.
 
     python dataset/tiny_world/generate.py                      # writes the three files below
     python dataset/tiny_world/generate.py --sums out/sums      # more sums to solve, see docs/15
@@ -6,8 +6,8 @@
 pretrain_tiny.jsonl   text about 48 villagers (home, job, friend, pet, what each likes), stories,
                       dialogues, definitions, counting and sums
 sft_tiny.jsonl        conversations; 16 of the villagers are never mentioned in them
-eval_tiny.jsonl       held-out prompts with their answers; what keeps them apart from the other two
-                      files is decided in `World` (text.py)
+eval_tiny.jsonl       held-out prompts with their answers; `World` (text.py) decides what is held
+                      out of the other two files
 
 The same seed writes the same bytes on every machine.
 """
@@ -51,9 +51,9 @@ def write(path, records):
 
 
 def write_missing(path):
-    """Writes the Tiny World files if path is one of them and is not there yet; says so."""
+    """Returns path; first writes the Tiny World files if path is one of them and does not exist."""
     if path in (PRETRAIN, SFT, EVAL) and not path.exists():
-        print(f"{path} is not there yet: writing the Tiny World data", flush=True)
+        print(f"{path} does not exist yet: writing the Tiny World data", flush=True)
         write_tiny_world()
     return path
 
@@ -87,9 +87,9 @@ def main(argv=None):
     for name, records in files.items():
         print(f"{args.out / name}: {len(records)} records")
     text = " ".join(record["text"] for record in files["pretrain_tiny.jsonl"])
-    said = re.split(r'(?<=[.!?]) |(?<=[.!?]") ', text.replace("\n", " "))
-    distinct = len(set(said)) / len(said)
-    print(f"{len(said)} sentences to pretrain on, {distinct:.0%} of them distinct")
+    sentences = re.split(r'(?<=[.!?]) |(?<=[.!?]") ', text.replace("\n", " "))
+    distinct = len(set(sentences)) / len(sentences)
+    print(f"{len(sentences)} sentences to pretrain on, {distinct:.0%} of them distinct")
 
 
 if __name__ == "__main__":

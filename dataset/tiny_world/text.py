@@ -1,4 +1,4 @@
-"""Who lives in Tiny World, and the plain text about it: pretrain_tiny.jsonl.
+"""The villagers of Tiny World, and the text about them: pretrain_tiny.jsonl.
 
 Each function below writes one kind of text; `pretraining_text` says how much there is of each.
 """
@@ -31,11 +31,11 @@ class Villager:
 
 
 class World:
-    """Who lives in the village, and what is held out of the training files for the evaluation.
+    """The villagers, and what is held out of the training files for the evaluation.
 
-    known      villagers whom the conversations talk about
-    held_out   villagers whom only the pretraining text talks about
-    strangers  (sex, name) of nobody: for conversations, and others for the evaluation
+    known      villagers in the conversations
+    held_out   villagers in the pretraining text only
+    strangers  (sex, name) of nobody in the village; held_out_strangers are for the evaluation
     """
 
     def __init__(self, seed):
@@ -73,7 +73,7 @@ class World:
 
 
 def share(rng, items, part=0.1):
-    """A random tenth, as a dict: quick to look up, and in an order of its own making."""
+    """A random tenth of the items, as a dict: quick to look up, and in a defined order."""
     return dict.fromkeys(rng.sample(items, int(len(items) * part)))
 
 
@@ -115,14 +115,14 @@ def dialogue(rng, person, other):
 
 
 def introductions(rng, people):
-    """Who is a man and who a woman: "he" or "she" is the first word of most answers."""
+    """Whether villagers are men or women: most answers begin with "he" or "she"."""
     says = {"f": "She is a woman", "m": "He is a man"}
     four = rng.sample(people, 4)
     return " ".join(f"Do you know {p.name}? {says[p.sex]} of Amberbrook." for p in four)
 
 
 def errand(rng):
-    """Things asked for and brought, in the same order: practice in copying what was said."""
+    """Things that are asked for and brought in the same order; trains copying."""
     one, other = rng.sample(words.values["job"], 2)
     things = [f"a {rng.choice(words.values['colour'])} {t}" for t in rng.sample(words.things, 2)]
     things.insert(rng.randrange(3), f"a {rng.choice(words.values['animal'])}")
@@ -135,8 +135,8 @@ def named(kinds):
 
 
 def gossip(rng, person):
-    """Somebody asks about a villager and is told facts in which the name is not said: any three,
-    or those that were asked for; some are shouted.
+    """A question about a villager and an answer with facts without the name: two or three of any
+    kind, or those of the kinds in the question; some answers are in capitals.
     """
     asker, teller, said = rng.choice(words.values["job"]), rng.choice(words.values["job"]), "said"
     shouts = rng.random() < 0.4
@@ -152,7 +152,7 @@ def gossip(rng, person):
 
 
 def comparison(rng, person, others):
-    """The same is asked about several villagers, in full only of the first."""
+    """The same question about several villagers, in full only about the first."""
     kind, lines = rng.choice(list(words.facts)), []
     asker, teller = rng.sample(words.values["job"], 2)
     for who in [person, *others]:
@@ -168,8 +168,8 @@ def story_of(subject, event):
 
 
 def story(rng, subject, event):
-    """A story about a (colour, animal, thing). Its first sentence says what the request says, so a
-    model can copy it, and everything after it follows from that sentence.
+    """A story about a (colour, animal, thing). Its first sentence repeats the request, so a model
+    can copy it, and all later sentences follow from it.
     """
     filled = dict(zip("cat", subject, strict=True)) | {"w": story_of(subject, event)}
     filled |= {"h": rng.choice(words.values["home"]), "j": rng.choice(words.values["job"])}
@@ -201,7 +201,7 @@ def small_sum(rng):
 
 
 def steps(operation, a, b):
-    """A sum of two two-digit numbers, cut into steps that are each small enough to know by heart.
+    """A sum of two two-digit numbers in steps that are each small enough to memorise.
 
     27+15: 20+10=30, 7+5=12, 30+12=42.
     42-15: 30-10=20, 12-5=7, 20+7=27.
@@ -233,7 +233,7 @@ def card(rng, person):
 
 
 def remembered(rng, person):
-    """What somebody says of himself, and hears again after a word about something else."""
+    """What one villager says about himself, repeated by another after an unrelated fact."""
     kind = rng.choice(["colour", "animal"])
     value = "the " * (kind == "animal") + rng.choice(words.values[kind])
     one, other = rng.sample(words.values["job"], 2)
