@@ -101,6 +101,28 @@ def pieces(messages, tools=None, add_generation_prompt=False):
     return written
 
 
+def parse_answer(ids, tokenizer):
+    """What an assistant wrote, as {"content", "reasoning_content"?}: the inverse of `render` for
+    one answer, except that tool calls and other control tokens stay in content as text.
+
+    ids  the new ids of an answer, without its header and without the token that ends it
+
+    Reasoning that has no end is all reasoning. The newlines that `render` puts around reasoning
+    are removed.
+    """
+    if THINK not in ids:
+        return {"content": tokenizer.decode(ids, skip_special_tokens=False)}
+    begin = ids.index(THINK)
+    end = ids.index(END_THINK, begin) if END_THINK in ids[begin:] else len(ids)
+    before, reasoning, after = (
+        tokenizer.decode(part, skip_special_tokens=False)
+        for part in (ids[:begin], ids[begin + 1 : end], ids[end + 1 :])
+    )
+    answer = {"content": before + after.removeprefix("\n\n")}
+    reasoning = reasoning.removeprefix("\n").removesuffix("\n")
+    return answer | {"reasoning_content": reasoning} if reasoning else answer
+
+
 def check(messages):
     """Raises ValueError unless messages is a list of {role, content}; says which one is wrong."""
     if not isinstance(messages, list) or not messages:

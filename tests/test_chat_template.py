@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from common import IM_START
-from dataset.chat_template import render
+from common import END_THINK, IM_END, IM_START, THINK
+from dataset.chat_template import parse_answer, render
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -91,6 +91,42 @@ def test_the_generation_prompt_ends_where_the_answer_begins():
     ids, mask = render([USER], add_generation_prompt=True)
     assert marked(ids, mask).endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert render([USER, {"role": "assistant", "content": "x"}])[0][: len(ids)] == ids
+
+
+@pytest.mark.parametrize("content", ["Two.", "", "\n\nTwo.\n", "日 🙂 </think> naïve <think>"])
+@pytest.mark.parametrize("reasoning", [None, "I add.", "\nFirst 1.\n\nThen 2.\n", "</think> é 🙂"])
+def test_an_answer_is_parsed_into_the_message_that_renders_as_it(content, reasoning):
+    message = {"role": "assistant", "content": content}
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    prompt, _ = render([USER], add_generation_prompt=True)
+    ids = render([USER, message])[0][len(prompt) :]
+    written = ids[: ids.index(IM_END)]
+    assert {"role": "assistant"} | parse_answer(written, load_tokenizer()) == message
+
+
+def test_reasoning_without_an_end_is_all_reasoning():
+    tokenizer = load_tokenizer()
+    text, more = (tokenizer.encode(words).ids for words in ("\nI add.", "Two."))
+    for ids, expected in (
+        ([THINK, *text], {"content": "", "reasoning_content": "I add."}),
+        ([*more, THINK, *text], {"content": "Two.", "reasoning_content": "I add."}),
+        ([THINK, END_THINK, *more], {"content": "Two."}),
+        ([THINK], {"content": ""}),
+        ([END_THINK, *more], {"content": "</think>Two."}),
+        ([], {"content": ""}),
+    ):
+        assert parse_answer(ids, tokenizer) == expected
+
+
+def test_tool_calls_stay_in_the_content_of_a_parsed_answer():
+    call = {"name": "add", "arguments": {"a": 1}}
+    message = {"role": "assistant", "content": "So:", "tool_calls": [call]}
+    prompt, _ = render([USER], add_generation_prompt=True)
+    written = render([USER, message | {"reasoning_content": "I add."}])[0][len(prompt) :]
+    parsed = parse_answer(written[: written.index(IM_END)], load_tokenizer())
+    assert parsed["content"] == f"So:<tool_call>{json.dumps(call)}</tool_call>"
+    assert parsed["reasoning_content"] == "I add."
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
