@@ -1,11 +1,14 @@
-"""Attention on every branch that a CPU can take, against the formula in float64."""
+"""Attention on every branch that a CPU can take, against the plain formula in float64; and the plain
+formula against torch's attention.
+"""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dataset.loader import pack, pad
 from model import attention
-from model.attention import attend, visible
+from model.attention import attend, plain_attention, visible
 from model.causal_lm import CausalLM, ModelConfig
 
 LENGTHS = (1, 2, 63, 127, 128, 129, 200, 256, 257, 400)  # a block of queries on a CPU has 128
@@ -19,20 +22,14 @@ class OnGPU(torch.Tensor):
 
 
 def formula(q, k, v, past, documents):
-    """softmax(q k^T / sqrt(d)) v for each head; query t stands at place past + t."""
-    q, k, v = q.double(), k.double(), v.double()
-    T, S, shared = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    heads = []
-    for head in range(q.shape[1]):
-        keys, values = k[:, head // shared], v[:, head // shared]  # neighbours share one
-        scores = q[:, head] @ keys.transpose(1, 2) / q.shape[3] ** 0.5
-        for row in range(len(q)):
-            allowed = torch.arange(S)[None, :] <= torch.arange(past, past + T)[:, None]
+    """plain_attention in float64; the mask is made by hand, query t stands at place past + t."""
+    mask = torch.zeros(len(q), 1, q.shape[2], k.shape[2], dtype=torch.bool)
+    for row in range(len(q)):
+        for t in range(q.shape[2]):
+            mask[row, 0, t, : past + t + 1] = True
             if documents is not None:
-                allowed = allowed & (documents[row, past:, None] == documents[row, None, :])
-            scores[row][~allowed] = -torch.inf
-        heads.append(scores.softmax(dim=-1) @ values)
-    return torch.stack(heads, dim=1)
+                mask[row, 0, t] &= documents[row] == documents[row, past + t]
+    return plain_attention(q.double(), k.double(), v.double(), mask)
 
 
 def tensors(T, K, past, with_documents):
@@ -53,6 +50,14 @@ def compare(found, expected, weights):
     theirs = torch.autograd.grad((expected * direction).sum(), weights)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_the_plain_formula_is_torchs_attention(K):
+    (q, k, v), documents = tensors(70, K, 5, True)
+    mask = visible(5, 70, documents, "cpu")
+    shared = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    compare(plain_attention(q, k, v, mask), shared.double(), (q, k, v))
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])

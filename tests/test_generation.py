@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.causal_lm import CausalLM, ModelConfig
-from model.generation import choose, complete, generate, penalise
+from model.generation import complete, generate, penalise, sample
 from tests.test_model import SHAPE, pair, randomised
 
 transformers = pytest.importorskip("transformers")
@@ -110,7 +110,7 @@ def test_filters_and_penalty_equal_those_of_transformers():
         if top_p < 1:
             kept = judge.TopPLogitsWarper(top_p)(seen, kept)
         generator = torch.Generator().manual_seed(2)
-        drawn = torch.cat([choose(logits, 0.8, top_k, top_p, generator) for _ in range(4000)], 1)
+        drawn = torch.cat([sample(logits, 0.8, top_k, top_p, generator) for _ in range(4000)], 1)
         share = torch.stack([(drawn == token).float().mean(1) for token in range(50)], 1)
         assert not share[kept == -torch.inf].any()
         torch.testing.assert_close(share, kept.softmax(-1), atol=0.035, rtol=0)
