@@ -1,5 +1,5 @@
-"""Attention on every branch that a CPU can take, against the plain formula in float64; and the plain
-formula against torch's attention.
+"""Attention on every branch that a CPU can take, against the plain formula in float64; and that
+one against torch's attention.
 """
 
 import pytest
