@@ -38,8 +38,8 @@ def read_manifest(folder):
         ) from None
     if manifest.get("top_k"):
         raise UserError(
-            f"{folder} holds the likeliest tokens of a teacher (--top_k {manifest['top_k']}), which "
-            "only earlier versions read; record hidden states in another folder, without --top_k"
+            f"{folder} holds likely tokens (--top_k {manifest['top_k']}), which only earlier "
+            "versions read; record hidden states in another folder, without --top_k"
         )
     return manifest
 

@@ -16,7 +16,7 @@ from dataset.lm_dataset import SFTDataset
 from dataset.loader import split_samples
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.distillation import Distillation, Teacher, add_projections, divergence_of_top
+from model.distillation import Distillation, Teacher, add_projections
 from tests.conftest import TINY, export, write_jsonl
 from trainer import checkpoint, optimizer, train_distillation, train_full_sft, train_tokenizer
 from trainer.teacher import with_teacher
@@ -83,14 +83,14 @@ def test_only_supervised_positions_count(batch):
     add_projections(student, 32, 2)
     one = Distillation(student, teacher, 0.5, 2.0, 1.0)(ids, labels=labels)
 
-    class Other:  # what the teacher says elsewhere does not matter
+    class Other:  # a teacher with other states at all other positions
         layers, config, output = teacher.layers, teacher.config, teacher.output
 
         def __call__(self, *where):
-            said = teacher(*where)
-            for part in said.values():
-                part[:, :-1][labels[:, 1:] == IGNORE] += 1
-            return said
+            found = teacher(*where)
+            for states in found:
+                states[:, :-1][labels[:, 1:] == IGNORE] += 1
+            return found
 
     assert torch.equal(Distillation(student, Other(), 0.5, 2.0, 1.0)(ids, labels=labels), one)
 
@@ -115,7 +115,7 @@ def test_a_batch_without_loss_has_a_gradient_of_zero():
     assert loss == 0 and not any(weight.grad.any() for weight in student.parameters())
 
 
-def test_a_teacher_says_what_its_layers_give(batch):
+def test_a_teacher_returns_the_hidden_states_of_its_layers(batch):
     transformers = pytest.importorskip("transformers")
     teacher = small(2).eval()
     config = transformers.Qwen3Config(
@@ -123,19 +123,15 @@ def test_a_teacher_says_what_its_layers_give(batch):
     )
     judge = transformers.Qwen3ForCausalLM(config).eval()
     judge.load_state_dict(teacher.state_dict())
-    said = Teacher(teacher, layers=[1])(batch[0])
+    last, first = Teacher(teacher, layers=[1])(batch[0])
     with torch.no_grad():
         expected = judge.model(batch[0], output_hidden_states=True)
         layer = []
         judge.model.layers[0].register_forward_hook(lambda *call: layer.append(call[2]))
-        logits = judge(batch[0]).logits
-    torch.testing.assert_close(said["hidden_states"], expected.last_hidden_state)
+        judge(batch[0])
+    torch.testing.assert_close(last, expected.last_hidden_state)
     out = layer[0][0] if isinstance(layer[0], tuple) else layer[0]
-    torch.testing.assert_close(said["aux_hidden_states"][:, :, 0], out)
-    said = Teacher(teacher, top_k=7, temperature=2.0)(batch[0])
-    p, ids = (logits / 2).softmax(-1).topk(7)
-    torch.testing.assert_close(said["top_log_p"].exp(), p)
-    assert torch.equal(said["top_ids"], ids)
+    torch.testing.assert_close(first, out)
 
 
 def test_the_hidden_states_error_is_the_formula(batch):
@@ -149,7 +145,6 @@ def test_the_hidden_states_error_is_the_formula(batch):
     layers = []
     student.model.layers[0].register_forward_hook(lambda *call: layers.append(call[2]))
     ours, theirs = (student.hidden_states(ids), layers[0]), teacher(ids)
-    theirs = (theirs["hidden_states"], theirs["aux_hidden_states"][:, :, 0])
     expected = 0.0
     for matrix, mine, other in zip(student.projections, ours, theirs, strict=True):
         for row, place in (labels[:, 1:] != IGNORE).nonzero().tolist():
@@ -217,27 +212,6 @@ def test_layers_that_are_watched_may_be_compiled_or_computed_twice(batch, how, c
         torch.testing.assert_close(one, other)
 
 
-def test_the_divergence_of_the_likeliest_is_that_over_them_and_the_rest():
-    generator = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(6, 9, generator=generator).double().softmax(-1) for _ in range(2))
-    whole = (p * (p / q).log()).sum()
-    for k in (1, 4, 9):
-        top, ids = p.topk(k)
-        found = divergence_of_top(top.log(), ids, q.log().requires_grad_())
-        events = []
-        for mine, other, chosen in zip(p, q, ids.tolist(), strict=True):
-            rest = [token for token in range(9) if token not in chosen]
-            pairs = [(mine[token], other[token]) for token in chosen]
-            pairs += [(mine[rest].sum(), other[rest].sum())] * bool(rest)
-            events += [a * (a / b).log() for a, b in pairs]
-        torch.testing.assert_close(found, sum(events))
-        assert found <= whole + 1e-12
-    torch.testing.assert_close(found, whole)
-    certain = torch.tensor([[1.0, 0.0, 0.0]]).double()  # nothing is left for the rest
-    found = divergence_of_top(certain[:, :1].log(), torch.tensor([[0]]), certain.log_softmax(-1))
-    assert found.isfinite()
-
-
 def distill(trained, data, out, *more):
     flags = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
     flags += ["--save_dir", out, "--batch_size", 2, "--max_seq_len", 96, "--log_interval", 1]
@@ -300,26 +274,32 @@ def same_runs(one, other):
 HIDDEN = ["--hidden_weight", 0.2]
 
 
+def as_recorded(data):
+    """The flags of the fixture `recorded`."""
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    return ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
+
+
 def test_online_and_offline_agree(recorded, trained, data, tmp_path, capsys):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5, "--val_split", 0.1]
-    distill(trained, data, tmp_path / "on", *HIDDEN, "--aux_layers", "1,2", *replay)
+    distill(trained, data, tmp_path / "on", *HIDDEN, *as_recorded(data))
     from_disk(recorded, tmp_path / "off", *HIDDEN)
     assert "taught by " + str(recorded) in capsys.readouterr().out
     same_runs(tmp_path / "on", tmp_path / "off")
 
 
-def test_recorded_probabilities_agree_too(trained, data, tmp_path):
-    V = checkpoint.load(trained / "full_sft_32.pth")["config"]["vocab_size"]
-    flat = ["--distill_temperature", 2.0]
-    export(trained, data, tmp_path / "top", "--top_k", V, *flat, "--test_split", 0.1)
-    assert {"train", "valid", "test"} <= {path.name for path in (tmp_path / "top").iterdir()}
-    assert not (tmp_path / "top" / "output.pt").exists()
-    export(trained, data, tmp_path / "top_all", "--top_k", V, *flat)
-    distill(trained, data, tmp_path / "on", *flat)
-    from_disk(tmp_path / "top_all", tmp_path / "off", *flat)
-    same_runs(tmp_path / "on", tmp_path / "off")
-    with pytest.raises(UserError, match="distill_temperature 2.0.*hidden_weight"):
-        from_disk(tmp_path / "top", tmp_path / "no", *HIDDEN)
+def test_a_recording_of_likely_tokens_is_refused_and_kept(recorded, trained, data, tmp_path):
+    """As earlier versions wrote it with --top_k."""
+    folder = tmp_path / "top"
+    shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out", "output.pt"))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest |= {"top_k": 16, "distill_temperature": 1.0}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(UserError, match="--top_k 16.* record hidden states in another folder"):
+        from_disk(folder, tmp_path / "no")
+    with pytest.raises(UserError, match="other data, flags or weights"):
+        export(trained, data, folder, *as_recorded(data))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.*") if path in before}
 
 
 def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_common(
@@ -341,25 +321,25 @@ def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_co
 
 
 def test_recorded_samples_count_their_supervised_tokens_as_others_do(recorded):
-    """Of replayed text, the first token is learned by nobody, though its mask is 1."""
+    """The first token of replayed text is never supervised, though its mask is 1."""
     data = SFTDataset(recorded / "train", load_tokenizer(), 96)
     labels = [labels for _, labels in data]
     assert any(first != IGNORE for first, *_ in labels)
     assert data.files[0].supervised.tolist() == [int((x[1:] != IGNORE).sum()) for x in labels]
 
 
-def test_a_shard_holds_what_the_teacher_says_of_each_sample_alone(recorded, trained):
+def test_a_shard_holds_the_states_of_each_sample_alone(recorded, trained):
     content = checkpoint.load(trained / "full_sft_32.pth")
     model, _ = checkpoint.build_model(content, "it")
     teacher = Teacher(model, layers=[1, 2])
     shard, start = torch.load(recorded / "train" / "00000.pt", weights_only=True), 0
     assert len(set(shard["lengths"].tolist())) > 3
+    states = [shard["hidden_states"], *shard["aux_hidden_states"].unbind(1)]
     for length in shard["lengths"].tolist():
         ids = shard["input_ids"][start : start + length].long()
-        for name, part in teacher(ids[None]).items():
-            torch.testing.assert_close(
-                shard[name][start : start + length], part[0], atol=1e-4, rtol=1e-3
-            )
+        for recorded, alone in zip(states, teacher(ids[None]), strict=True):
+            found = recorded[start : start + length]
+            torch.testing.assert_close(found, alone[0], atol=1e-4, rtol=1e-3)
         start += length
     assert start == len(shard["input_ids"]) == len(shard["loss_mask"])
 
@@ -392,16 +372,14 @@ def test_projections_learn_though_all_else_is_frozen(recorded):
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
     learn = {name for name, weight in module.named_parameters() if weight.requires_grad}
     assert learn == {f"student.projections.{index}.weight" for index in range(3)}
-    assert set(module.teacher.said) == {"hidden_states", "aux_hidden_states"}
-    args["hidden_weight"] = 0.0  # then nothing is read that nothing asks for
+    assert len(module.teacher.states) == 3
+    args["hidden_weight"] = 0.0  # the states of further layers are then not read
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
-    assert set(module.teacher.said) == {"hidden_states"}
+    assert len(module.teacher.states) == 1
 
 
 def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    how = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
-    folder = tmp_path / "again"
+    how, folder = as_recorded(data), tmp_path / "again"
     export(trained, data, folder, *how)
     shards = sorted(folder.glob("*/*.pt"))
     assert [path.relative_to(folder) for path in shards] == [
@@ -427,7 +405,7 @@ def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
     [
         (["--max_seq_len", 50], "--max_seq_len 50 is below its 96"),
         ([*HIDDEN, "--aux_layers", "1"], "recording"),
-        (["--aux_layers", "1"], "--hidden_weight only"),
+        (["--aux_layers", "1"], "--aux_layers: needs --hidden_weight above 0"),
         (["--parallel", "fsdp"], "ddp"),
         (["--replay_path", __file__], "teacher and data in one"),
         (["--teacher_weight", "x"], "teacher and data in one"),
@@ -479,16 +457,16 @@ HARMS = {
 def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     recorded, trained, data, tmp_path, how
 ):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    command = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
-    folder = tmp_path / "copy"
+    command, folder = as_recorded(data), tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
-    # The output layer alone says nothing of where it belongs.
     shards = ["train/00000.pt", "train/00001.pt", "valid/00000.pt"]
-    names = [*shards, "tokenizer.json", *["output.pt"] * (how != "of another")]
+    names = [*shards, "tokenizer.json", "output.pt"]
     whole = {name: (folder / name).read_bytes() for name in names}
     others = dict(zip(shards, [whole[name] for name in shards[1:] + shards[:1]], strict=True))
     others["tokenizer.json"] = whole["tokenizer.json"] + b"\n"
+    if how == "of another":  # an output layer of the same shape, from a recording of other data
+        export(trained, data, tmp_path / "other", "--seed", 2)
+        others["output.pt"] = (tmp_path / "other" / "output.pt").read_bytes()
 
     def read():
         for part in ("train", "valid"):
@@ -509,19 +487,14 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     export(trained, data, folder, *command)
     assert kept.stat().st_mtime_ns == before
     assert (folder / "tokenizer.json").read_bytes() == whole["tokenizer.json"]
-    output = torch.load(folder / "output.pt", weights_only=True)
-    assert torch.equal(output, read().output)
-    assert torch.equal(output, torch.load(recorded / "output.pt", weights_only=True))
-    for name in shards:
+    for name in [*shards, "output.pt"]:
         made, was = (torch.load(place / name, weights_only=True) for place in (folder, recorded))
         assert made.keys() == was.keys()
         assert all(torch.equal(part, was[key]) for key, part in made.items())
 
 
 def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data, tmp_path):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    command = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
-    folder = tmp_path / "copy"
+    command, folder = as_recorded(data), tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
     shards = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
     for content in (b"", b"\xff\xfe", b'{"teacher": '):
@@ -537,17 +510,22 @@ def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data
 
 
 def test_a_recording_of_an_earlier_version_is_read_and_goes_on(recorded, trained, data, tmp_path):
-    """Its shards do not say where they belong."""
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    """Its files have no `belongs`, and its manifest two flags more."""
     folder = tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
     for path in folder.glob("*/*.pt"):
         shard = torch.load(path, weights_only=True)
         del shard["belongs"]
         torch.save(shard, path)
+    output = torch.load(folder / "output.pt", weights_only=True)["output"]
+    torch.save(output, folder / "output.pt")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = {"top_k": 0, "distill_temperature": 1.0, **manifest}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    assert torch.equal(offline.OfflineTeacher(folder, "cpu").output, output)
     assert len(offline.tokens_of(folder / "train")["lines"]) > 40
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
-    export(trained, data, folder, "--val_split", 0.1, *replay, "--aux_layers", "1,2")
+    export(trained, data, folder, *as_recorded(data))
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
@@ -559,10 +537,11 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
         train_full_sft.main(["--hidden_weight", "1"])
     assert "to compare with" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        export(trained, data, tmp_path / "x", "--top_k", "-1", "--data_path", tmp_path / "no.jsonl")
+        export(
+            trained, data, tmp_path / "x", "--shard_size", "0", "--data_path", tmp_path / "no.jsonl"
+        )
     said = capsys.readouterr().err
-    assert "--top_k -1: give a whole number" in said and "no.jsonl: there is no such" in said
-    layers = [(["--aux_layers", given], "layers 1 to 2") for given in ("3", "0", "1,x", "-1")]
-    for flags, says in (*layers, (["--top_k", 10**6], "--top_k")):
-        with pytest.raises(UserError, match=says):
-            export(trained, data, tmp_path / "x", *flags)
+    assert "--shard_size 0: give a whole number" in said and "no.jsonl: there is no such" in said
+    for layers in ("3", "0", "1,x", "-1"):
+        with pytest.raises(UserError, match="layers 1 to 2"):
+            export(trained, data, tmp_path / "x", "--aux_layers", layers)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -119,7 +120,7 @@ def test_the_hash_is_of_the_weights_beneath():
 
 
 def test_a_name_that_fits_nothing_is_refused():
-    with pytest.raises(UserError, match="k_prj"):
+    with pytest.raises(ValueError, match="k_prj"):
         add_lora(small(), target="q_proj,k_prj")
 
 
@@ -271,6 +272,16 @@ def test_to_peft_and_back(target, tmp_path, monkeypatch):
     merge_lora.read_peft(tmp_path / "theirs", again)
     with torch.no_grad():
         assert torch.allclose(theirs(IDS).logits, again.eval()(IDS), atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--to_peft"], ["--save_weight", "x", "--from_peft"]])
+def test_peft_files_without_safetensors_are_a_sentence(lora_run, tmp_path, monkeypatch, flags):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as where it is not installed
+    weight = ["--weight", lora_run / "pretrain_32.pth", "--save_dir", lora_run]
+    which = ["--lora", "full_sft"] if flags == ["--to_peft"] else []
+    done = run_here("recipes/peft.py", *weight, *which, *flags, tmp_path / "peft")
+    assert done.returncode == 2 and "pip install safetensors" in done.stderr
+    assert not (tmp_path / "peft").exists()
 
 
 def merge_lora_names():

@@ -1,4 +1,4 @@
-"""A teacher beside the model that learns, see model/distillation.py."""
+"""Adds a teacher to the model of a run; the loss is in model/distillation.py."""
 
 import torch
 
@@ -11,9 +11,10 @@ from trainer import checkpoint
 
 
 def with_teacher(model, tokenizer, args):
-    """The model, or what gives its loss where --teacher_weight or --offline_dir gives a teacher.
+    """The module whose forward pass gives the loss: the model, or, where --teacher_weight or
+    --offline_dir names a teacher, a Distillation of it.
 
-    Raises UserError if the two do not share a tokenizer, or if flags do not fit the recording.
+    Raises UserError if the two have different tokenizers, or if flags do not fit the recording.
     """
     path, device = args.offline_dir, model.lm_head.weight.device
     if not path and not args.teacher_weight:
@@ -21,16 +22,17 @@ def with_teacher(model, tokenizer, args):
     if args.parallel == "fsdp":
         raise UserError("--teacher_weight and --offline_dir need whole models; use --parallel ddp")
     if path:
-        require_fitting(read_manifest(path), args)
-        its_tokenizer = load_tokenizer(path / "tokenizer.json")
+        manifest = read_manifest(path)
+        require_fitting(manifest, args)
+        teacher_tokenizer = load_tokenizer(path / "tokenizer.json")
+        teacher_hash = manifest["teacher"]
         teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
-        weights = read_manifest(path)["teacher"]
     else:
         path = checkpoint.find(args.save_dir, args.teacher_weight)
-        its_model, its_tokenizer = checkpoint.build_model(checkpoint.load(path), path)
-        weights = hash_of(its_model)
-        teacher = Teacher(its_model.to(device), layers_of(args.aux_layers, its_model, path))
-    if its_tokenizer.to_str() != tokenizer.to_str():
+        weights, teacher_tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+        teacher_hash = hash_of(weights)
+        teacher = Teacher(weights.to(device), layers_of(args.aux_layers, weights, path))
+    if teacher_tokenizer.to_str() != tokenizer.to_str():
         raise UserError(
             f"the teacher {path} has another tokenizer than the student, so their probabilities "
             "cannot be compared; start the student with its --tokenizer_path"
@@ -39,12 +41,12 @@ def with_teacher(model, tokenizer, args):
         if not hasattr(model, "projections"):
             torch.manual_seed(args.seed)
             add_projections(model, teacher.config.hidden_size, 1 + len(teacher.layers))
-        # Those of a resumed run were frozen with the rest, where --freeze_base 1 says so.
+        # --freeze_base 1 froze those of a resumed run with all other weights.
         model.projections.requires_grad_(True)
     print(f"taught by {path}: {args.distill_alpha} of the loss is that of the data")
-    how = args.distill_alpha, args.distill_temperature, args.hidden_weight
-    taught = Distillation(model, teacher, *how)
-    taught.teacher_hash = weights
+    weights_of_loss = args.distill_alpha, args.distill_temperature, args.hidden_weight
+    taught = Distillation(model, teacher, *weights_of_loss)
+    taught.teacher_hash = teacher_hash
     return taught
 
 
@@ -57,17 +59,13 @@ def layers_of(text, model, path):
 
 
 def require_fitting(manifest, args):
+    """Raises UserError where flags differ from those of a recording."""
     wrong = []
     if args.max_seq_len < manifest["max_seq_len"]:
         wrong.append(f"--max_seq_len {args.max_seq_len} is below its {manifest['max_seq_len']}")
-    if manifest["top_k"] and args.distill_temperature != manifest["distill_temperature"]:
-        there = manifest["distill_temperature"]
-        wrong.append(f"its probabilities are those at --distill_temperature {there}")
-    if manifest["top_k"] and args.hidden_weight:
-        wrong.append("it holds likely tokens, no hidden states for --hidden_weight")
     if args.aux_layers:
         wrong.append(f"--aux_layers is that of the recording, {manifest['aux_layers']}")
     if wrong:
         raise UserError(
-            f"--offline_dir {args.offline_dir}: {'; '.join(wrong)}. Give what fits, or export anew"
+            f"--offline_dir {args.offline_dir}: {'; '.join(wrong)}. Give what fits, or record anew"
         )
