@@ -44,7 +44,6 @@ part.replace(path)
 SCRIPTS = {
     "dataset/tiny_world/generate.py": "for name in ('pretrain', 'sft', 'eval'):\n"
     "    (out.parent / 'dataset' / f'{name}_tiny.jsonl').write_text('')",
-    "trainer/train_tokenizer.py": "(out / 'tokenizer.json').write_text('')",
     "trainer/train_pretrain.py": TRAINING.format("pretrain"),
     "trainer/train_full_sft.py": TRAINING.format("full_sft"),
     "evaluation/run_eval.py": EVALUATION,
@@ -74,12 +73,12 @@ def demo(tmp_path):
 
 EVAL = ["run_eval --weight pretrain", "run_eval --weight full_sft"]
 SFT = ["train_full_sft --from_weight pretrain", *EVAL]
-SCRIPTS_OF_ALL = 6
+SCRIPTS_OF_ALL = 5
 
 
 def test_a_stage_that_is_done_is_not_done_again(demo):
     code, ran = demo()
-    assert code == 0 and len(ran) == SCRIPTS_OF_ALL and ran[3:] == SFT
+    assert code == 0 and len(ran) == SCRIPTS_OF_ALL and ran[2:] == SFT
     assert demo() == (0, [])
     report = json.loads((demo.folder / "out" / "demo.json").read_text(encoding="utf-8"))
     assert report["scores"]["full_sft"] == {"overall": 1.0} and report["tokens_trained"] == 2
@@ -117,3 +116,23 @@ def test_a_retraining_that_was_stopped_is_not_taken_for_done(demo):
     (demo.folder / "out" / "pretrain_384.pth").unlink()
     assert demo(stop="full_sft")[0] == 130
     assert demo() == (0, ["train_full_sft --from_resume 1", *EVAL])
+
+
+def test_a_run_of_the_users_own_is_not_resumed(demo):
+    """Training keeps it under another name, where it is not resumed."""
+    own = demo.folder / "out" / "checkpoints" / "pretrain_384_resume.pth"
+    own.parent.mkdir()
+    own.write_text("")
+    code, ran = demo(stop="pretrain")
+    assert code == 130 and ran[1:] == ["train_pretrain "]
+    assert demo()[1] == ["train_pretrain --from_resume 1", *SFT]  # that is the demo's own
+
+
+def test_starting_over_deletes_no_weights(demo):
+    """They may be of a run of the user's own; training keeps them under another name."""
+    demo()
+    weights = demo.folder / "out" / "pretrain_384.pth"
+    weights.write_text("of the user")
+    code, ran = demo("--fresh", stop="pretrain")
+    assert code == 130 and ran[1:] == ["train_pretrain "]
+    assert weights.read_text() == "of the user"
