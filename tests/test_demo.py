@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 WRITER = """
 import json, sys
 from pathlib import Path
-out = Path(__file__).parents[1] / "out"
+out = next(folder for folder in Path(__file__).parents if (folder / "demo.py").exists()) / "out"
 log = out.parent / "log.txt"
 with log.open("a") as file:
     file.write(f"{Path(__file__).stem} {' '.join(sys.argv[1:3])}\\n")
@@ -56,7 +56,7 @@ def demo(tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(ROOT / "demo.py", tmp_path)
     for name, body in SCRIPTS.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(WRITER + body, encoding="utf-8")
 
     def run(*flags, stop=""):
