@@ -122,9 +122,9 @@ class Chat:
         self.start(args.system)
 
     def start(self, system):
-        """Starts a new conversation."""
-        self.system = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self.system)
+        """Starts a new conversation with a system prompt; "" for none."""
+        self.system = system
+        self.messages = [{"role": "system", "content": system}] if system else []
 
     def prompt(self, text):
         """The ids to continue. If they leave no room for an answer, the oldest questions and their
@@ -135,7 +135,7 @@ class Chat:
             return self.tokenizer.encode(text).ids[-context + 1 :] or [END_OF_TEXT]
         reserved = min(self.settings["max_new_tokens"], context // 2)
         messages = [*self.messages, {"role": "user", "content": text}]
-        oldest = len(self.system)
+        oldest = 1 if self.system else 0
         while True:
             ids, _ = render(messages, add_generation_prompt=True, tokenizer=self.tokenizer)
             if len(ids) + reserved <= context:
@@ -181,12 +181,9 @@ class Chat:
         value = value.strip()
         if name == "/help":
             print(HELP)
-        elif name == "/reset":
-            self.messages = list(self.system)
+        elif name in ("/reset", "/system"):
+            self.start(value if name == "/system" else self.system)
             print("[a new conversation]")
-        elif name == "/system":
-            self.start(value)
-            print(f"[a new conversation, {'with this' if value else 'without a'} system prompt]")
         elif name == "/set":
             setting, _, value = value.partition(" ")
             if setting not in SAMPLING:
