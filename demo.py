@@ -1,7 +1,7 @@
 """The whole path in one command, `make demo`: writes the data, trains, compares, opens the chat.
 
-Each stage is one of the commands that the README lists. A stage that is done is not done again;
---fresh starts over. The figures stand in out/demo.json.
+Each stage runs commands that the README lists. A stage that is done is not repeated; --fresh starts
+over. The figures of the run are in out/demo.json.
 """
 
 import argparse
@@ -17,106 +17,44 @@ ROOT = Path(__file__).resolve().parent
 OUT = ROOT / "out"
 REPORT = OUT / "demo.json"
 DATA = [ROOT / "dataset" / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval")]
-ANSWERS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain", "full_sft")]
-PARTS = [path.with_suffix(".part") for path in ANSWERS]  # of an evaluation that was stopped
+RESULTS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain", "full_sft")]
 LOGS = [OUT / "logs" / f"{name}_384.jsonl" for name in ("pretrain", "full_sft")]
-STAGES = {  # stage: its commands, and the files that they leave
+SFT = ["trainer/train_full_sft.py", "--from_weight", "pretrain"]
+STAGES = {  # stage: its commands, and the files that they write
     "data": ([["dataset/tiny_world/generate.py"]], DATA),
     "pretrain": ([["trainer/train_pretrain.py"]], [OUT / "pretrain_384.pth"]),
-    "sft": (
-        [["trainer/train_full_sft.py", "--from_weight", "pretrain"]],
-        [OUT / "full_sft_384.pth"],
-    ),
-    "eval": ([["evaluation/run_eval.py", "--weight", path.stem] for path in ANSWERS], ANSWERS),
+    "sft": ([SFT], [OUT / "full_sft_384.pth"]),
+    "eval": ([["evaluation/run_eval.py", "--weight", path.stem] for path in RESULTS], RESULTS),
 }
-
-
-def begin(stage, report):
-    """The commands of a stage that is not done, which the later ones follow from. A training that
-    the demo has begun goes on; any other run is left to the trainer, which keeps it.
-    """
-    commands, _ = STAGES[stage]
-    if report.get("begun") == stage and stage in ("pretrain", "sft"):
-        return [[script, "--from_resume", "1"] for script, *_ in commands]
-    for name in list(STAGES)[list(STAGES).index(stage) :]:
-        report["seconds"].pop(name, None)
-    report["begun"] = stage
-    if stage != "eval":
-        for path in PARTS:
-            path.unlink(missing_ok=True)
-        for path in filter(Path.exists, ANSWERS):  # maybe of an evaluation by hand
-            path.replace(path.with_stem(f"{path.stem}_before_demo"))
-    save(report)
-    return commands
-
-
-def save(report):
-    OUT.mkdir(exist_ok=True)
-    REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-
-def run(commands):
-    """Runs commands one after the other, as a user would; returns the seconds."""
-    started = time.perf_counter()
-    for command in commands:
-        print(f"\n$ python {' '.join(command)}", flush=True)
-        done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]])
-        if done.returncode:
-            sys.exit(done.returncode)
-    return round(time.perf_counter() - started, 1)
-
-
-def peak_memory():
-    """The most memory that any stage of this run took, in MB; None where the system tells none."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    size = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return round(size / (1e6 if sys.platform == "darwin" else 1e3))
-
-
-def compare(before, after):
-    """Prints the scores of two evaluations, and some prompts with both answers."""
-    print(f"\n{'held-out score':16}{'pretrained':>12}{'after SFT':>12}")
-    for category, score in before["scores"].items():
-        print(f"{category:16}{score:12.1%}{after['scores'][category]:12.1%}")
-    shown = set()
-    for old, new in zip(before["problems"], after["problems"], strict=True):
-        if old["type"] in shown:
-            continue
-        shown.add(old["type"])
-        print()
-        for message in old["prompt"]:
-            print(f"  {message['role']:12}{message['content']}")
-        for name, problem in (("pretrained", old), ("after SFT", new)):
-            answer = " ".join(problem["output"].split())
-            print(f"  {name:12}{textwrap.shorten(answer, 300, placeholder=' ...')}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="start over")
     if parser.parse_args().fresh:
-        for path in [REPORT, *PARTS, *(path for _, leaves in STAGES.values() for path in leaves)]:
-            path.unlink(missing_ok=True)
-    # Ctrl-C is for the stage that runs: training saves and ends, the chat stops its answer.
+        REPORT.unlink(missing_ok=True)
+    # Ctrl-C is for the command that runs: training saves and ends, the chat stops its answer.
     signal.signal(signal.SIGINT, lambda *_: None)
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {"seconds": {}}
-    setup = ROOT / ".venv" / "setup-seconds"
+    setup = ROOT / ".venv" / "setup-seconds"  # written by make
     report["seconds"]["setup"] = round(float(setup.read_text())) if setup.exists() else 0
-
-    for stage, (_, leaves) in STAGES.items():
-        if stage in report["seconds"] and all(path.exists() for path in leaves):
+    for stage, (commands, files) in STAGES.items():
+        if stage in report["seconds"] and all(path.exists() for path in files):
             print(f"{stage}: done before, in {report['seconds'][stage]} s (make demo FRESH=1 anew)")
             continue
-        report["seconds"][stage] = run(begin(stage, report))
-        memory = [size for size in (report.get("peak_rss_mb"), peak_memory()) if size]
-        report["peak_rss_mb"] = max(memory, default=None)
+        commands = begin(stage, commands, report)
+        started = time.perf_counter()
+        for script, *flags in commands:
+            print(f"\n$ python {' '.join([script, *flags])}", flush=True)
+            done = subprocess.run([sys.executable, str(ROOT / script), *flags])
+            if done.returncode:
+                sys.exit(done.returncode)
+        report["seconds"][stage] = round(time.perf_counter() - started, 1)
+        report["peak_rss_mb"] = max(report.get("peak_rss_mb") or 0, peak_memory()) or None
         report["begun"] = None
         save(report)
 
-    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in ANSWERS)
+    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in RESULTS)
     last_lines = [path.read_text(encoding="utf-8").splitlines()[-1] for path in LOGS]
     report["scores"] = {"pretrain": before["scores"], "full_sft": after["scores"]}
     report["params"] = after["params"]
@@ -132,6 +70,57 @@ def main():
     if sys.stdin.isatty():
         print("\n$ python eval_llm.py", flush=True)
         subprocess.run([sys.executable, str(ROOT / "eval_llm.py")])
+
+
+def begin(stage, commands, report):
+    """The commands of a stage that is not done. A training that the demo began and that was stopped
+    is resumed; an earlier run of the user is not, and training keeps it under another name.
+    """
+    if report.get("begun") == stage:
+        training = stage in ("pretrain", "sft")
+        return [[script, "--from_resume", "1"] for script, *_ in commands] if training else commands
+    for later in list(STAGES)[list(STAGES).index(stage) :]:  # these follow from this stage
+        report["seconds"].pop(later, None)
+    report["begun"] = stage
+    save(report)
+    if stage != "eval":
+        for path in RESULTS:
+            path.with_suffix(".part").unlink(missing_ok=True)  # answers of earlier weights
+            if path.exists():  # maybe of an evaluation by hand
+                path.replace(path.with_stem(f"{path.stem}_before_demo"))
+    return commands
+
+
+def save(report):
+    REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def peak_memory():
+    """The peak memory of the commands so far, in MB; 0 on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    size = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return round(size / (1e6 if sys.platform == "darwin" else 1e3))
+
+
+def compare(before, after):
+    """Prints the scores of two evaluations, and a prompt of each type with both answers."""
+    print(f"\n{'held-out score':16}{'pretrained':>12}{'after SFT':>12}")
+    for category, score in before["scores"].items():
+        print(f"{category:16}{score:12.1%}{after['scores'][category]:12.1%}")
+    shown = set()
+    for old, new in zip(before["problems"], after["problems"], strict=True):
+        if old["type"] in shown:
+            continue
+        shown.add(old["type"])
+        print()
+        for message in old["prompt"]:
+            print(f"  {message['role']:12}{message['content']}")
+        for name, problem in (("pretrained", old), ("after SFT", new)):
+            answer = " ".join(problem["output"].split())
+            print(f"  {name:12}{textwrap.shorten(answer, 300, placeholder=' ...')}")
 
 
 if __name__ == "__main__":

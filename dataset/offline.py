@@ -1,14 +1,15 @@
-"""The recorded hidden states of a teacher. recipes/export_hidden_states.py writes them, and
-distillation reads them instead of running the teacher.
+"""The hidden states of a teacher for each token of a data set, on disk. export_hidden_states.py in
+recipes/ writes them; distillation then needs neither the teacher nor the data.
 
-    DIR/manifest.json      how it was made
-    DIR/tokenizer.json     the teacher's
-    DIR/output.pt          the teacher's output layer, (V, D), which makes logits of hidden states
-    DIR/train/00000.pt     shards, and as many as it takes; valid/ and test/ likewise
+    DIR/manifest.json      teacher, data and flags of the recording
+    DIR/tokenizer.json     the tokenizer of the teacher
+    DIR/output.pt          its output layer (V, D), which makes logits of hidden states
+    DIR/train/00000.pt     shards, as many as the manifest says; valid/ and test/ likewise
 
-A shard holds the n tokens of its samples, one sample after the other: input_ids (n,), loss_mask
-(n,), lengths of the samples, and the hidden states of each token as `model.distillation.Teacher`
-gives them; belongs, a hash that ties it to its place, the manifest and the tokenizer.
+A shard holds the n tokens of its samples, one sample after the other: lengths of the samples,
+input_ids (n,), loss_mask (n,), hidden_states (n, D) of the last layer, and aux_hidden_states
+(n, L, D) of L further layers, if there are any. Each .pt file also holds `belongs`, a hash of its
+name, the manifest and the tokenizer, so that a file of another recording is noticed.
 """
 
 import hashlib
@@ -23,75 +24,74 @@ import torch
 
 from common import UserError
 
-ANEW = "give the command of recipes/export_hidden_states.py that wrote it again: it goes on"
+REMEDY = "give the command of recipes/export_hidden_states.py that wrote it again: it goes on"
 
 
 def read_manifest(folder):
-    path = Path(folder) / "manifest.json"
+    """The manifest of a recording, a dict. Raises UserError if it is missing or damaged."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["shards"], manifest["config"], manifest["aux_layers"]
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        manifest["shards"], manifest["config"], manifest["aux_layers"], manifest["teacher"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{folder} is no folder of recipes/export_hidden_states.py: {error!r}; {ANEW}"
+            f"{folder} is no folder of recipes/export_hidden_states.py: {error!r}; {REMEDY}"
         ) from None
     if manifest.get("top_k"):
         raise UserError(
-            f"{folder} holds top-k probabilities of an earlier version instead of hidden states; "
-            "export anew, into another folder"
+            f"{folder} holds likely tokens (--top_k {manifest['top_k']}), which only earlier "
+            "versions read; record hidden states in another folder, without --top_k"
         )
     return manifest
 
 
-def read_tensors(path, verify=True):
-    """The content of a .pt file, memory-mapped. Raises UserError if it is damaged; without verify,
-    its checksums are not compared, which takes reading all of it.
+def belongs(path):
+    """The hash that ties a .pt file to its recording, (32,) uint8."""
+    folder = path.parent if path.name == "output.pt" else path.parents[1]
+    content = path.relative_to(folder).as_posix().encode()
+    for name in ("manifest.json", "tokenizer.json"):
+        try:
+            content += hashlib.sha256((folder / name).read_bytes()).digest()
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}; {REMEDY}") from None
+    return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
+
+
+def read(path, verify=True):
+    """The dict of a .pt file, memory-mapped. Without verify, its checksums are not compared, which
+    reads all of it. Raises UserError if it is missing, damaged, or of another recording.
     """
     try:
         with zipfile.ZipFile(path) as file:
             damaged = verify and file.testzip()
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, mmap=True, weights_only=True)
+        content = torch.load(path, mmap=True, weights_only=True)
+        if isinstance(content, torch.Tensor):  # an output layer of earlier versions
+            content = {"output": content}
+        found = content.get("belongs")
     except Exception as error:  # the readers of zip and pickle raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); {ANEW}") from None
-
-
-def belongs(folder, path):
-    """The hash that ties a file to its place in a recording and to its manifest, (32,)."""
-    content = path.relative_to(folder).as_posix().encode()
-    for name in ("manifest.json", "tokenizer.json"):
-        try:
-            content += hashlib.sha256((folder / name).read_bytes()).digest()
-        except OSError as error:
-            raise UserError(f"{folder / name}: {error.strerror}; {ANEW}") from None
-    return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
-
-
-def read_shard(path, verify=True):
-    """A shard. Raises UserError if it is not there yet, damaged, or of another recording."""
-    shard = read_tensors(path, verify)
-    expected = belongs(path.parents[1], path)
-    if not torch.equal(shard.get("belongs", expected), expected):  # earlier versions wrote none
+        raise UserError(f"{path} cannot be read ({reason}); {REMEDY}") from None
+    if found is not None and not torch.equal(found, belongs(path)):  # earlier versions wrote none
         raise UserError(
-            f"{path} does not belong to the manifest.json and tokenizer.json of its folder; {ANEW}"
+            f"{path} does not belong to the manifest.json and tokenizer.json of its folder; "
+            f"{REMEDY}"
         )
-    return shard
+    return content
 
 
 def shards(part, verify=True):
-    """The shards of DIR/train or another part. Raises UserError as `read_shard` does."""
+    """The shards of DIR/train or another part, in order. Raises UserError as `read` does."""
     for number in range(read_manifest(part.parent)["shards"].get(part.name, 0)):
-        yield read_shard(part / f"{number:05d}.pt", verify)
+        yield read(part / f"{number:05d}.pt", verify)
 
 
 def tokens_of(part):
-    """DIR/train or another part as `cache.tokenised` returns a file, as a dict."""
+    """The samples of DIR/train or another part, as the fields of `cache.Tokens`."""
     part = Path(part)
     found = list(shards(part))
     if not found:
-        raise UserError(f"{part} holds no shard; give a file, or {ANEW}")
+        raise UserError(f"{part} holds no shard; give a file, or {REMEDY}")
     ids, mask, lengths = (
         np.concatenate([shard[name].numpy() for shard in found])
         for name in ("input_ids", "loss_mask", "lengths")
@@ -112,50 +112,38 @@ def tokens_of(part):
     }
 
 
-def read_output(folder):
-    """The teacher's output layer, (V, D). Raises UserError if it is that of another recording."""
-    path = folder / "output.pt"
-    content = read_tensors(path)
-    if not isinstance(content, dict):  # earlier versions wrote the matrix alone
-        return content
-    if not torch.equal(content["belongs"], belongs(folder, path)):
-        raise UserError(f"{path} does not belong to the manifest.json of its folder; {ANEW}")
-    return content["output"]
-
-
 class OfflineTeacher:
-    """A recorded Teacher: returns the states of DIR/train, those of the chosen layers only
-    with_layers. A sample is found by its tokens.
+    """The recorded states of DIR/train, in place of `model.distillation.Teacher`. A sample is found
+    by its tokens. with_layers: also those of the further layers.
     """
 
     def __init__(self, folder, device, with_layers=True):
         manifest = read_manifest(folder)
         self.layers = manifest["aux_layers"] if with_layers else []
         self.config = SimpleNamespace(**manifest["config"])
-        self.output, self.samples = read_output(folder).to(device), {}
-        names = ["hidden_states", *["aux_hidden_states"] * bool(self.layers)]
+        self.output = read(folder / "output.pt")["output"].to(device)
+        self.samples = {}  # the bytes of its ids: (states of its shard, its first token in them)
         for shard in shards(folder / "train", verify=False):  # verified when they were read as data
-            states = {name: shard[name] for name in names}
-            ids, start = shard["input_ids"].numpy(), 0
+            states, start = [shard["hidden_states"]], 0  # (n, D) each
+            if self.layers:
+                states += shard["aux_hidden_states"].unbind(1)
+            ids = shard["input_ids"].numpy()
             for length in shard["lengths"].tolist():
-                end = start + length
-                self.samples[ids[start:end].tobytes()] = states, start
-                start = end
-        self.like = states
+                self.samples[ids[start : start + length].tobytes()] = states, start
+                start += length
+        self.states = states
 
     def __call__(self, input_ids, position_ids, document_ids):
+        """[(B, T, D), ...], as `Teacher` returns them; zeros for padding."""
         B, T = input_ids.shape
-        rows, numbers = input_ids.cpu().numpy().astype(np.int32), document_ids.cpu().numpy()
-        found = {
-            name: torch.zeros(B, T, *part.shape[1:], dtype=part.dtype)
-            for name, part in self.like.items()
-        }
+        ids, documents = input_ids.cpu().numpy().astype(np.int32), document_ids.cpu().numpy()
+        found = [torch.zeros(B, T, part.shape[1], dtype=part.dtype) for part in self.states]
         for row in range(B):
-            begins = np.flatnonzero(np.diff(numbers[row], prepend=-2))
-            for start, end in pairwise([*begins, T]):
-                if numbers[row, start] < 0:  # padding
+            starts = np.flatnonzero(np.diff(documents[row], prepend=-2))
+            for start, end in pairwise([*starts, T]):
+                if documents[row, start] < 0:  # padding
                     continue
-                states, at = self.samples[rows[row, start:end].tobytes()]
-                for name, part in states.items():
-                    found[name][row, start:end] = part[at : at + end - start]
-        return {name: part.to(input_ids.device) for name, part in found.items()}
+                recorded, first = self.samples[ids[row, start:end].tobytes()]
+                for states, part in zip(found, recorded, strict=True):
+                    states[row, start:end] = part[first : first + end - start]
+        return [states.to(input_ids.device) for states in found]

@@ -1,7 +1,8 @@
-"""Attention (arXiv:1706.03762): the formula, and the same faster on each device; and which tokens a
-token may see.
+"""Attention: the formula in eight lines, then faster versions of it for each device, and the masks
+of what a token sees. Tests compare each fast version with `plain_attention`.
 
-Shapes: B rows, H heads, K key and value heads, G = H / K, T queries, S keys, d head size.
+Shapes: B batch, H heads, K key/value heads, G = H / K heads that share a key, T queries (the tokens
+of this call), S keys (cached + T), d head size.
 """
 
 from functools import cache
@@ -11,80 +12,88 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BLOCK = 128  # queries at once on a CPU; a larger block computes more scores that are masked
+BLOCK = 128  # queries at once on a CPU: larger blocks compute more scores of the future, in vain
 
 
 def plain_attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(d)) v over the keys that mask allows: `attend`, as the formula says.
+    """softmax(Q K^T / sqrt(d)) V, equation 1 of arXiv:1706.03762.
 
-    q (B, H, T, d), k and v (B, K, S, d), mask (1 or B, 1, T, S) bool -> (B, H, T, d)
+    q (B, H, T, d), k and v (B, K, S, d), mask (1 or B, 1, T, S) with True where a query sees a key.
+    Returns (B, H, T, d).
     """
-    G = q.shape[1] // k.shape[1]  # query heads that share a key and value head
-    k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)  # -> (B, H, S, d)
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, d) @ (B, H, d, S)
-    scores = scores.masked_fill(~mask, -torch.inf)  # (B, H, T, S)
-    return scores.softmax(dim=-1) @ v
+    G = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(G, dim=1)  # (B, K, S, d) -> (B, H, S, d)
+    v = v.repeat_interleave(G, dim=1)
+    scores = q @ k.transpose(-2, -1)  # (B, H, T, d) @ (B, H, d, S) -> (B, H, T, S)
+    scores = scores / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1)
+    return weights @ v  # (B, H, T, S) @ (B, H, S, d) -> (B, H, T, d)
 
 
 def visible(past, T, document_ids, device):
-    """The mask of the T last of S = past + T tokens: bool (1 or B, 1, T, S), True where seen."""
+    """The mask of the last T of S = past + T tokens, bool (1 or B, 1, T, S): a token sees itself
+    and the earlier ones; with document_ids (B, S), only those of its own document.
+    """
     key = torch.arange(past + T, device=device)
-    mask = (key[past:, None] >= key[None, :])[None, None]
-    if document_ids is not None:  # (B, S)
+    mask = (key[past:, None] >= key[None, :])[None, None]  # (T, 1) >= (1, S) -> (1, 1, T, S)
+    if document_ids is not None:
         mask = mask & (document_ids[:, None, past:, None] == document_ids[:, None, None, :])
     return mask
 
 
 def attend(q, k, v, mask):
-    """`plain_attention` in the fastest way for the device: (B, H, T, d).
+    """What `plain_attention` returns, by the fastest way on the device of q.
 
-    mask is the result of `visible` or `document_blocks`. None: each token sees itself and those
-    before it; the T queries are the last of the S tokens.
+    mask is of `visible` or `document_blocks`. None is the causal mask; the T queries are then the
+    last of the S tokens.
     """
     if q.shape[2] == 1:
         return attend_from_one(q, k, v, mask)
     if q.device.type == "cpu" and not isinstance(mask, BlockMask):
         return attend_in_blocks(q, k, v, mask)
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    G = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(G, dim=1) for t in (k, v))  # (B, K, S, d) -> (B, H, S, d)
     if isinstance(mask, BlockMask):
         return compiled(flex_attention)(q, k, v, block_mask=mask)
-    # Without a mask, the queries are all there are.
+    # `hidden_states` leaves the mask out only where nothing is cached: T = S.
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 
 def attend_from_one(q, k, v, mask):
-    """Attention of one query, which sees all keys. The G heads that share a key are passed to
-    torch's kernel as G queries of one head, so each key is read once.
+    """Attention of a single query. It sees the same keys in every head, so the G heads that share a
+    key are passed to torch's kernel as G queries of one head, and each key is read once.
     """
     B, H, _, d = q.shape
-    together = q.reshape(B, k.shape[1], -1, d).to(k.dtype)  # (B, H, 1, d) -> (B, K, G, d)
-    x = F.scaled_dot_product_attention(together, k, v, mask)
-    return x.reshape(B, H, 1, d).to(q.dtype)
+    grouped = q.reshape(B, k.shape[1], -1, d).to(k.dtype)  # (B, H, 1, d) -> (B, K, G, d)
+    x = F.scaled_dot_product_attention(grouped, k, v, mask)
+    return x.reshape(B, H, 1, d).to(q.dtype)  # (B, K, G, d) -> (B, H, 1, d)
 
 
 def attend_in_blocks(q, k, v, mask):
-    """The formula for one block of queries after the other; keys after a block are not computed. On
-    a CPU this is faster than torch's fused kernel, most of all in bf16. The G heads that share a
-    key become one larger product.
+    """The formula for one block of queries after the other, without the keys after the block. On a
+    CPU this is faster than torch's fused kernel, most of all in bf16: it computes half as many
+    scores, and the G heads that share a key make one larger product.
     """
     (B, H, T, d), K, S, dtype = q.shape, k.shape[1], k.shape[2], q.dtype
-    q, results = q.to(k.dtype).reshape(B, K, H // K, T, d) * d**-0.5, []
+    q = q.to(k.dtype).reshape(B, K, H // K, T, d) * d**-0.5  # (B, H, T, d) -> (B, K, G, T, d)
+    results = []
     with torch.autocast("cpu", enabled=False):
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
-            t, seen = end - start, S - T + end
-            block = q[:, :, :, start:end].reshape(B, K, -1, d)  # (B, K, G * t, d)
+            t, seen = end - start, S - T + end  # queries of the block, keys up to its last one
+            block = q[:, :, :, start:end].reshape(B, K, -1, d)  # -> (B, K, G * t, d)
             scores = block @ k[:, :, :seen].transpose(-1, -2)  # (B, K, G * t, seen)
-            scores = scores.view(B, K, -1, t, seen)
+            scores = scores.view(B, K, -1, t, seen)  # -> (B, K, G, t, seen)
             if mask is not None:
-                hidden = ~mask[:, :, None, start:end, :seen]
+                hidden = ~mask[:, :, None, start:end, :seen]  # (1 or B, 1, 1, t, seen)
                 scores = scores.masked_fill(hidden, -torch.inf)
             elif t > 1:
                 future = torch.ones(t, t, dtype=torch.bool).triu(1)
                 scores[..., seen - t :].masked_fill_(future, -torch.inf)
-            weights = scores.softmax(dim=-1).view(B, K, -1, seen)
+            weights = scores.softmax(dim=-1).view(B, K, -1, seen)  # -> (B, K, G * t, seen)
             results.append((weights @ v[:, :, :seen]).view(B, K, -1, t, d))
-    return torch.cat(results, dim=3).reshape(B, H, T, d).to(dtype)
+    return torch.cat(results, dim=3).reshape(B, H, T, d).to(dtype)  # from (B, K, G, T, d)
 
 
 def blocks_available(device, head_dim):
@@ -93,10 +102,10 @@ def blocks_available(device, head_dim):
 
 
 def document_blocks(document_ids):
-    """The BlockMask of document_ids (B, T): a token sees its own document up to itself.
+    """The mask of `visible` without a cache, as a BlockMask; document_ids (B, T).
 
     On a GPU, FlexAttention (arXiv:2412.05496) computes only those blocks of the T x T scores in
-    which some query may see some key, so packed rows cost as much as their documents alone.
+    which some query sees some key: packed rows cost what their documents cost.
     """
     B, T = document_ids.shape
 
@@ -109,7 +118,7 @@ def document_blocks(document_ids):
 
 
 def compiled(function):
-    """The function compiled to one kernel; inside a compiled model that happens anyway."""
+    """The function as one fused kernel; torch.compile of the whole model fuses it anyway."""
     return function if torch.compiler.is_compiling() else compile_once(function)
 
 

@@ -3,8 +3,8 @@ attention, SwiGLU. With the same weights it computes what transformers' `Qwen3Fo
 (`qk_norm=True`), `LlamaForCausalLM` (`qk_norm=False`) and `Qwen3MoeForCausalLM` (`use_moe=True`)
 compute, and its `state_dict()` keys are those of their published checkpoints.
 
-Shapes: B batch, T time (tokens of this call), S tokens to look at (cached + T), D hidden,
-H heads, K key/value heads, d head size, V vocabulary.
+Shapes: B batch, T time (tokens of this call), S cached tokens + T, D hidden, H heads, K key/value
+heads, d head size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ from model.moe import MoE
 
 @dataclass
 class ModelConfig:
-    """The shape of a model, with Qwen3's names. `None` stands for "derive it from hidden_size"."""
+    """The shape of a model, with Qwen3's names. None: derived from other fields, as each comment
+    says. Raises ValueError for values that contradict each other.
+    """
 
     vocab_size: int = 2048
     hidden_size: int = 384
@@ -74,25 +76,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        weight = self.weight.float()  # not fp32 only in a model that was cast to generate
+        weight = self.weight.float()  # not fp32 where the model was cast to bf16 for generation
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
 def rotary_table(position_ids, head_dim, theta):
-    """cos and sin of every position's angles, (B, T) -> two of (B, T, 1, d), in fp32.
+    """cos and sin of the angles of each position, (B, T) -> two of (B, T, 1, d), in fp32.
 
-    RoPE (arXiv:2104.09864) turns pair i of a head's values by position * theta^(-2i/d), so that
+    RoPE (arXiv:2104.09864) rotates pair i of a head's values by position * theta^(-2i/d), so that
     the product of a query and a key depends on their distance alone.
     """
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim  # (d/2,)
     angle = position_ids[:, :, None, None].float() * (theta**-exponent)  # (B, T, 1, d/2)
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.cat([angle, angle], dim=-1)  # (B, T, 1, d)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns x (B, T, H, d); a pair is (i, i + d/2), as in Llama's and Qwen's checkpoints."""
-    left, right = x.chunk(2, dim=-1)
+    """x (B, T, H, d), rotated; a pair is (i, i + d/2), as in Llama's and Qwen's checkpoints."""
+    left, right = x.chunk(2, dim=-1)  # (B, T, H, d/2) each
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
 
 
@@ -114,21 +116,23 @@ class Attention(nn.Module):
     def forward(self, x, rotary, mask, kv_cache, layer):
         B, T, _ = x.shape
         d = self.config.head_dim
-        q = self.q_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, H, d)
-        k = self.k_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, K, d)
+        q = self.q_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, H * d) -> (B, T, H, d)
+        k = self.k_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, K * d) -> (B, T, K, d)
         v = self.v_proj(x).view(B, T, -1, d)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, T, H, d) -> (B, H, T, d)
+        # (B, T, H, d) -> (B, H, T, d), and (B, T, K, d) -> (B, K, T, d) twice
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if kv_cache is not None:
             k, v = kv_cache.append(layer, k, v)  # (B, K, T, d) -> (B, K, S, d)
-        x = attention.attend(q, k, v, mask)
-        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, d) -> (B, T, D)
+        x = attention.attend(q, k, v, mask)  # (B, H, T, d), see attention.plain_attention
+        x = x.transpose(1, 2).reshape(B, T, -1)  # (B, H, T, d) -> (B, T, H, d) -> (B, T, H * d)
+        return self.o_proj(x)  # (B, T, H * d) -> (B, T, D)
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, D)."""
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -141,7 +145,9 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: attention and MLP each read a normalised copy of x and add their result to it."""
+    """Attention, then an MLP. Each reads a normalised copy of the residual stream x (pre-norm) and
+    adds its result to it, so the shape stays (B, T, D).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -158,12 +164,14 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, rotary, mask, kv_cache, layer):
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, kv_cache, layer)
-        x = x + self.dropout(attended)  # (B, T, D), the same shape all the way up
+        x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Decoder(nn.Module):
-    """Everything but the output layer; a module of its own because checkpoints name it `model.`"""
+    """All layers but the output layer; a module of its own, because published checkpoints name its
+    weights `model.`
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -176,7 +184,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, rotary, mask, kv_cache):
         x = self.dropout(self.embed_tokens(input_ids))  # (B, T) -> (B, T, D)
         for index, layer in enumerate(self.layers):
-            if self.grad_checkpoint and self.training:  # keep x only, recompute the rest
+            if self.grad_checkpoint and self.training:  # keeps only x for the backward pass
                 x = checkpoint(layer, x, rotary, mask, kv_cache, index, use_reentrant=False)
             else:
                 x = layer(x, rotary, mask, kv_cache, index)
@@ -184,6 +192,8 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
+    """The decoder and the output layer: logits of the next token, or the loss."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -192,48 +202,48 @@ class CausalLM(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
                 continue
-            # Embeddings and attention keep the variance of their input. With GPT-2's 0.02 a narrow
-            # model learns to copy its context late or never: see docs/4_pretraining.md.
+            # With this std, embeddings and attention keep the size of their input. With GPT-2's
+            # 0.02, a narrow model learns to copy from its context late or never: see
+            # docs/4_pretraining.md.
             std = weight.shape[1] ** -0.5
             if "mlp" in name:
                 std = 0.02
             if name.endswith("down_proj.weight"):
-                # 2L results are added to the residual stream; scaled down, their sum keeps its
-                # variance at any depth (the GPT-2 paper, section 2.3).
+                # 2L results are added to the residual stream. Scaled down, their sum has the same
+                # size at any depth (the GPT-2 paper, section 2.3).
                 std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
             nn.init.normal_(weight, std=std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids, position_ids=None, document_ids=None, kv_cache=None, labels=None):
-        """The logits of the token after each position; with labels, the summed loss.
+        """Returns the logits of the token after each position, (B, T, V), in the dtype of the
+        weights or of autocast; with labels, the summed cross-entropy of `loss.py`, a scalar.
 
         input_ids     (B, T) int64
-        position_ids  (B, T) int64, each token's place in its document; default: 0, 1, 2 ... after
-                      what the cache holds
-        document_ids  (B, T) int64; a token sees only earlier tokens of the same id. For rows that
-                      hold several documents, and for padding on the left. Default: one document.
-        kv_cache      a KVCache, which then also holds this call's keys and values
+        position_ids  (B, T) int64, the position of each token in its document; default: 0, 1, 2 ...
+                      from the length of the cache on
+        document_ids  (B, T) int64; a token sees only earlier tokens of the same id. For rows of
+                      several documents, and for padding on the left. Default: one document.
+        kv_cache      a KVCache, to which this call's keys and values are added
         labels        (B, T) int64, not shifted, -100 = no loss
-        returns       logits (B, T, V), in the dtype of the weights or of autocast; with labels, the
-                      summed cross-entropy, as `loss.py` has it
         """
         x = self.hidden_states(input_ids, position_ids, document_ids, kv_cache)  # (B, T, D)
         if labels is not None:
             return summed_cross_entropy(x, self.lm_head.weight, labels)
-        return self.lm_head(x)
+        return self.lm_head(x)  # (B, T, D) -> (B, T, V)
 
     def hidden_states(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):
-        """The hidden states of the last layer, (B, T, D); arguments as in forward."""
-        T = input_ids.shape[1]
+        """The hidden states of the last layer, (B, T, D); the arguments are those of forward."""
+        T, device = input_ids.shape[1], input_ids.device
         past = kv_cache.length if kv_cache is not None else 0
         if position_ids is None:
-            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]
+            position_ids = torch.arange(past, past + T, device=device)[None]  # (1, T)
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
         if kv_cache is not None:
             document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
-        mask, device = None, input_ids.device
-        # FlexAttention needs more than one token, the batch of a process without samples.
+        mask = None  # causal, over all tokens
+        # T is 1 in the batch of a process that has no rows: FlexAttention needs more.
         packed = document_ids is not None and kv_cache is None and T > 1
         if packed and attention.blocks_available(device, self.config.head_dim):
             mask = attention.document_blocks(document_ids)
@@ -243,21 +253,17 @@ class CausalLM(nn.Module):
 
 
 class KVCache:
-    """The keys and values of the tokens so far, so that a new token computes one position only.
+    """The keys and values of the tokens so far, so that a new token costs the work of one position.
 
-    Room for `max_length` tokens is taken once; `length` of them are filled. Holds the document ids
-    too once a call gives some (then every call must).
+    Memory for `max_length` tokens is allocated once; `length` of them are filled. The document ids
+    are kept too once a call gives some; every later call must then give them.
     """
 
     def __init__(self, config, batch_size, max_length, device=None, dtype=torch.float32):
-        shape = (
-            batch_size,
-            config.num_key_value_heads,
-            max_length,
-            config.head_dim,
-        )  # (B, K, S, d)
+        # For each layer (B, K, max_length, d)
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]  # (B, K, S, d)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.document_ids = torch.zeros(batch_size, max_length, device=device, dtype=torch.long)
         self.has_documents = False
@@ -265,7 +271,9 @@ class KVCache:
         self.length = 0
 
     def extend(self, shape, document_ids):
-        """Makes room for (B, T) tokens; returns all document ids so far (B, S), or None."""
+        """Reserves the columns of shape = (B, T) new tokens; returns all document ids so far,
+        (B, S), or None. Raises ValueError if they do not fit.
+        """
         start, self.length = self.length, self.length + shape[1]
         if self.length > self.max_length:
             raise ValueError(f"{self.length} tokens do not fit a KV cache of {self.max_length}")
@@ -277,7 +285,7 @@ class KVCache:
         return self.document_ids[:, : self.length]
 
     def append(self, layer, keys, values):
-        """Stores one layer's new (B, K, T, d) pair; returns all of that layer's, (B, K, S, d)."""
+        """Stores a layer's new keys and values, (B, K, T, d); returns all so far, (B, K, S, d)."""
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             store.index_copy_(2, self.columns, new.to(store.dtype))
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]

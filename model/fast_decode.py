@@ -1,5 +1,5 @@
-"""Faster steps to the next token: weights in the processor's layout, and a compiled model. Both
-give the logits of the plain forward pass, but for rounding.
+"""Two ways to make the step to the next token faster; `generate` works without either. That step
+reads every weight once for a few rows of input, so its time is the time to read the weights.
 """
 
 import copy
@@ -9,17 +9,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+COMPILED = WeakKeyDictionary()  # model: (key, its compiled copy)
+
 
 @contextmanager
-def laid_out_weights(model, batch_size):
-    """Inside, the model is in eval mode and, on a CPU with oneDNN, multiplies with copies of its
-    matrices in the memory layout of the processor. A new token reads every weight once, so the time
-    of a step is the time to read them.
+def weights_laid_out(model, batch_size):
+    """Inside, the linear layers of a model on a CPU with oneDNN compute with copies of their
+    weights in oneDNN's own order, which is faster to read. Elsewhere it changes nothing.
     """
-    was_training, linears = model.training, []
-    model.eval()
     lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    weight = model.lm_head.weight
+    weight, linears = model.lm_head.weight, []
     whole = weight.device.type == "cpu" and not hasattr(weight, "full_tensor")  # fsdp shards it
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype)
     able = half is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)()
@@ -32,7 +31,6 @@ def laid_out_weights(model, batch_size):
     finally:
         for linear in linears:
             linear.__dict__.pop("forward", None)
-        model.train(was_training)
 
 
 def multiply(weight, x):
@@ -40,11 +38,10 @@ def multiply(weight, x):
 
 
 def compiled_step(model, batch_size):
-    """The model compiled for the step to the next token; kept for the next answer.
+    """A compiled copy of the model, which shares its weights, for calls with one new token per row.
+    It is kept for later answers, and compiled again when the weights have changed.
 
-    On a CPU, a matrix times a single row is written as products and a sum: compiled, that reads
-    bf16 weights at the speed of the memory. For several rows the compiler changes the layout of the
-    matrices (its option `freezing`) and treats them as constants, so new ones are compiled again.
+    For several rows on a CPU, the compiler itself lays the weights out; it calls that freezing.
     """
     from torch._inductor import config as compiler
 
@@ -52,20 +49,21 @@ def compiled_step(model, batch_size):
     key = batch_size > 1, weights[0].dtype, sum(weight._version for weight in weights)
     if COMPILED.get(model, (None,))[0] != key:
         if model in COMPILED:
-            torch.compiler.reset()  # else the code for the old weights is used for the new ones
+            torch.compiler.reset()  # else the code of the old weights would be used again
         twin = copy.deepcopy(model, {id(weight): weight for weight in weights}).eval()
         on_cpu = weights[0].device.type == "cpu"
         for module in twin.modules():
             if type(module) is torch.nn.Linear and on_cpu and batch_size == 1:
                 module.__class__ = OneRow
-        frozen = compiler.patch(freezing=on_cpu and batch_size > 1)
-        COMPILED[model] = key, frozen(torch.compile(twin, dynamic=True))
+        freeze = compiler.patch(freezing=on_cpu and batch_size > 1)
+        COMPILED[model] = key, freeze(torch.compile(twin, dynamic=True))
     return COMPILED[model][1]
 
 
-COMPILED = WeakKeyDictionary()
-
-
 class OneRow(torch.nn.Linear):
+    """A linear layer for a single row of input, as products and a sum: compiled on a CPU, this
+    reads bf16 weights at the speed of the memory.
+    """
+
     def forward(self, x):
         return (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1).to(x.dtype)

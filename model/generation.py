@@ -1,13 +1,16 @@
-"""Generation: one token after the other, each sampled from the model's distribution of the next.
+"""Generating text: the model computes the prompts once (prefill), then a loop samples one token for
+each row and computes that token alone, with the keys and values of all earlier ones in a cache.
 
-Shapes: B prompts, T tokens of a call, V vocabulary.
+Shapes: B batch, T time (tokens of the longest prompt, padded), V vocabulary.
 """
+
+from contextlib import contextmanager
 
 import torch
 
-from common import STOP
+from common import PAD, STOP
 from model.causal_lm import KVCache
-from model.fast_decode import compiled_step, laid_out_weights
+from model.fast_decode import compiled_step, weights_laid_out
 
 
 @torch.inference_mode()
@@ -27,65 +30,66 @@ def generate(
     """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
 
     prompts             B lists of token ids, of any lengths above 0
-    temperature         divides the logits; below 1e-6 the most probable token is always taken
-    top_k               samples from the k most probable tokens; 0: from all
-    top_p               samples from the fewest tokens whose probabilities add up to top_p, at
-                        least one (arXiv:1904.09751)
-    repetition_penalty  above 1 makes tokens of prompt and answer less likely (arXiv:1909.05858)
-    stop_ids            a row that samples one of these is finished; it is yielded, then None
-    seed                of the sampling; None: another one each time
-    use_compile         compiles the step to the next token; the first answer of a model waits
-    allowed             constrained decoding: a function from the new ids of a row, a list, to the
-                        ids that may follow
+    temperature         0, or below 1e-6, where logits would overflow: always the likeliest token;
+                        higher values flatten the distribution
+    top_k               samples from the k likeliest tokens only; 0: from all
+    top_p               samples from the fewest tokens whose probabilities add up to top_p, at least
+                        one (arXiv:1904.09751)
+    repetition_penalty  above 1: tokens of prompt and answer become less likely (arXiv:1909.05858)
+    stop_ids            a row is finished after one of these, which is yielded; then comes None
+    seed                of the sampling; None: a different one each time
+    use_compile         torch compiles the step of one token; the first answer waits for that
+    allowed             for constrained decoding: a function from the new ids of a row, a list, to
+                        the ids of which the next one is sampled
 
-    Ends when all rows are finished, or after max_new_tokens steps. A row that fills the model's
-    context is finished, too. Raises ValueError for an empty prompt or one longer than the context.
+    Ends when all rows are finished, or after max_new_tokens steps. A row that fills the context of
+    the model is finished too. Raises ValueError for an empty prompt or one longer than the context.
     """
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    lengths, room = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
-    longest, shortest = max(lengths), min(lengths)
-    if shortest == 0 or longest > room:
-        raise ValueError(f"a prompt needs from 1 to {room} tokens")
-    steps = min(max_new_tokens, room - shortest)
-    # Shorter prompts are padded on the left, so that all rows go on at the same column. Padding is
-    # a document of its own, -1, which no real token sees.
-    pads = [longest - length for length in lengths]
-    ids = torch.tensor([[0] * n + list(p) for n, p in zip(pads, prompts, strict=True)])
-    ids, pads = ids.to(device), torch.tensor(pads, device=device)[:, None]
-    column = torch.arange(longest, device=device)
+    lengths, context = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
+    B, T = len(prompts), max(lengths)
+    if min(lengths) == 0 or max(lengths) > context:
+        raise ValueError(f"a prompt needs from 1 to {context} tokens")
+    steps = min(max_new_tokens, context - min(lengths))
+
+    # Shorter prompts are padded on the left, so that all rows continue at the same column. Padding
+    # is a document of its own, -1, which no real token sees.
+    pads = torch.tensor([[T - length] for length in lengths], device=device)  # (B, 1)
+    padded = [[PAD] * (T - len(prompt)) + list(prompt) for prompt in prompts]
+    ids = torch.tensor(padded, device=device)  # (B, T); new tokens are appended
+    column = torch.arange(T, device=device)
+    positions = (column - pads).clamp(min=0)  # (T,) - (B, 1) -> (B, T)
     documents = torch.where(column < pads, -1, 0) if pads.any() else None  # (B, T)
+
     if device.type == "cpu":
-        dtype = torch.float32  # attention is fastest in it there
-    cache = KVCache(model.config, len(prompts), longest + steps, device, dtype)
+        dtype = torch.float32  # attention on a CPU is fastest in it
+    cache = KVCache(model.config, B, T + steps, device, dtype)
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
-    finished = torch.tensor([length == room for length in lengths], device=device)
+    finished = torch.tensor([length == context for length in lengths], device=device)  # (B,)
     stops = torch.tensor(stop_ids, device=device)
-    seen, new, positions = ids, ids, (column - pads).clamp(min=0)
-    forward = model
-    forward_one = compiled_step(model, len(prompts)) if use_compile else model
-    with laid_out_weights(model, len(prompts)):
-        for _ in range(steps):
+    decode = compiled_step(model, B) if use_compile else model
+    new = ids
+    with eval_mode(model), weights_laid_out(model, B):
+        for step in range(steps):
+            forward = model if step == 0 else decode  # the whole prompts, then a token each
             logits = forward(new, positions, documents, cache)[:, -1].float()  # (B, V)
             if repetition_penalty != 1.0:
-                logits = penalise(logits, seen, pads, repetition_penalty)
+                logits = penalise(logits, ids, pads, repetition_penalty)
             if allowed:
-                may = torch.full_like(logits, -torch.inf)
-                for row, ids in enumerate(seen[:, longest:].tolist()):
-                    may[row, allowed(ids)] = 0.0
-                logits = logits + may
-            new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
-            row_done, row_new = finished.tolist(), new[:, 0].tolist()
-            yield [None if d else i for d, i in zip(row_done, row_new, strict=True)]
-            finished |= torch.isin(new[:, 0], stops) | (positions[:, -1] >= room - 2)
+                logits = constrain(logits, ids[:, T:].tolist(), allowed)
+            new = sample(logits, temperature, top_k, top_p, generator)  # (B, V) -> (B, 1)
+            row_finished, row_new = finished.tolist(), new[:, 0].tolist()
+            yield [None if f else i for f, i in zip(row_finished, row_new, strict=True)]
+            finished |= torch.isin(new[:, 0], stops) | (positions[:, -1] >= context - 2)
             if finished.all():
                 return
-            positions = (positions[:, -1:] + 1).clamp(max=room - 1)
+            ids = torch.cat([ids, new], dim=1)
+            positions = (positions[:, -1:] + 1).clamp(max=context - 1)  # (B, 1)
             documents = torch.zeros_like(new) if documents is not None else None
-            seen, forward = torch.cat([seen, new], dim=1), forward_one
 
 
 def complete(model, prompts, **options):
-    """The new ids of each prompt, without the stop token; options are those of generate."""
+    """The new ids of each prompt, without the stop token; options are those of `generate`."""
     answers = [[] for _ in prompts]
     stop_ids = options.get("stop_ids", STOP)
     for step in generate(model, prompts, **options):
@@ -95,28 +99,47 @@ def complete(model, prompts, **options):
     return answers
 
 
-def penalise(logits, seen, pads, penalty):
-    """Makes each token in seen (B, T), after its row's pads, less likely in logits (B, V).
+@contextmanager
+def eval_mode(model):
+    """Inside, the model is in eval mode: nothing is dropped out."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
-    A positive logit is divided, a negative one multiplied: dividing a negative one would favour it.
+
+def penalise(logits, ids, pads, penalty):
+    """Logits (B, V) in which every token in ids (B, T), after the pads of its row, is less likely.
+
+    A positive logit is divided, a negative one multiplied: dividing a negative one would raise it.
     """
-    real = (torch.arange(seen.shape[1], device=seen.device) >= pads).to(logits)
-    used = torch.zeros_like(logits).scatter_add(1, seen, real) > 0
+    real = (torch.arange(ids.shape[1], device=ids.device) >= pads).to(logits)  # (B, T)
+    used = torch.zeros_like(logits).scatter_add(1, ids, real) > 0  # (B, T) -> (B, V)
     return torch.where(used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def constrain(logits, answers, allowed):
+    """Logits (B, V) in which only the tokens allowed after each of the B answers are possible."""
+    mask = torch.full_like(logits, -torch.inf)
+    for row, answer in enumerate(answers):
+        mask[row, allowed(answer)] = 0.0
+    return logits + mask
+
+
 def sample(logits, temperature, top_k, top_p, generator):
-    """One token id for each row of logits: (B, V) -> (B, 1)."""
+    """One token id for each row of logits, (B, V) -> (B, 1)."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k > 0:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        weakest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < weakest, -torch.inf)
     if top_p < 1:
         probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        before = probability.cumsum(dim=-1) - probability  # of all more probable tokens together
-        rest = (before >= top_p) & (before > 0)
-        dropped = torch.zeros_like(rest).scatter(1, order, rest)
+        before = probability.cumsum(dim=-1) - probability  # sum of all likelier tokens
+        unlikely = (before >= top_p) & (before > 0)
+        dropped = torch.zeros_like(unlikely).scatter(1, order, unlikely)  # in the order of ids
         logits = logits.masked_fill(dropped, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

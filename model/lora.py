@@ -1,7 +1,9 @@
-"""LoRA (arXiv:2106.09685): the weights stay as they are, and a matrix learns W x + s B A x.
+"""LoRA (arXiv:2106.09685): the weights W are frozen; a layer computes W x + s B A x, and only the
+adapter, A and B, is trained.
 
 A is (rank, in) and B is (out, rank), so both together are small. B begins at zero: at first the
-model is what it was, bit for bit. s = alpha / rank keeps the step's size when the rank changes.
+output is that of the model without adapters, bit for bit. s = alpha / rank makes the size of an
+update independent of the rank.
 """
 
 import hashlib
@@ -16,24 +18,26 @@ ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 @dataclass
 class LoRA:
-    """What adapters are like, and which weights they belong to."""
+    """The shape of the adapters, and the weights that they belong to."""
 
     rank: int
     alpha: float
     dropout: float
-    target: str  # the names of matrices, with commas between them, or all-linear
-    base: str  # the hash of the weights beneath
+    target: str  # the names of matrices, separated by commas, or all-linear
+    base: str  # hash_of the weights that they were trained on
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter; an nn.Linear becomes one by `adapt`."""
+    """A linear layer with an adapter; `adapt` makes an nn.Linear one."""
 
     def forward(self, x):
-        out = F.linear(x, self.weight)
-        if self.unmerged is not None:  # the adapter is part of the weight for now
+        out = F.linear(x, self.weight)  # (..., in) -> (..., out)
+        if self.unmerged is not None:  # merged: the adapter is part of the weight
             return out
         x = F.dropout(x, self.lora.dropout, self.training)
-        return out + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        # (..., in) -> (..., rank) -> (..., out)
+        x = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return out + x * self.scale
 
     @property
     def scale(self):
@@ -41,9 +45,9 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=None):
-    """Gives the matrices that target names an adapter each; only these learn from now on.
+    """Adds an adapter to each matrix that target names, and freezes all other weights.
 
-    base: the hash of the weights, if it is known. Raises ValueError for a name that fits nothing.
+    base: the hash of the weights, if it is known. Raises ValueError for a name of no matrix.
     """
     names = (ALL_LINEAR if target == "all-linear" else target).split(",")
     linears = {
@@ -62,21 +66,23 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
 
 
 def adapt(linear, lora):
+    """Makes an nn.Linear a LoRALinear, in place."""
     linear.__class__ = LoRALinear
     linear.lora, linear.unmerged = lora, None
     like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     linear.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features, **like))
     linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, lora.rank, **like))
-    nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)  # as nn.Linear begins, and PEFT's adapters
+    nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)  # as in nn.Linear and in PEFT
 
 
 def adapters(model):
+    """The layers of a model that have an adapter."""
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 @torch.no_grad()
 def merge(model):
-    """Makes the adapters part of the weights: W + s B A, as quick as a model without adapters."""
+    """Adds the adapters to the weights, W + s B A: as fast as a model without adapters."""
     for linear in adapters(model):
         linear.unmerged = linear.weight.clone()
         linear.weight += linear.scale * linear.lora_B @ linear.lora_A
@@ -84,14 +90,14 @@ def merge(model):
 
 @torch.no_grad()
 def unmerge(model):
-    """Takes merge back, to the bit."""
+    """Reverts `merge`, bit for bit."""
     for linear in adapters(model):
         linear.weight.copy_(linear.unmerged)
         linear.unmerged = None
 
 
 def merge_for_good(model):
-    """The model with its adapters merged and gone: a plain one."""
+    """Merges the adapters and removes them; returns the model, all of it trainable."""
     merge(model)
     for linear in adapters(model):
         linear.__class__ = nn.Linear
@@ -101,12 +107,12 @@ def merge_for_good(model):
 
 
 def adapter_state(state):
-    """The part of a state dict that belongs to adapters."""
+    """The adapters' part of a state dict."""
     return {name: weight for name, weight in state.items() if name.endswith(("lora_A", "lora_B"))}
 
 
 def hash_of(model):
-    """sha256 over the names and the bytes of all weights, adapters aside, as they are in fp32."""
+    """The sha256 of the names and the bytes in fp32 of all weights but the adapters."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if not name.endswith(("lora_A", "lora_B")):

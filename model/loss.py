@@ -1,5 +1,5 @@
-"""The loss of next-token prediction: as it is defined, and the same in chunks, which never hold the
-logits of all tokens at once.
+"""The loss of next-token prediction: the formula in three lines, then a version of it that needs
+less memory. Tests compare the second with the first.
 
 Shapes: B batch, T time, D hidden, V vocabulary, N supervised tokens, n those of a chunk.
 """
@@ -9,72 +9,74 @@ import torch.nn.functional as F
 
 from common import IGNORE
 
-CHUNK = 512  # tokens whose logits are held at once
+CHUNK = 512  # supervised tokens whose logits are in memory at once
 
 
-def plain_cross_entropy(x, weight, labels):
-    """The sum of -log p(token) over the supervised tokens; arguments as below."""
-    logits = (x @ weight.T)[:, :-1]  # (B, T, D) @ (D, V) -> (B, T - 1, V), all but the last
-    logits, targets = logits.flatten(0, 1), labels[:, 1:].flatten()  # each predicts the next token
+def plain_cross_entropy(hidden, weight, labels):
+    """The sum of -log p(token) over the supervised tokens, each predicted by the position before.
+
+    hidden (B, T, D), the hidden states of the last layer; weight (V, D) of the output layer; labels
+    (B, T), not shifted, -100 = no loss. Returns a scalar.
+    """
+    logits = hidden @ weight.T  # (B, T, D) @ (D, V) -> (B, T, V)
+    logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B * (T - 1), ...)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def summed_cross_entropy(x, weight, labels):
-    """`plain_cross_entropy`, without holding all logits: at V = 150,000 they would take more memory
-    than the model.
+def summed_cross_entropy(hidden, weight, labels):
+    """What `plain_cross_entropy` returns, in fp32. It is not divided: a step's sum over all
+    micro-batches and processes is divided once, by its number of supervised tokens.
 
-    x (B, T, D), the hidden states; weight (V, D) of the output layer; labels (B, T), -100 = no
-    loss. Returns an fp32 scalar, not divided: a step's sum over all micro-batches and processes is
-    divided once, by its number of supervised tokens.
+    At (B, T, V) the logits are the largest tensor of a training step. Here only those of supervised
+    tokens are computed, in chunks, and none is kept for the backward pass.
     """
-    places = F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
-    targets = labels.flatten()[places + 1]
-    device, dtype = x.device.type, x.dtype
+    positions = F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
+    targets = labels.flatten()[positions + 1]  # (N,)
+    device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        x, gradients = x.flatten(0, 1), torch.is_grad_enabled()  # (B, T, D) -> (B * T, D)
-        return ChunkedCrossEntropy.apply(x, weight, places, targets, dtype, gradients)
+        hidden, gradients = hidden.flatten(0, 1), torch.is_grad_enabled()  # -> (B * T, D)
+        return ChunkedCrossEntropy.apply(hidden, weight, positions, targets, dtype, gradients)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients together with the loss, while a chunk's logits exist: the gradient of
-    a logit is its probability, minus 1 for the target. Products are computed in dtype.
+    """Computes the gradients together with the loss, while the logits of a chunk are in memory: the
+    gradient of a logit is its probability, minus 1 for the target. Products are computed in dtype.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, places, targets, dtype, with_gradients):
-        total, matrix = torch.zeros((), device=x.device), weight.to(dtype)
+    def forward(ctx, hidden, weight, positions, targets, dtype, with_gradients):
+        total, matrix = torch.zeros((), device=hidden.device), weight.to(dtype)
         if with_gradients:
-            x_grad, weight_grad = torch.zeros_like(x), torch.zeros_like(weight)
-        # A CPU keeps compiled code for each size of product that occurs: only a few are used.
-        count, padding = len(places), (0, -len(places) % 64)
-        places, targets = F.pad(places, padding), F.pad(targets, padding)
+            hidden_grad, weight_grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+        # oneDNN caches code for each size of product; with multiples of 64 there are few sizes.
+        count, padding = len(positions), (0, -len(positions) % 64)
+        positions, targets = F.pad(positions, padding), F.pad(targets, padding)
         for start in range(0, count, CHUNK):
-            chunk, real = places[start : start + CHUNK], min(CHUNK, count - start)
-            part, target = (
-                x[chunk].to(dtype),
-                targets[start : start + CHUNK, None],
-            )  # (n, D), (n, 1)
-            logits = (part @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            chunk, real = positions[start : start + CHUNK], min(CHUNK, count - start)
+            target = targets[start : start + CHUNK, None]  # (n, 1)
+            x = hidden[chunk].to(dtype)  # (B * T, D) -> (n, D)
+            logits = (x @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
             total += (log_sum - logits.gather(1, target))[:real].sum()
             if with_gradients:
-                grad = logits.sub_(log_sum).exp_()
+                grad = logits.sub_(log_sum).exp_()  # (n, V), the probabilities
                 grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
                 grad[real:] = 0
                 grad = grad.to(dtype)
-                x_grad.index_add_(0, chunk, (grad @ matrix).type_as(x))  # (n, V) @ (V, D) -> (n, D)
-                weight_grad += grad.T @ part  # (V, n) @ (n, D) -> (V, D)
-        ctx.save_for_backward(*((x_grad, weight_grad) if with_gradients else ()))
+                x_grad = (grad @ matrix).type_as(hidden)  # (n, V) @ (V, D) -> (n, D)
+                hidden_grad.index_add_(0, chunk, x_grad)
+                weight_grad += grad.T @ x  # (V, n) @ (n, D) -> (V, D)
+        ctx.save_for_backward(*((hidden_grad, weight_grad) if with_gradients else ()))
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad_output, weight_grad * grad_output, None, None, None, None
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad_output, weight_grad * grad_output, None, None, None, None
 
 
 def supervised_tokens(labels):
-    """The number of terms in the sum above."""
+    """The number of terms in the sum: labels (B, T) that are not -100, except each row's first."""
     return int((labels[:, 1:] != IGNORE).sum())

@@ -2,7 +2,7 @@
 
 The layout, and so the `state_dict()` keys, is that of published Qwen3-MoE checkpoints:
 `mlp.gate.weight`, `mlp.experts.0.gate_proj.weight` ...
-Shapes: N = B * T tokens, E experts, k experts per token, D hidden.
+Shapes: B batch, T time, N = B * T tokens, D hidden, E experts, k experts per token.
 """
 
 import torch
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 
 class MoE(nn.Module):
-    """Each token's output is the weighted sum of its k best experts' outputs.
+    """The output of a token is the weighted sum of the outputs of its k most probable experts.
 
-    `load_balance_loss` holds the last training forward's E * sum_e(share of the choices that fell
-    on e * mean probability of e), as in the Switch Transformer (arXiv:2101.03961, eq. 4), summed
-    over the k choices as in Qwen3-MoE: k when the load is even, up to E when one expert takes all.
-    It averages over the tokens of one micro-batch, padding included, so it is the one part of a
-    step's loss that depends a little on how the step was cut into micro-batches.
+    `load_balance_loss` is E * sum over e of (share of the tokens sent to e * mean probability of e)
+    of the last training forward, as in the Switch Transformer (arXiv:2101.03961, eq. 4), summed
+    over the k choices as in Qwen3-MoE: k when the load is even, up to E when one expert gets every
+    token. It is a mean over the tokens of one micro-batch, padding included, so it is the one part
+    of a step's loss that depends a little on how the step is divided into micro-batches.
     """
 
     def __init__(self, config, experts):
@@ -31,23 +31,23 @@ class MoE(nn.Module):
     def forward(self, x):
         tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (N, D)
         probability = F.softmax(self.gate(tokens).float(), dim=-1)  # (N, E)
-        weight, chosen = probability.topk(self.top_k, dim=-1)  # (N, k) each
+        weight, experts = probability.topk(self.top_k, dim=-1)  # (N, E) -> (N, k) each
         if self.norm_topk_prob:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
-            # An expert without tokens runs on zero rows: its gradient is then zero, not missing,
-            # and DistributedDataParallel does not wait for it forever.
-            token, choice = torch.where(chosen == index)
-            result = expert(tokens[token]) * weight[token, choice, None]
-            out = out.index_add(0, token, result.type_as(out))
+            # An expert without tokens runs on zero rows: its gradient is then zero instead of
+            # missing, and DistributedDataParallel does not wait for it in vain.
+            token, choice = torch.where(experts == index)  # (n,) each
+            result = expert(tokens[token]) * weight[token, choice, None]  # (n, D)
+            out = out.index_add(0, token, result.type_as(out))  # (N, D)
         if self.training:
-            share = F.one_hot(chosen, len(self.experts)).float().mean(dim=0)  # (k, E)
+            share = F.one_hot(experts, len(self.experts)).float().mean(dim=0)  # (k, E)
             self.load_balance_loss = len(self.experts) * (share * probability.mean(dim=0)).sum()
-        return out.view(x.shape)
+        return out.view(x.shape)  # (N, D) -> (B, T, D)
 
 
 def load_balance_loss(model):
-    """The mean of its MoE layers' balance losses in the last training forward; 0 without any."""
+    """The mean of the MoE layers' losses in the last training forward; 0.0 for a dense model."""
     losses = [layer.load_balance_loss for layer in model.modules() if isinstance(layer, MoE)]
     return torch.stack(losses).mean() if losses else 0.0

@@ -1,11 +1,11 @@
-"""Records the hidden states of a teacher for each token of the data. Students are trained from the
-recording without the teacher in memory, any number of times.
+"""Records the hidden states of a teacher for each token of the data, once: students are then
+trained from them without the teacher in memory, as often as you like.
 
     python recipes/export_hidden_states.py --teacher_weight full_sft
     python trainer/train_distillation.py --offline_dir out/offline --from_weight pretrain_small
 
-The data is read as by train_full_sft.py: with the same flags, its samples and their split are the
-same. A run that was stopped goes on where it was when the same command is given again.
+The data is read as train_full_sft.py reads it: the same flags give the same samples and the same
+split. A recording that was stopped continues when the same command is given again.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import IGNORE, ROOT, UserError, replacing, report_user_errors, save_tensors
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 import torch
 from tqdm import tqdm
 
+from common import IGNORE, ROOT, replacing, save_tensors
 from dataset import offline
 from dataset.lm_dataset import SFTDataset
 from dataset.loader import cut, pad, split_samples
@@ -38,65 +39,60 @@ from trainer.arguments import (
     stop_at,
     wrong_values,
 )
-from trainer.distributed import DTYPES, pick_device, pick_dtype
+from trainer.distributed import pick_device, pick_dtype
 from trainer.teacher import layers_of
-from trainer.trainer_utils import conversation_options, open_data, replay
+from trainer.trainer_utils import open_data, replay
 
 
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    args.dtype = next(name for name, kind in DTYPES.items() if kind == dtype)  # not auto
     path = checkpoint.find(args.save_dir, args.teacher_weight)
     model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
     layers = layers_of(args.aux_layers, model, path)
-    data, parts = read_data(args, tokenizer)
-    parts = {part: cut(samples, args.shard_size) for part, samples in parts.items() if samples}
+    dataset, parts = read_data(args, tokenizer)
 
-    manifest = {
-        name: getattr(args, name) for name in ("max_seq_len", "dtype", "shard_size", "seed")
-    }
+    same = ("max_seq_len", "dtype", "shard_size", "seed")
+    manifest = {name: getattr(args, name) for name in same}
     manifest |= {"aux_layers": layers, "teacher": hash_of(model)}
     manifest["config"] = dataclasses.asdict(model.config)
-    order = b"".join(data.samples[shard].tobytes() for part in parts.values() for shard in part)
-    manifest["data"] = [*data.content, hashlib.sha256(order).hexdigest()]
-    manifest["shards"] = {part: len(shards) for part, shards in parts.items()}
+    order = dataset.samples[sum(parts.values(), [])]
+    manifest["data"] = [*dataset.content, hashlib.sha256(order.tobytes()).hexdigest()]
+    shards = {part: cut(samples, args.shard_size) for part, samples in parts.items()}
+    manifest["shards"] = {part: len(of_part) for part, of_part in shards.items()}
     begin(args.offline_dir, manifest, model, tokenizer)
 
     teacher = Teacher(model.to(device), layers)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    count = sum(len(samples) for shards in parts.values() for samples in shards)
-    bar = tqdm(total=count, unit="sample", disable=None)
-    for part, shards in parts.items():
-        for index, samples in enumerate(shards):
+    bar = tqdm(total=len(order), unit="sample", disable=None)
+    for part, of_part in shards.items():
+        for index, samples in enumerate(of_part):
             place = args.offline_dir / part / f"{index:05d}.pt"
-            if not is_whole(place):
-                shard = record(teacher, data, samples, args.batch_size, device, autocast, dtype)
-                shard["belongs"] = offline.belongs(args.offline_dir, place)
-                save_tensors(place, shard)
+            if not is_complete(place):
+                shard = record(teacher, dataset, samples, args.batch_size, device, autocast, dtype)
+                save(place, shard)
             bar.update(len(samples))
     bar.close()
-    size = sum(file.stat().st_size for file in args.offline_dir.rglob("*.pt"))
-    print(f"written: {args.offline_dir}, {count} samples, {size / 2**20:.0f} MiB")
+    print(f"written: {args.offline_dir}, {len(order)} samples")
 
 
 def parse(argv):
     parser = Parser(__doc__)
-    add, share = parser.group("the recording"), number(float, 0, 0.5)
-    add("teacher_weight", "full_sft", "a name in --save_dir, or a path")
-    add("offline_dir", ROOT / "out" / "offline", "folder to write", Path)
+    add, count = parser.group("recording"), number(int, 1)
+    add("teacher_weight", "full_sft", "a name in --save_dir, or a path", metavar="NAME")
+    add("offline_dir", ROOT / "out" / "offline", "folder of the recording", Path, metavar="DIR")
     add("save_dir", ROOT / "out", "folder of weights and cache", Path)
-    add("data_path", None, "default: Tiny World's conversations", source, nargs="+")
+    add("data_path", None, "default: Tiny World", source, nargs="+", metavar="FILE")
     add("max_seq_len", 256, "maximum length of a sample, in tokens", number(int, 2))
-    add("val_split", 0.01, "share of the data in valid/", share)
-    add("test_split", 0.0, "share of the data in test/", share)
-    add("aux_layers", "", "also the hidden states of these layers, as 1,2")
-    add("shard_size", 256, "samples of a file", number(int, 1))
-    add("batch_size", 16, "samples of one forward pass", number(int, 1))
+    add("val_split", 0.01, "share of valid/", number(float, 0, 0.5))
+    add("test_split", 0.0, "share of test/", number(float, 0, 0.5))
+    add("aux_layers", "", "record the output of these layers too, as 1,2", metavar="LAYERS")
+    add("shard_size", 256, "samples of a file", count)
+    add("batch_size", 16, "samples of a forward pass", count)
     add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
-    add("seed", 1, "of the split and the replayed text", number(int, 0))
+    add("seed", 1, "of the split", number(int, 0))
     conversation_flags(parser)
     parser.set_defaults(val_data_path=None, strict_data=False, cache_dir=None, rebuild_cache=False)
     args = parser.parse_args(argv)
@@ -105,74 +101,80 @@ def parse(argv):
 
 
 def read_data(args, tokenizer):
-    """(a dataset, {"train": samples, "valid": samples, "test": samples}), as train_full_sft.py."""
-    options = conversation_options(args)
-    data, train, _, valid = open_data(SFTDataset, args, tokenizer, SFT, **options)
-    train, test = list(train), []
+    """(dataset, {"train": samples, "valid": samples, "test": samples}), without empty parts."""
+    options = {name: getattr(args, name) for name in ("data_format", "overlong", "keep_think")}
+    dataset, train, _, valid = open_data(SFTDataset, args, tokenizer, SFT, **options)
+    test = []
     if args.test_split:
-        drawn = set(split_samples(data, args.test_split, args.seed + 1)[1])
+        drawn = set(split_samples(dataset, args.test_split, args.seed + 1)[1])
         test = sorted(drawn & set(train))
-        train = sorted(set(train) - drawn)
-    train += replay(data, train, args, tokenizer)
-    return data, {"train": train, "valid": list(valid), "test": test}
+        train = [sample for sample in train if sample not in drawn]
+    train += replay(dataset, train, args, tokenizer)
+    parts = {"train": train, "valid": valid, "test": test}
+    return dataset, {part: samples for part, samples in parts.items() if samples}
 
 
 def begin(folder, manifest, model, tokenizer):
-    """Writes manifest, tokenizer and output layer; raises UserError over another recording."""
-    place = folder / "manifest.json"
-    text = json.dumps(manifest, indent=1).encode("utf-8")
-    if place.exists() and place.read_bytes() != text:
+    """Writes the files beside the shards. Raises UserError if the folder has another recording."""
+    path, there = folder / "manifest.json", None
+    if path.exists():
         try:
-            offline.read_manifest(folder)
-        except UserError:
-            print(f"{place} is damaged: it is written anew")
-        else:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            print(f"{path} is damaged: it is written again")
+    if there:
+        same = [isinstance(there, dict) and there.get(name) == manifest[name] for name in manifest]
+        if not all(same) or there.get("top_k"):
             raise UserError(
                 f"{folder} was written from other data, flags or weights; give another "
                 "--offline_dir, or delete it"
             )
+    else:
+        with replacing(path) as file:
+            file.write(json.dumps(manifest, indent=1).encode("utf-8"))
     with replacing(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str().encode("utf-8"))
-    with replacing(place) as file:
-        file.write(text)
-    output = {"output": model.lm_head.weight.detach().clone()}
-    output["belongs"] = offline.belongs(folder, folder / "output.pt")
-    save_tensors(folder / "output.pt", output)
+    save(folder / "output.pt", {"output": model.lm_head.weight.detach().clone()})
 
 
-def is_whole(place):
-    """Whether a shard is there as this run would write it; says so if it is damaged."""
-    if not place.exists():
+def save(path, content):
+    save_tensors(path, content | {"belongs": offline.belongs(path)})
+
+
+def is_complete(path):
+    """Whether a shard is there and belongs to this recording; prints a line if it is damaged."""
+    if not path.exists():
         return False
     try:
-        offline.read_shard(place)
+        offline.read(path)
     except UserError:
-        tqdm.write(f"{place} is damaged, or of another recording: it is written anew")
+        tqdm.write(f"{path} is damaged, or of another recording: it is written again")
         return False
     return True
 
 
-def record(teacher, data, samples, batch_size, device, autocast, dtype):
-    """A shard: samples of the data, and the teacher's hidden states of each of their tokens."""
-    samples = [data[sample] for sample in samples]
+def record(teacher, dataset, samples, batch_size, device, autocast, dtype):
+    """A shard: these samples, and the states of the teacher for each of their tokens."""
+    tokens = [dataset[sample] for sample in samples]
+    lengths = [len(input_ids) for input_ids, _ in tokens]
     states = [None] * len(samples)
-    order = sorted(range(len(samples)), key=lambda index: len(samples[index][0]))
-    for chosen in cut(order, batch_size):  # of similar length: less padding
-        batch = pad([samples[index] for index in chosen])
-        input_ids, _, position_ids, document_ids = (part.to(device) for part in batch)
+    by_length = sorted(range(len(samples)), key=lengths.__getitem__)  # less padding
+    for batch in cut(by_length, batch_size):
+        input_ids, _, *where = (part.to(device) for part in pad([tokens[i] for i in batch]))
         with autocast:
-            parts = teacher(input_ids, position_ids, document_ids)
-        for place, index in enumerate(chosen):
-            length = len(samples[index][0])
-            states[index] = {name: part[place, :length].cpu() for name, part in parts.items()}
-    input_ids, labels = (torch.cat(parts) for parts in zip(*samples, strict=True))
+            found = torch.stack(teacher(input_ids, *where), dim=2)  # (B, T, 1 + L, D)
+        for row, i in enumerate(batch):
+            states[i] = found[row, : lengths[i]].to("cpu", dtype)
+    states = torch.cat(states)  # (n, 1 + L, D)
+    input_ids, labels = (torch.cat(parts) for parts in zip(*tokens, strict=True))
     shard = {
-        "lengths": torch.tensor([len(ids) for ids, _ in samples]),
+        "lengths": torch.tensor(lengths),
         "input_ids": input_ids.to(torch.int32),
         "loss_mask": (labels != IGNORE).to(torch.uint8),
+        "hidden_states": states[:, 0].contiguous(),
     }
-    for name in states[0]:  # in dtype: the output layer reads them in it
-        shard[name] = torch.cat([of_sample[name] for of_sample in states]).to(dtype)
+    if teacher.layers:
+        shard["aux_hidden_states"] = states[:, 1:].contiguous()
     return shard
 
 

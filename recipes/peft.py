@@ -1,11 +1,12 @@
-"""Merges adapters into their weights, or converts them to and from PEFT's files.
+"""Merges LoRA adapters into their weights, or converts them to and from the files of PEFT.
 
 python recipes/peft.py --lora full_sft                      # out/full_sft_merged_384.pth
 python recipes/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
-                                                                  # adapter_model.safetensors
+                                                            # adapter_model.safetensors
 python recipes/peft.py --from_peft FOLDER --weight pretrain --save_weight mine
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,15 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
-
 from common import ROOT, replacing
 from model.lora import adapter_state, add_lora, merge_for_good
 from trainer import checkpoint
-from trainer.arguments import Parser
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of PEFT's names, which end with .weight
-UNKNOWN = {  # what PEFT can do and these adapters cannot, with the value that switches it off
+PREFIX, SUFFIX = "base_model.model.", ".weight"  # of the names in PEFT's files
+UNSUPPORTED = {  # options of PEFT that these adapters do not have, with the value of "off"
     "use_dora": False,
     "use_rslora": False,
     "bias": "none",
@@ -35,98 +34,113 @@ UNKNOWN = {  # what PEFT can do and these adapters cannot, with the value that s
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    add = parser.group("adapters and weights")
-    add("lora", None, "adapters: lora_NAME_512.pth in --save_dir", metavar="NAME")
-    weights = "the weights beneath; default: those that the adapters were trained on"
-    add("weight", None, weights, dest="from_weight")
-    add("save_dir", ROOT / "out", "folder of weights", Path)
-    add("save_weight", None, "name of the result; default: that of the adapters, and _merged")
-    add("to_peft", None, "write PEFT's files instead", Path, metavar="FOLDER")
-    add("from_peft", None, "read PEFT's files; writes lora_NAME", Path, metavar="FOLDER")
-    args = parser.parse_args(argv)
-    if (args.lora is None) == (args.from_peft is None):
-        raise UserError("give --lora NAME, or --from_peft FOLDER")
-    if args.from_peft and not (args.from_weight and args.save_weight):
-        raise UserError("--from_peft needs --weight, what is beneath, and --save_weight, a name")
-
-    name = checkpoint.weights_to_start_from(args)
-    path = checkpoint.find(args.save_dir, name)
+    args = parse(argv)
+    base = checkpoint.weights_to_start_from(args)
+    path = checkpoint.find(args.save_dir, base)
     content = checkpoint.load(path)
     model, tokenizer = checkpoint.build_model(content, path)
     if args.from_peft:
         read_peft(args.from_peft, model)
-        file = checkpoint.file_name(f"lora_{args.save_weight}", model.config)
-        more = {**checkpoint.description(model), "under": name, "training": {}}
+        name, stage = f"lora_{args.save_weight}", content["stage"]
         state = adapter_state(model.state_dict())
+        more = {"under": base, "training": {}}
     else:
-        place = checkpoint.find(args.save_dir, f"lora_{args.lora}", model.config.hidden_size)
-        adapters = checkpoint.load_adapters(model, place)
+        found = checkpoint.find(args.save_dir, f"lora_{args.lora}", model.config.hidden_size)
+        adapters = checkpoint.load_adapters(model, found)
         if args.to_peft:
-            write_peft(args.to_peft, model, name)
+            write_peft(args.to_peft, model, base)
             return
-        content |= {"stage": adapters["stage"], "training": adapters["training"]}
-        file = checkpoint.file_name(args.save_weight or f"{args.lora}_merged", model.config)
+        name, stage = args.save_weight or f"{args.lora}_merged", adapters["stage"]
         state = merge_for_good(model).state_dict()
-        more = {**checkpoint.description(model), "training": content["training"]}
-    target = args.save_dir / f"{file}.pth"
-    checkpoint.save(target, state, model.config, tokenizer, content["stage"], **more)
+        more = {"training": adapters["training"]}
+    more |= checkpoint.description(model)
+    target = args.save_dir / f"{checkpoint.file_name(name, model.config)}.pth"
+    checkpoint.save(target, state, model.config, tokenizer, stage, **more)
     print(f"written: {target}")
 
 
-def require_safetensors():
-    """The package safetensors. Raises UserError where it is missing."""
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--lora", metavar="NAME", help="adapters: lora_NAME_512.pth in --save_dir")
+    add("--weight", dest="from_weight", help="their weights; default: those they were trained on")
+    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
+    add("--save_weight", help="name of the result; default: that of the adapters, and _merged")
+    add("--to_peft", type=Path, metavar="FOLDER", help="write PEFT's files instead")
+    add("--from_peft", type=Path, metavar="FOLDER", help="read PEFT's files; writes lora_NAME")
+    args = parser.parse_args(argv)
+    if (args.lora is None) == (args.from_peft is None):
+        raise UserError("give --lora NAME, or --from_peft FOLDER")
+    if args.from_peft and not (args.from_weight and args.save_weight):
+        raise UserError("--from_peft needs --weight, their weights, and --save_weight, a name")
+    return args
+
+
+def load_safetensors():
+    """The package safetensors. Raises UserError if it is not installed."""
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError(
-            "PEFT's files need the package safetensors: pip install safetensors"
-        ) from None
+        raise UserError("the files of PEFT need a package: pip install safetensors") from None
     return safetensors
 
 
 def write_peft(folder, model, base):
-    """Writes a model's adapters as PEFT reads them."""
-    state = adapter_state(model.state_dict())
-    names = sorted({name.split(".")[-2] for name in state})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    config |= {"r": model.lora.rank, "lora_alpha": model.lora.alpha, "target_modules": names}
-    config |= {"lora_dropout": model.lora.dropout, "fan_in_fan_out": False, **UNKNOWN}
+    """Writes the adapters of a model as PEFT reads them."""
+    safetensors, state = load_safetensors(), adapter_state(model.state_dict())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": model.lora.rank,
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": model.lora.dropout,
+        "target_modules": sorted({name.split(".")[-2] for name in state}),
+        "fan_in_fan_out": False,
+    }
+    tensors = {f"{PREFIX}{name}{SUFFIX}": weight.float() for name, weight in state.items()}
     with replacing(folder / CONFIG) as file:
-        file.write(json.dumps(config, indent=1).encode())
-    tensors = {f"{PREFIX}{name}.weight": w.contiguous() for name, w in state.items()}
+        file.write(json.dumps(config | UNSUPPORTED, indent=1).encode())
     with replacing(folder / WEIGHTS) as file:
-        file.write(require_safetensors().torch.save(tensors))
+        file.write(safetensors.torch.save(tensors))
     print(f"written: {folder / CONFIG}, {folder / WEIGHTS}")
 
 
 def read_peft(folder, model):
-    """Adds the adapters of PEFT's files to a model. Raises UserError for what they cannot be."""
-    safetensors = require_safetensors()
+    """Adds the adapters in PEFT's files to a model. Raises UserError if they are not plain LoRA or
+    do not fit the model.
+    """
+    safetensors = load_safetensors()
+    damaged = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        targets = config["target_modules"]
-    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        rank, alpha, target = (
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            config["target_modules"],
+        )
+        target = target if isinstance(target, str) else ",".join(sorted(target))
+    except damaged as error:
         raise UserError(f"--from_peft {folder} holds no adapters of PEFT: {error}") from None
-    other = [
-        f"{k} = {config[k]}" for k, off in UNKNOWN.items() if config.get(k, off) not in (off, None)
-    ]
-    if other:
-        raise UserError(f"{folder / CONFIG}: {', '.join(other)} is more than LoRA; it is not read")
-    target = targets if isinstance(targets, str) else ",".join(sorted(targets))
+    for option, off in UNSUPPORTED.items():
+        if config.get(option) not in (off, None):
+            raise UserError(
+                f"{folder / CONFIG}: {option} = {config[option]} is more than LoRA; it is not read"
+            )
     try:
         add_lora(model, rank, alpha, config.get("lora_dropout", 0.0), target)
     except ValueError as error:
         raise UserError(f"{folder / CONFIG}: target_modules {error}") from None
-    state = {n.removeprefix(PREFIX).removesuffix(".weight"): w for n, w in tensors.items()}
-    expected = adapter_state(model.state_dict())
-    wrong = sorted(set(state) ^ set(expected))
-    wrong += [
-        name for name in set(state) & set(expected) if state[name].shape != expected[name].shape
-    ]
-    if wrong:
+    state = {
+        name.removeprefix(PREFIX).removesuffix(SUFFIX): weight for name, weight in tensors.items()
+    }
+    found = {name: weight.shape for name, weight in state.items()}
+    expected = {name: w.shape for name, w in adapter_state(model.state_dict()).items()}
+    if found != expected:
+        wrong = sorted({name for name, _ in found.items() ^ expected.items()})
         raise UserError(f"{folder / WEIGHTS} does not fit these weights: {', '.join(wrong[:5])}")
     model.load_state_dict(state, strict=False)
 

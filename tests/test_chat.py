@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import eval_llm
-from common import END_THINK, THINK
+from common import THINK
+from dataset.chat_template import render
 from tests.conftest import ROOT, run, run_here
 
 
@@ -50,11 +51,14 @@ def chat(trained, **settings):
 def test_commands_and_their_mistakes(trained, capsys):
     talk = chat(trained, max_new_tokens=3)
     talk.answer("Hi")
-    assert talk.command("/system Be kind.") and len(talk.messages) == 1
+    talk.command("/system Be kind.")
+    assert len(talk.messages) == 1
     talk.answer("Hi")
-    assert talk.command("/reset") and talk.messages[0]["content"] == "Be kind."
-    assert talk.command("/set temperature 0.5") and talk.settings["temperature"] == 0.5
-    assert talk.command("/help") and not talk.command("/quit")
+    talk.command("/reset")
+    assert [message["content"] for message in talk.messages] == ["Be kind."]
+    talk.command("/set temperature 0.5")
+    assert talk.settings["temperature"] == 0.5
+    talk.command("/help")
     assert "Ctrl-C stops an answer" in capsys.readouterr().out
     before = list(talk.messages), dict(talk.settings)
     wrong = [f"/set temperature {text}" for text in ("nan", "inf", "-1", "101", "1e400")]
@@ -125,15 +129,12 @@ def test_bytes_that_are_no_text_do_not_end_the_chat(trained, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
-@pytest.mark.parametrize("readline", [True, False])
-def test_a_long_line_reaches_the_chat_whole_or_is_told(trained, tmp_path, readline):
+def test_a_long_line_reaches_the_chat_whole(trained, tmp_path):
     """A terminal passes on 4,095 bytes of a line, without a word, unless readline reads it."""
     import pty
 
-    if not readline and sys.platform != "linux":
-        pytest.skip("other systems have other limits")
-    hidden = "" if readline else "sys.modules['readline'] = None"  # as where Python has none
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {hidden}\nimport eval_llm\n"
+    pytest.importorskip("readline")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval_llm\n"
     code += "eval_llm.main(sys.argv[1:])"
     saved, flags = tmp_path / "c.jsonl", ["--save_dir", str(trained), "--max_new_tokens", "1"]
     pid, terminal = pty.fork()
@@ -154,7 +155,7 @@ def test_a_long_line_reaches_the_chat_whole_or_is_told(trained, tmp_path, readli
     for begin in range(0, len(text), 500):
         os.write(terminal, text[begin : begin + 500])
     os.write(terminal, b"end\n")
-    until(b"tokens, " if readline else b"at most 4095 bytes")
+    until(b"tokens, ")
     until(b"> ")
     os.write(terminal, b"Hi\n")
     until(b"tokens, ")
@@ -163,7 +164,7 @@ def test_a_long_line_reaches_the_chat_whole_or_is_told(trained, tmp_path, readli
     os.waitpid(pid, 0)
     messages = json.loads(saved.read_text(encoding="utf-8"))["conversations"]
     asked = [m["content"] for m in messages if m["role"] == "user"]
-    assert asked == ([text.decode() + "end"] if readline else []) + ["Hi"]
+    assert asked == [text.decode() + "end", "Hi"]
 
 
 TRAIN = ["trainer/train_pretrain.py", "trainer/train_full_sft.py"]
@@ -214,18 +215,18 @@ def test_of_a_long_text_the_end_is_continued(trained):
     assert talk.prompt("one and") == talk.tokenizer.encode("one and").ids
 
 
-def test_a_character_of_several_tokens_is_printed_whole(trained, capsys, monkeypatch):
+def test_a_character_of_several_tokens_is_printed_whole(trained, monkeypatch):
     talk = chat(trained)
     ids = talk.tokenizer.encode("é日🙂").ids
     assert len(ids) > 6
-    monkeypatch.setattr("model.generation.generate", lambda *a, **k: ([i] for i in [*ids, 2]))
+    talk.generate = lambda *a, **k: ([i] for i in [*ids, 2])
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append("".join(map(str, a))))
     talk.answer("Hi")
     assert pieces == ["é", "日", "🙂", ""]
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(trained, capsys, monkeypatch):
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(trained):
     talk = chat(trained)
     ids = talk.tokenizer.encode("Hello").ids
 
@@ -233,27 +234,28 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(trained, capsys, mon
         yield ids[:1]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model.generation.generate", interrupted)
+    talk.generate = interrupted
     talk.answer("Hi")
     assert talk.messages[-1]["content"] == talk.tokenizer.decode(ids[:1])
     assert torch.is_grad_enabled()
 
 
-def test_a_models_reasoning_comes_back_as_reasoning(trained, monkeypatch):
-    """The next prompt holds it between the control tokens that the model wrote."""
+def test_reasoning_of_an_answer_stays_reasoning_in_the_next_prompt(trained, tmp_path):
+    """As tokens, not as text that looks like them; as it was in training."""
     talk = chat(trained)
-    wrote = [THINK, *talk.tokenizer.encode("\nHm\n").ids, END_THINK]
-    wrote += talk.tokenizer.encode("\n\nYes.").ids
-    monkeypatch.setattr("model.generation.generate", lambda *a, **k: ([i] for i in [*wrote, 2]))
-    talk.answer("Is it so?")
-    assert talk.messages[-1] == {
-        "role": "assistant",
-        "content": "Yes.",
-        "reasoning_content": "Hm",
-    }
-    ids = talk.prompt("And now?")
-    at = ids.index(THINK)
-    assert ids[at : at + len(wrote)] == wrote
+    reply = {"role": "assistant", "content": "Two.", "reasoning_content": "I add."}
+    question = {"role": "user", "content": "What is 1 + 1?"}
+    begin, _ = render([question], add_generation_prompt=True)
+    written = render([question, reply])[0][len(begin) :]
+    talk.generate = lambda *a, **k: ([token] for token in written)
+    talk.answer(question["content"])
+    assert talk.messages == [question, reply]
+    more = {"role": "user", "content": "And 2 + 2?"}
+    expected, _ = render([question, reply, more], add_generation_prompt=True)
+    assert talk.prompt(more["content"]) == expected and THINK in expected
+    talk.command(f"/save {tmp_path / 'c.jsonl'}")
+    saved = json.loads((tmp_path / "c.jsonl").read_text(encoding="utf-8"))
+    assert saved["conversations"][1] == reply
 
 
 def test_typed_control_text_starts_no_turn(trained):

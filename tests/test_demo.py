@@ -12,8 +12,7 @@ from tests.conftest import ROOT
 WRITER = """
 import json, sys
 from pathlib import Path
-root = next(folder for folder in Path(__file__).parents if (folder / "demo.py").exists())
-out = root / "out"
+out = next(folder for folder in Path(__file__).parents if (folder / "demo.py").exists()) / "out"
 log = out.parent / "log.txt"
 with log.open("a") as file:
     file.write(f"{Path(__file__).stem} {' '.join(sys.argv[1:3])}\\n")
@@ -120,10 +119,20 @@ def test_a_retraining_that_was_stopped_is_not_taken_for_done(demo):
 
 
 def test_a_run_of_the_users_own_is_not_resumed(demo):
-    """Its checkpoint has the name of the demo's; the trainer keeps it under another."""
-    (demo.folder / "out" / "checkpoints").mkdir()
-    for name in ("pretrain", "full_sft"):
-        (demo.folder / "out" / "checkpoints" / f"{name}_384_resume.pth").write_text("theirs")
+    """Training keeps it under another name, where it is not resumed."""
+    own = demo.folder / "out" / "checkpoints" / "pretrain_384_resume.pth"
+    own.parent.mkdir()
+    own.write_text("")
     code, ran = demo(stop="pretrain")
-    assert code == 130 and ran[-1] == "train_pretrain "
-    assert demo() == (0, ["train_pretrain --from_resume 1", *SFT])  # but the demo's own is
+    assert code == 130 and ran[1:] == ["train_pretrain "]
+    assert demo()[1] == ["train_pretrain --from_resume 1", *SFT]  # that is the demo's own
+
+
+def test_starting_over_deletes_no_weights(demo):
+    """They may be of a run of the user's own; training keeps them under another name."""
+    demo()
+    weights = demo.folder / "out" / "pretrain_384.pth"
+    weights.write_text("of the user")
+    code, ran = demo("--fresh", stop="pretrain")
+    assert code == 130 and ran[1:] == ["train_pretrain "]
+    assert weights.read_text() == "of the user"

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from common import IGNORE, UserError
 from dataset import offline
@@ -84,14 +83,14 @@ def test_only_supervised_positions_count(batch):
     add_projections(student, 32, 2)
     one = Distillation(student, teacher, 0.5, 2.0, 1.0)(ids, labels=labels)
 
-    class Other:  # what the teacher says elsewhere does not matter
+    class Other:  # a teacher with other states at all other positions
         layers, config, output = teacher.layers, teacher.config, teacher.output
 
         def __call__(self, *where):
-            said = teacher(*where)
-            for part in said.values():
-                part[:, :-1][labels[:, 1:] == IGNORE] += 1
-            return said
+            found = teacher(*where)
+            for states in found:
+                states[:, :-1][labels[:, 1:] == IGNORE] += 1
+            return found
 
     assert torch.equal(Distillation(student, Other(), 0.5, 2.0, 1.0)(ids, labels=labels), one)
 
@@ -116,7 +115,7 @@ def test_a_batch_without_loss_has_a_gradient_of_zero():
     assert loss == 0 and not any(weight.grad.any() for weight in student.parameters())
 
 
-def test_a_teacher_says_what_its_layers_give(batch):
+def test_a_teacher_returns_the_hidden_states_of_its_layers(batch):
     transformers = pytest.importorskip("transformers")
     teacher = small(2).eval()
     config = transformers.Qwen3Config(
@@ -124,16 +123,15 @@ def test_a_teacher_says_what_its_layers_give(batch):
     )
     judge = transformers.Qwen3ForCausalLM(config).eval()
     judge.load_state_dict(teacher.state_dict())
-    said = Teacher(teacher, layers=[1])(batch[0])
+    last, first = Teacher(teacher, layers=[1])(batch[0])
     with torch.no_grad():
         expected = judge.model(batch[0], output_hidden_states=True)
         layer = []
         judge.model.layers[0].register_forward_hook(lambda *call: layer.append(call[2]))
-        logits = judge(batch[0]).logits
-    torch.testing.assert_close(said["hidden_states"], expected.last_hidden_state)
+        judge(batch[0])
+    torch.testing.assert_close(last, expected.last_hidden_state)
     out = layer[0][0] if isinstance(layer[0], tuple) else layer[0]
-    torch.testing.assert_close(said["aux_hidden_states"][:, :, 0], out)
-    torch.testing.assert_close(F.linear(said["hidden_states"], Teacher(teacher).output), logits)
+    torch.testing.assert_close(first, out)
 
 
 def test_the_hidden_states_error_is_the_formula(batch):
@@ -147,7 +145,6 @@ def test_the_hidden_states_error_is_the_formula(batch):
     layers = []
     student.model.layers[0].register_forward_hook(lambda *call: layers.append(call[2]))
     ours, theirs = (student.hidden_states(ids), layers[0]), teacher(ids)
-    theirs = (theirs["hidden_states"], theirs["aux_hidden_states"][:, :, 0])
     expected = 0.0
     for matrix, mine, other in zip(student.projections, ours, theirs, strict=True):
         for row, place in (labels[:, 1:] != IGNORE).nonzero().tolist():
@@ -224,7 +221,7 @@ def distill(trained, data, out, *more):
 
 def test_a_run_and_its_resumption(trained, data, tmp_path, capsys):
     distill(trained, data, tmp_path / "whole", "--distill_alpha", 0.2)
-    assert "teacher: " in capsys.readouterr().out
+    assert "taught by" in capsys.readouterr().out
     lines = (tmp_path / "whole/logs/distilled_16.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
@@ -277,21 +274,32 @@ def same_runs(one, other):
 HIDDEN = ["--hidden_weight", 0.2]
 
 
+def as_recorded(data):
+    """The flags of the fixture `recorded`."""
+    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    return ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
+
+
 def test_online_and_offline_agree(recorded, trained, data, tmp_path, capsys):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5, "--val_split", 0.1]
-    distill(trained, data, tmp_path / "on", *HIDDEN, "--aux_layers", "1,2", *replay)
+    distill(trained, data, tmp_path / "on", *HIDDEN, *as_recorded(data))
     from_disk(recorded, tmp_path / "off", *HIDDEN)
-    assert "teacher: " + str(recorded) in capsys.readouterr().out
+    assert "taught by " + str(recorded) in capsys.readouterr().out
     same_runs(tmp_path / "on", tmp_path / "off")
 
 
-def test_a_recording_of_top_k_probabilities_is_refused(recorded, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(recorded, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"top_k": 7}))
-    with pytest.raises(UserError, match="top-k probabilities .* export anew"):
-        from_disk(folder, tmp_path / "out")
+def test_a_recording_of_likely_tokens_is_refused_and_kept(recorded, trained, data, tmp_path):
+    """As earlier versions wrote it with --top_k."""
+    folder = tmp_path / "top"
+    shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out", "output.pt"))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest |= {"top_k": 16, "distill_temperature": 1.0}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(UserError, match="--top_k 16.* record hidden states in another folder"):
+        from_disk(folder, tmp_path / "no")
+    with pytest.raises(UserError, match="other data, flags or weights"):
+        export(trained, data, folder, *as_recorded(data))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.*") if path in before}
 
 
 def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_common(
@@ -313,25 +321,25 @@ def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_co
 
 
 def test_recorded_samples_count_their_supervised_tokens_as_others_do(recorded):
-    """Of replayed text, the first token is learned by nobody, though its mask is 1."""
+    """The first token of replayed text is never supervised, though its mask is 1."""
     data = SFTDataset(recorded / "train", load_tokenizer(), 96)
     labels = [labels for _, labels in data]
     assert any(first != IGNORE for first, *_ in labels)
     assert data.files[0].supervised.tolist() == [int((x[1:] != IGNORE).sum()) for x in labels]
 
 
-def test_a_shard_holds_what_the_teacher_says_of_each_sample_alone(recorded, trained):
+def test_a_shard_holds_the_states_of_each_sample_alone(recorded, trained):
     content = checkpoint.load(trained / "full_sft_32.pth")
     model, _ = checkpoint.build_model(content, "it")
     teacher = Teacher(model, layers=[1, 2])
     shard, start = torch.load(recorded / "train" / "00000.pt", weights_only=True), 0
     assert len(set(shard["lengths"].tolist())) > 3
+    states = [shard["hidden_states"], *shard["aux_hidden_states"].unbind(1)]
     for length in shard["lengths"].tolist():
         ids = shard["input_ids"][start : start + length].long()
-        for name, part in teacher(ids[None]).items():
-            torch.testing.assert_close(
-                shard[name][start : start + length], part[0], atol=1e-4, rtol=1e-3
-            )
+        for recorded, alone in zip(states, teacher(ids[None]), strict=True):
+            found = recorded[start : start + length]
+            torch.testing.assert_close(found, alone[0], atol=1e-4, rtol=1e-3)
         start += length
     assert start == len(shard["input_ids"]) == len(shard["loss_mask"])
 
@@ -364,16 +372,14 @@ def test_projections_learn_though_all_else_is_frozen(recorded):
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
     learn = {name for name, weight in module.named_parameters() if weight.requires_grad}
     assert learn == {f"student.projections.{index}.weight" for index in range(3)}
-    assert set(module.teacher.like) == {"hidden_states", "aux_hidden_states"}
-    args["hidden_weight"] = 0.0  # then nothing is read that nothing asks for
+    assert len(module.teacher.states) == 3
+    args["hidden_weight"] = 0.0  # the states of further layers are then not read
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
-    assert set(module.teacher.like) == {"hidden_states"}
+    assert len(module.teacher.states) == 1
 
 
 def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    how = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
-    folder = tmp_path / "again"
+    how, folder = as_recorded(data), tmp_path / "again"
     export(trained, data, folder, *how)
     shards = sorted(folder.glob("*/*.pt"))
     assert [path.relative_to(folder) for path in shards] == [
@@ -399,7 +405,7 @@ def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
     [
         (["--max_seq_len", 50], "--max_seq_len 50 is below its 96"),
         ([*HIDDEN, "--aux_layers", "1"], "recording"),
-        (["--aux_layers", "1"], "needs --hidden_weight"),
+        (["--aux_layers", "1"], "--aux_layers: needs --hidden_weight above 0"),
         (["--parallel", "fsdp"], "ddp"),
         (["--replay_path", __file__], "teacher and data in one"),
         (["--teacher_weight", "x"], "teacher and data in one"),
@@ -451,19 +457,16 @@ HARMS = {
 def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     recorded, trained, data, tmp_path, how
 ):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    command = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
-    folder = tmp_path / "copy"
+    command, folder = as_recorded(data), tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
     shards = ["train/00000.pt", "train/00001.pt", "valid/00000.pt"]
     names = [*shards, "tokenizer.json", "output.pt"]
     whole = {name: (folder / name).read_bytes() for name in names}
     others = dict(zip(shards, [whole[name] for name in shards[1:] + shards[:1]], strict=True))
     others["tokenizer.json"] = whole["tokenizer.json"] + b"\n"
-    swapped = torch.load(folder / "output.pt", weights_only=True)
-    swapped["belongs"] = swapped["belongs"].flip(0)
-    torch.save(swapped, tmp_path / "swapped.pt")
-    others["output.pt"] = (tmp_path / "swapped.pt").read_bytes()
+    if how == "of another":  # an output layer of the same shape, from a recording of other data
+        export(trained, data, tmp_path / "other", "--seed", 2)
+        others["output.pt"] = (tmp_path / "other" / "output.pt").read_bytes()
 
     def read():
         for part in ("train", "valid"):
@@ -484,17 +487,14 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     export(trained, data, folder, *command)
     assert kept.stat().st_mtime_ns == before
     assert (folder / "tokenizer.json").read_bytes() == whole["tokenizer.json"]
-    assert torch.equal(read().output, offline.read_output(recorded))
-    for name in shards:
+    for name in [*shards, "output.pt"]:
         made, was = (torch.load(place / name, weights_only=True) for place in (folder, recorded))
         assert made.keys() == was.keys()
         assert all(torch.equal(part, was[key]) for key, part in made.items())
 
 
 def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data, tmp_path):
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    command = ["--val_split", 0.1, *replay, "--aux_layers", "1,2"]
-    folder = tmp_path / "copy"
+    command, folder = as_recorded(data), tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
     shards = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
     for content in (b"", b"\xff\xfe", b'{"teacher": '):
@@ -510,20 +510,22 @@ def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data
 
 
 def test_a_recording_of_an_earlier_version_is_read_and_goes_on(recorded, trained, data, tmp_path):
-    """Its shards do not say where they belong."""
-    replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
+    """Its files have no `belongs`, and its manifest two flags more."""
     folder = tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
     for path in folder.glob("*/*.pt"):
         shard = torch.load(path, weights_only=True)
         del shard["belongs"]
         torch.save(shard, path)
-    output = offline.read_output(folder).clone()
+    output = torch.load(folder / "output.pt", weights_only=True)["output"]
     torch.save(output, folder / "output.pt")
-    assert torch.equal(offline.read_output(folder), output)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = {"top_k": 0, "distill_temperature": 1.0, **manifest}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    assert torch.equal(offline.OfflineTeacher(folder, "cpu").output, output)
     assert len(offline.tokens_of(folder / "train")["lines"]) > 40
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
-    export(trained, data, folder, "--val_split", 0.1, *replay, "--aux_layers", "1,2")
+    export(trained, data, folder, *as_recorded(data))
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
@@ -536,17 +538,10 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
     assert "to compare with" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         export(
-            trained,
-            data,
-            tmp_path / "x",
-            "--shard_size",
-            "-1",
-            "--data_path",
-            tmp_path / "no.jsonl",
+            trained, data, tmp_path / "x", "--shard_size", "0", "--data_path", tmp_path / "no.jsonl"
         )
     said = capsys.readouterr().err
-    assert "--shard_size -1: give a whole number" in said and "no.jsonl: there is no such" in said
-    layers = [(["--aux_layers", given], "layers 1 to 2") for given in ("3", "0", "1,x", "-1")]
-    for flags, says in layers:
-        with pytest.raises(UserError, match=says):
-            export(trained, data, tmp_path / "x", *flags)
+    assert "--shard_size 0: give a whole number" in said and "no.jsonl: there is no such" in said
+    for layers in ("3", "0", "1,x", "-1"):
+        with pytest.raises(UserError, match="layers 1 to 2"):
+            export(trained, data, tmp_path / "x", "--aux_layers", layers)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from model.causal_lm import CausalLM, ModelConfig
-from model.generation import complete, generate, penalise
-from model.generation import sample as choose
+from model.generation import complete, generate, penalise, sample
 from tests.test_model import SHAPE, pair, randomised
 
 transformers = pytest.importorskip("transformers")
@@ -61,7 +60,7 @@ def test_it_writes_in_half_precision_on_every_cpu(dtype, prompts):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
-def test_the_fused_step_writes_the_same_and_knows_new_weights(prompts):
+def test_the_compiled_step_computes_the_same_also_with_new_weights(prompts):
     ours = randomised(CausalLM(ModelConfig(**SHAPE | {"num_hidden_layers": 1})))
     first = complete(ours, prompts, max_new_tokens=12, temperature=0)
     assert complete(ours, prompts, max_new_tokens=12, temperature=0, use_compile=True) == first
@@ -111,7 +110,7 @@ def test_filters_and_penalty_equal_those_of_transformers():
         if top_p < 1:
             kept = judge.TopPLogitsWarper(top_p)(seen, kept)
         generator = torch.Generator().manual_seed(2)
-        drawn = torch.cat([choose(logits, 0.8, top_k, top_p, generator) for _ in range(4000)], 1)
+        drawn = torch.cat([sample(logits, 0.8, top_k, top_p, generator) for _ in range(4000)], 1)
         share = torch.stack([(drawn == token).float().mean(1) for token in range(50)], 1)
         assert not share[kept == -torch.inf].any()
         torch.testing.assert_close(share, kept.softmax(-1), atol=0.035, rtol=0)
@@ -138,8 +137,8 @@ def test_the_context_is_the_limit():
         complete(small, [[]])
 
 
-def test_what_a_model_learns_after_it_wrote_is_what_it_computes_with():
-    """Nothing of the matrices that were laid out to write stays."""
+def test_weights_that_change_after_a_generation_are_those_of_the_next_forward_pass():
+    """No copy of the weights that were laid out for generation stays."""
     model = randomised(CausalLM(ModelConfig(**SHAPE)))
     before = complete(model, PROMPTS, max_new_tokens=6, temperature=0)
     randomised(model, seed=5)

@@ -274,10 +274,14 @@ def test_to_peft_and_back(target, tmp_path, monkeypatch):
         assert torch.allclose(theirs(IDS).logits, again.eval()(IDS), atol=1e-5)
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(UserError, match="pip install safetensors"):
-        merge_lora.read_peft(tmp_path, small())
+@pytest.mark.parametrize("flags", [["--to_peft"], ["--save_weight", "x", "--from_peft"]])
+def test_peft_files_without_safetensors_are_a_sentence(lora_run, tmp_path, monkeypatch, flags):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as where it is not installed
+    weight = ["--weight", lora_run / "pretrain_32.pth", "--save_dir", lora_run]
+    which = ["--lora", "full_sft"] if flags == ["--to_peft"] else []
+    done = run_here("recipes/peft.py", *weight, *which, *flags, tmp_path / "peft")
+    assert done.returncode == 2 and "pip install safetensors" in done.stderr
+    assert not (tmp_path / "peft").exists()
 
 
 def merge_lora_names():

@@ -1,4 +1,4 @@
-"""A teacher for the model that is trained, see model/distillation.py."""
+"""Adds a teacher to the model of a run; the loss is in model/distillation.py."""
 
 import torch
 
@@ -11,10 +11,10 @@ from trainer import checkpoint
 
 
 def with_teacher(model, tokenizer, args):
-    """The model; with --teacher_weight or --offline_dir a Distillation of it, which computes the
-    loss, and whose teacher_hash identifies the teacher's weights.
+    """The module whose forward pass gives the loss: the model, or, where --teacher_weight or
+    --offline_dir names a teacher, a Distillation of it.
 
-    Raises UserError if the two do not share a tokenizer, or if flags do not fit the recording.
+    Raises UserError if the two have different tokenizers, or if flags do not fit the recording.
     """
     path, device = args.offline_dir, model.lm_head.weight.device
     if not path and not args.teacher_weight:
@@ -25,13 +25,13 @@ def with_teacher(model, tokenizer, args):
         manifest = read_manifest(path)
         require_fitting(manifest, args)
         teacher_tokenizer = load_tokenizer(path / "tokenizer.json")
+        teacher_hash = manifest["teacher"]
         teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
-        weights = manifest["teacher"]
     else:
         path = checkpoint.find(args.save_dir, args.teacher_weight)
-        trained, teacher_tokenizer = checkpoint.build_model(checkpoint.load(path), path)
-        weights = hash_of(trained)
-        teacher = Teacher(trained.to(device), layers_of(args.aux_layers, trained, path))
+        weights, teacher_tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+        teacher_hash = hash_of(weights)
+        teacher = Teacher(weights.to(device), layers_of(args.aux_layers, weights, path))
     if teacher_tokenizer.to_str() != tokenizer.to_str():
         raise UserError(
             f"the teacher {path} has another tokenizer than the student, so their probabilities "
@@ -41,12 +41,12 @@ def with_teacher(model, tokenizer, args):
         if not hasattr(model, "projections"):
             torch.manual_seed(args.seed)
             add_projections(model, teacher.config.hidden_size, 1 + len(teacher.layers))
-        # Those of a resumed run were frozen with the rest, where --freeze_base 1 says so.
+        # --freeze_base 1 froze those of a resumed run with all other weights.
         model.projections.requires_grad_(True)
-    print(f"teacher: {path}; {args.distill_alpha} of the loss is that of the data")
-    how = args.distill_alpha, args.distill_temperature, args.hidden_weight
-    taught = Distillation(model, teacher, *how)
-    taught.teacher_hash = weights
+    print(f"taught by {path}: {args.distill_alpha} of the loss is that of the data")
+    weights_of_loss = args.distill_alpha, args.distill_temperature, args.hidden_weight
+    taught = Distillation(model, teacher, *weights_of_loss)
+    taught.teacher_hash = teacher_hash
     return taught
 
 
@@ -59,7 +59,7 @@ def layers_of(text, model, path):
 
 
 def require_fitting(manifest, args):
-    """Raises UserError where flags do not fit a recording."""
+    """Raises UserError where flags differ from those of a recording."""
     wrong = []
     if args.max_seq_len < manifest["max_seq_len"]:
         wrong.append(f"--max_seq_len {args.max_seq_len} is below its {manifest['max_seq_len']}")
@@ -67,5 +67,5 @@ def require_fitting(manifest, args):
         wrong.append(f"--aux_layers is that of the recording, {manifest['aux_layers']}")
     if wrong:
         raise UserError(
-            f"--offline_dir {args.offline_dir}: {'; '.join(wrong)}. Give what fits, or export anew"
+            f"--offline_dir {args.offline_dir}: {'; '.join(wrong)}. Give what fits, or record anew"
         )
