@@ -62,19 +62,19 @@ def pieces(messages, tools=None, add_generation_prompt=False):
         supervised = int(role == "assistant" and message.get("loss_weight", 1) != 0)
         if index == 0 and tools:
             content = f"{content}\n\n{tools_text(tools)}" if content else tools_text(tools)
-        written += [(IM_START, 0), (f"{role}\n", 0)]
+        body = []
         if role == "assistant" and message.get("reasoning_content"):
-            reasoning = f"\n{message['reasoning_content']}\n"
-            written += [(THINK, supervised), (reasoning, supervised)]
-            written += [(END_THINK, supervised), ("\n\n", supervised)]
+            body += [THINK, f"\n{message['reasoning_content']}\n", END_THINK, "\n\n"]
         if role == "tool":
-            written += [(TOOL_RESPONSE, 0), (content, 0), (END_TOOL_RESPONSE, 0)]
+            body += [TOOL_RESPONSE, content, END_TOOL_RESPONSE]
         elif content:
-            written += [(content, supervised)]
+            body += [content]
         for call in list_of(message.get("tool_calls"), "tool_calls"):
-            written += [(TOOL_CALL, supervised), (call_text(call), supervised)]
-            written += [(END_TOOL_CALL, supervised)]
-        written += [(IM_END, supervised), ("\n", 0)]
+            body += [TOOL_CALL, call_text(call), END_TOOL_CALL]
+        body += [IM_END]
+        written += [(IM_START, 0), (f"{role}\n", 0)]
+        written += [(piece, supervised) for piece in body]
+        written += [("\n", 0)]
     if add_generation_prompt:
         written += [(IM_START, 0), ("assistant\n", 0)]
     return written

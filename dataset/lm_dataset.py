@@ -181,13 +181,11 @@ class SFTDataset(TokenDataset):
 
 def require_records(report, path):
     """Raises UserError if no record of the file is usable, with the first reason."""
-    if report["records"]:
-        return
-    reason = "it is empty"
-    if report["bad"]:
-        reason = "line {}: {}".format(*report["bad_lines"][0])
-    raise UserError(
-        f"{path} has no usable record: {reason}. Pretraining reads lines of "
-        '{"text": ...}, SFT lines of {"conversations": [{"role": ..., "content": ...}]} or '
-        "another format of dataset/formats.py"
-    )
+    if not report["records"]:
+        reasons = [f"line {number}: {reason}" for number, reason in report["bad_lines"]]
+        reason = reasons[0] if reasons else "it is empty"
+        raise UserError(
+            f"{path} has no usable record: {reason}. Pretraining reads lines of "
+            '{"text": ...}, SFT lines of {"conversations": [{"role": ..., "content": ...}]} or '
+            "another format of dataset/formats.py"
+        )
