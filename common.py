@@ -57,8 +57,8 @@ def replacing(path):
 
     Raises UserError if it cannot be written: no space, no permission.
     """
-    path = Path(path)
-    part, begun = path.with_name(f".{path.name}.{os.getpid()}.part"), False
+    path, begun = Path(path), False
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:

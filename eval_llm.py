@@ -26,9 +26,9 @@ HELP = """/system TEXT   start a new conversation with this system prompt; witho
 /save FILE      append the conversation to FILE, JSONL that train_full_sft.py reads
 /quit           or Ctrl-D: end; Ctrl-C stops an answer"""
 SAMPLING = {  # name: (type, default, minimum, maximum, meaning)
-    "temperature": (float, 0.0, 0, 100, "0: always the likeliest token"),
-    "top_k": (int, 0, 0, 10**9, "sample from the k likeliest tokens; 0: from all"),
-    "top_p": (float, 1.0, 0, 1, "sample from the likeliest that add up to this probability"),
+    "temperature": (float, 0.0, 0, 100, "0: always the most probable token"),
+    "top_k": (int, 0, 0, 10**9, "sample from the k most probable tokens; 0: from all"),
+    "top_p": (float, 1.0, 0, 1, "sample from the most probable tokens with this sum"),
     "repetition_penalty": (float, 1.0, 0.01, 100, "above 1: repeats less"),
     "max_new_tokens": (int, 256, 1, 10**9, "maximum length of an answer"),
     "seed": (int, 1, 0, 2**63 - 1, "of the sampling"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BLOCK = 128  # queries at once on a CPU: larger blocks compute more scores of the future, in vain
+BLOCK = 128  # queries at once on a CPU: larger blocks compute more scores that are masked
 
 
 def plain_attention(q, k, v, mask):

@@ -30,9 +30,9 @@ def generate(
     """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
 
     prompts             B lists of token ids, of any lengths above 0
-    temperature         0, or below 1e-6, where logits would overflow: always the likeliest token;
-                        higher values flatten the distribution
-    top_k               samples from the k likeliest tokens only; 0: from all
+    temperature         divides the logits; below 1e-6, where they would overflow, the most probable
+                        token is always taken
+    top_k               samples from the k most probable tokens only; 0: from all
     top_p               samples from the fewest tokens whose probabilities add up to top_p, at least
                         one (arXiv:1904.09751)
     repetition_penalty  above 1: tokens of prompt and answer become less likely (arXiv:1909.05858)

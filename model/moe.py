@@ -37,7 +37,7 @@ class MoE(nn.Module):
         out = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
             # An expert without tokens runs on zero rows: its gradient is then zero instead of
-            # missing, and DistributedDataParallel does not wait for it in vain.
+            # missing, and DistributedDataParallel does not wait for it forever.
             token, choice = torch.where(experts == index)  # (n,) each
             result = expert(tokens[token]) * weight[token, choice, None]  # (n, D)
             out = out.index_add(0, token, result.type_as(out))  # (N, D)

@@ -151,7 +151,7 @@ def end():
 
 @contextmanager
 def report_lost_process():
-    """Around a script's main(): turns the error of a process that waits in vain for another into a
+    """Around a script's main(): turns the error of a process that lost another one into a
     UserError, and ends the processes of a job without waiting for each other.
     """
     if int(os.environ.get("RANK", 0)) > 0:

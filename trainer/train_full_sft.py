@@ -5,6 +5,8 @@ train_pretrain.py: only the data differs, and which of its tokens are supervised
     python trainer/train_full_sft.py --from_weight pretrain --data_path mine.jsonl
     python trainer/train_full_sft.py --from_resume 1                  # goes on after Ctrl-C
     torchrun --nproc_per_node 2 trainer/train_full_sft.py             # several processes
+
+--help lists the flags.
 """
 
 import math
