@@ -18,14 +18,14 @@ import torch
 
 from common import IGNORE
 from dataset.loader import pack
-from dataset.tiny_world.text import THINGS, VALUES
+from dataset.tiny_world.text import words
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import supervised_tokens
 from trainer.distributed import keep_freed_memory
 
 STEPS, EVERY, RATE = 600, 100, 1e-3
-WORDS = [word for group in VALUES.values() for word in group] + THINGS
+WORDS = [word for group in words.values.values() for word in group] + words.things
 
 
 def rows(rng, tokenizer, count, second_only=False):

@@ -25,7 +25,7 @@ from dataset.lm_dataset import SFTDataset
 from dataset.loader import best_fit_decreasing, pack, pad
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.distributed import keep_freed_memory, seconds_of_product
+from trainer.distributed import keep_freed_memory, pick_dtype
 
 TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}"
@@ -86,17 +86,16 @@ def prepare(args, tokenizer):
           f"{count / other:,.0f}: {other / one:.1f} times")  # fmt: skip
 
 
-def train(args, tokenizer, row_length=512, batch_size=8):
+def train(args, tokenizer, max_seq_len=512, batch_size=8):
     keep_freed_memory()
-    data = SFTDataset(args.data_path, tokenizer, row_length)
-    rows = best_fit_decreasing(data.lengths.tolist(), row_length)
-    full = data.lengths.sum() / (len(rows) * row_length)
-    print(f"packed rows   {full:.2%} full at {row_length} tokens")
+    data = SFTDataset(args.data_path, tokenizer, max_seq_len)
+    rows = best_fit_decreasing(data.lengths.tolist(), max_seq_len)
+    full = data.lengths.sum() / (len(rows) * max_seq_len)
+    print(f"packed rows   {full:.2%} full at {max_seq_len} tokens")
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "num_hidden_layers": 8, "vocab_size": tokenizer.get_vocab_size()}
     model = CausalLM(ModelConfig(**shape))
-    faster = seconds_of_product(torch.bfloat16) * 1.3 < seconds_of_product(torch.float32)
-    dtype = torch.bfloat16 if faster else torch.float32
+    dtype = pick_dtype("auto", torch.device("cpu"))
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     tokens = Counter()
@@ -114,7 +113,7 @@ def train(args, tokenizer, row_length=512, batch_size=8):
         groups = [
             chosen[at : at + batch_size // 2] for at in range(0, len(chosen), batch_size // 2)
         ]
-        steps("packed", [pack([data[i] for r in g for i in rows[r]], row_length) for g in groups])
+        steps("packed", [pack([data[i] for r in g for i in rows[r]], max_seq_len) for g in groups])
 
     def unpacked():
         chosen = [drawn.pop() for _ in range(args.steps * batch_size)]

@@ -34,7 +34,7 @@ from common import ROOT, report_user_errors
 from trainer import checkpoint, train_full_sft, train_pretrain
 
 TOY = """--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --from_weight none
-    --device cpu --dtype fp32 --save_interval 1 --eval_interval 4 --log_interval 1
+    --device cpu --dtype fp32 --save_interval 1 --val_interval 4 --log_interval 1
     --max_seq_len 128"""
 SCRIPTS = {"full_sft": train_full_sft, "pretrain": train_pretrain}
 RUNS = {  # name: (script, its flags)
@@ -126,7 +126,7 @@ def trial(number, data, folder, references, seed):
 # ------------------------------------------------------------------------- killed at each write
 
 WRITES = {  # name: (script, its flags, its seed; with 2, it replaces a finished run of seed 1)
-    "SFT, the best weights at the end": ("full_sft", "--eval_interval 2 --save_best_at_end 1", 1),
+    "SFT, the best weights at the end": ("full_sft", "--val_interval 2 --save_best_at_end 1", 1),
     "pretraining, no earlier checkpoint": ("pretrain", "--keep_checkpoints 0", 1),
     "SFT, under an old name": ("full_sft", "--keep_checkpoints 1", 2),
 }

@@ -100,7 +100,7 @@ COMMANDS = f"""
     trainer/train_pretrain.py {TRAIN} --data_path TEXT --tokenizer_path FILE
     trainer/train_full_sft.py {TRAIN} --from_weight none --data_path FILE
     trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --replay_path FILE
-    trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --eval_data_path FILE
+    trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --val_data_path FILE
     trainer/train_full_sft.py --save_dir OUT --device cpu --from_weight FILE --data_path CHATS
     trainer/train_full_sft.py --save_dir OUT --device cpu --from_weight WEIGHTS --data_path CHATS
         --extend_tokens FILE

@@ -46,7 +46,7 @@ def main():
         ],
         "SFT": [
             *["trainer/train_full_sft.py", "--config", "trainer/configs/gsm8k_full.toml"],
-            *["--data_path", data / "train.jsonl", "--eval_data_path", data / "valid.jsonl"],
+            *["--data_path", data / "train.jsonl", "--val_data_path", data / "valid.jsonl"],
             *["--epochs", sft, *out],
         ],
         "evaluation": [

@@ -27,7 +27,7 @@ from model.generation import complete
 from recipes.misconceptions import MARKS, conversation
 from trainer import checkpoint
 
-PROMPTS = ROOT / "dataset" / "cot_prompts.toml"
+PROMPTS = ROOT / "recipes" / "misconceptions.toml"
 FORGOT = "The carry was forgotten."
 TOOK = "It was taken away instead of added."
 ADDED = "It was added instead of taken away."
