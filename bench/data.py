@@ -102,7 +102,7 @@ def train(args, tokenizer, max_seq_len=512, batch_size=8):
 
     def steps(name, batches):
         for ids, labels, *where in batches:
-            with torch.autocast("cpu", dtype, enabled=faster):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = model(ids, *where, labels=labels)
             loss.backward()
             model.zero_grad()
