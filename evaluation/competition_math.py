@@ -17,7 +17,7 @@ LONGEST, LONGEST_ANSWER = 20_000, 300  # characters of a solution, from its end,
 SECONDS = 5  # of a lenient comparison
 LARGEST_POWER = 10_000
 # Towers of powers and factorials of large numbers, which no library ends to compute.
-TOWER = r"\^\s*(?:\{[^{}]*\^|\{[^{}]*\}\s*\^|\w+\s*\^)"
+TOWER = r"\^\s*(?:\{[^{}]*\^|\{[^{}]*\}\s*\^|\d+\s*\^)"
 ENDLESS = re.compile(rf"{TOWER}|\d{{4,}}\s*!|[)}}!\]]\s*!|[eE]\d{{4,}}")
 
 

@@ -365,6 +365,13 @@ def seconds_to_judge(text):
     return longest
 
 
+def test_what_no_library_ends_to_compute_is_not_given_to_one():
+    for text in ("9^{9^9}", "9^{99999}", "9^9^9", "2^{3}^{4}", "99999!", "((9!)!)!", "1e99999"):
+        assert not competition_math.is_bounded(text), text
+    for text in ("2^{2009}", "x^2+y^2", "5!", r"\frac{1}{2}", "x^2y^2", "1e6"):
+        assert competition_math.is_bounded(text), text
+
+
 @pytest.mark.parametrize(
     "answer",
     ["x_", "$x_$", "2_", "110_", "x_{{1}", "9^{9^{9^{9^9}}}"],
