@@ -85,6 +85,23 @@ def sft(out, *flags):
     train_full_sft.main(list(map(str, [*common, *flags])))
 
 
+def flags_read(main, *line):
+    """The flags that the main() of SFT or distillation reads, without running it."""
+    from trainer import train_full_sft
+
+    found, read = [], train_full_sft.parse_args
+
+    def keep(*given):
+        found.append(read(*given))
+        sys.exit()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_full_sft, "parse_args", keep)
+        with pytest.raises(SystemExit):
+            main([str(part) for part in line])
+    return found[0]
+
+
 @pytest.fixture
 def pictures():
     """A test that asks for this has its loss curves drawn."""

@@ -7,7 +7,6 @@ import gc
 import os
 import re
 import shutil
-import sys
 import weakref
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from common import UserError
-from tests.conftest import chat, run_here, write_jsonl
+from tests.conftest import chat, flags_read, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_full_sft
@@ -269,14 +268,7 @@ def test_the_tensors_of_a_loaded_file_are_not_kept_in_memory(data, tmp_path, mon
 
 def parse(line):
     """The flags of the SFT script, as it reads them."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        read = train_full_sft.parse_args
-        keep = lambda *given: found.append(read(*given)) or sys.exit()  # noqa: E731
-        patch.setattr(train_full_sft, "parse_args", keep)
-        with pytest.raises(SystemExit):
-            train_full_sft.main(line)
-    return found[0]
+    return flags_read(train_full_sft.main, *line)
 
 
 OTHER = {  # a value that each flag that decides the result may have instead

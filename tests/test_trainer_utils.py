@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +13,8 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
-from tests.conftest import chat, write_jsonl
-from trainer import checkpoint, distributed, train_distillation, train_full_sft, trainer_utils
+from tests.conftest import chat, flags_read, write_jsonl
+from trainer import checkpoint, distributed, train_distillation, trainer_utils
 from trainer.arguments import SHAPE
 from trainer.distributed import pick_device, pick_dtype
 from trainer.metrics import MetricsLog
@@ -345,18 +344,6 @@ def test_gradients_are_sent_in_a_steps_last_micro_batch_alone():
     assert distributed.sync_gradients(runner, True) != "not sent"
 
 
-def flags_of_distillation(*line):
-    """The flags of the distillation script, as it reads them."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        read = train_full_sft.parse_args
-        keep = lambda *given: found.append(read(*given)) or sys.exit()  # noqa: E731
-        patch.setattr(train_full_sft, "parse_args", keep)
-        with pytest.raises(SystemExit):
-            train_distillation.main([str(part) for part in line])
-    return found[0]
-
-
 @pytest.mark.parametrize("equals", [False, True])
 def test_distillation_has_a_teacher_unless_it_is_recorded(tmp_path, equals):
     """Flags are parsed: --student NAME is --student=NAME."""
@@ -364,11 +351,15 @@ def test_distillation_has_a_teacher_unless_it_is_recorded(tmp_path, equals):
     def given(name, value):
         return [f"{name}={value}"] if equals else [name, value]
 
-    args = flags_of_distillation(*given("--student", "none"), *given("--from_resume", 0))
+    args = flags_read(
+        train_distillation.main, *given("--student", "none"), *given("--from_resume", 0)
+    )
     assert (args.save_weight, args.teacher_weight, args.from_weight) == (
         *("distilled", "full_sft", "none"),
     )
     (tmp_path / "train").mkdir()
     (tmp_path / "manifest.json").write_text("{}")
-    args = flags_of_distillation(*given("--offline_dir", tmp_path), *given("--from_weight", "x"))
+    args = flags_read(
+        train_distillation.main, *given("--offline_dir", tmp_path), *given("--from_weight", "x")
+    )
     assert args.teacher_weight is None and args.offline_dir == tmp_path

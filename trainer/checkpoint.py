@@ -193,7 +193,7 @@ def empty_model(config, content):
 
 
 def build_model(content, path, dropout=0.0):
-    """(model, tokenizer) of a loaded file; every weight must be there and fit.
+    """The (model, tokenizer) of a loaded file. No weight may be missing or have another shape.
 
     Raises UserError with the missing and unexpected names and the shapes that differ.
     """
