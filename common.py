@@ -81,12 +81,38 @@ def save_tensors(path, content):
     """Writes plain values and tensors with torch.save. Raises UserError as `replacing` does."""
     import torch  # here: a script that writes text does not wait for torch to load
 
-    try:
-        with replacing(path) as file:
+    with replacing(path) as file:
+        try:
             torch.save(content, file)
-    except RuntimeError as error:  # torch's error on a full disk
-        reason = getattr(error.__context__, "strerror", None) or error
+        except RuntimeError as error:  # torch's error on a full disk
+            raise OSError(0, getattr(error.__context__, "strerror", None) or str(error)) from None
+
+
+def load_tensors(path, remedy="train anew, or get it again", verify=True, **options):
+    """What `save_tensors` wrote, by torch.load; no code in the file is run. verify compares the
+    checksum of every part, which reads all of it.
+
+    Raises UserError if it is missing, damaged, or holds more than plain values and tensors.
+    """
+    import pickle
+    import zipfile
+
+    import torch
+
+    try:
+        if verify and zipfile.is_zipfile(path):  # as torch.save writes it
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from None
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{path} cannot be written: {reason}. Nothing that was there before is lost; make "
-            "room, and go on from there (training: --from_resume 1)"
+            f"{path} holds more than plain values and tensors, or is damaged; it is not opened, "
+            f"because it could run any code; {remedy}"
         ) from None
+    except Exception as error:  # the readers of zip and pickle raise nearly anything on any bytes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}); {remedy}") from None

@@ -65,8 +65,7 @@ def main():
     spent = ", ".join(f"{stage} {seconds} s" for stage, seconds in report["seconds"].items())
     print(f"\n{spent}; peak memory {report['peak_rss_mb']} MB; all figures: {REPORT}")
     for path in LOGS:
-        for picture in path.parent.glob(f"{path.stem}_loss.*"):
-            print(f"loss curve: {picture}")
+        print(f"loss curve: {path.with_name(f'{path.stem}_loss.svg')}")
     if sys.stdin.isatty():
         print("\n$ python eval_llm.py", flush=True)
         subprocess.run([sys.executable, str(ROOT / "eval_llm.py")])

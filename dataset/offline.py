@@ -14,7 +14,6 @@ name, the manifest and the tokenizer, so that a file of another recording is not
 
 import hashlib
 import json
-import zipfile
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import UserError
+from common import UserError, load_tensors
 
 REMEDY = "give the command of recipes/export_hidden_states.py that wrote it again: it goes on"
 
@@ -57,21 +56,13 @@ def belongs(path):
 
 
 def read(path, verify=True):
-    """The dict of a .pt file, memory-mapped. Without verify, its checksums are not compared, which
-    reads all of it. Raises UserError if it is missing, damaged, or of another recording.
+    """The dict of a .pt file, memory-mapped; verify is that of `load_tensors`. Raises UserError if
+    it is missing, damaged, or of another recording.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = verify and file.testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, mmap=True, weights_only=True)
-        if isinstance(content, torch.Tensor):  # an output layer of earlier versions
-            content = {"output": content}
-        found = content.get("belongs")
-    except Exception as error:  # the readers of zip and pickle raise nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); {REMEDY}") from None
+    content = load_tensors(path, REMEDY, verify, mmap=True)
+    if isinstance(content, torch.Tensor):  # an output layer of earlier versions
+        content = {"output": content}
+    found = content.get("belongs")
     if found is not None and not torch.equal(found, belongs(path)):  # earlier versions wrote none
         raise UserError(
             f"{path} does not belong to the manifest.json and tokenizer.json of its folder; "

@@ -32,8 +32,6 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         out = F.linear(x, self.weight)  # (..., in) -> (..., out)
-        if self.unmerged is not None:  # merged: the adapter is part of the weight
-            return out
         x = F.dropout(x, self.lora.dropout, self.training)
         # (..., in) -> (..., rank) -> (..., out)
         x = F.linear(F.linear(x, self.lora_A), self.lora_B)
@@ -68,40 +66,23 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
 def adapt(linear, lora):
     """Makes an nn.Linear a LoRALinear, in place."""
     linear.__class__ = LoRALinear
-    linear.lora, linear.unmerged = lora, None
+    linear.lora = lora
     like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     linear.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features, **like))
     linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, lora.rank, **like))
     nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)  # as in nn.Linear and in PEFT
 
 
-def adapters(model):
-    """The layers of a model that have an adapter."""
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
-
-
 @torch.no_grad()
 def merge(model):
-    """Adds the adapters to the weights, W + s B A: as fast as a model without adapters."""
-    for linear in adapters(model):
-        linear.unmerged = linear.weight.clone()
-        linear.weight += linear.scale * linear.lora_B @ linear.lora_A
-
-
-@torch.no_grad()
-def unmerge(model):
-    """Reverts `merge`, bit for bit."""
-    for linear in adapters(model):
-        linear.weight.copy_(linear.unmerged)
-        linear.unmerged = None
-
-
-def merge_for_good(model):
-    """Merges the adapters and removes them; returns the model, all of it trainable."""
-    merge(model)
-    for linear in adapters(model):
-        linear.__class__ = nn.Linear
-        del linear.lora_A, linear.lora_B, linear.lora, linear.unmerged
+    """Adds the adapters to the weights, W + s B A, and removes them; returns the model, all of it
+    trainable. It is as fast as a model that never had adapters.
+    """
+    for linear in model.modules():
+        if isinstance(linear, LoRALinear):
+            linear.weight += linear.scale * linear.lora_B @ linear.lora_A
+            linear.__class__ = nn.Linear
+            del linear.lora_A, linear.lora_B, linear.lora
     model.lora = None
     return model.requires_grad_(True)
 

@@ -17,7 +17,7 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 from common import ROOT, replacing
-from model.lora import adapter_state, add_lora, merge_for_good
+from model.lora import adapter_state, add_lora, merge
 from trainer import checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,7 +51,7 @@ def main(argv=None):
             write_peft(args.to_peft, model, base)
             return
         name, stage = args.save_weight or f"{args.lora}_merged", adapters["stage"]
-        state = merge_for_good(model).state_dict()
+        state = merge(model).state_dict()
         more = {"training": adapters["training"]}
     more |= checkpoint.description(model)
     target = args.save_dir / f"{checkpoint.file_name(name, model.config)}.pth"

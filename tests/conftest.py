@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -102,16 +103,16 @@ def flags_read(main, *line):
     return found[0]
 
 
-@pytest.fixture
-def pictures():
-    """A test that asks for this has its loss curves drawn."""
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Drawing a loss curve takes a third of the time of a tiny run."""
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("trainer.metrics.MetricsLog.draw", lambda log, path=None: log.path)
+def curves_of(path):
+    """{label: [(x, y)]} of the curves in an SVG, in its own coordinates: y grows downwards."""
+    svg = ElementTree.parse(path).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    lines = [line.get("points").split() for line in svg.iter(f"{space}polyline")]
+    labels = [text.text for text in svg.iter(f"{space}text") if text.get("fill")]
+    return {
+        label: [tuple(map(float, point.split(","))) for point in line]
+        for label, line in zip(labels, lines, strict=True)
+    }
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         there = tmp_path / "cot"
         misconceptions.main([str(files["traces.jsonl"]), "--out", str(there)])
         files |= {f"out/cot/{path.name}": path for path in there.iterdir()} | {"out/cot": there}
-        files["out/loss_curve.png"] = tmp_path / "curve.png"
+        files["out/loss_curve.svg"] = tmp_path / "curve.svg"
     if "out/misconceptions" in line:
         for name in ("train.jsonl", "train.jsonl*2", "tokens.txt"):
             files[f"out/misconceptions/with/{name}"] = f"{files['out/cot']}/{name}"

@@ -196,8 +196,11 @@ class Malicious:
         ("text", "damaged"),
         ("empty", "damaged"),
         ("malicious", "could run any code"),
-        ("missing weight", "model.norm.weight is missing"),
-        ("wrong shape", "model.norm.weight has shape (7,) and not (32,)"),
+        ("missing weight", 'Missing key(s) in state_dict: "model.norm.weight"'),
+        (
+            "wrong shape",
+            "size mismatch for model.norm.weight: copying a param with shape torch.Size([7])",
+        ),
         ("other program", "is not a weights file of this program"),
     ],
 )

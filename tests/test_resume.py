@@ -315,7 +315,7 @@ def test_a_flag_that_may_change_changes_no_bit_of_the_result(data, tmp_path, mon
     stopped_at(3, flags(data, tmp_path / "parts", dropout=0.1, epochs=2), monkeypatch)
     changed = re.findall(r"--(\w+)", CHANGES)
     assert sorted(changed + ELSEWHERE) == sorted(FREE)
-    places = ["--cache_dir", tmp_path / "cache", "--loss_curve", tmp_path / "curve.png"]
+    places = ["--cache_dir", tmp_path / "cache", "--loss_curve", tmp_path / "curve.svg"]
     resume(tmp_path / "parts", *CHANGES.split(), *places)
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 

@@ -13,7 +13,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
-from tests.conftest import chat, flags_read, write_jsonl
+from tests.conftest import chat, curves_of, flags_read, write_jsonl
 from trainer import checkpoint, distributed, train_distillation, trainer_utils
 from trainer.arguments import SHAPE
 from trainer.distributed import pick_device, pick_dtype
@@ -271,31 +271,30 @@ def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_are_seen(
-    tmp_path, monkeypatch, pictures
-):
-    axes = pytest.importorskip("matplotlib.axes").Axes
-    drawn, scales, plot = {}, [], axes.plot
-
-    def watch(self, x, y, *style, label):
-        drawn[label] = list(zip(x, y, strict=True))
-        return plot(self, x, y, *style, label=label)
-
-    monkeypatch.setattr(axes, "plot", watch)
-    monkeypatch.setattr(axes, "set_yscale", lambda self, scale: scales.append(scale))
+def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_are_seen(tmp_path):
     for highest in (3.0, 300.0):
         run = Run([], 1, 1)
-        log = MetricsLog(tmp_path / "x.jsonl", run, 9)
+        log = MetricsLog(tmp_path / "a & b.jsonl", run, 9)
         for tokens, loss, val_loss in (
             (10, highest, None),
             (20, float("inf"), 2.5),
-            (30, 2.0, None),
+            (40, 2.0, None),
         ):
             run.tokens = tokens
             log.write(run, loss=loss, val_loss=val_loss, **REST)
-        assert log.draw() == tmp_path / "x_loss.png" and log.draw().stat().st_size > 1000
-        assert drawn == {"training": [(10, highest), (30, 2.0)], "validation": [(20, 2.5)]}
-    assert scales == ["log"] * 2  # of the second, which was drawn twice
+        assert log.draw() == tmp_path / "a & b_loss.svg"
+        assert log.draw(tmp_path / "new" / "x.png") == tmp_path / "new" / "x.svg"
+        curves = curves_of(log.draw())
+        assert [len(curves[label]) for label in ("training", "validation")] == [2, 1]
+        (x1, y1), (x2, y2) = curves["training"]
+        ((x3, y3),) = curves["validation"]
+        left = 2 * x3 - x2  # where no token is: 20 of 40 is half of the way
+        assert x1 - left == pytest.approx((x2 - left) / 4, abs=0.2)
+        zero = 350
+        top = min(highest, 40)  # 20 times the lowest
+        assert [(zero - y) / (zero - 40) for y in (y1, y2, y3)] == pytest.approx(
+            [min(loss, top) / top for loss in (highest, 2.0, 2.5)], abs=1e-3
+        )
 
 
 # ----------------------------------------------------------------------- processes and other ways

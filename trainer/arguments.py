@@ -172,7 +172,7 @@ def training_parser(doc, **defaults):
     add("save_best_at_end", 0, "1: the run's weights are the best in validation", switch)
     add("sample_interval", 0, "steps between samples of the model's text; 0: none", count)
     add("sample_prompt", None, "prompt of these samples")
-    add("loss_curve", None, "picture of the loss curve; default: beside the log", Path)
+    add("loss_curve", None, "SVG of the loss curve; default: beside the log", Path)
 
     add = parser.group("fine-tuning")
     add("use_lora", 0, "1: train LoRA adapters; the weights stay as they are", switch)

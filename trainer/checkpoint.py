@@ -11,19 +11,17 @@ out/checkpoints/NAME_best.pth        the weights that did best in validation
 
 import dataclasses
 import math
-import pickle
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import torch
 
-from common import UserError, replacing, save_tensors
+from common import UserError, load_tensors, replacing, save_tensors
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import add_projections
-from model.lora import adapter_state, add_lora, hash_of, merge_for_good
+from model.lora import adapter_state, add_lora, hash_of, merge
 from trainer.arguments import RENAMED
 from trainer.distributed import is_first
 from trainer.optimizer import full_state
@@ -55,27 +53,10 @@ def save(path, model_state, config, tokenizer, stage, **more):
 
 
 def load(path):
-    """The dict of a weights or resume file, on the CPU; no code in it is run.
-
-    Raises UserError if it is missing, damaged, of another program, or would run code.
+    """The dict of a weights or resume file, on the CPU. Raises UserError as `load_tensors` does,
+    and if it is that of another program.
     """
-    try:
-        if zipfile.is_zipfile(path):  # as torch.save writes it, with a checksum of every part
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than plain values and tensors, or is damaged; it is not opened, "
-            "because it could run any code. Train anew, or get the file again"
-        ) from None
-    except Exception as error:  # the readers of zip and pickle raise nearly anything on any bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}); train anew, or get it again") from None
+    content = load_tensors(path)
     ours = isinstance(content, dict) and content.get("format") == FORMAT
     if not ours or not isinstance(content.get("stage"), str):
         raise UserError(f"{path} is not a weights file of this program; it needs format {FORMAT}")
@@ -193,19 +174,18 @@ def empty_model(config, content):
 
 
 def build_model(content, path, dropout=0.0):
-    """The (model, tokenizer) of a loaded file. No weight may be missing or have another shape.
-
-    Raises UserError with the missing and unexpected names and the shapes that differ.
+    """The (model, tokenizer) of a loaded file, which shares its fp32 tensors. No weight may be missing
+    or have another shape. Raises UserError if one is, or if the file does not say what it holds.
     """
     if "lora" in content and "run" not in content:
         raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
     try:
-        weights, tokenizer = content["model"], load_tokenizer(json_text=str(content["tokenizer"]))
+        tokenizer = load_tokenizer(json_text=str(content["tokenizer"]))
         config = ModelConfig(**content["config"])
         config.dropout = dropout
         require_plain(config, content)
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged file names
-            expected = empty_model(config, content).state_dict()
+            model = empty_model(config, content)
     except (
         ArithmeticError,
         LookupError,
@@ -215,23 +195,18 @@ def build_model(content, path, dropout=0.0):
         RuntimeError,
     ) as error:
         raise UserError(f"{path} does not say what model it holds: {error}") from None
-    expected = {name: tuple(weight.shape) for name, weight in expected.items()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not part of the model" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {found[name]} and not {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise UserError(f"{path} does not fit its own config: {', '.join(problems[:5])} ...")
+    weights = {name: weight.float() for name, weight in content["model"].items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # torch's, a line for each weight that does not fit
+        problems = " ".join(str(error).partition(":")[2].split())
+        raise UserError(f"{path} does not fit its own config: {problems:.600}") from None
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     size = tokenizer.get_vocab_size()
     if size > config.vocab_size:
         both = f"its tokenizer has {size} tokens, but its model only {config.vocab_size}"
         raise UserError(f"{path}: {both}; it was put together from two runs")
-    model = empty_model(config, content)
-    model.load_state_dict(weights)
     model.first_new_token = content.get("first_new_token")
     return model, tokenizer
 
@@ -263,7 +238,7 @@ def merge_adapters(model, args):
     config = model.config
     path = find(args.save_dir, f"lora_{args.lora}", config.hidden_size, config.use_moe)
     load_adapters(model, path)
-    merge_for_good(model)
+    merge(model)
     print(f"with the adapters {path}")
     return path
 

@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, replacing
 
 
 class MetricsLog:
@@ -72,9 +71,7 @@ class MetricsLog:
             ) from None
 
     def draw(self, path=None):
-        """Draws the loss curves beside the log, or at path; returns where. With matplotlib it is a
-        PNG, else a plain SVG.
-        """
+        """Draws the loss curves as an SVG beside the log, or at path; returns where."""
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         losses = {"training": [line["loss"] for line in lines]}
         losses["validation"] = [line["val_loss"] for line in lines]
@@ -85,47 +82,26 @@ class MetricsLog:
         for label, values in losses.items():
             points = zip([line["tokens"] for line in lines], values, strict=True)
             curves[label] = [(x, y) for x, y in points if y is not None]
-        curves = {label: points for label, points in curves.items() if points}
-        try:
-            os.environ.setdefault("MPLBACKEND", "Agg")
-            import matplotlib  # noqa: F401
-
-            draw, suffix = draw_png, "png"
-        except ImportError:
-            draw, suffix = draw_svg, "svg"
-        path = path or self.path.with_name(f"{self.path.stem}_loss.{suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw(curves, self.path.stem, path)
+        path = (path or self.path.with_name(f"{self.path.stem}_loss")).with_suffix(".svg")
+        with replacing(path) as file:
+            file.write(curves_as_svg(curves, self.path.stem).encode("utf-8"))
         return path
-
-
-def draw_png(curves, title, path):
-    """Draws {label: [(tokens, loss)]} with matplotlib."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), "--" if "," in label else "-", label=label)
-    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=title)
-    seen = [loss for points in curves.values() for _, loss in points if loss]
-    if seen and max(seen) > 20 * min(seen):  # a few high values would flatten the rest
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 
 
-def draw_svg(curves, title, path):
-    """Draws {label: [(tokens, loss)]} as an SVG of 700 x 400, by hand."""
-    most = max((x for points in curves.values() for x, _ in points), default=1)
-    top = max((y for points in curves.values() for _, y in points), default=1) or 1
+def curves_as_svg(curves, title):
+    """{label: [(tokens, loss)]} as the text of an SVG, 700 x 400. Losses above 20 times the lowest
+    are drawn at the upper edge: they would flatten the rest.
+    """
+    tokens = [x for points in curves.values() for x, _ in points] or [1]
+    losses = [y for points in curves.values() for _, y in points] or [1]
+    most, top = max(tokens), min(max(losses), 20 * min(losses)) or 1
     left, right, above, below = 60, 680, 40, 350
 
     def place(x, y):
+        y = min(y, top)
         return f"{left + (right - left) * x / most:.1f},{below - (below - above) * y / top:.1f}"
 
     parts = [
@@ -139,14 +115,13 @@ def draw_svg(curves, title, path):
         parts.append(f'<path d="M{left},{y:.1f}H{right}" stroke="#ddd"/>')
         parts.append(f'<text x="8" y="{y + 4:.1f}">{top * part / 4:.2f}</text>')
     for index, (label, points) in enumerate(curves.items()):
+        if not points:
+            continue
         colour, line = COLOURS[index % len(COLOURS)], " ".join(place(x, y) for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        y = above + 20 * (index + 1)
-        text = html.escape(label)
-        parts.append(
-            f'<text x="{right - 8}" y="{y}" fill="{colour}" text-anchor="end">{text}</text>'
-        )
-    path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+        legend = f'x="{right - 8}" y="{above + 20 * (index + 1)}" text-anchor="end"'
+        parts.append(f'<text {legend} fill="{colour}">{html.escape(label)}</text>')
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def step_profiler(log_path, enabled):
