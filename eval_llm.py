@@ -84,8 +84,6 @@ def parse(argv):
     text = args.system + (args.prompt or "")
     if text != text.encode("utf-8", "replace").decode():
         raise UserError("--prompt and --system: give text in UTF-8")
-    if args.from_weight == "none":
-        raise UserError("--weight none: only trained weights can chat; give a name or a path")
     return args
 
 
@@ -105,18 +103,9 @@ class Chat:
         self.settings = {name: in_range(name, getattr(args, name)) for name in SAMPLING}
         # Imported here: torch takes seconds to load, and neither --help nor a wrong flag needs it.
         from model.generation import generate
-        from trainer import checkpoint
-        from trainer.distributed import pick_device, pick_dtype
-        from trainer.optimizer import require_compiler
-        from trainer.trainer_utils import init_model
+        from trainer.trainer_utils import open_trained
 
-        device = pick_device(args.device)
-        if args.use_compile:
-            require_compiler(device)
-        self.model, self.tokenizer, content = init_model(args, device)
-        if args.lora:
-            checkpoint.merge_adapters(self.model, args)
-        self.model.to(pick_dtype(args.dtype, device))
+        self.model, self.tokenizer, content, _ = open_trained(args)
         self.generate = partial(generate, self.model, use_compile=bool(args.use_compile))
         self.continues = content["stage"] == "pretrain" and not args.lora
         self.start(args.system)

@@ -55,14 +55,12 @@ class Tokens:
     content: str
 
 
-def tokenised(
-    path, tokenizer, to_pieces, options, strict=False, cache_dir=None, rebuild=False, verify=True
-):
+def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None, verify=True):
     """The Tokens of a file, from the cache if it is there; without a cache_dir, in memory.
 
     to_pieces(record, report) returns the record's [(piece, supervised)], or raises ValueError for a
-    bad record. options is a list of whatever else decides what it returns. rebuild replaces the
-    cache; verify compares the hashes of its files, which reads all of it.
+    bad record. options is a list of whatever else decides what it returns. verify compares the
+    hashes of the cache's files, which reads all of it.
     Raises UserError for a missing file, a full disk, and with strict for the first bad record.
     """
     if formats.is_folder(path):  # tokens and a teacher's outputs
@@ -76,9 +74,7 @@ def tokenised(
         return Tokens(*arrays, *rest, path, content)
     folder = Path(cache_dir) / cache_key(content, tokenizer, options)
     try:
-        if rebuild:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif verify and folder.is_dir() and not is_whole(folder):
+        if verify and folder.is_dir() and not is_whole(folder):
             print(f"the cache {folder} is damaged: tokenising {path} again")
             shutil.rmtree(folder)
         if not folder.is_dir():

@@ -8,6 +8,7 @@ row has the place of each token in its sample (position_ids, from 0 in each) and
 sample in the row (document_ids, -1 for padding), so that the model treats each as if it were alone.
 """
 
+import os
 import re
 import signal
 import threading
@@ -23,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common import IGNORE, PAD
+from dataset.formats import open_file
 from model.loss import supervised_tokens
 
 SHORTEST = 128  # tokens of a packed row; longer ones make attention dearer, shorter ones pack worse
@@ -37,21 +39,12 @@ class Source(NamedTuple):
 
     @classmethod
     def read(cls, text):
-        """The Source that a user writes so. Raises ValueError for what is not one."""
+        """The Source that a user writes so. Raises UserError or ValueError for what is not one."""
         match = re.fullmatch(r"(.*?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
         path, weight, copies = match.groups()
-        try:
-            if Path(text).is_file():
-                path, weight, copies = text, None, None
-            if not Path(path).exists():
-                raise ValueError(f"{path}: there is no such file; give a path from here")
-            if not Path(path).is_file():
-                name = path or repr("")
-                raise ValueError(
-                    f"{name}: is no file, and data is read more than once; give a file"
-                )
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; give a path that can be read") from None
+        if os.path.isfile(text):  # noqa: PTH113  Path.is_file raises OSError for a long name
+            path, weight, copies = text, None, None
+        open_file(path).close()
         source = cls(
             Path(path).resolve(),  # the same file, wherever the run is resumed
             float(weight) if weight else None,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT, UserError, report_user_errors  # first: Ctrl-C while torch loads
+from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 from dataset.tiny_world.generate import EVAL
@@ -26,9 +26,7 @@ from evaluation.answers import Part, answer_all, keep_previous, read_result, req
 from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer
 from trainer import checkpoint
 from trainer.arguments import Parser, number, one_of, stop_at, switch, wrong_values
-from trainer.distributed import pick_device, pick_dtype
-from trainer.optimizer import require_compiler
-from trainer.trainer_utils import init_model
+from trainer.trainer_utils import open_trained
 
 
 def parse(argv):
@@ -79,17 +77,8 @@ def options_of(args):
 
 def open_model(args):
     """(model, tokenizer, {"weights", "weights_sha256"}) of --weight and --lora."""
-    device = pick_device(args.device)
-    if args.use_compile:
-        require_compiler(device)
     args.from_weight = checkpoint.weights_to_start_from(args)
-    if args.from_weight == "none":
-        raise UserError("--weight none: only trained weights can answer; give a name or a path")
-    model, tokenizer, _ = init_model(args, device)
-    paths = [checkpoint.find(args.save_dir, args.from_weight, args.hidden_size)]
-    if args.lora:
-        paths.append(checkpoint.merge_adapters(model, args))
-    model.to(pick_dtype(args.dtype, device))
+    model, tokenizer, _, paths = open_trained(args)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}
 

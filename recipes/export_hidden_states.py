@@ -93,8 +93,8 @@ def parse(argv):
     add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("seed", 1, "of the split", number(int, 0))
-    conversation_flags(parser)
-    parser.set_defaults(val_data_path=None, strict_data=False, cache_dir=None, rebuild_cache=False)
+    conversation_flags(parser, training=False)
+    parser.set_defaults(val_data_path=None, strict_data=False, cache_dir=None)
     args = parser.parse_args(argv)
     stop_at(wrong_values(args))
     return args

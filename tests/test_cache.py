@@ -39,8 +39,8 @@ def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
     assert samples_of(plain) == samples_of(first) == samples_of(again)
     assert len({path.name for path in tmp_path.iterdir()}) == 1
     with pytest.raises(TypeError):
-        kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path, rebuild=True)
-    assert not list(tmp_path.iterdir())  # nothing half-made is left
+        kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())  # nothing half-made is left
 
 
 def test_other_content_options_or_tokenizer_are_another_cache(data, tmp_path):
@@ -131,9 +131,7 @@ def test_a_damaged_cache_is_made_anew_with_a_word(data, tmp_path, name, capsys):
 @pytest.mark.parametrize("first", [True, False])
 def test_only_the_first_process_of_a_job_compares_the_hashes(data, tmp_path, monkeypatch, first):
     monkeypatch.setattr(trainer_utils, "is_first", lambda: first)
-    args = SimpleNamespace(
-        max_seq_len=40, strict_data=False, cache_dir=tmp_path, rebuild_cache=False
-    )
+    args = SimpleNamespace(max_seq_len=40, strict_data=False, cache_dir=tmp_path)
     compared, is_whole = [], cache.is_whole
     monkeypatch.setattr(cache, "is_whole", lambda folder: compared.append(1) or is_whole(folder))
     for _ in range(2):

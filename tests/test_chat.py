@@ -105,7 +105,7 @@ def test_the_coldest_and_the_narrowest_draw_the_likeliest(trained):
         (["--temperature", "inf"], "temperature inf"),
         (["--top_p", "nan"], "top_p nan: give a number from 0 to 1"),
         (["--prompt", "\udcff"], "--prompt and --system: give text in UTF-8"),
-        (["--weight", "none"], "--weight none: only trained weights can chat"),
+        (["--weight", "none"], "--weight none: only trained weights can answer"),
     ],
 )
 def test_wrong_flags_are_told_in_a_sentence(trained, flags, says):

@@ -541,7 +541,7 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
             trained, data, tmp_path / "x", "--shard_size", "0", "--data_path", tmp_path / "no.jsonl"
         )
     said = capsys.readouterr().err
-    assert "--shard_size 0: give a whole number" in said and "no.jsonl: there is no such" in said
+    assert "--shard_size 0: give a whole number" in said and "no.jsonl: No such file" in said
     for layers in ("3", "0", "1,x", "-1"):
         with pytest.raises(UserError, match="layers 1 to 2"):
             export(trained, data, tmp_path / "x", "--aux_layers", layers)

@@ -302,7 +302,7 @@ def test_every_flag_may_change_or_may_not():
 
 CHANGES = """--device cpu --grad_checkpoint 1 --deterministic 0 --log_interval 3 --save_interval 1
     --val_interval 3 --sample_interval 2 --sample_prompt Hm --strict_data 1 --keep_checkpoints 3
-    --early_stop_patience 50 --max_bad_steps 3 --rebuild_cache 1 --from_weight x --parallel fsdp"""
+    --early_stop_patience 50 --max_bad_steps 3 --from_weight x --parallel fsdp"""
 # Tested where these flags are, or not part of the result.
 ELSEWHERE = """from_resume force_resume save_dir save_weight config save_best_at_end batch_size
     profile

@@ -23,7 +23,7 @@ SHAPE += ("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok")
 RENAMED = {"eval_split": "val_split", "eval_data_path": "val_data_path"}
 RENAMED |= {"eval_interval": "val_interval", "student": "from_weight"}
 # What a resumed run does not take over from the one before.
-OF_THE_COMMAND = "from_resume force_resume rebuild_cache config save_dir save_weight".split()
+OF_THE_COMMAND = "from_resume force_resume config save_dir save_weight".split()
 # Flags that need a validation, with the value that needs none.
 VALIDATED = {"early_stop_patience": 0, "save_best_at_end": False, "best_metric": "val_loss"}
 LARGEST = 2**53  # floats hold all whole numbers up to here; a larger one is a mistake
@@ -137,7 +137,6 @@ def training_parser(doc, **defaults):
     add("packing", 1, "1: rows of several samples; 0: one padded sample per row", switch)
     add("strict_data", 0, "1: stop at the first bad record", switch)
     add("cache_dir", None, "folder of the tokenised data; default: cache/ in --save_dir", Path)
-    add("rebuild_cache", 0, "1: tokenise again", switch)
     add("num_workers", 0, "processes that prepare batches", count)
 
     add = parser.group("model")
@@ -198,8 +197,8 @@ def training_parser(doc, **defaults):
     return parser
 
 
-def conversation_flags(parser):
-    """Adds the flags of conversations: of SFT, and of what records a teacher for it."""
+def conversation_flags(parser, training=True):
+    """Adds the flags of conversations: of SFT, and, not training, of what records a teacher."""
     add = parser.group("conversations")
     replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
     add("replay_path", None, replay, Path, metavar="FILE")
@@ -210,7 +209,8 @@ def conversation_flags(parser):
     think = "whose reasoning is kept: that of all answers, the last, or none"
     add("keep_think", "all", think, one_of("all", "last", "none"))
     best = f"what makes weights the best: val_loss, or a score: {'|'.join(TASKS)}"
-    add("best_metric", "val_loss", best, one_of("val_loss", *TASKS))
+    if training:
+        add("best_metric", "val_loss", best, one_of("val_loss", *TASKS))
 
 
 def parse_args(parser, argv=None, saved=None):

@@ -174,8 +174,10 @@ def empty_model(config, content):
 
 
 def build_model(content, path, dropout=0.0):
-    """The (model, tokenizer) of a loaded file, which shares its fp32 tensors. No weight may be missing
-    or have another shape. Raises UserError if one is, or if the file does not say what it holds.
+    """The (model, tokenizer) of a loaded file; the model shares its fp32 tensors.
+
+    Raises UserError if a weight is missing or of another shape, or if the file does not say what
+    it holds.
     """
     if "lora" in content and "run" not in content:
         raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")

@@ -15,7 +15,7 @@ from trainer.signals import RunLock
 
 # Flags that a resumed run may change: the weights come out the same, or, with another device,
 # nearly the same.
-FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir rebuild_cache
+FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir
     device num_workers use_compile grad_checkpoint profile parallel deterministic log_interval
     save_interval val_interval sample_interval sample_prompt strict_data keep_checkpoints
     early_stop_patience save_best_at_end max_bad_steps loss_curve offline_dir""".split()

@@ -21,7 +21,8 @@ from model.lora import add_lora
 from model.loss import supervised_tokens
 from trainer import checkpoint
 from trainer.arguments import SHAPE
-from trainer.distributed import first_process_first, is_first
+from trainer.distributed import first_process_first, is_first, pick_device, pick_dtype
+from trainer.optimizer import require_compiler
 
 
 def init_model(args, device="cpu", saved=None):
@@ -48,7 +49,7 @@ def init_model(args, device="cpu", saved=None):
         path = checkpoint.find(
             args.save_dir, name, args.hidden_size, getattr(args, "use_moe", None)
         )
-        content = checkpoint.load(path)
+        content = checkpoint.load(path) | {"path": path}
         origin = f"starting from the {content['stage']} weights {path}"
     if content:
         model, tokenizer = checkpoint.build_model(content, path, dropout)
@@ -57,6 +58,22 @@ def init_model(args, device="cpu", saved=None):
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{origin}: {parameters / 1e6:.2f} M parameters, vocabulary {model.config.vocab_size}")
     return model.to(device), tokenizer, content
+
+
+def open_trained(args):
+    """(model, tokenizer, the rest of its file, the paths of its files): the weights of --weight
+    with the adapters of --lora, on --device and in --dtype. Raises UserError if there are none.
+    """
+    device = pick_device(args.device)
+    if args.use_compile:
+        require_compiler(device)
+    if args.from_weight == "none":
+        raise UserError("--weight none: only trained weights can answer; give a name or a path")
+    model, tokenizer, content = init_model(args, device)
+    paths = [content["path"]]
+    if args.lora:
+        paths.append(checkpoint.merge_adapters(model, args))
+    return model.to(pick_dtype(args.dtype, device)), tokenizer, content, paths
 
 
 def new_model(args):
@@ -134,7 +151,6 @@ def reading(args):
         "max_length": args.max_seq_len,
         "strict": args.strict_data,
         "cache_dir": args.cache_dir or args.save_dir / "cache",
-        "rebuild": args.rebuild_cache and is_first(),
         "verify": is_first(),  # it opens the data before the others
     }
 
