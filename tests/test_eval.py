@@ -298,13 +298,14 @@ def test_gold_answers_are_all_right(task, source, tmp_path):
         solutions = [gold if isinstance(gold, str) else " ".join(gold) for gold in golds]
     else:
         solutions = [r.get("solution") or r["answer"] for r in read(path)]
-    wrong = 0
+    wrong, step = [], 1 + len(problems) // 500  # math-verify takes its time to tell two apart
     for index, (problem, solution) in enumerate(zip(problems, solutions, strict=True)):
         said = judge(task, solution, problem["gold"], truncated=False)
         assert said["verdict"] == said["strict_verdict"] == "correct" and said["error"] is None
-        other = judge(task, solutions[index - 1], problem["gold"], truncated=False)
-        wrong += other["verdict"] == "wrong" and other["error"] is not None
-    assert wrong > 0.8 * len(problems)
+        if index % step == 0:
+            other = judge(task, solutions[index - 1], problem["gold"], truncated=False)
+            wrong.append(other["verdict"] == "wrong" and other["error"] is not None)
+    assert sum(wrong) > 0.8 * len(wrong)
 
 
 def test_rescore_judges_again_without_the_model(trained, gsm8k, tmp_path, capsys):
