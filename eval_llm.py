@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from common import END_OF_TEXT, ROOT, STOP, UserError, report_user_errors
-from dataset.chat_template import parse_answer, render
 
 with suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  with it, input() has a history and no limit of length
@@ -101,7 +100,7 @@ class Chat:
 
     def __init__(self, args):
         self.settings = {name: in_range(name, getattr(args, name)) for name in SAMPLING}
-        # Imported here: torch takes seconds to load, and neither --help nor a wrong flag needs it.
+        # Imported where it is used: --help and wrong flags answer before torch has loaded.
         from model.generation import generate
         from trainer.trainer_utils import open_trained
 
@@ -119,6 +118,8 @@ class Chat:
         """The ids to continue. If they leave no room for an answer, the oldest questions and their
         answers are removed, and a line says so. Raises UserError if text alone is too long.
         """
+        from dataset.chat_template import render
+
         context = self.model.config.max_position_embeddings
         if self.continues:
             return self.tokenizer.encode(text).ids[-context + 1 :] or [END_OF_TEXT]
@@ -142,6 +143,8 @@ class Chat:
 
     def answer(self, text):
         """Prints the answer to text while it is generated; Ctrl-C ends it early."""
+        from dataset.chat_template import parse_answer
+
         ids, new, waiting, stopped = self.prompt(text), [], [], ""
         begin = time.perf_counter()
         try:
