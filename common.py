@@ -37,6 +37,9 @@ def report_user_errors():
     """Around a script's main(): turns a UserError into its message on stderr and exit code 2,
     Ctrl-C into a line and exit code 130.
     """
+    for stream in (sys.stdout, sys.stderr):  # a character that a console lacks ends no training
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         yield
     except UserError as error:

@@ -72,7 +72,11 @@ def main():
     for path in ROOT.glob("trainer/configs/*.toml"):
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         configs[path.stem] = content.get("model", {}) | content.get("training", {})
-    configs = {stem: values for stem, values in configs.items() if "hidden_size" in values}
+    configs = {
+        stem: values
+        for stem, values in configs.items()
+        if "hidden_size" in values and "cpu" not in stem
+    }
     for stem, values in sorted(configs.items(), key=lambda item: int(item[1]["hidden_size"])):
         total, layer, per_layer, rest = measure(values, args.vocab_size)
         rows, length = int(values["batch_size"]), int(values["max_seq_len"])
@@ -88,8 +92,11 @@ def main():
                 # AdamW's moments, weights, gradients: 16 bytes; the bf16 copy that computes: 2.
                 state = 18 * total
                 if mode == "fsdp":
+                    # Gathered: embeddings and output layer in fp32, two layers in bf16; gradients
+                    # that wait for the last micro-batch of a step are whole, in fp32.
                     outside = total - int(values["num_hidden_layers"]) * layer
-                    state = 16 * total / processes + 2 * (outside + 2 * layer)
+                    waiting = 4 * total if int(values.get("accumulation_steps", 1)) > 1 else 0
+                    state = 16 * total / processes + 4 * outside + 4 * layer + waiting
                 print(f"{(state + activations) / GIB:9.1f}", end="")
             print()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 READ = """
 import resource, sys, time
+import torch
 from types import SimpleNamespace
 from dataset.lm_dataset import PretrainDataset
 from dataset.loader import batches, epoch_plan
@@ -32,7 +33,8 @@ if len(sys.argv) > 3:
     args = SimpleNamespace(seed=1, packing=True, max_seq_len=512, batch_size=16)
     args.num_workers, args.accumulation_steps = 0, 1
     plan = epoch_plan(data, range(len(data)), args, 0)
-    loader = iter(batches(data, [rows for step in plan for rows in step], args))
+    micro_batches = [rows for step in plan for rows in step]
+    loader = iter(batches(data, micro_batches, args, torch.device("cpu")))
     next(loader)
     print(f"first batch after {time.perf_counter() - began:.1f} s; {len(plan):,} steps an epoch")
     for _ in range(500):

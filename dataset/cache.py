@@ -54,6 +54,18 @@ class Tokens:
     path: Path
     content: str
 
+    def __getstate__(self):
+        """For a process that is started anew: it maps the files itself."""
+        state, files = dict(vars(self)), {}
+        for name in ("ids", "mask"):
+            if isinstance(state[name], np.memmap):
+                files[name] = state[name].filename, state.pop(name).dtype
+        return state | {"files": files}
+
+    def __setstate__(self, state):
+        files = state.pop("files")
+        vars(self).update(state | {name: mapped(*file) for name, file in files.items()})
+
 
 def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None, verify=True):
     """The Tokens of a file, from the cache if it is there; without a cache_dir, in memory.

@@ -15,7 +15,7 @@ import threading
 import time
 from bisect import bisect_left, insort
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,12 +99,11 @@ class StepPlan:
     samples      the samples of the latest step, and its epoch
     """
 
-    def __init__(self, dataset, samples, args, rank=0, world_size=1):
-        self.dataset, self.args = dataset, args
-        self.rows_per_step = args.batch_size * args.accumulation_steps * world_size
-        self.of_epoch = partial(
-            epoch_plan, dataset, samples, args, rank=rank, world_size=world_size
-        )
+    def __init__(self, dataset, samples, args, compute):
+        self.dataset, self.args, self.device = dataset, args, compute.device
+        self.rows_per_step = args.batch_size * args.accumulation_steps * compute.world_size
+        ranks = {"rank": compute.rank, "world_size": compute.world_size}
+        self.of_epoch = lru_cache(1)(partial(epoch_plan, dataset, samples, args, **ranks))
         self.steps_per_epoch = len(self.of_epoch(0))
         self.step_began, self.wait_s, self.samples, self.epoch = 0.0, 0.0, [], 0
 
@@ -119,7 +118,7 @@ class StepPlan:
             self.epoch, done = divmod(step, self.steps_per_epoch)
             steps = self.of_epoch(self.epoch)[done:]
             micro_batches = [micro_batch for step in steps for micro_batch in step]
-            loader = batches(self.dataset, micro_batches, self.args)
+            loader = batches(self.dataset, micro_batches, self.args, self.device)
             for of_step in steps:
                 self.step_began = time.perf_counter()
                 fetched = [next(loader) for _ in of_step]
@@ -164,13 +163,20 @@ def cut(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def batches(dataset, micro_batches, args):
+def batches(dataset, micro_batches, args, device):
     """Yields a batch for each list of sample numbers: what `pack` or `pad` returns.
 
-    args.num_workers processes prepare them in advance. When one of those dies, the rest is prepared
-    here: slower, and the same.
+    On an NVIDIA GPU all have one shape, batch_size rows of max_seq_len tokens: its code is compiled
+    for each shape. args.num_workers processes prepare them in advance; None: two for such a GPU.
+    When one of those dies, the rest is prepared here: slower, and the same.
     """
-    collate = partial(pack, max_seq_len=args.max_seq_len) if args.packing else pad
+    gpu = device.type == "cuda"
+    workers = args.num_workers if args.num_workers is not None else 2 * gpu
+    collate = partial(
+        pack if args.packing else pad,
+        max_seq_len=args.max_seq_len,
+        rows=args.batch_size if gpu else None,
+    )
     done = 0
     with own_handler_of_dead_children():
         loader = iter(
@@ -178,7 +184,8 @@ def batches(dataset, micro_batches, args):
                 dataset,
                 batch_sampler=micro_batches,
                 collate_fn=collate,
-                num_workers=args.num_workers,
+                num_workers=workers,
+                pin_memory=gpu,  # copied to the GPU while it computes
                 generator=torch.Generator(),  # its own: it draws nothing from the global one
             )
         )
@@ -189,7 +196,7 @@ def batches(dataset, micro_batches, args):
         return
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: died while it sent
         ours = not isinstance(error, RuntimeError) or "worker" in str(error)
-        if not args.num_workers or not ours:
+        if not workers or not ours:
             raise
         print(f"warning: {error}. The batches are prepared by the training process from here on")
     for samples in micro_batches[done:]:
@@ -206,6 +213,13 @@ def own_handler_of_dead_children():
     yield
     if number and threading.current_thread() is threading.main_thread():
         signal.signal(number, before or signal.SIG_DFL)
+
+
+def to_device(batch, device):
+    """A batch on a device, but for its labels: see `model.loss.summed_cross_entropy`."""
+    input_ids, labels, *where = batch
+    input_ids, *where = (part.to(device, non_blocking=True) for part in (input_ids, *where))
+    return input_ids, labels, *where
 
 
 def best_fit_decreasing(lengths, max_seq_len):
@@ -246,24 +260,33 @@ def layout(lengths, max_seq_len):
     return min(layouts, key=lambda layout: layout[0] * len(layout[1]))
 
 
-def pack(documents, max_seq_len):
-    """Samples (input_ids, labels) as one batch of rows that hold several."""
-    T, rows = layout([len(input_ids) for input_ids, _ in documents], max_seq_len)
-    return batch([[documents[item] for item in row] for row in rows], T)
+def pack(documents, max_seq_len, rows=None):
+    """Samples (input_ids, labels) as one batch of rows that hold several: at least `rows` rows of
+    max_seq_len tokens, or as few tokens as possible.
+    """
+    lengths = [len(input_ids) for input_ids, _ in documents]
+    if rows is None:
+        T, packed = layout(lengths, max_seq_len)
+    else:
+        T, packed = max_seq_len, best_fit_decreasing(lengths, max_seq_len)
+    return batch([[documents[item] for item in row] for row in packed], T, rows)
 
 
-def pad(documents):
-    """Samples as one batch, each in a row of its own, padded to the longest."""
-    return batch([[d] for d in documents], max((len(ids) for ids, _ in documents), default=0))
+def pad(documents, max_seq_len=None, rows=None):
+    """Samples as one batch, each in a row of its own: at least `rows` rows of max_seq_len tokens,
+    or rows of the longest sample.
+    """
+    longest = max((len(input_ids) for input_ids, _ in documents), default=0)
+    return batch([[d] for d in documents], max_seq_len if rows else longest, rows)
 
 
-def batch(rows, T):
+def batch(rows, T, at_least=None):
     """Rows of samples as input_ids, labels, position_ids and document_ids, each (B, T).
 
     A sample's first token has no label: what stands before it is another sample. No rows at
     all give one token without loss, the share of a process that has nothing left to do.
     """
-    shape = (max(1, len(rows)), max(1, T))
+    shape = (max(at_least or 1, len(rows)), max(1, T))
     ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
     position_ids, document_ids = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for index, row in enumerate(rows):

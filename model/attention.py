@@ -5,6 +5,7 @@ Shapes: B batch, H heads, K key/value heads, G = H / K heads that share a key, T
 of this call), S keys (cached + T), d head size.
 """
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -48,16 +49,20 @@ def attend(q, k, v, mask):
     mask is of `visible` or `document_blocks`. None is the causal mask; the T queries are then the
     last of the S tokens.
     """
+    device, blocks = q.device.type, isinstance(mask, BlockMask)
+    # On Apple's GPUs, torch's kernel had errors up to 2.12: keys of the future in half precision,
+    # masks that all heads share.
+    if device == "mps" or (device == "cpu" and q.shape[2] > 1 and not blocks):
+        return attend_in_blocks(q, k, v, mask)
     if q.shape[2] == 1:
         return attend_from_one(q, k, v, mask)
-    if q.device.type == "cpu" and not isinstance(mask, BlockMask):
-        return attend_in_blocks(q, k, v, mask)
-    G = q.shape[1] // k.shape[1]
+    G, dtype = q.shape[1] // k.shape[1], q.dtype
+    q = q.to(k.dtype)  # a cache may have another one
     k, v = (t.repeat_interleave(G, dim=1) for t in (k, v))  # (B, K, S, d) -> (B, H, S, d)
-    if isinstance(mask, BlockMask):
+    if blocks:
         return compiled(flex_attention)(q, k, v, block_mask=mask)
     # `hidden_states` leaves the mask out only where nothing is cached: T = S.
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).to(dtype)
 
 
 def attend_from_one(q, k, v, mask):
@@ -78,7 +83,7 @@ def attend_in_blocks(q, k, v, mask):
     (B, H, T, d), K, S, dtype = q.shape, k.shape[1], k.shape[2], q.dtype
     q = q.to(k.dtype).reshape(B, K, H // K, T, d) * d**-0.5  # (B, H, T, d) -> (B, K, G, T, d)
     results = []
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
             t, seen = end - start, S - T + end  # queries of the block, keys up to its last one
@@ -89,7 +94,7 @@ def attend_in_blocks(q, k, v, mask):
                 hidden = ~mask[:, :, None, start:end, :seen]  # (1 or B, 1, 1, t, seen)
                 scores = scores.masked_fill(hidden, -torch.inf)
             elif t > 1:
-                future = torch.ones(t, t, dtype=torch.bool).triu(1)
+                future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
                 scores[..., seen - t :].masked_fill_(future, -torch.inf)
             weights = scores.softmax(dim=-1).view(B, K, -1, seen)  # -> (B, K, G * t, seen)
             results.append((weights @ v[:, :, :seen]).view(B, K, -1, t, d))
@@ -97,8 +102,41 @@ def attend_in_blocks(q, k, v, mask):
 
 
 def blocks_available(device, head_dim):
-    """Whether torch can compile FlexAttention: it needs CUDA, Triton and a power of two."""
-    return device.type == "cuda" and head_dim in (16, 32, 64, 128, 256) and find_spec("triton")
+    """Whether FlexAttention can be used: on NVIDIA GPUs since Ampere, with Triton and a compiler,
+    for heads whose size is a power of two.
+    """
+    return device.type == "cuda" and head_dim in (16, 32, 64, 128, 256) and blocks_work(device)
+
+
+@cache
+def blocks_work(device):
+    """Whether FlexAttention, output and gradients, is `plain_attention` on a small batch; a warning
+    says why it is not used. Tried once: what it needs depends on GPU, driver and compiler.
+    """
+    if not find_spec("triton") or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.tensor([[0] * 100 + [1] * 130 + [-1] * 26] * 2, device=device)  # (B, T)
+    tensors = torch.randn(4, 2, 4, 256, 64, generator=generator).to(device)  # q, k, v, direction
+    found = []
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cuda", enabled=False),
+        ):
+            for mask in (document_blocks(documents), visible(0, 256, documents, device)):
+                q, k, v = (t.clone().requires_grad_() for t in tensors[:3])
+                blocks = isinstance(mask, BlockMask)
+                out = attend(q, k, v, mask) if blocks else plain_attention(q, k, v, mask)
+                found.append([out, *torch.autograd.grad((out * tensors[3]).sum(), (q, k, v))])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)  # products may be TF32
+    except Exception as error:  # compilers fail in many ways; the plain way works everywhere
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"FlexAttention is not used, packed rows are slower: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 def document_blocks(document_ids):

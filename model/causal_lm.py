@@ -271,21 +271,21 @@ class KVCache:
         self.length = 0
 
     def extend(self, shape, document_ids):
-        """Reserves the columns of shape = (B, T) new tokens; returns all document ids so far,
+        """Reserves the places of shape = (B, T) new tokens; returns all document ids so far,
         (B, S), or None. Raises ValueError if they do not fit.
         """
         start, self.length = self.length, self.length + shape[1]
         if self.length > self.max_length:
             raise ValueError(f"{self.length} tokens do not fit a KV cache of {self.max_length}")
-        self.columns = torch.arange(start, self.length, device=self.document_ids.device)
         self.has_documents = self.has_documents or document_ids is not None
         if not self.has_documents:
             return None
-        self.document_ids.index_copy_(1, self.columns, document_ids)
+        self.document_ids[:, start : self.length] = document_ids
         return self.document_ids[:, : self.length]
 
     def append(self, layer, keys, values):
         """Stores a layer's new keys and values, (B, K, T, d); returns all so far, (B, K, S, d)."""
+        start = self.length - keys.shape[2]
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store.index_copy_(2, self.columns, new.to(store.dtype))
+            store[:, :, start : self.length] = new
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]

@@ -72,6 +72,7 @@ class Distillation(nn.Module):
         self.outputs = outputs_of(student, set(self.layers))
 
     def forward(self, input_ids, *where, labels):
+        labels = labels.to(input_ids.device)
         supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
         targets = labels[:, 1:][supervised]  # (N,)
         theirs = self.teacher(input_ids, *where)

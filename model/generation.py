@@ -65,8 +65,7 @@ def generate(
         dtype = torch.float32  # attention on a CPU is fastest in it
     cache = KVCache(model.config, B, T + steps, device, dtype)
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
-    finished = torch.tensor([length == context for length in lengths], device=device)  # (B,)
-    stops = torch.tensor(stop_ids, device=device)
+    finished = [length == context for length in lengths]
     decode = compiled_step(model, B) if use_compile else model
     new = ids
     with eval_mode(model), weights_laid_out(model, B):
@@ -78,10 +77,12 @@ def generate(
             if allowed:
                 logits = constrain(logits, ids[:, T:].tolist(), allowed)
             new = sample(logits, temperature, top_k, top_p, generator)  # (B, V) -> (B, 1)
-            row_finished, row_new = finished.tolist(), new[:, 0].tolist()
-            yield [None if f else i for f, i in zip(row_finished, row_new, strict=True)]
-            finished |= torch.isin(new[:, 0], stops) | (positions[:, -1] >= context - 2)
-            if finished.all():
+            tokens = new[:, 0].tolist()  # the one moment that waits for a GPU
+            yield [None if f else token for f, token in zip(finished, tokens, strict=True)]
+            for row, token in enumerate(tokens):
+                full = lengths[row] + step + 1 >= context
+                finished[row] = finished[row] or full or token in stop_ids
+            if all(finished):
                 return
             ids = torch.cat([ids, new], dim=1)
             positions = (positions[:, -1:] + 1).clamp(max=context - 1)  # (B, 1)

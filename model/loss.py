@@ -30,8 +30,10 @@ def summed_cross_entropy(hidden, weight, labels):
     At (B, T, V) the logits are the largest tensor of a training step. Here only those of supervised
     tokens are computed, in chunks, and none is kept for the backward pass.
     """
+    # Labels may be on the CPU: looking for them there waits for no GPU.
     positions = F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
     targets = labels.flatten()[positions + 1]  # (N,)
+    positions, targets = (t.to(hidden.device, non_blocking=True) for t in (positions, targets))
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -49,13 +51,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, positions, targets, dtype, with_gradients):
         total, matrix = torch.zeros((), device=hidden.device), weight.to(dtype)
         if with_gradients:
-            hidden_grad, weight_grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+            hidden_grad = torch.zeros_like(hidden)
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         # oneDNN caches code for each size of product; with multiples of 64 there are few sizes.
         count, padding = len(positions), (0, -len(positions) % 64)
         positions, targets = F.pad(positions, padding), F.pad(targets, padding)
-        for start in range(0, count, CHUNK):
-            chunk, real = positions[start : start + CHUNK], min(CHUNK, count - start)
-            target = targets[start : start + CHUNK, None]  # (n, 1)
+        size = 8 * CHUNK if hidden.is_cuda else CHUNK  # a GPU is fast at large products alone
+        for start in range(0, count, size):
+            chunk, real = positions[start : start + size], min(size, count - start)
+            target = targets[start : start + size, None]  # (n, 1)
             x = hidden[chunk].to(dtype)  # (B * T, D) -> (n, D)
             logits = (x @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
             log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)

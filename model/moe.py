@@ -34,12 +34,15 @@ class MoE(nn.Module):
         weight, experts = probability.topk(self.top_k, dim=-1)  # (N, E) -> (N, k) each
         if self.norm_topk_prob:
             weight = weight / weight.sum(dim=-1, keepdim=True)
+        # Choice c of token t is number t * k + c. Sorted by expert, those of each lie together.
+        order = experts.flatten().argsort(stable=True)  # (N * k,)
+        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
         out = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
+        for expert, choices in zip(self.experts, order.split(counts), strict=True):
             # An expert without tokens runs on zero rows: its gradient is then zero instead of
             # missing, and DistributedDataParallel does not wait for it forever.
-            token, choice = torch.where(experts == index)  # (n,) each
-            result = expert(tokens[token]) * weight[token, choice, None]  # (n, D)
+            token = choices // self.top_k  # (n,)
+            result = expert(tokens[token]) * weight.flatten()[choices, None]  # (n, D)
             out = out.index_add(0, token, result.type_as(out))  # (N, D)
         if self.training:
             share = F.one_hot(experts, len(self.experts)).float().mean(dim=0)  # (k, E)

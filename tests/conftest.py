@@ -65,6 +65,14 @@ def run_here(script, *flags):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+def fsdp(*values):
+    """The parameter of a test that shards a model on a CPU, which torch can since 2.7."""
+    import torch
+
+    reason = "fsdp on a CPU needs torch 2.7"
+    return pytest.param(*values, marks=pytest.mark.skipif(torch.__version__ < "2.7", reason=reason))
+
+
 def write_jsonl(path, records):
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")

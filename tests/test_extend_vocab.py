@@ -20,7 +20,7 @@ from model.generation import complete
 from recipes import sid
 from tests.conftest import run_here, sft, write_jsonl
 from trainer import checkpoint
-from trainer.trainer_utils import read_tokens
+from trainer.trainable import read_tokens
 
 TOKENS = ["<a_1>", "<a_2>", "<b_1>"]
 

@@ -15,7 +15,7 @@ from model.lora import LoRALinear, add_lora, hash_of, merge
 from recipes import peft as merge_lora
 from tests.conftest import LORA, ROOT, run, run_here, sft
 from trainer import checkpoint, train_full_sft
-from trainer.trainer_utils import choose_trainable
+from trainer.trainable import choose_trainable
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))

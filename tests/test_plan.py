@@ -14,6 +14,8 @@ from dataset.prepare import shares
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import TINY, chat, run_here, write_jsonl
 
+CPU = torch.device("cpu")
+
 SEEDS = range(200)
 
 
@@ -159,11 +161,11 @@ def test_a_worker_that_dies_while_it_sends_is_replaced_by_this_process(texts, mo
 
     wanted = SimpleNamespace(packing=1, max_seq_len=64, num_workers=0)
     micro_batches = [[0, 1], [2, 3], [4]]
-    expected = list(plan.batches(texts, micro_batches, wanted))
+    expected = list(plan.batches(texts, micro_batches, wanted, CPU))
     monkeypatch.setattr(plan, "DataLoader", Loader)
     with pytest.raises(error):
-        list(plan.batches(texts, micro_batches, wanted))
+        list(plan.batches(texts, micro_batches, wanted, CPU))
     wanted.num_workers = 1
-    found = list(plan.batches(texts, micro_batches, wanted))
+    found = list(plan.batches(texts, micro_batches, wanted, CPU))
     for one, other in zip(expected, found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

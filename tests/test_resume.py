@@ -374,3 +374,13 @@ def test_an_optimizer_that_does_not_fit_is_said_even_by_force(data, tmp_path, mo
     done = run_here(SFT, *force, "--freeze", "layers.0")
     refused(done, "optimizer state does not fit this run")
     assert run_here(SFT, *force, "--learning_rate", 0.01).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="comes with torch 2.9")
+def test_muon_without_weights_for_adamw_is_resumed(trained, data, tmp_path, monkeypatch):
+    more = {"from_weight": trained / "pretrain_32.pth", "optimizer": "muon"}
+    more |= {"freeze": "norm|embed|lm_head"}
+    train_full_sft.main(flags(data, tmp_path / "whole", **more))
+    stopped_at(3, flags(data, tmp_path / "parts", **more), monkeypatch)
+    assert run_here(SFT, "--save_dir", tmp_path / "parts", "--from_resume", 1).returncode == 0
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))

@@ -14,7 +14,7 @@ from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from tests.conftest import chat, curves_of, flags_read, write_jsonl
-from trainer import checkpoint, distributed, train_distillation, trainer_utils
+from trainer import checkpoint, distributed, train_distillation, trainable
 from trainer.arguments import SHAPE
 from trainer.distributed import pick_device, pick_dtype
 from trainer.metrics import MetricsLog
@@ -162,6 +162,7 @@ def test_a_missing_compiler_is_told_before_the_first_step(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name if name == "clang++" else None)
     require_compiler(torch.device("cpu"))
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr("trainer.optimizer.find_spec", lambda name: True)
     require_compiler(torch.device("cuda"))  # Triton compiles there
     with pytest.raises(UserError, match="--use_compile 1 needs a C"):
         require_compiler(torch.device("cpu"))
@@ -187,7 +188,7 @@ def test_each_layer_is_compiled_by_itself_and_computes_what_it_did(compiled):
 )
 def test_weights_named_by_freeze_do_not_learn_and_the_rest_is_counted(freeze, learn, capsys):
     model = small()
-    trainer_utils.choose_trainable(model, None, args_of(freeze=freeze))
+    trainable.choose_trainable(model, None, args_of(freeze=freeze))
     named = dict(model.named_parameters())
     assert [name for name in named if named[name].requires_grad] == learn
     count = sum(named[name].numel() for name in learn)
@@ -201,18 +202,18 @@ def test_new_rows_alone_are_counted(tmp_path, capsys):
     tokenizer = load_tokenizer()
     model = small(tokenizer.get_vocab_size())
     args = args_of(extend_tokens=tmp_path / "new.txt", freeze_base=True)
-    trainer_utils.choose_trainable(model, tokenizer, args)
+    trainable.choose_trainable(model, tokenizer, args)
     said = capsys.readouterr().out
     assert "2 new tokens; the vocabulary has 2050 entries" in said and "\n64 of " in said
     assert checkpoint.description(model) == {"first_new_token": 2048}
     args.parallel = "fsdp"
     with pytest.raises(UserError, match="--freeze_base 1 needs whole matrices"):
-        trainer_utils.choose_trainable(model, tokenizer, args)
+        trainable.choose_trainable(model, tokenizer, args)
 
 
 def test_a_model_that_is_trained_as_a_whole_needs_no_line(capsys):
     model = small()
-    trainer_utils.choose_trainable(model, None, args_of())
+    trainable.choose_trainable(model, None, args_of())
     assert capsys.readouterr().out == "" and checkpoint.description(model) == {}
 
 

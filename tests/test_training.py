@@ -22,10 +22,12 @@ from dataset.tokenizer import load_tokenizer
 from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
-from tests.conftest import ROOT, TINY, chat, run, write_jsonl
+from tests.conftest import ROOT, TINY, chat, fsdp, run, write_jsonl
 from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import parse_args, training_parser
 from trainer.optimizer import clip_and_step, learning_rate, make_optimizer
+
+CPU = torch.device("cpu")
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
 FLAGS = [*TINY, "--from_weight", "none", "--log_interval", "1", "--val_interval", "4"]
@@ -215,7 +217,7 @@ def test_several_processes_end_in_the_weights_of_one(data, tmp_path, processes, 
         assert (one["val_loss"] is None) == (other["val_loss"] is None)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", fsdp("fsdp")])
 def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tmp_path, parallel):
     shared = {"epochs": 2, "max_seq_len": 96, "packing": 1}
     (tmp_path / "stop.py").write_text(
@@ -446,7 +448,7 @@ def test_every_supervised_token_is_trained_once_per_epoch(data, kind, name, max_
     for epoch in range(2):
         plan = epoch_plan(dataset, range(len(dataset)), args, epoch)
         trained = Counter()
-        for _, labels, *_ in batches(dataset, [rows for step in plan for rows in step], args):
+        for _, labels, *_ in batches(dataset, [rows for step in plan for rows in step], args, CPU):
             trained.update(label for label in labels.flatten().tolist() if label != -100)
         assert trained == expected
 

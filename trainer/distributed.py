@@ -11,6 +11,7 @@ import re
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Compute:
 
     def sum(self, *values):
         """Each number summed over all processes, as floats."""
-        return all_reduce_sum(*values, device=self.device)
+        return all_reduce_sum(*values)
 
 
 def start(args):
@@ -45,26 +46,35 @@ def start(args):
     """
     keep_freed_memory()
     device = pick_device(args.device, args.deterministic)
-    rank, world_size = join("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size = join(device)
     if args.dtype == "auto":  # the first process decides: machines may differ
-        bf16 = rank == 0 and bf16_is_native(device)
-        args.dtype = "bf16" if all_reduce_sum(bf16, device=device)[0] else "fp32"
+        names = list(DTYPES)
+        chosen = names.index(auto_dtype(device)) if rank == 0 else 0
+        args.dtype = names[int(all_reduce_sum(chosen)[0])]
     dtype = DTYPES[args.dtype]
+    if args.dtype == "fp16" and device.type == "mps" and torch.__version__ < "2.8":
+        raise UserError("--dtype fp16 on an Apple GPU needs torch 2.8 or newer; use fp32")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Compute(device, dtype, autocast, scaler, rank, world_size)
 
 
-def join(backend):
-    """Joins the other processes of a torchrun job; returns (rank, number of processes)."""
+def join(device):
+    """Joins the other processes of a torchrun job; returns (rank, number of processes).
+
+    Counts and signals are summed on the CPU by gloo: it notices a lost process at once, and no GPU
+    waits for them. The limit is that of a wait, also for the process that tokenises.
+    """
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group(backend)
+    gpus = device.type == "cuda" and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size()
 
 
 def pick_device(name, deterministic=False):
-    """The torch.device of --device; auto takes an NVIDIA or Apple GPU where there is one.
+    """The torch.device of --device; auto takes an NVIDIA or Apple GPU if there is one. Of several
+    NVIDIA GPUs each process takes its own; a job of several processes uses no Apple GPU.
 
     A CPU computes the same bits each time; a GPU does so with deterministic.
     """
@@ -72,11 +82,12 @@ def pick_device(name, deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        apple = torch.backends.mps.is_available() and "RANK" not in os.environ
+        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     try:
         device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -87,18 +98,19 @@ def pick_device(name, deterministic=False):
 
 
 def pick_dtype(name, device):
-    """The torch.dtype of --dtype; auto takes bf16 where the processor computes it natively."""
-    if name == "auto":
-        name = "bf16" if bf16_is_native(device) else "fp32"
-    return DTYPES[name]
+    """The torch.dtype of --dtype."""
+    return DTYPES[auto_dtype(device) if name == "auto" else name]
 
 
-def bf16_is_native(device):
-    """Whether the processor has bf16 instructions; emulated bf16 is slower than fp32."""
+def auto_dtype(device):
+    """What --dtype auto stands for: bf16 where the processor has instructions for it (emulated, it
+    is slower than fp32), fp16 on older NVIDIA GPUs, else fp32.
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # since torch 2.6
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+    native = any(getattr(torch.cpu, name, bool)() for name in names)
+    return "bf16" if device.type == "cpu" and native else "fp32"
 
 
 def keep_freed_memory():
@@ -116,16 +128,18 @@ def is_first():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def all_reduce_sum(*values, device="cpu"):
+def all_reduce_sum(*values):
     """Each number summed over all processes, as floats."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
     return total.tolist()
 
 
 def barrier():
+    """Waits until all processes are here."""
+    # Not a sum: of the last one before the end, gloo's thread would hold a Python object, and wait
+    # for Python while Python waits for that thread to end.
     if dist.is_initialized():
         dist.barrier()
 
@@ -191,14 +205,23 @@ def parallelise(model, mode, dtype):
         return model
     if mode == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    device = model.lm_head.weight.device.type
+    if device == "cpu" and torch.__version__ < "2.7":
+        raise UserError("--parallel fsdp on a CPU needs torch 2.7 or newer; leave the flag out")
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    # The layers are gathered in dtype. As with ddp, rotary positions, the residual stream, the
+    # embeddings and the output layer are fp32.
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
 
 
 def sync_gradients(learner, now):

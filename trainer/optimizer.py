@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from importlib.util import find_spec
 
 import torch
 from torch.distributed.checkpoint import state_dict
@@ -30,7 +31,9 @@ def make_optimizer(model, args):
             matrices.append(weight)
     groups = [{"params": matrices, "weight_decay": args.weight_decay}]
     groups += [{"params": scales, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    groups = [group for group in groups if group["params"]]
+    how = {"lr": args.learning_rate, "betas": (0.9, 0.95), "fused": True}
+    adamw = torch.optim.AdamW(groups, **how) if groups else None
     if args.optimizer == "adamw":
         return adamw
     if not hasattr(torch.optim, "Muon"):
@@ -40,7 +43,8 @@ def make_optimizer(model, args):
     if not muon:
         return adamw
     how = {"weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return Optimizers(torch.optim.Muon(muon, lr=args.learning_rate, **how), adamw)
+    muon = torch.optim.Muon(muon, lr=args.learning_rate, **how)
+    return Optimizers(muon, adamw) if adamw else muon
 
 
 class Optimizers:
@@ -116,6 +120,7 @@ def load_full_state(model, optimizer, state):
     state = by_name(state, parts, name_of)
     if sorted(state["state"]) != sorted(names):
         raise ValueError("it is that of other weights")
+    state["param_groups"] = [group for group in state["param_groups"] if group["params"]]
     options = state_dict.StateDictOptions(full_state_dict=True)
     state_dict.set_optimizer_state_dict(model, parts, state, options=options)
 
@@ -141,6 +146,10 @@ def by_name(state, parts, name_of):
 
 def require_compiler(device):
     """Raises UserError where torch.compile has nothing to compile with."""
+    if device.type == "cuda" and not find_spec("triton"):
+        raise UserError("--use_compile 1 on a GPU needs Triton, which torch brings on Linux alone")
+    if device.type == "mps" and torch.__version__ < "2.8":
+        raise UserError("--use_compile 1 on an Apple GPU needs torch 2.8 or newer")
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError(
@@ -155,5 +164,6 @@ def compile_layers(model):
     """
     require_compiler(model.lm_head.weight.device)
     print("compiling: the first step takes up to a minute")
+    torch._dynamo.config.optimize_ddp = False  # else it cuts each layer in pieces
     for layer in model.model.layers:
         layer.compile()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dataset.chat_template import render
 from dataset.lm_dataset import SFTDataset
-from dataset.loader import StepPlan, token_counts
+from dataset.loader import StepPlan, to_device, token_counts
 from dataset.tiny_world.generate import SFT
 from evaluation.answers import TaskScore
 from model.generation import complete
@@ -39,13 +39,15 @@ from trainer.optimizer import (
 from trainer.run import Run, begin_run, finish, lock_run
 from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
+from trainer.trainable import choose_trainable
 from trainer.trainer_utils import (
-    choose_trainable,
     conversation_options,
     describe,
+    generating,
     init_model,
     open_data,
     replay,
+    score_of,
     seed_step,
     validation_loss,
 )
@@ -73,7 +75,7 @@ def main(argv=None, **defaults):
     train += replay(dataset, train, args, tokenizer)
     task = args.best_metric != "val_loss" and TaskScore(args.best_metric, args.val_data_path)
     describe(dataset, train, val, args)
-    plan = StepPlan(dataset, train, args, compute.rank, compute.world_size)
+    plan = StepPlan(dataset, train, args, compute)
 
     # The loss, the optimizer, and how far the run is.
     model.model.grad_checkpoint = args.grad_checkpoint
@@ -97,8 +99,7 @@ def main(argv=None, **defaults):
         supervised, tokens = compute.sum(*token_counts(micro_batches))
         loss = 0.0
         for index, batch in enumerate(micro_batches):
-            batch = [part.to(compute.device) for part in batch]
-            input_ids, labels, position_ids, document_ids = batch
+            input_ids, labels, position_ids, document_ids = to_device(batch, compute.device)
             with distributed.sync_gradients(learner, index == len(micro_batches) - 1):
                 with compute.autocast:
                     part = learner(input_ids, position_ids, document_ids, labels=labels)
@@ -120,9 +121,7 @@ def main(argv=None, **defaults):
             entry |= {"epoch": plan.epoch, "data_wait_s": plan.wait_s}
             if validate:
                 entry |= validation_loss(model, val_dataset, val, args, compute)
-                score = task.score(model, tokenizer) if task else -entry["val_loss"]
-                score = compute.sum(score)[0] / compute.world_size  # the same on all processes
-                if run.note_score(score):
+                if run.note_score(score_of(model, tokenizer, task, entry["val_loss"], compute)):
                     checkpoint.save_best(args, model, tokenizer, STAGE, run)
             log.write(run, **entry)
         if not math.isfinite(grad_norm):
@@ -130,7 +129,8 @@ def main(argv=None, **defaults):
         if args.sample_interval and run.step % args.sample_interval == 0:
             messages = [{"role": "user", "content": args.sample_prompt}]
             prompt, _ = render(messages, add_generation_prompt=True, tokenizer=tokenizer)
-            (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
+            with generating(model, compute):
+                (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
             tqdm.write(f"  {args.sample_prompt} -> {tokenizer.decode(answer)}")
         stop = run.finished(len(plan), args.early_stop_patience)
         stop = stop or run.bad_steps >= args.max_bad_steps

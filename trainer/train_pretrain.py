@@ -20,7 +20,7 @@ from common import report_user_errors  # first: Ctrl-C while torch loads
 from tqdm import tqdm
 
 from dataset.lm_dataset import PretrainDataset
-from dataset.loader import StepPlan, token_counts
+from dataset.loader import StepPlan, to_device, token_counts
 from dataset.tiny_world.generate import PRETRAIN
 from model.generation import complete
 from model.moe import load_balance_loss
@@ -36,9 +36,10 @@ from trainer.optimizer import (
 from trainer.run import Run, begin_run, finish, lock_run
 from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
+from trainer.trainable import choose_trainable
 from trainer.trainer_utils import (
-    choose_trainable,
     describe,
+    generating,
     init_model,
     open_data,
     seed_step,
@@ -64,7 +65,7 @@ def main(argv=None):
     lock = lock_run(args, model.config)  # no other run writes the same files
     dataset, train, val_dataset, val = open_data(PretrainDataset, args, tokenizer, PRETRAIN)
     describe(dataset, train, val, args)
-    plan = StepPlan(dataset, train, args, compute.rank, compute.world_size)
+    plan = StepPlan(dataset, train, args, compute)
 
     # The loss, the optimizer, and how far the run is.
     model.model.grad_checkpoint = args.grad_checkpoint
@@ -88,8 +89,7 @@ def main(argv=None):
         supervised, tokens = compute.sum(*token_counts(micro_batches))
         loss = 0.0
         for index, batch in enumerate(micro_batches):
-            batch = [part.to(compute.device) for part in batch]
-            input_ids, labels, position_ids, document_ids = batch
+            input_ids, labels, position_ids, document_ids = to_device(batch, compute.device)
             with distributed.sync_gradients(learner, index == len(micro_batches) - 1):
                 with compute.autocast:
                     part = learner(input_ids, position_ids, document_ids, labels=labels)
@@ -111,15 +111,15 @@ def main(argv=None):
             entry |= {"epoch": plan.epoch, "data_wait_s": plan.wait_s}
             if validate:
                 entry |= validation_loss(model, val_dataset, val, args, compute)
-                score = -entry["val_loss"]
-                if run.note_score(score):
+                if run.note_score(-entry["val_loss"]):
                     checkpoint.save_best(args, model, tokenizer, STAGE, run)
             log.write(run, **entry)
         if not math.isfinite(grad_norm):
             tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
         if args.sample_interval and run.step % args.sample_interval == 0:
             prompt = tokenizer.encode(args.sample_prompt).ids
-            (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
+            with generating(model, compute):
+                (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
             tqdm.write(f"  {tokenizer.decode(prompt + answer)}")
         stop = run.finished(len(plan), args.early_stop_patience)
         stop = stop or run.bad_steps >= args.max_bad_steps

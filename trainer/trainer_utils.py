@@ -1,10 +1,9 @@
-"""What the train scripts and the chat share: a model to begin with, data, what is trained, and the
-validation loss. Each is called; none calls back.
+"""What the train scripts and the chat share: a model to begin with, data, and the validation loss.
+Each is called; none calls back.
 """
 
-import json
 import math
-import re
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -12,12 +11,10 @@ from tqdm import tqdm
 
 from common import UserError
 from dataset.lm_dataset import PretrainDataset
-from dataset.loader import Source, batches, epoch_plan, mix, split_samples
+from dataset.loader import Source, batches, epoch_plan, mix, split_samples, to_device
 from dataset.tiny_world.generate import PRETRAIN, write_missing
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from model.extend_vocab import extend_vocab, freeze_base
-from model.lora import add_lora
 from model.loss import supervised_tokens
 from trainer import checkpoint
 from trainer.arguments import SHAPE
@@ -193,8 +190,8 @@ def validation_loss(model, dataset, samples, args, compute):
         plan = epoch_plan(dataset, own, args, 0, compute.rank, compute.world_size)
         micro_batches = [micro_batch for step in plan for micro_batch in step]
         total, count = 0.0, 0
-        for batch in batches(dataset, micro_batches, args):
-            input_ids, labels, *where = (part.to(compute.device) for part in batch)
+        for batch in batches(dataset, micro_batches, args, compute.device):
+            input_ids, labels, *where = to_device(batch, compute.device)
             with compute.autocast:
                 total += model(input_ids, *where, labels=labels).item()
             count += supervised_tokens(labels)
@@ -213,93 +210,28 @@ def validation_loss(model, dataset, samples, args, compute):
     return found
 
 
-def choose_trainable(model, tokenizer, args, saved=None):
-    """Adds new tokens and adapters to a model, and freezes weights, as --extend_tokens, --use_lora,
-    --freeze_base and --freeze say. A saved checkpoint has its tokens and adapters already.
-
-    Raises UserError where nothing is left to train, or where flags contradict each other.
+@contextmanager
+def generating(model, compute):
+    """Inside, a model in training may generate text. Compiled layers run as they are: each length
+    would be compiled anew. The layers of a sharded model are gathered in the dtype of autocast;
+    what a step gathered is released before, and what generation gathered after.
     """
-    if args.use_lora and (args.freeze_base or args.extend_tokens):
-        raise UserError(
-            "--use_lora 1 keeps all weights as they are, so it excludes --extend_tokens and "
-            "--freeze_base 1; add the tokens in a run of their own first"
-        )
-    if args.freeze_base and args.parallel == "fsdp":
-        raise UserError("--freeze_base 1 needs whole matrices; use --parallel ddp")
-    if args.extend_tokens and saved:
-        require_known(args.extend_tokens, tokenizer)
-    elif args.extend_tokens:
-        added = extend_vocab(model, tokenizer, read_tokens(args.extend_tokens))
-        print(f"{added} new tokens; the vocabulary has {model.config.vocab_size} entries")
-    try:
-        if args.use_lora and not saved:
-            torch.manual_seed(args.seed)
-            add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target)
-        if args.freeze_base:
-            freeze_base(model)
-    except ValueError as error:
-        flag = (
-            "--lora_target" if args.use_lora else "--freeze_base 1: add some with --extend_tokens;"
-        )
-        raise UserError(f"{flag} {error}") from None
-    if args.freeze:
-        freeze(model, args.freeze)
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    if args.freeze_base:
-        rows = {weight[weight.first_row :] for weight in model.parameters() if weight.requires_grad}
-        trained = sum(weight.numel() for weight in rows)
-    total = sum(weight.numel() for weight in model.parameters())
-    if not trained:
-        raise UserError("nothing is left to train; give --freeze fewer names")
-    if trained < total:
-        print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%})")
+    compiled = any(layer._compiled_call_impl for layer in model.model.layers)
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    sharded = hasattr(model, "reshard")
+    reshard = model.reshard if sharded else lambda: None
+    reshard()
+    with stance, compute.autocast if sharded else nullcontext():
+        yield
+    reshard()
 
 
-def freeze(model, pattern):
-    """Excludes the weights whose names a regular expression finds from training."""
-    try:
-        found = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-    except re.error as error:
-        raise UserError(f"--freeze {pattern} is no regular expression: {error}") from None
-    if not found:
-        raise UserError(f"--freeze {pattern}: no weight has such a name")
-    for name in found:
-        model.get_parameter(name).requires_grad_(False)
-
-
-def require_known(path, tokenizer):
-    """Raises UserError if a file has tokens that the checkpoint of a run does not have. The run
-    does not need the file any more, so it may be gone.
+def score_of(model, tokenizer, task, val_loss, compute):
+    """What makes weights the best, the same on all processes: the share of a task's problems that
+    they solve, or minus the validation loss where there is no task.
     """
-    tokens = read_tokens(path) if path.is_file() else {}
-    new = [token for token in tokens if tokenizer.token_to_id(token) is None]
-    if new:
-        raise UserError(
-            f"--extend_tokens {path} has tokens that the run did not begin with, such as {new[0]}; "
-            "give the file as it was, leave the flag out, or start a new run"
-        )
-
-
-def read_tokens(path):
-    """{token: its description or ""}, sorted: of JSON, {item: its tokens} or {token: description},
-    or of a file with a token a line.
-
-    Raises UserError for a file that is none of these.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            tokens = {}
-            for key, value in json.loads(text).items():
-                tokens |= {key: value} if isinstance(value, str) else dict.fromkeys(value, "")
-        else:
-            tokens = dict.fromkeys(text.split("\n"), "")
-        tokens = {token.strip(): tokens[token] for token in sorted(tokens) if token.strip()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"--extend_tokens {path}: {error}; give JSON of item to tokens, of token to its "
-            "description, or a token a line"
-        ) from None
-    if not tokens:
-        raise UserError(f"--extend_tokens {path}: there is no token in it")
-    return tokens
+    score = -val_loss
+    if task:
+        with generating(model, compute):
+            score = task.score(model, tokenizer)
+    return compute.sum(score)[0] / compute.world_size

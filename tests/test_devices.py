@@ -1,0 +1,256 @@
+"""What runs on GPUs, Apple's machines and Windows, as far as a CPU can show it: branches that are
+forced, the `meta` device, which takes every branch that is not the CPU's and refuses tensors of two
+devices, and two processes. What needs a GPU is in test_gpu.py.
+"""
+
+import json
+import pickle
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import IGNORE, UserError
+from dataset.lm_dataset import PretrainDataset
+from dataset.loader import batches, pack, pad, to_device
+from dataset.tokenizer import load_tokenizer
+from model import attention
+from model.causal_lm import CausalLM, KVCache, ModelConfig
+from model.loss import plain_cross_entropy, summed_cross_entropy
+from tests.conftest import ROOT, TINY, fsdp, run, sft
+from trainer import distributed
+from trainer.optimizer import compile_layers, require_compiler
+from trainer.trainer_utils import generating
+
+META = torch.device("meta")
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def samples(lengths):
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 64, (length,), generator=generator) for length in lengths]
+    return [(each, each.clone()) for each in ids]
+
+
+# ---------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    "name, local_rank, picked",
+    [("auto", None, "cuda:0"), ("cuda", None, "cuda:0"), ("cuda", "3", "cuda:3")]
+    + [("auto", "3", "cuda:3"), ("cuda:1", "3", "cuda:1"), ("cpu", "3", "cpu")],
+)
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, name, local_rank, picked):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    device = torch.device(picked)
+    assert distributed.pick_device(name) == device
+    assert taken == ([device] if device.type == "cuda" else [])  # set_device needs the number
+
+
+@pytest.mark.parametrize("rank, picked", [(None, "mps"), ("0", "cpu")])
+def test_auto_takes_an_apple_gpu_for_one_process_alone(monkeypatch, rank, picked):
+    """gloo sums no tensors of theirs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    assert distributed.pick_device("auto") == torch.device(picked)
+
+
+def test_auto_takes_fp16_on_a_gpu_that_only_emulates_bf16(monkeypatch):
+    for native, picked in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
+        )
+        assert distributed.auto_dtype(torch.device("cuda")) == picked
+    assert distributed.auto_dtype(torch.device("mps")) == "fp32"
+
+
+def test_what_an_apple_gpu_needs_a_newer_torch_for_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(distributed, "pick_device", lambda *_: torch.device("mps"))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
+    args = SimpleNamespace(dtype="fp16", device="mps", deterministic=0)
+    with pytest.raises(UserError, match="--dtype fp16 on an Apple GPU needs torch 2.8"):
+        distributed.start(args)
+    with pytest.raises(UserError, match="--use_compile 1 on an Apple GPU needs torch 2.8"):
+        require_compiler(torch.device("mps"))
+
+
+def test_a_gpu_without_triton_compiles_nothing(monkeypatch):
+    monkeypatch.setattr("trainer.optimizer.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--use_compile 1 on a GPU needs Triton"):
+        require_compiler(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("script", ["trainer/train_pretrain.py", "eval_llm.py"])
+def test_a_console_that_lacks_a_character_stops_nothing(trained, data, tmp_path, script):
+    """Windows' in cp1252: a model writes any character."""
+    if script == "eval_llm.py":
+        flags = ["--weight", trained / "full_sft_32.pth", "--prompt", "Hi", "--temperature", 5]
+    else:
+        flags = ["--data_path", data / "pretrain.jsonl", "--save_dir", tmp_path, *TINY]
+        flags += ["--sample_interval", 1, "--sample_prompt", "\N{SNOWMAN}"]
+    done = run(ROOT / script, *flags, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+class OnApple(torch.Tensor):
+    """A tensor that says it is on an Apple GPU, so that `attend` takes that branch."""
+
+    device = property(lambda self: torch.device("mps"))
+
+
+@pytest.mark.parametrize("T, past", [(1, 9), (5, 0), (130, 3)])
+def test_attention_on_an_apple_gpu_never_reaches_torchs_kernel(monkeypatch, T, past):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, T, 8, generator=generator)
+    k, v = torch.randn(2, 2, 2, past + T, 8, generator=generator)
+    mask = attention.visible(past, T, None, "cpu")
+    expected = attention.plain_attention(q, k, v, mask)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", None)
+    found = attention.attend(q.as_subclass(OnApple), k, v, mask)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_that_do_not_work_are_not_used_and_a_line_says_why(monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda name: True)
+    for capability, line in (((7, 5), None), ((8, 0), "no compiler")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+
+        def fails(function):
+            raise RuntimeError("no compiler\nmore")
+
+        monkeypatch.setattr(attention, "compile_once", fails)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert not attention.blocks_work.__wrapped__(torch.device("cpu"))
+        assert [str(each.message) for each in said] == (
+            [f"FlexAttention is not used, packed rows are slower: {line}"] if line else []
+        )
+
+
+@pytest.mark.parametrize("collate", [lambda rows: pack(rows, 64), pad])
+def test_a_step_on_the_meta_device(collate, monkeypatch):
+    """Model, loss, gradients and optimizer mix no tensors of two devices."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    with META:
+        model = CausalLM(ModelConfig(**SHAPE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for lengths in ([5, 9, 30], [1], []):
+        input_ids, labels, *where = to_device(collate(samples(lengths)), META)
+        assert labels.device.type == "cpu"
+        logits = model(input_ids, *where)
+        assert logits.shape == (*input_ids.shape, 64) and logits.device == META
+        model(input_ids, *where, labels=labels).backward()
+        assert all(weight.grad.device == META for weight in model.parameters())
+        optimizer.step()
+    cache = KVCache(model.config, 2, 20, META)
+    for T in (7, 1, 1):
+        model(torch.zeros(2, T, dtype=torch.long, device=META), None, None, cache)
+
+
+def test_labels_may_stay_on_the_cpu_and_the_loss_is_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 40, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(64, 16, generator=generator, requires_grad=True)
+    labels = torch.randint(3, 64, (2, 40), generator=generator)
+    labels[:, ::3] = IGNORE
+    ours, plain = (
+        torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+        for loss in (summed_cross_entropy, plain_cross_entropy)
+    )
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    half = weight.detach().bfloat16().requires_grad_()  # as sharded layers are gathered
+    (grad,) = torch.autograd.grad(summed_cross_entropy(hidden, half, labels), half)
+    torch.testing.assert_close(grad.float(), plain[1], atol=3e-1, rtol=3e-2)
+
+
+# ------------------------------------------------------------------------------------ the batches
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+def test_a_gpus_batches_have_one_shape_and_the_same_tokens(data, packing, monkeypatch):
+    dataset = PretrainDataset(data / "pretrain.jsonl", load_tokenizer(), 64)
+    args = SimpleNamespace(packing=packing, max_seq_len=64, num_workers=0, batch_size=3)
+    micro_batches = [[0, 1, 2], [3, 4], [5], []]
+    plain = list(batches(dataset, micro_batches, args, torch.device("cpu")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no memory to pin
+        fixed = list(batches(dataset, micro_batches, args, torch.device("cuda")))
+    for one, other in zip(plain, fixed, strict=True):
+        assert all(part.shape == (3, 64) for part in other)
+        tokens = [batch[0][batch[3] >= 0].sort().values for batch in (one, other)]
+        assert torch.equal(*tokens)
+        supervised = [batch[1][batch[1] != IGNORE].sort().values for batch in (one, other)]
+        assert torch.equal(*supervised)
+
+
+def test_a_process_that_is_started_anew_maps_the_tokens_itself(data, tmp_path):
+    dataset = PretrainDataset(data / "pretrain.jsonl", load_tokenizer(), 64, cache_dir=tmp_path)
+    content = pickle.dumps(dataset.files[0])
+    assert dataset.files[0].ids.tobytes() not in content
+    again = pickle.loads(pickle.dumps(dataset))
+    for index in range(len(dataset)):
+        assert all(map(torch.equal, dataset[index], again[index]))
+    in_memory = PretrainDataset(data / "pretrain.jsonl", load_tokenizer(), 64)
+    assert torch.equal(pickle.loads(pickle.dumps(in_memory))[3][0], dataset[3][0])
+
+
+# -------------------------------------------------------------------------------------- compiling
+
+
+def test_samples_of_a_compiled_model_compile_nothing(compiled):
+    torch._dynamo.utils.counters.clear()
+    model = CausalLM(ModelConfig(**SHAPE))
+    compile_layers(model)
+    ids = torch.arange(3, 20)[None]
+    model(ids)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    with generating(model, None):
+        for T in (3, 5, 9):
+            model(ids[:, :T])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    model(ids[:, :7])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+
+
+# -------------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize("parallel", ["ddp", fsdp("fsdp")])
+def test_two_processes_score_and_write_samples(trained, data, gsm8k, tmp_path, parallel):
+    """Of a sharded model, generation starts from what a step has gathered. In bf16, both are the
+    single process.
+    """
+    problems = (gsm8k / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:2]
+    (tmp_path / "valid.jsonl").write_text("".join(problems), encoding="utf-8")
+    flags = ["--from_weight", trained / "pretrain_32.pth", "--data_path", data / "sft.jsonl"]
+    flags += ["--val_data_path", tmp_path / "valid.jsonl", "--dtype", "bf16"]
+    more = ["--save_dir", tmp_path / "two", "--max_seq_len", 96, "--batch_size", 2]
+    more += ["--val_interval", 4, "--sample_interval", 2, "--log_interval", 1, "--device", "cpu"]
+    more += ["--parallel", parallel, "--best_metric", "gsm8k", "--learning_rate", 1e-3]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    script = ROOT / "trainer/train_full_sft.py"
+    done = run(*torchrun, script, *flags, *more, timeout=300, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "Who are you? -> " in done.stderr + done.stdout
+    sft(tmp_path / "one", *flags, "--batch_size", 4, "--learning_rate", 1e-3)
+    logs = [tmp_path / name / "logs" / "full_sft_32.jsonl" for name in ("one", "two")]
+    one, two = ([json.loads(line) for line in log.open(encoding="utf-8")] for log in logs)
+    for name in ("loss", "grad_norm"):
+        values = ([line[name] for line in lines] for lines in (one, two))
+        assert next(values) == pytest.approx(next(values), rel=1e-2), name
