@@ -241,7 +241,7 @@ def test_two_processes_score_and_write_samples(trained, data, gsm8k, tmp_path, p
     flags = ["--from_weight", trained / "pretrain_32.pth", "--data_path", data / "sft.jsonl"]
     flags += ["--val_data_path", tmp_path / "valid.jsonl", "--dtype", "bf16"]
     more = ["--save_dir", tmp_path / "two", "--max_seq_len", 96, "--batch_size", 2]
-    more += ["--val_interval", 4, "--sample_interval", 2, "--log_interval", 1, "--device", "cpu"]
+    more += ["--val_interval", 6, "--sample_interval", 4, "--log_interval", 1, "--device", "cpu"]
     more += ["--parallel", parallel, "--best_metric", "gsm8k", "--learning_rate", 1e-3]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     script = ROOT / "trainer/train_full_sft.py"
