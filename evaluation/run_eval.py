@@ -24,7 +24,6 @@ from dataset.tiny_world.generate import EVAL
 from evaluation import competition_math, report
 from evaluation.answers import Part, answer_all, keep_previous, read_result, require_same_run
 from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer
-from trainer import checkpoint
 from trainer.arguments import Parser, number, one_of, stop_at, switch, wrong_values
 from trainer.trainer_utils import open_trained
 
@@ -77,7 +76,6 @@ def options_of(args):
 
 def open_model(args):
     """(model, tokenizer, {"weights", "weights_sha256"}) of --weight and --lora."""
-    args.from_weight = checkpoint.weights_to_start_from(args)
     model, tokenizer, _, paths = open_trained(args)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}

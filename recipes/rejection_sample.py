@@ -9,7 +9,6 @@ left in --out is never overwritten.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT, UserError, replacing, report_user_errors
 from evaluation.answers import Part, answer_all, require_same_run
-from evaluation.run_eval import answering_flags, open_model, options_of
+from evaluation.run_eval import answering_flags, open_model, options_of, sha256_of
 from evaluation.tasks import is_right, judge, read_problems
 from trainer.arguments import Parser, number, one_of, stop_at, wrong_values
 
@@ -43,9 +42,11 @@ def main(argv=None):
 
     problems = read_problems(args.task, args.data_path)[: args.limit or None]
     model, tokenizer, weights = open_model(args)
-    data_sha256 = hashlib.sha256(args.data_path.read_bytes()).hexdigest()
     source = {name: getattr(args, name) for name in SETTINGS}
-    source |= {"weights_sha256": weights["weights_sha256"], "data_sha256": data_sha256}
+    source |= {
+        "weights_sha256": weights["weights_sha256"],
+        "data_sha256": sha256_of(args.data_path),
+    }
     if args.out.exists() and args.out.stat().st_size:
         with args.out.open(encoding="utf-8", errors="replace") as file:
             head = file.readline()

@@ -140,8 +140,8 @@ def require_checkpoint(content, path):
 
 
 def weights_to_start_from(args):
-    """--from_weight; where --lora is given without it, what the adapters were trained on."""
-    if args.from_weight or not hasattr(args, "lora"):
+    """--weight; without it what the adapters of --lora were trained on, or full_sft."""
+    if args.from_weight:
         return args.from_weight
     return load(find(args.save_dir, f"lora_{args.lora}"))["under"] if args.lora else "full_sft"
 

@@ -33,7 +33,7 @@ def init_model(args, device="cpu", saved=None):
     Shape flags that the user gave must agree with the file; those left out come from it.
     Raises UserError, with the remedy, if there is no such file or if it does not fit.
     """
-    name, dropout = checkpoint.weights_to_start_from(args), getattr(args, "dropout", 0.0)
+    name, dropout = args.from_weight, getattr(args, "dropout", 0.0)
     if saved:
         content, path = saved, saved["path"]
         origin = f"resuming {path} at step {content['run']['step']}"
@@ -64,6 +64,7 @@ def open_trained(args):
     device = pick_device(args.device)
     if args.use_compile:
         require_compiler(device)
+    args.from_weight = checkpoint.weights_to_start_from(args)
     if args.from_weight == "none":
         raise UserError("--weight none: only trained weights can answer; give a name or a path")
     model, tokenizer, content = init_model(args, device)
