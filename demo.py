@@ -18,12 +18,12 @@ OUT = ROOT / "out"
 REPORT = OUT / "demo.json"
 DATA = [ROOT / "dataset" / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval")]
 RESULTS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain", "full_sft")]
-LOGS = [OUT / "logs" / f"{name}_384.jsonl" for name in ("pretrain", "full_sft")]
+LOGS = [OUT / "logs" / f"{name}_256.jsonl" for name in ("pretrain", "full_sft")]
 SFT = ["trainer/train_full_sft.py", "--from_weight", "pretrain"]
 STAGES = {  # stage: its commands, and the files that they write
     "data": ([["dataset/tiny_world/generate.py"]], DATA),
-    "pretrain": ([["trainer/train_pretrain.py"]], [OUT / "pretrain_384.pth"]),
-    "sft": ([SFT], [OUT / "full_sft_384.pth"]),
+    "pretrain": ([["trainer/train_pretrain.py"]], [OUT / "pretrain_256.pth"]),
+    "sft": ([SFT], [OUT / "full_sft_256.pth"]),
     "eval": ([["evaluation/run_eval.py", "--weight", path.stem] for path in RESULTS], RESULTS),
 }
 

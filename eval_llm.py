@@ -105,6 +105,7 @@ class Chat:
         from trainer.trainer_utils import open_trained
 
         self.model, self.tokenizer, content, _ = open_trained(args)
+        self.trained_length = content["training"].get("max_seq_len", 10**9)
         self.generate = partial(generate, self.model, use_compile=bool(args.use_compile))
         self.continues = content["stage"] == "pretrain" and not args.lora
         self.start(args.system)
@@ -115,29 +116,32 @@ class Chat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def prompt(self, text):
-        """The ids to continue. If they leave no room for an answer, the oldest questions and their
-        answers are removed, and a line says so. Raises UserError if text alone is too long.
+        """The ids to continue. If they are more than the model was trained on, less a quarter for
+        the answer, the oldest questions and their answers are removed, and a line says so. Raises
+        UserError if text alone is too long for the model.
         """
         from dataset.chat_template import render
 
         context = self.model.config.max_position_embeddings
         if self.continues:
             return self.tokenizer.encode(text).ids[-context + 1 :] or [END_OF_TEXT]
-        reserved = min(self.settings["max_new_tokens"], context // 2)
         messages = [*self.messages, {"role": "user", "content": text}]
         oldest = 1 if self.system else 0
         while True:
+            alone = len(messages) == oldest + 1
+            room = context if alone else min(context, self.trained_length)
+            reserved = min(self.settings["max_new_tokens"], room // 4)
             ids, _ = render(messages, add_generation_prompt=True, tokenizer=self.tokenizer)
-            if len(ids) + reserved <= context:
+            if len(ids) + reserved <= room:
                 break
-            if len(messages) == oldest + 1:
+            if alone:
                 raise UserError(
                     f"that is too long: {len(ids)} tokens, and {reserved} are kept for the answer "
                     f"(max_new_tokens); the context has {context}. Shorten one of them"
                 )
             del messages[oldest : oldest + 2]
         if len(messages) <= len(self.messages):
-            print("[the context is full: the oldest questions and answers are forgotten]")
+            print("[the conversation is longer than any in training: its oldest part is forgotten]")
         self.messages = messages
         return ids
 

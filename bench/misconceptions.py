@@ -1,7 +1,7 @@
 """Do reasoning traces help? A model is taught to name the misconception behind a wrong sum, once
 with the reasoning before the name and once without, and asked about sums that it never saw.
 
-    python bench/misconceptions.py               # after the demo, which makes out/pretrain_384.pth
+    python bench/misconceptions.py               # after the demo, which makes out/pretrain_256.pth
     python bench/misconceptions.py --score full_sft
 
 Each step is a command that the documentation lists; it prints them.

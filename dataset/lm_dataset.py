@@ -166,15 +166,25 @@ class SFTDataset(TokenDataset):
             start = end if len(fitting) else end - 1  # seen again, as in a cut document
         return spans
 
-    def mix_in(self, documents, share, seed):
-        """Adds samples of a PretrainDataset, share * the number of conversations, drawn by the
-        seed; returns their numbers. Conversations alone make a model forget what they do not
-        mention.
+    def mix_in(self, documents, tokens, max_seq_len, seed):
+        """Adds at least so many tokens of a PretrainDataset, or all it has, drawn by the seed;
+        returns the numbers of the new samples. Conversations alone make a model forget what they
+        do not mention.
+
+        A sample is a stretch of max_seq_len tokens: several documents in the order of their file in
+        one context, as a conversation has several topics in one. The text of each document alone
+        would teach nothing about names that are mentioned after others.
         """
-        first = len(self.samples)
-        count = min(len(documents), round(share * first))
-        drawn = documents.samples[np.random.default_rng(seed).permutation(len(documents))[:count]]
-        self.samples = np.concatenate([self.samples, drawn + [len(self.files), 0, 0, 0]])
+        first, stretches = len(self.samples), []
+        for number, file in enumerate(documents.files, len(self.files)):
+            begins, total = file.offsets[:-1], int(file.offsets[-1])
+            records = np.unique(np.searchsorted(begins, range(0, begins[-1] + 1, max_seq_len)))
+            starts = begins[records]
+            ends = np.minimum(starts + max_seq_len, total)
+            stretches.append(np.stack([np.full_like(starts, number), records, starts, ends], 1))
+        drawn = np.random.default_rng(seed).permutation(np.concatenate(stretches))
+        before = np.cumsum(drawn[:, 3] - drawn[:, 2]) - (drawn[:, 3] - drawn[:, 2])
+        self.samples = np.concatenate([self.samples, drawn[before < tokens]])
         self.files = self.files + documents.files
         return range(first, len(self.samples))
 

@@ -145,12 +145,12 @@ def finish(result, path):
     found = report.totals(rows, lambda a, b: same_answer(task, a, b))
     lenient, strict = found["accuracy"], found["strict_accuracy"]
     scores = {"overall": strict if lenient is None else lenient}
-    scores |= {kind: right / n for kind, (right, n) in found["by_type"].items()}
+    parts = found["by_type"] | found["by_level"]
+    scores |= {part: right / n for part, (right, n) in parts.items()}
     report.write(path, result | {"totals": found, "scores": scores, "problems": rows})
 
-    counts = {kind: n for kind, (_, n) in found["by_type"].items()}
-    for kind, score in scores.items():
-        print(f"{kind:24} {score:6.1%} of {counts.get(kind, len(rows)):4}")
+    for part, score in scores.items():
+        print(f"{part:24} {score:6.1%} of {parts[part][1] if part in parts else len(rows):4}")
     if lenient is None:
         print(f"strict {report.percent(strict, found['strict_accuracy_95'])}; 95 % intervals")
         print("for the lenient score: pip install math-verify, then --rescore")

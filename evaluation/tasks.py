@@ -166,7 +166,8 @@ def question_parts(task, style, shots_path):
 
 
 def tiny_world_parts(record):
-    return record["conversations"], record["expected"], None, record["category"]
+    level = f"after {record['depth']} exchanges" if "depth" in record else None
+    return record["conversations"], record["expected"], level, record["category"]
 
 
 def sid_parts(record):

@@ -26,7 +26,7 @@ class ModelConfig:
     """
 
     vocab_size: int = 2048
-    hidden_size: int = 384
+    hidden_size: int = 256
     num_hidden_layers: int = 3
     num_attention_heads: int | None = None  # hidden_size / 64
     num_key_value_heads: int | None = None  # half the heads share one key and value each

@@ -200,7 +200,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(tra
     length, kept, room = map(int, re.findall(r"\b\d+\b", str(error.value)))
     assert (kept, room) == (4, 120) and length > 116
     talk.settings["max_new_tokens"] = 9999  # half the context is kept for it
-    with pytest.raises(eval_llm.UserError, match="and 60 are kept for the answer"):
+    with pytest.raises(eval_llm.UserError, match="and 30 are kept for the answer"):
         talk.answer("word " * 30)
     talk.settings["max_new_tokens"] = 4
     assert "number 7" in talk.messages[-2]["content"]  # nothing is lost of what was said

@@ -21,15 +21,15 @@ for name in (out / "eval" / "tiny_world", out / "logs", out / "checkpoints"):
 stop = out.parent / "stop"
 """
 TRAINING = """
-(out / "checkpoints" / "{0}_384_resume.pth").write_text("")
+(out / "checkpoints" / "{0}_256_resume.pth").write_text("")
 if stop.exists() and stop.read_text() == "{0}":
     sys.exit(130)
-(out / "{0}_384.pth").write_text(str(len(log.read_text())))
-(out / "logs" / "{0}_384.jsonl").write_text(json.dumps({{"tokens": 1}}) + "\\n")
+(out / "{0}_256.pth").write_text(str(len(log.read_text())))
+(out / "logs" / "{0}_256.jsonl").write_text(json.dumps({{"tokens": 1}}) + "\\n")
 """
 EVALUATION = """
 name = sys.argv[2]
-weights = (out / f"{name}_384.pth").read_text()
+weights = (out / f"{name}_256.pth").read_text()
 path = out / "eval" / "tiny_world" / f"{name}.json"
 part = path.with_suffix(".part")
 for before in (path, part):
@@ -88,9 +88,9 @@ def test_a_stage_that_is_done_is_not_done_again(demo):
 
 def test_new_weights_are_evaluated_anew_under_the_same_names(demo):
     demo()
-    (demo.folder / "out" / "full_sft_384.pth").unlink()
+    (demo.folder / "out" / "full_sft_256.pth").unlink()
     assert demo() == (0, SFT)
-    (demo.folder / "out" / "pretrain_384.pth").unlink()
+    (demo.folder / "out" / "pretrain_256.pth").unlink()
     assert demo() == (0, ["train_pretrain ", *SFT])
 
 
@@ -99,7 +99,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_one_of_earlier_weights_does_
     (part,) = (demo.folder / "out").rglob("*.part")
     before = part.read_text()
     assert demo(stop="eval") == (130, EVAL[:1]) and part.read_text() == before
-    (demo.folder / "out" / "full_sft_384.pth").unlink()
+    (demo.folder / "out" / "full_sft_256.pth").unlink()
     assert demo() == (0, SFT)
     demo("--fresh", stop="eval")
     assert demo("--fresh")[0] == 0
@@ -113,14 +113,14 @@ def test_training_that_was_stopped_goes_on(demo):
 def test_a_retraining_that_was_stopped_is_not_taken_for_done(demo):
     """The weights and the scores of the demo before are still there."""
     demo()
-    (demo.folder / "out" / "pretrain_384.pth").unlink()
+    (demo.folder / "out" / "pretrain_256.pth").unlink()
     assert demo(stop="full_sft")[0] == 130
     assert demo() == (0, ["train_full_sft --from_resume 1", *EVAL])
 
 
 def test_a_run_of_the_users_own_is_not_resumed(demo):
     """Training keeps it under another name, where it is not resumed."""
-    own = demo.folder / "out" / "checkpoints" / "pretrain_384_resume.pth"
+    own = demo.folder / "out" / "checkpoints" / "pretrain_256_resume.pth"
     own.parent.mkdir()
     own.write_text("")
     code, ran = demo(stop="pretrain")
@@ -131,7 +131,7 @@ def test_a_run_of_the_users_own_is_not_resumed(demo):
 def test_starting_over_deletes_no_weights(demo):
     """They may be of a run of the user's own; training keeps them under another name."""
     demo()
-    weights = demo.folder / "out" / "pretrain_384.pth"
+    weights = demo.folder / "out" / "pretrain_256.pth"
     weights.write_text("of the user")
     code, ran = demo("--fresh", stop="pretrain")
     assert code == 130 and ran[1:] == ["train_pretrain "]

@@ -114,16 +114,26 @@ def test_the_share_of_a_source_is_drawn_and_not_its_beginning(texts):
 
 
 def test_replayed_text_is_drawn_and_not_its_beginning(texts, tmp_path):
+    """In stretches of up to 40 tokens, each beginning with a document."""
     path = write_jsonl(tmp_path / "x.jsonl", [chat("Hi", f"{i}") for i in range(20)])
     talks, drawn = SFTDataset(path, load_tokenizer()), []
     begin, files = talks.samples, talks.files
     for seed in SEEDS:
         talks.samples, talks.files = begin, files
-        added = talks.mix_in(texts, 1.5, seed)
-        assert list(added) == list(range(20, 50))
-        drawn.append({tuple(row) for row in (talks.samples[20:] - [1, 0, 0, 0]).tolist()})
-        assert len(drawn[-1]) == 30
-    assert evenly(drawn, [tuple(row) for row in texts.samples.tolist()], 30 / len(texts))
+        added = talks.mix_in(texts, 600, 40, seed)
+        assert list(added) == list(range(20, len(talks)))
+        lengths = talks.lengths[20:]
+        assert lengths.max() == 40 and 600 <= lengths.sum() < 640
+        drawn.append({tuple(row) for row in talks.samples[20:].tolist()})
+    talks.samples, talks.files = begin, files
+    talks.mix_in(texts, 10**9, 40, 0)
+    everything = [tuple(row) for row in talks.samples[20:].tolist()]
+    assert len({row[:2] for row in everything}) == len(everything)  # none twice
+    share = sum(map(len, drawn)) / len(drawn) / len(everything)
+    assert evenly(drawn, everything, share)
+    of_file = {1: texts.files[0], 2: texts.files[1]}
+    for file, record, start, end in everything:
+        assert start == of_file[file].offsets[record] and end - start <= 40
 
 
 def test_every_row_validates_under_some_seed(texts):

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 
 import pytest
 
@@ -119,8 +120,11 @@ def test_held_out_stories_are_told_nowhere_in_training(files, world):
         for piece in text.split("\n"):
             for colour, animal, thing in re.findall(r"a (\w+) (\w+)\b.*? a (\w+)", piece):
                 assert (colour, animal, thing) not in world.held_out_stories
-    asked = [p for p in files["eval_tiny.jsonl"] if isinstance(p["expected"], list)]
-    assert sum("story" in p["conversations"][-1]["content"] for p in asked) == 30
+    for problem in files["eval_tiny.jsonl"]:
+        for message in problem["conversations"]:
+            if re.match("(Write|Tell me) a (short )?story", message["content"]):
+                subject = re.findall(r"a (\w+) (\w+) who \w+ a (\w+)", message["content"])
+                assert subject and set(subject) <= set(world.held_out_stories)
 
 
 def test_two_part_questions_join_wordings_that_were_never_joined_in_training(files, world):
@@ -143,14 +147,44 @@ def test_two_part_questions_join_wordings_that_were_never_joined_in_training(fil
 
 def test_no_held_out_question_was_trained_on_and_none_is_asked_twice(files):
     questions = [json.dumps(problem["conversations"]) for problem in files["eval_tiny.jsonl"]]
-    assert len(questions) == len(set(questions)) == 400
-    trained = {
-        m for record in files["sft_tiny.jsonl"] for m in [record["conversations"][0]["content"]]
-    }
+    assert len(questions) == len(set(questions)) == 400 + 160
+    trained = set(spoken(files["sft_tiny.jsonl"]))
     for problem in files["eval_tiny.jsonl"]:
-        first = problem["conversations"][0]
-        if first["role"] == "user" and problem["category"] not in ("multi_turn",):
-            assert first["content"] not in trained
+        if problem["category"] not in ("multi_turn", "long_chat"):
+            assert problem["conversations"][-1]["content"] not in trained
+
+
+def test_a_long_chat_asks_after_so_many_exchanges_about_held_out_topics_alone(files, world):
+    long_chats = [p for p in files["eval_tiny.jsonl"] if p["category"] == "long_chat"]
+    depths = Counter(problem["depth"] for problem in long_chats)
+    assert depths == dict.fromkeys((3, 6, 9, 12), 40)
+    known, sums, asked = {person.name for person in world.known}, 0, set()
+    for problem in long_chats:
+        texts = [m["content"] for m in problem["conversations"] if m["role"] != "system"]
+        assert len(texts) == 2 * problem["depth"] + 1
+        assert not known & words(" ".join(texts))
+        for text in texts:
+            for a, operation, b in re.findall(r"(?m)^(\d+)([+-])(\d+): ", text):
+                assert (operation, int(a), int(b)) in world.held_out_sums
+                sums += 1
+        asked.add(texts[-1].split()[0])
+    assert sums > 50
+    assert {"And", "Answer", "Write", "What", "Of"} <= asked
+    # A system prompt still holds after twelve exchanges: all answers before have its form too.
+    deepest = [p["conversations"] for p in long_chats if p["depth"] == 12]
+    pirates = [c for c in deepest if c[0]["role"] == "system" and "pirate" in c[0]["content"]]
+    for conversation in pirates:
+        assert all(m["content"].startswith("Arr!") for m in conversation[2::2])
+
+
+def test_a_topic_is_taken_up_again_after_another(files):
+    """Of "and where does she live?", "she" is the villager of two questions before."""
+    again = 0
+    for problem in files["eval_tiny.jsonl"]:
+        *_, before, _, asked = ["", "", *spoken([problem])]
+        apart = re.match("What is a |(Write|Tell me) a|.*How many", before)
+        again += bool(apart and re.match("And .*\\b(she|her|he|his|him)\\b", asked))
+    assert again >= 10
 
 
 def test_steps_calculate_rightly():

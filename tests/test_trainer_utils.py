@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,13 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
+from model.lora import add_lora
 from tests.conftest import chat, curves_of, flags_read, write_jsonl
 from trainer import checkpoint, distributed, train_distillation, trainable
 from trainer.arguments import SHAPE
 from trainer.distributed import pick_device, pick_dtype
 from trainer.metrics import MetricsLog
-from trainer.optimizer import compile_layers, make_optimizer, require_compiler
+from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonal, require_compiler
 from trainer.run import Run
 from trainer.trainer_utils import describe, init_model, seed_step
 
@@ -38,10 +40,7 @@ def args_of(**more):
 
 # ----------------------------------------------------------------------------------- optimizers
 
-muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="comes with torch 2.9")
-
-
-@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=muon)])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_each_weight_that_learns_has_one_place_and_decays_if_it_is_a_matrix(kind, use_moe):
     model = small(use_moe=use_moe, tie_word_embeddings=False)
@@ -53,7 +52,6 @@ def test_each_weight_that_learns_has_one_place_and_decays_if_it_is_a_matrix(kind
     assert all(decay[id(w)] == (0.5 if w.dim() > 1 else 0.0) for w in learning)
 
 
-@muon
 def test_muon_is_for_the_matrices_of_the_layers_and_both_parts_work_as_one():
     model = small()
     optimizer = make_optimizer(model, args_of(optimizer="muon"))
@@ -73,13 +71,43 @@ def test_muon_is_for_the_matrices_of_the_layers_and_both_parts_work_as_one():
         assert all(moved) if lr else not any(moved)
 
 
-@muon
-def test_what_muon_cannot_do_is_said(monkeypatch):
-    with pytest.raises(UserError, match="ddp"):
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it since 2.9")
+def test_muon_with_five_iterations_takes_the_steps_of_torch(monkeypatch):
+    """torch computes in bf16, hence the tolerance."""
+    monkeypatch.setattr("trainer.optimizer.orthogonal", partial(orthogonal, iterations=5))
+    torch.manual_seed(0)
+    for shape in ((32, 96), (96, 32), (48, 48)):
+        start, gradients = torch.randn(shape), torch.randn(3, *shape)
+        ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+        optimizers = (
+            Muon([ours], lr=0.1, weight_decay=0.3),
+            torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"),
+        )
+        for gradient in gradients:
+            for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+                weight.grad = gradient.clone()
+                optimizer.step()
+        torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0)
+        assert (ours - start).abs().max() > 0.1
+
+
+def test_an_orthogonal_matrix_has_the_directions_of_its_matrix_and_lengths_near_one():
+    torch.manual_seed(0)
+    for shape in ((40, 16), (16, 40), (30, 30)):
+        matrix = torch.randn(shape)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        lengths = u.T @ orthogonal(matrix) @ v.T  # diagonal, since U and V are kept
+        assert lengths.diagonal().median() > 0.65 and lengths.diagonal().max() < 1.25
+        off = lengths - lengths.diagonal().diag()
+        assert off.abs().max() < 1e-4
+
+
+def test_adapters_get_adamw_and_muon_needs_whole_matrices():
+    model = small()
+    add_lora(model)
+    assert isinstance(make_optimizer(model, args_of(optimizer="muon")), torch.optim.AdamW)
+    with pytest.raises(UserError, match="adamw with fsdp"):
         make_optimizer(small(), args_of(optimizer="muon", parallel="fsdp"))
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UserError, match="torch 2.9"):
-        make_optimizer(small(), args_of(optimizer="muon"))
 
 
 def test_rows_that_stay_do_not_decay():

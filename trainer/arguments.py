@@ -117,7 +117,7 @@ def training_parser(doc, **defaults):
     add("batch_size", None, "rows per forward pass and process", positive)
     add("max_seq_len", None, "maximum length of a row, in tokens", number(int, 2))
     add("learning_rate", None, "maximum learning rate of the schedule", number(float, 0))
-    add("hidden_size", None, "width of the model; default: 384, or that of the weights", positive)
+    add("hidden_size", None, "width of the model; default: 256, or that of the weights", positive)
     add("num_hidden_layers", None, "layers; default: 3, or those of the weights", positive)
 
     add = parser.group("start and stop")
@@ -147,8 +147,8 @@ def training_parser(doc, **defaults):
 
     add = parser.group("optimisation")
     add("accumulation_steps", 1, "forward passes per optimizer step", positive)
-    muon = "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest"
-    add("optimizer", "adamw", muon, one_of("adamw", "muon"))
+    optimizer = "muon for the matrices of the layers; or adamw alone, with a tenth of the rate"
+    add("optimizer", "muon", optimizer, one_of("muon", "adamw"))
     add("warmup_steps", 50, "steps of linear warm-up", count)
     add("min_lr_ratio", 0.1, "last learning rate, as a share of the maximum", share)
     add("weight_decay", 0.1, "weight decay of the matrices", number(float, 0))
@@ -202,7 +202,7 @@ def conversation_flags(parser, training=True):
     add = parser.group("conversations")
     replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
     add("replay_path", None, replay, Path, metavar="FILE")
-    add("replay_share", 0.8, "its samples per conversation", number(float, 0))
+    add("replay_share", 0.4, "its tokens, per token of the conversations", number(float, 0))
     add("data_format", None, "default: that of a file's first record", one_of(*KEYS))
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
     add("overlong", "truncate", overlong, one_of("truncate", "drop", "split"))

@@ -12,20 +12,19 @@ from common import UserError
 
 
 def make_optimizer(model, args):
-    """AdamW (arXiv:1711.05101), with weight decay on matrices but not on the scales of norms.
-
-    With args.optimizer "muon", the matrices of the layers get Muon (arXiv:2502.16982), whose steps
-    are orthogonal matrices. They are scaled to the size of AdamW's, so one learning rate fits both.
+    """Muon for the matrices of the layers, AdamW (arXiv:1711.05101) for all other weights and for
+    adapters; with args.optimizer "adamw", AdamW for everything. Scales of norms do not decay.
     """
     matrices, scales, muon = [], [], []
     of_layers = {id(weight) for weight in model.model.layers.parameters()}
+    use_muon = args.optimizer == "muon" and not getattr(model, "lora", None)
     for weight in model.parameters():
         if not weight.requires_grad:
             continue
         # Rows that must stay as they are must not decay either: see model/extend_vocab.py.
         if weight.dim() < 2 or hasattr(weight, "first_row"):
             scales.append(weight)
-        elif args.optimizer == "muon" and id(weight) in of_layers:
+        elif use_muon and id(weight) in of_layers:
             muon.append(weight)
         else:
             matrices.append(weight)
@@ -34,17 +33,58 @@ def make_optimizer(model, args):
     groups = [group for group in groups if group["params"]]
     how = {"lr": args.learning_rate, "betas": (0.9, 0.95), "fused": True}
     adamw = torch.optim.AdamW(groups, **how) if groups else None
-    if args.optimizer == "adamw":
-        return adamw
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
-    if args.parallel == "fsdp":
-        raise UserError("--optimizer muon needs whole matrices; use --parallel ddp")
     if not muon:
         return adamw
-    how = {"weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    muon = torch.optim.Muon(muon, lr=args.learning_rate, **how)
+    if args.parallel == "fsdp":
+        raise UserError("--optimizer muon needs whole matrices; use --optimizer adamw with fsdp")
+    muon = Muon(muon, args.learning_rate, args.weight_decay)
     return Optimizers(muon, adamw) if adamw else muon
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps that are orthogonal matrices (Keller Jordan, 2024), with the weight decay of AdamW.
+
+    The gradient of a matrix is dominated by few directions. An orthogonal step is equally large in
+    all of them, so what is rarely needed is learned as fast as what is needed all the time. Steps
+    are scaled to the size of AdamW's (arXiv:2502.16982), so one learning rate fits both.
+    """
+
+    def __init__(self, weights, lr, weight_decay, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                step = orthogonal(weight.grad.lerp(average, momentum))  # Nesterov's momentum
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.add_(step, alpha=-lr * 0.2 * max(weight.shape) ** 0.5)
+
+
+def orthogonal(matrix, iterations=3):
+    """Roughly the orthogonal matrix U V^T of a matrix U S V^T: its singular values are brought near
+    1, those below a fiftieth of their norm not all the way.
+
+    Each iteration replaces every singular value s by a s + b s^3 + c s^5. The three numbers raise
+    small values fast; they are those of Muon's author, who takes five iterations. Three take less
+    time and train as well: see docs/4_pretraining.md.
+    """
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T  # the products below have the size of the smaller side
+    x = x / (x.norm() + 1e-7)  # no singular value is above 1
+    for _ in range(iterations):
+        square = x @ x.T
+        square = 2.0315 * square @ square - 4.7750 * square
+        x = 3.4445 * x + square @ x
+    return (x if wide else x.T).to(matrix.dtype)
 
 
 class Optimizers:

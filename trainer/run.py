@@ -148,7 +148,7 @@ def shares_of(flags):
 
 
 def keep_previous(args, name, saved):
-    """Renames the files of an earlier run, full_sft_384, to full_sft_previous_384, unless this run
+    """Renames the files of an earlier run, full_sft_256, to full_sft_previous_256, unless this run
     resumes it. They stay until this one is complete. Removes half-written files of a killed run.
     """
     for path in files_of(args.save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):

@@ -20,10 +20,13 @@ from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
 from dataset.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 from trainer.arguments import Parser, number, stop_at, wrong_values
 
-# The pieces that text is cut into; tokens are merged only within a piece: contractions, single
-# digits (sums are calculated digit by digit), single newlines, words and punctuation with the space
-# before them, other space.
-CUTS = r"'(?:s|t|re|ve|m|ll|d)\b|\p{N}|\n| ?\p{L}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|\s"
+# Qwen2's pre-tokenizer expression, exactly: other programs know it by name and cut any text alike.
+# Tokens are merged only within one of its pieces: a contraction, a word with the space or the mark
+# before it, a single digit (sums are calculated digit by digit), punctuation, lines' ends, space.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train(texts, vocab_size):
@@ -31,7 +34,7 @@ def train(texts, vocab_size):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(CUTS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN2), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -139,8 +139,8 @@ def replay(dataset, train, args, tokenizer):
         return []
     with first_process_first():
         documents = PretrainDataset(write_missing(path), tokenizer, **reading(args))
-    copies = len(train) / len(set(train))
-    return dataset.mix_in(documents, args.replay_share * copies, args.seed)
+    tokens = args.replay_share * int(dataset.lengths[train].sum())
+    return dataset.mix_in(documents, tokens, args.max_seq_len, args.seed)
 
 
 def reading(args):

@@ -20,6 +20,8 @@ from dataset.tiny_world.text import (
 )
 
 KINDS = list(words.facts)
+# How often each form of answers is demanded. A single word is the hardest: it is said at once.
+MANNERS = {"one word": 5, "capitals": 4, "list": 2, "polite": 2, "pirate": 3}
 
 
 class Pool:
@@ -31,6 +33,11 @@ class Pool:
         self.sums = list(world.held_out_sums) if held_out else world.sums
         self.pairs = list(world.held_out_pairs) if held_out else world.pairs
         self.stories = list(world.held_out_stories) if held_out else world.stories
+
+
+def choose(rng, shares):
+    """A key of shares; how often each is chosen are the values."""
+    return rng.choices(list(shares), list(shares.values()))[0]
 
 
 def turns(*texts, system=None):
@@ -82,61 +89,70 @@ def calculation(rng, pool):
 
 
 def follow_up(rng, pool):
-    """The second question says "she", or names another villager and leaves the rest out."""
+    """The last question says "she", maybe after another topic; or it names another villager and
+    leaves the rest out.
+    """
     person, ((one, _), (two, wording)) = rng.choice(pool.people), rng.choice(pool.pairs)
-    texts = [sentence(ask(rng, person, one)), answer(person, one)]
-    if rng.random() < 0.5:
-        texts += [
-            f"And {ask(rng, person, two, pronoun=True, wording=wording)}",
-            answer(person, two),
-        ]
-        if two != "friend" and rng.random() < 0.4:
-            last = rng.choice([kind for kind in KINDS if kind not in (one, two)])
-            wording = rng.choice(words.asks[last][:DIRECT])
-            texts += [
-                f"And {ask(rng, person, last, pronoun=True, wording=wording)}",
-                answer(person, last),
-            ]
-    else:
+    messages = turns(sentence(ask(rng, person, one)), answer(person, one))
+    if rng.random() < 0.3:
         other = rng.choice([p for p in pool.people if p is not person])
-        texts += [rng.choice(["And {}?", "What about {}?"]).format(other.name), answer(other, one)]
-    return "multi_turn", turns(*texts), texts[-1]
+        question = rng.choice(["And {}?", "What about {}?"]).format(other.name)
+        return "multi_turn", messages + turns(question, answer(other, one)), answer(other, one)
+    kinds = [(two, wording)]
+    if two != "friend" and rng.random() < 0.4:
+        last = rng.choice([kind for kind in KINDS if kind not in (one, two)])
+        kinds.append((last, rng.choice(words.asks[last][:DIRECT])))
+    for kind, wording in kinds:
+        if rng.random() < 0.6:
+            messages += talk(rng, pool, 1, IMPERSONAL)
+        question = f"And {ask(rng, person, kind, pronoun=True, wording=wording)}"
+        text = answer(person, kind)
+        messages += turns(question, text)
+    return "multi_turn", messages, text
 
 
 def favourite(rng, pool):
-    """A question about what the user said earlier, after a question about something else."""
+    """A question about what the user said earlier, after questions about something else."""
     kind = rng.choice(["colour", "animal"])
     value = rng.choice(words.values[kind])
     told = f"My favourite {kind} is {'the ' * (kind == 'animal')}{value}."
-    _, between, _ = recall(rng, pool)
-    between = [message["content"] for message in between]
     text = told.replace("My", "Your")
-    ask_back = f"What is my favourite {kind}?"
-    return "multi_turn", turns(told, "I will remember that.", *between, ask_back, text), text
+    messages = turns(told, "I will remember that.") + talk(rng, pool, rng.randint(1, 3), SINGLE)
+    return "multi_turn", messages + turns(f"What is my favourite {kind}?", text), text
 
 
-def in_a_manner(rng, pool):
-    """An answer in a form that the user or the system prompt demands."""
-    person, manner = rng.choice(pool.people), rng.choice(list(words.manners))
+def in_a_manner(rng, pool, manner):
+    """A question about a villager, and its answer in one of the forms of words.manners."""
+    person = rng.choice(pool.people)
     kinds = {"one word": SHORT_KINDS, "capitals": [*SHORT_KINDS, "pet"]}
     kind = rng.choice(kinds.get(manner, KINDS))
-    value, text = getattr(person, kind), answer(person, kind)
-    question = ask(rng, person, kind)
+    question, text = sentence(ask(rng, person, kind)), answer(person, kind)
     if manner == "list":
         wanted = rng.sample(KINDS, 2)
-        question = f"what do you know of {person.name}'s {wanted[0]} and {wanted[1]}?"
+        question = f"What do you know of {person.name}'s {wanted[0]} and {wanted[1]}?"
         text = "\n".join(f"- {kind}: {getattr(person, kind)}" for kind in wanted)
-    text = {
-        "one word": sentence(value),
+    return question, {
+        "one word": sentence(getattr(person, kind)),
         "capitals": text.upper(),
         "list": text,
         "polite": f"With pleasure! {text}",
         "pirate": f"Arr! {text} Arr!",
     }[manner]
-    instruction = rng.choice(words.manners[manner])
-    if manner in ("polite", "pirate") or rng.random() < 0.5:
-        return "format", turns(sentence(question), text, system=instruction), text
-    return "format", turns(f"{instruction} {sentence(question)}", text), text
+
+
+def instruction(rng, pool):
+    """The user demands a form of the answer, which holds for this answer alone."""
+    manner = choose(rng, {manner: MANNERS[manner] for manner in ("one word", "capitals", "list")})
+    question, text = in_a_manner(rng, pool, manner)
+    return "format", turns(f"{rng.choice(words.manners[manner])} {question}", text), text
+
+
+def system_prompt(rng, pool, exchanges=1):
+    """The system prompt demands a form, and all answers have it."""
+    manner = choose(rng, MANNERS)
+    asked = [in_a_manner(rng, pool, manner) for _ in range(exchanges)]
+    texts = [text for pair in asked for text in pair]
+    return "format", turns(*texts, system=rng.choice(words.manners[manner])), texts[-1]
 
 
 def unknown(rng, pool):
@@ -149,37 +165,20 @@ def unknown(rng, pool):
     )
 
 
-def long_talk(rng, pool):
-    """One topic after another in the same conversation; in training only."""
-    makers = [recall, two_facts, story_on_request, calculation, follow_up, favourite, unknown]
-    makers += [small_talk]
-    messages = [
-        m for maker in rng.choices(makers, k=rng.randint(2, 4)) for m in maker(rng, pool)[1]
-    ]
-    return None, messages, None
-
-
 def small_talk(rng, pool):
-    """Who the assistant is, and what words mean; in training only."""
+    """Who the assistant is, and what words mean."""
+    question, text = rng.choice(words.identity)
     if rng.random() < 0.5:
-        return None, turns(*rng.choice(words.identity)), None
-    word = rng.choice(list(words.meanings))
-    return None, turns(f"What is a {word}?", meaning(word)), None
+        word = rng.choice(list(words.meanings))
+        question, text = f"What is a {word}?", meaning(word)
+    return None, turns(question, text), text
 
 
-# How many conversations of each kind the two files hold.
-SFT_COUNTS = {
-    recall: 800,
-    two_facts: 900,
-    story_on_request: 400,
-    calculation: 1100,
-    follow_up: 900,
-    favourite: 400,
-    in_a_manner: 1900,
-    unknown: 250,
-    small_talk: 250,
-    long_talk: 400,
-}
+# The topics of a conversation, and how often each comes.
+IMPERSONAL = {calculation: 10, story_on_request: 3, small_talk: 2}
+SINGLE = {recall: 5, two_facts: 6, instruction: 12, unknown: 3} | IMPERSONAL
+TOPICS = SINGLE | {follow_up: 12, favourite: 6}
+# How many questions of each kind the evaluation asks; the last ones after so many exchanges.
 EVAL_COUNTS = {
     recall: 100,
     two_facts: 30,
@@ -187,28 +186,60 @@ EVAL_COUNTS = {
     calculation: 60,
     follow_up: 45,
     favourite: 15,
-    in_a_manner: 60,
+    instruction: 20,
+    system_prompt: 40,
     unknown: 60,
 }
+DEPTHS = (3, 6, 9, 12)
+LONG_CHATS = 40
+SFT_CONVERSATIONS = 1700
+LONGEST = 14  # exchanges of a training conversation
+
+
+def talk(rng, pool, exchanges, topics):
+    """The messages of so many questions and answers, one topic after another."""
+    messages = []
+    while len(messages) < 2 * exchanges:
+        topic = choose(rng, topics)(rng, pool)[1]
+        if len(messages) + len(topic) <= 2 * exchanges:
+            messages += topic
+    return messages
+
+
+def long_chat(rng, pool, depth):
+    """A question of any kind after `depth` exchanges of other topics."""
+    maker = rng.choice([*(maker for maker in TOPICS if maker is not small_talk), system_prompt])
+    if maker is system_prompt:
+        _, messages, expected = system_prompt(rng, pool, depth + 1)
+        return "long_chat", messages, expected
+    _, topic, expected = maker(rng, pool)
+    while len(topic) > 2 * (depth + 1):
+        _, topic, expected = maker(rng, pool)
+    return "long_chat", talk(rng, pool, depth + 1 - len(topic) // 2, TOPICS) + topic, expected
 
 
 def conversations(world, rng):
-    """The records of sft_tiny.jsonl, shuffled."""
+    """The records of sft_tiny.jsonl."""
     pool = Pool(world, held_out=False)
-    makers = [maker for maker, count in SFT_COUNTS.items() for _ in range(count)]
-    rng.shuffle(makers)
-    for maker in makers:
-        yield {"conversations": maker(rng, pool)[1]}
+    for _ in range(SFT_CONVERSATIONS):
+        exchanges = rng.randint(1, LONGEST)
+        if rng.random() < 0.3:
+            _, messages, _ = system_prompt(rng, pool, exchanges)
+        else:
+            messages = talk(rng, pool, exchanges, TOPICS)
+        yield {"conversations": messages}
 
 
-def questions(world, rng, held_out=True, counts=EVAL_COUNTS):
+def questions(world, rng, held_out=True, counts=EVAL_COUNTS, depths=DEPTHS):
     """The records of eval_tiny.jsonl, or others of their kind; no question occurs twice."""
     pool, seen = Pool(world, held_out), set()
-    for maker, count in counts.items():
-        while count:
-            category, messages, expected = maker(rng, pool)
+    asked = [(maker, {}) for maker, count in counts.items() for _ in range(count)]
+    asked += [(long_chat, {"depth": depth}) for depth in depths for _ in range(LONG_CHATS)]
+    for maker, options in asked:
+        prompt = None
+        while str(prompt) in seen or prompt is None:
+            category, messages, expected = maker(rng, pool, **options)
             prompt = messages[:-1]
-            if str(prompt) not in seen:
-                seen.add(str(prompt))
-                count -= 1
-                yield {"category": category, "conversations": prompt, "expected": expected}
+        seen.add(str(prompt))
+        record = {"category": category, **options, "conversations": prompt}
+        yield record | {"expected": expected}

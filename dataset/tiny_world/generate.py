@@ -66,8 +66,8 @@ def write_sums(folder, seed=SEED):
     pool = Pool(world, held_out=False)
     files = {
         "solved": [{"conversations": calculation(rng, pool)[1]} for _ in range(50)],
-        "practice": list(questions(world, rng, held_out=False, counts={calculation: 1000})),
-        "exam": list(questions(world, rng, counts={calculation: 400})),
+        "practice": list(questions(world, rng, held_out=False, counts={calculation: 1000}, depths=())),
+        "exam": list(questions(world, rng, counts={calculation: 400}, depths=())),
     }
     for name, records in files.items():
         write(folder / f"{name}.jsonl", records)

@@ -190,11 +190,11 @@ def in_capitals(word):
 def small_sum(rng):
     """A sum of two digits, or counting, in digits or in words."""
     a, b = rng.randrange(10), rng.randrange(10)
-    if rng.random() < 0.2:
+    if rng.random() < 0.04:
         start, stop = a + 1, a + 3 + b
         counted = ", ".join(map(str, range(start, stop + 1)))
         return f"Counting from {start} to {stop}: {counted}."
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         a, b, total = words.numbers[a], words.numbers[b], words.numbers[a + b]
         return f"{sentence(a)} and {b} make {total}. Take {b} from {total} and {a} is left."
     return f"{a}+{b}={a + b}, {a + b}-{b}={a}."
@@ -223,7 +223,7 @@ def word_problem(rng, operation, a, b):
 
 def card(rng, person):
     """Facts about a villager as a list, or in single words."""
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         kinds = rng.sample(list(words.facts), rng.choice([2, 3]))
         lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
         return "\n".join([f"{person.name}, {named(kinds)}"] + lines)
@@ -257,17 +257,17 @@ def pretraining_text(world, rng):
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
     texts += [card(rng, person) for person in people for _ in range(60)]
-    texts += [introductions(rng, people) for _ in range(700)]
-    texts += [errand(rng) for _ in range(800)]
-    texts += [remembered(rng, rng.choice(people)) for _ in range(1000)]
-    texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(200)]
+    texts += [introductions(rng, people) for _ in range(400)]
+    texts += [errand(rng) for _ in range(400)]
+    texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
+    texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(150)]
     texts += [
-        story(rng, rng.choice(world.stories), rng.choice(list(words.stories))) for _ in range(1600)
+        story(rng, rng.choice(world.stories), rng.choice(list(words.stories))) for _ in range(900)
     ]
-    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(2800)]
-    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(1200)]
-    for operation, a, b in rng.choices(world.sums, k=2500):
+    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(1800)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(900)]
+    for operation, a, b in rng.choices(world.sums, k=1600):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
-    texts += [" ".join(map(meaning, rng.sample(list(words.meanings), 3))) for _ in range(300)]
+    texts += [" ".join(map(meaning, rng.sample(list(words.meanings), 3))) for _ in range(200)]
     rng.shuffle(texts)
     return texts
