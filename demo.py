@@ -20,6 +20,7 @@ DATA = [ROOT / "dataset" / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", 
 RESULTS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain", "full_sft")]
 LOGS = [OUT / "logs" / f"{name}_256.jsonl" for name in ("pretrain", "full_sft")]
 SFT = ["trainer/train_full_sft.py", "--from_weight", "pretrain"]
+TRAINING = ("pretrain", "sft")
 STAGES = {  # stage: its commands, and the files that they write
     "data": ([["dataset/tiny_world/generate.py"]], DATA),
     "pretrain": ([["trainer/train_pretrain.py"]], [OUT / "pretrain_256.pth"]),
@@ -31,11 +32,15 @@ STAGES = {  # stage: its commands, and the files that they write
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="start over")
-    if parser.parse_args().fresh:
+    parser.add_argument("--seed", type=int, default=1, help="of the training; starts over")
+    args = parser.parse_args()
+    if args.fresh:
         REPORT.unlink(missing_ok=True)
     # Ctrl-C is for the command that runs: training saves and ends, the chat stops its answer.
     signal.signal(signal.SIGINT, lambda *_: None)
-    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {"seconds": {}}
+    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
+    if report.get("seed", 1) != args.seed or not report:
+        report = {"seed": args.seed, "seconds": {}}
     setup = ROOT / ".venv" / "setup-seconds"  # written by make
     report["seconds"]["setup"] = round(float(setup.read_text())) if setup.exists() else 0
     for stage, (commands, files) in STAGES.items():
@@ -45,6 +50,7 @@ def main():
         commands = begin(stage, commands, report)
         started = time.perf_counter()
         for script, *flags in commands:
+            flags += ["--seed", str(args.seed)] if stage in TRAINING and args.seed != 1 else []
             print(f"\n$ python {' '.join([script, *flags])}", flush=True)
             done = subprocess.run([sys.executable, str(ROOT / script), *flags])
             if done.returncode:
@@ -76,8 +82,8 @@ def begin(stage, commands, report):
     is resumed; an earlier run of the user is not, and training keeps it under another name.
     """
     if report.get("begun") == stage:
-        training = stage in ("pretrain", "sft")
-        return [[script, "--from_resume", "1"] for script, *_ in commands] if training else commands
+        resumed = [[script, "--from_resume", "1"] for script, *_ in commands]
+        return resumed if stage in TRAINING else commands
     for later in list(STAGES)[list(STAGES).index(stage) :]:  # these follow from this stage
         report["seconds"].pop(later, None)
     report["begun"] = stage

@@ -183,8 +183,9 @@ class SFTDataset(TokenDataset):
             ends = np.minimum(starts + max_seq_len, total)
             stretches.append(np.stack([np.full_like(starts, number), records, starts, ends], 1))
         drawn = np.random.default_rng(seed).permutation(np.concatenate(stretches))
-        before = np.cumsum(drawn[:, 3] - drawn[:, 2]) - (drawn[:, 3] - drawn[:, 2])
-        self.samples = np.concatenate([self.samples, drawn[before < tokens]])
+        lengths = drawn[:, 3] - drawn[:, 2]
+        drawn = drawn[np.cumsum(lengths) - lengths < tokens]
+        self.samples = np.concatenate([self.samples, drawn])
         self.files = self.files + documents.files
         return range(first, len(self.samples))
 

@@ -192,7 +192,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(tra
             assert {message["role"] for message in answers} == {"assistant"}
             numbers = [int(re.search(r"number (\d)", message["content"])[1]) for message in asked]
             assert numbers == list(range(number + 1))[-len(answers) :]
-    assert "the context is full" in capsys.readouterr().out
+    assert "its oldest part is forgotten" in capsys.readouterr().out
     assert talk.messages[0]["content"] == "Be brief."
     assert "number 7" in talk.messages[-2]["content"] and len(talk.messages) < 17
     with pytest.raises(eval_llm.UserError) as error:
@@ -204,6 +204,18 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(tra
         talk.answer("word " * 30)
     talk.settings["max_new_tokens"] = 4
     assert "number 7" in talk.messages[-2]["content"]  # nothing is lost of what was said
+
+
+def test_a_conversation_longer_than_those_it_was_trained_on_is_shortened(trained, capsys):
+    """To the --max_seq_len of the training, 96 tokens, less a quarter for the answer."""
+    talk = chat(trained, max_new_tokens=30)
+    assert talk.trained_length == 96 < talk.model.config.max_position_embeddings
+    talk.messages = [{"role": role, "content": "one two"} for role in ("user", "assistant")] * 9
+    assert len(talk.prompt("And three?")) <= 96 - 24 and 1 < len(talk.messages) < 18
+    assert talk.messages[0]["role"] == "user"
+    assert "longer than any in training" in capsys.readouterr().out
+    alone = talk.prompt("word " * 200)  # longer than that by itself: the model may still try
+    assert len(alone) > 200 and len(talk.messages) == 1
 
 
 def test_of_a_long_text_the_end_is_continued(trained):

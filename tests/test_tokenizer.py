@@ -1,5 +1,6 @@
 """The tokenizer: fixed control ids, nothing lost, and text that never becomes control."""
 
+import json
 import random
 
 import pytest
@@ -36,9 +37,19 @@ def test_text_that_looks_like_a_control_token_stays_text(token):
     assert again.encode(f"a{token} b").ids == ids
 
 
-def test_each_digit_and_each_newline_is_a_token():
-    tokens = load_tokenizer().encode("31+205\n\n").tokens
-    assert tokens == ["3", "1", "+", "2", "0", "5", "Ċ", "Ċ"]
+def test_text_is_cut_as_qwen2_does():
+    """With our vocabulary and merges, transformers' tokenizer of Qwen2 gives the same ids."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer, rng = load_tokenizer(), random.Random(1)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    judge = transformers.Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
+    texts = ["31+205\n\n", "It's I'LL we'Re 'tis", '"Bring it," he said.\n\n  \tx\r\n y  ', "a\u3000b"]
+    marks = [" ", "  ", "\n", "\r\n", "\t", "'s", "'", '."', "-", "(", "7", "42", "Nelina", "mill", "é"]
+    texts += ["".join(rng.choices(marks, k=20)) for _ in range(300)]
+    for text in texts:
+        assert tokenizer.encode(text).ids == judge.encode(text), text
+    assert tokenizer.encode("31+205").tokens == list("31+205")
 
 
 def test_training_is_deterministic_and_of_the_size_asked_for(tmp_path, data):

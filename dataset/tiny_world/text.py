@@ -188,16 +188,19 @@ def in_capitals(word):
 
 
 def small_sum(rng):
-    """A sum of two digits, or counting, in digits or in words."""
+    """A sum of two digits, or counting, in digits or in words. A sum and its difference do not
+    stand together: a model would copy the second from the first and learn one of them.
+    """
     a, b = rng.randrange(10), rng.randrange(10)
-    if rng.random() < 0.04:
+    if rng.random() < 0.02:
         start, stop = a + 1, a + 3 + b
         counted = ", ".join(map(str, range(start, stop + 1)))
         return f"Counting from {start} to {stop}: {counted}."
     if rng.random() < 0.1:
         a, b, total = words.numbers[a], words.numbers[b], words.numbers[a + b]
-        return f"{sentence(a)} and {b} make {total}. Take {b} from {total} and {a} is left."
-    return f"{a}+{b}={a + b}, {a + b}-{b}={a}."
+        made, left = f"{a} and {b} make {total}.", f"take {b} from {total} and {a} is left."
+        return sentence(rng.choice([made, left]))
+    return rng.choice([f"{a}+{b}={a + b}.", f"{a + b}-{b}={a}."])
 
 
 def steps(operation, a, b):
@@ -227,8 +230,11 @@ def card(rng, person):
         kinds = rng.sample(list(words.facts), rng.choice([2, 3]))
         lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
         return "\n".join([f"{person.name}, {named(kinds)}"] + lines)
-    kinds = rng.sample(SHORT_KINDS, 2)
-    lines = [f"{kind} of {person.name}?\n{sentence(getattr(person, kind))}" for kind in kinds]
+    lines = []
+    for kind in rng.sample(SHORT_KINDS, 2):
+        n = person.name
+        question = rng.choice([f"{kind} of {n}?", f"{n}'s {kind}?", f"what of {n}, {kind}?"])
+        lines.append(f"{question}\n{sentence(getattr(person, kind))}")
     return "\n".join(lines)
 
 
@@ -248,15 +254,15 @@ def pretraining_text(world, rng):
     """The documents of pretrain_tiny.jsonl, each of one kind."""
     people, values = world.people, [word for group in words.values.values() for word in group]
 
-    texts = [portrait(rng, person) for person in people for _ in range(40)]
-    texts += [gossip(rng, person) for person in people for _ in range(80)]
+    texts = [portrait(rng, person) for person in people for _ in range(44)]
+    texts += [gossip(rng, person) for person in people for _ in range(90)]
     texts += [
         comparison(rng, person, rng.sample(people, rng.choice([1, 2])))
         for person in people
-        for _ in range(20)
+        for _ in range(24)
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(60)]
+    texts += [card(rng, person) for person in people for _ in range(110)]
     texts += [introductions(rng, people) for _ in range(400)]
     texts += [errand(rng) for _ in range(400)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
@@ -264,9 +270,9 @@ def pretraining_text(world, rng):
     texts += [
         story(rng, rng.choice(world.stories), rng.choice(list(words.stories))) for _ in range(900)
     ]
-    texts += [" ".join(small_sum(rng) for _ in range(4)) for _ in range(1800)]
-    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(900)]
-    for operation, a, b in rng.choices(world.sums, k=1600):
+    texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(2200)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(700)]
+    for operation, a, b in rng.choices(world.sums, k=600):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(words.meanings), 3))) for _ in range(200)]
     rng.shuffle(texts)
