@@ -27,7 +27,8 @@ from common import IGNORE, PAD
 from dataset.formats import open_file
 from model.loss import supervised_tokens
 
-SHORTEST = 128  # tokens of a packed row; longer ones make attention dearer, shorter ones pack worse
+SHORTEST = 128  # tokens of a packed row at least, where samples are not longer than that
+ATTENTION = 2000  # see `layout`; measured with the default model on a CPU
 
 
 class Source(NamedTuple):
@@ -251,13 +252,14 @@ def best_fit_decreasing(lengths, max_seq_len):
 def layout(lengths, max_seq_len):
     """(tokens of a row, the rows) for a batch of samples; the rows are lists of indices.
 
-    Rows are about as long as the longest sample, where that takes no more tokens than rows of
-    max_seq_len: a token attends to its whole row, and other samples are masked out. About, because
-    a CPU keeps compiled code for each size of product that occurs.
+    Short rows need more padding. But a token attends to its whole row, other samples in it are
+    only masked out: in a row of ATTENTION tokens that takes as long as all the rest. So the row
+    length is the one that costs least, from about the longest sample to max_seq_len.
     """
     shortest = min(max_seq_len, -max([SHORTEST, *lengths]) // 64 * -64)
-    layouts = [(T, best_fit_decreasing(lengths, T)) for T in (shortest, max_seq_len)]
-    return min(layouts, key=lambda layout: layout[0] * len(layout[1]))
+    row_lengths = [*range(shortest, max_seq_len, shortest), max_seq_len]
+    layouts = [(T, best_fit_decreasing(lengths, T)) for T in row_lengths]
+    return min(layouts, key=lambda found: len(found[1]) * found[0] * (ATTENTION + found[0]))
 
 
 def pack(documents, max_seq_len, rows=None):

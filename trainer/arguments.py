@@ -202,7 +202,7 @@ def conversation_flags(parser, training=True):
     add = parser.group("conversations")
     replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
     add("replay_path", None, replay, Path, metavar="FILE")
-    add("replay_share", 0.4, "its tokens, per token of the conversations", number(float, 0))
+    add("replay_share", 0.35, "its tokens, per token of the conversations", number(float, 0))
     add("data_format", None, "default: that of a file's first record", one_of(*KEYS))
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
     add("overlong", "truncate", overlong, one_of("truncate", "drop", "split"))

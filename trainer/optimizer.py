@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from torch.distributed.checkpoint import state_dict
+from torch.distributed.tensor import distribute_tensor
 
 from common import UserError
 
@@ -35,8 +36,6 @@ def make_optimizer(model, args):
     adamw = torch.optim.AdamW(groups, **how) if groups else None
     if not muon:
         return adamw
-    if args.parallel == "fsdp":
-        raise UserError("--optimizer muon needs whole matrices; use --optimizer adamw with fsdp")
     muon = Muon(muon, args.learning_rate, args.weight_decay)
     return Optimizers(muon, adamw) if adamw else muon
 
@@ -63,7 +62,12 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                step = orthogonal(weight.grad.lerp(average, momentum))  # Nesterov's momentum
+                step = weight.grad.lerp(average, momentum)  # Nesterov's momentum
+                if hasattr(step, "full_tensor"):  # a slice of fsdp's: the whole matrix is needed
+                    whole = orthogonal(step.full_tensor())
+                    step = distribute_tensor(whole, step.device_mesh, step.placements)
+                else:
+                    step = orthogonal(step)
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.add_(step, alpha=-lr * 0.2 * max(weight.shape) ** 0.5)
 

@@ -57,8 +57,8 @@ STAGE = "full_sft"
 
 def main(argv=None, **defaults):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="pretrain", epochs=1)
-    parser.set_defaults(batch_size=2, max_seq_len=768)
-    parser.set_defaults(learning_rate=2e-3, sample_prompt="Who are you?", **defaults)
+    parser.set_defaults(batch_size=2, max_seq_len=768, warmup_steps=20)
+    parser.set_defaults(learning_rate=2.2e-3, sample_prompt="Who are you?", **defaults)
     conversation_flags(parser)
     args = parse_args(parser, argv)
     saved = checkpoint.load_latest(args) if args.from_resume else None

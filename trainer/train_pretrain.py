@@ -51,8 +51,8 @@ STAGE = "pretrain"
 
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="none", epochs=1)
-    parser.set_defaults(batch_size=2, max_seq_len=768)
-    parser.set_defaults(learning_rate=6e-3, sample_prompt="Once there was")
+    parser.set_defaults(batch_size=2, max_seq_len=768, warmup_steps=20)
+    parser.set_defaults(learning_rate=4e-3, min_lr_ratio=0.2, sample_prompt="Once there was")
     args = parse_args(parser, argv)
     saved = checkpoint.load_latest(args) if args.from_resume else None
     if saved:  # flags that are left out stay as they were

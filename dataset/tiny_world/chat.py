@@ -103,7 +103,7 @@ def follow_up(rng, pool):
         last = rng.choice([kind for kind in KINDS if kind not in (one, two)])
         kinds.append((last, rng.choice(words.asks[last][:DIRECT])))
     for kind, wording in kinds:
-        if rng.random() < 0.6:
+        if rng.random() < 0.7:
             messages += talk(rng, pool, 1, IMPERSONAL)
         question = f"And {ask(rng, person, kind, pronoun=True, wording=wording)}"
         text = answer(person, kind)
@@ -175,9 +175,9 @@ def small_talk(rng, pool):
 
 
 # The topics of a conversation, and how often each comes.
-IMPERSONAL = {calculation: 9, story_on_request: 2, small_talk: 2}
+IMPERSONAL = {calculation: 10, story_on_request: 2, small_talk: 2}
 SINGLE = {recall: 5, two_facts: 6, instruction: 12, unknown: 3} | IMPERSONAL
-TOPICS = SINGLE | {follow_up: 12, favourite: 8}
+TOPICS = SINGLE | {follow_up: 15, favourite: 8}
 # How many questions of each kind the evaluation asks; the last ones after so many exchanges.
 EVAL_COUNTS = {
     recall: 100,
@@ -192,7 +192,7 @@ EVAL_COUNTS = {
 }
 DEPTHS = (3, 6, 9, 12)
 LONG_CHATS = 40
-SFT_CONVERSATIONS = 1900
+SFT_CONVERSATIONS = 2000
 LONGEST = 14  # exchanges of a training conversation
 
 

@@ -262,7 +262,7 @@ def pretraining_text(world, rng):
         for _ in range(24)
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(110)]
+    texts += [card(rng, person) for person in people for _ in range(125)]
     texts += [introductions(rng, people) for _ in range(400)]
     texts += [errand(rng) for _ in range(400)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
@@ -270,8 +270,8 @@ def pretraining_text(world, rng):
     texts += [
         story(rng, rng.choice(world.stories), rng.choice(list(words.stories))) for _ in range(900)
     ]
-    texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(2200)]
-    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(700)]
+    texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(2600)]
+    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(900)]
     for operation, a, b in rng.choices(world.sums, k=600):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(words.meanings), 3))) for _ in range(200)]
