@@ -259,7 +259,7 @@ def test_a_step_that_is_left_out_leaves_nothing_for_the_next(world, tmp_path, st
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_adamw_is_its_formula_and_weight_decay_pulls_on_matrices_alone(world, tmp_path, stage):
-    how = {"learning_rate": 0.01, "weight_decay": 3.0}
+    how = {"learning_rate": 0.01, "weight_decay": 3.0, "optimizer": "adamw"}
     watched_run(stage, flags(world, tmp_path, stage, **how), sgd=False)
     weights = states(world, tmp_path, stage, "dense")
     m, v = ({name: torch.zeros_like(w) for name, w in weights[0].items()} for _ in range(2))

@@ -44,8 +44,29 @@ def test_text_is_cut_as_qwen2_does():
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     judge = transformers.Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
-    texts = ["31+205\n\n", "It's I'LL we'Re 'tis", '"Bring it," he said.\n\n  \tx\r\n y  ', "a\u3000b"]
-    marks = [" ", "  ", "\n", "\r\n", "\t", "'s", "'", '."', "-", "(", "7", "42", "Nelina", "mill", "é"]
+    texts = [
+        "31+205\n\n",
+        "It's I'LL we'Re 'tis",
+        '"Bring it," he said.\n\n  \tx\r\n y  ',
+        "a\u3000b",
+    ]
+    marks = [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "'s",
+        "'",
+        '."',
+        "-",
+        "(",
+        "7",
+        "42",
+        "Nelina",
+        "mill",
+        "é",
+    ]
     texts += ["".join(rng.choices(marks, k=20)) for _ in range(300)]
     for text in texts:
         assert tokenizer.encode(text).ids == judge.encode(text), text

@@ -40,6 +40,7 @@ def args_of(**more):
 
 # ----------------------------------------------------------------------------------- optimizers
 
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_each_weight_that_learns_has_one_place_and_decays_if_it_is_a_matrix(kind, use_moe):

@@ -506,8 +506,8 @@ def test_sample_answers_are_shown_while_training_and_change_nothing(data, tmp_pa
 def test_replay_counts_the_copies_of_conversations(data, tmp_path, capsys):
     counts = []
     for copies in ("", "*4"):
-        more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.25, "val_split": 0}
-        more["data_path"] = f"{data / 'sft.jsonl'}{copies}"
+        more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.1, "val_split": 0}
+        more["max_seq_len"], more["data_path"] = 64, f"{data / 'sft.jsonl'}{copies}"
         train_full_sft.main(flags(data, tmp_path / copies, **more))
         printed = re.search(r"(\d+) samples of", capsys.readouterr().out)
         counts.append(int(printed[1]) - 40 * (4 if copies else 1))
@@ -551,6 +551,6 @@ def test_pretraining_text_can_be_mixed_in_and_all_of_it_is_learned(data, tmp_pat
     assert all(torch.equal(*mixed[row]) for row in added)
     assert torch.equal(mixed[3][1], plain[3][1])
     more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.5, "val_split": 0}
-    train_full_sft.main(flags(data, tmp_path, **more))
+    train_full_sft.main(flags(data, tmp_path, **more, max_seq_len=96))
     samples = int(re.search(r"(\d+) samples of", capsys.readouterr().out)[1])
     assert 45 < samples < 100

@@ -66,7 +66,9 @@ def write_sums(folder, seed=SEED):
     pool = Pool(world, held_out=False)
     files = {
         "solved": [{"conversations": calculation(rng, pool)[1]} for _ in range(50)],
-        "practice": list(questions(world, rng, held_out=False, counts={calculation: 1000}, depths=())),
+        "practice": list(
+            questions(world, rng, held_out=False, counts={calculation: 1000}, depths=())
+        ),
         "exam": list(questions(world, rng, counts={calculation: 400}, depths=())),
     }
     for name, records in files.items():
