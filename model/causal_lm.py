@@ -31,7 +31,7 @@ class ModelConfig:
     num_attention_heads: int | None = None  # hidden_size / 64
     num_key_value_heads: int | None = None  # half the heads share one key and value each
     head_dim: int | None = None  # hidden_size / num_attention_heads
-    intermediate_size: int | None = None  # 2 * hidden_size
+    intermediate_size: int | None = None  # 3 * hidden_size, the ratio of Qwen3-0.6B
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
@@ -49,7 +49,7 @@ class ModelConfig:
         self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
         self.num_key_value_heads = self.num_key_value_heads or max(1, self.num_attention_heads // 2)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.intermediate_size = self.intermediate_size or 2 * self.hidden_size
+        self.intermediate_size = self.intermediate_size or 3 * self.hidden_size
         if self.moe_intermediate_size is None:
             share = self.intermediate_size // self.num_experts_per_tok
             self.moe_intermediate_size = max(1, share)

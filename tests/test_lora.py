@@ -132,7 +132,7 @@ def test_only_the_adapters_move_and_only_they_are_saved(lora_run):
     base = checkpoint.load(lora_run / "pretrain_32.pth")["model"]
     whole = checkpoint.load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")["model"]
     assert all(torch.equal(weight, whole[name]) for name, weight in base.items())
-    attention, mlp = 2 * (32 + 32) + 2 * (32 + 16), 3 * (32 + 64)  # of rank 1, in a layer
+    attention, mlp = 2 * (32 + 32) + 2 * (32 + 16), 3 * (32 + 96)  # of rank 1, in a layer
     assert sum(weight.numel() for weight in saved["model"].values()) == 2 * 4 * (attention + mlp)
 
 
