@@ -256,7 +256,7 @@ def layout(lengths, max_seq_len):
     only masked out: in a row of ATTENTION tokens that takes as long as all the rest. So the row
     length is the one that costs least, from about the longest sample to max_seq_len.
     """
-    shortest = min(max_seq_len, -max([SHORTEST, *lengths]) // 64 * -64)
+    shortest = -max([SHORTEST, *lengths]) // 64 * -64
     row_lengths = [*range(shortest, max_seq_len, shortest), max_seq_len]
     layouts = [(T, best_fit_decreasing(lengths, T)) for T in row_lengths]
     return min(layouts, key=lambda found: len(found[1]) * found[0] * (ATTENTION + found[0]))
