@@ -254,7 +254,8 @@ def layout(lengths, max_seq_len):
 
     Short rows need more padding. But a token attends to its whole row, other samples in it are
     only masked out: in a row of ATTENTION tokens that takes as long as all the rest. So the row
-    length is the one that costs least, from about the longest sample to max_seq_len.
+    length is the one that costs least, from about the longest sample to max_seq_len. About, because
+    a CPU keeps compiled code for each size of product that occurs.
     """
     shortest = -max([SHORTEST, *lengths]) // 64 * -64
     row_lengths = [*range(shortest, max_seq_len, shortest), max_seq_len]

@@ -201,7 +201,7 @@ HOW = {
     "padded": ["--packing", 0],
     "accumulated": ["--accumulation_steps", 4, "--batch_size", 2],
     "moe": ["--use_moe", 1],
-    "muon": ["--optimizer", "muon"],
+    "adamw": ["--optimizer", "adamw"],
     "dropout": ["--dropout", 0.1],
     "no workers": ["--num_workers", 0],
 }
