@@ -178,7 +178,7 @@ def small_talk(rng, pool):
 IMPERSONAL = {calculation: 10, story_on_request: 2, small_talk: 2}
 SINGLE = {recall: 5, two_facts: 6, instruction: 12, unknown: 3} | IMPERSONAL
 TOPICS = SINGLE | {follow_up: 15, favourite: 8}
-# How many questions of each kind the evaluation asks; LONG_CHATS more after each of DEPTHS exchanges.
+# How many questions of each kind the evaluation asks; LONG_CHATS more at each of DEPTHS.
 EVAL_COUNTS = {
     recall: 100,
     two_facts: 30,
