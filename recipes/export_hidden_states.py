@@ -41,7 +41,7 @@ from trainer.arguments import (
 )
 from trainer.distributed import pick_device, pick_dtype
 from trainer.teacher import layers_of
-from trainer.trainer_utils import open_data, replay
+from trainer.trainer_utils import conversation_options, open_data, replay
 
 
 def main(argv=None):
@@ -102,7 +102,7 @@ def parse(argv):
 
 def read_data(args, tokenizer):
     """(dataset, {"train": samples, "valid": samples, "test": samples}), without empty parts."""
-    options = {name: getattr(args, name) for name in ("data_format", "overlong", "keep_think")}
+    options = conversation_options(args)
     dataset, train, _, valid = open_data(SFTDataset, args, tokenizer, SFT, **options)
     test = []
     if args.test_split:

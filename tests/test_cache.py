@@ -44,7 +44,12 @@ def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
 
 
 def test_other_content_options_or_tokenizer_are_another_cache(data, tmp_path):
-    for options in ({}, {"keep_think": "none"}, {"data_format": "conversations"}):
+    for options in (
+        {},
+        {"keep_think": "none"},
+        {"supervise": "all"},
+        {"data_format": "conversations"},
+    ):
         SFTDataset(data / "sft.jsonl", load_tokenizer(), cache_dir=tmp_path, **options)
     other = load_tokenizer()
     other.add_tokens(["What"])
@@ -56,7 +61,7 @@ def test_other_content_options_or_tokenizer_are_another_cache(data, tmp_path):
     copy.write_text(text + json.dumps(chat("More?", "More.")), encoding="utf-8")
     SFTDataset(copy, load_tokenizer(), cache_dir=tmp_path)
     copy.unlink()
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_bad_records_and_notes_are_remembered(tmp_path):

@@ -236,6 +236,23 @@ def test_keep_think_says_whose_reasoning_is_kept(tmp_path, keep_think, kept):
     assert [int("3" in turn.split()) for turn in turns[1::2]] == kept
 
 
+@pytest.mark.parametrize(
+    "supervise, written",
+    [
+        ("answers", "Hello!<|im_end|>"),
+        ("no_end", "Hello!"),
+        ("all", "user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"),
+    ],
+)
+def test_supervise_says_which_tokens_have_a_loss(tmp_path, supervise, written):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    path, tokenizer = write_jsonl(tmp_path / "x.jsonl", [{"messages": talk}]), load_tokenizer()
+    dataset = SFTDataset(path, tokenizer, supervise=supervise)
+    _, labels = dataset[0]
+    learned = labels[1:][labels[1:] != -100].tolist()  # the first token is never predicted
+    assert tokenizer.decode(learned, skip_special_tokens=False) == written
+
+
 @pytest.mark.parametrize("overlong, rows", [("truncate", 1), ("drop", 0), ("split", 3)])
 def test_overlong_conversations_are_cut_between_turns(tmp_path, overlong, rows):
     turn = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]

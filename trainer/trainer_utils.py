@@ -127,7 +127,8 @@ def open_data(kind, args, tokenizer, default, **options):
 
 def conversation_options(args):
     """The flags of conversations that SFTDataset takes, as its arguments."""
-    return {name: getattr(args, name) for name in ("overlong", "keep_think", "data_format")}
+    names = ("overlong", "keep_think", "supervise", "data_format")
+    return {name: getattr(args, name) for name in names}
 
 
 def replay(dataset, train, args, tokenizer):
