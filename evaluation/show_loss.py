@@ -1,0 +1,84 @@
+"""Shows what the loss sees: a line for each token of a sample, with the probability that each model
+gives to the token that comes next.
+
+    python evaluation/show_loss.py                                   # a conversation of Tiny World
+    python evaluation/show_loss.py --data_path mine.jsonl --record 3 --weight full_sft
+
+A line has the token that the model reads, the token that it must predict, the label of that token
+(- is -100, no loss), and the probabilities. Supervised lines are green in a terminal.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import IGNORE, ROOT, UserError, report_user_errors
+
+# isort: split
+import torch
+
+from dataset.prepare import STYLES, open_data, whole_number
+from dataset.tiny_world.generate import SFT, write_missing
+from trainer import checkpoint
+
+
+def probabilities(model, input_ids):
+    """The probability that the model gives to the token after each one, (T,) -> (T - 1,)."""
+    with torch.inference_mode():
+        logits = model(input_ids[None])[0, :-1]  # (1, T) -> (1, T, V) -> (T - 1, V)
+    return logits.softmax(dim=-1).gather(1, input_ids[1:, None])[:, 0]
+
+
+def table(names, columns, input_ids, labels, tokenizer, coloured):
+    """The lines of the table; columns are the probabilities of each of the models."""
+
+    def text(token):
+        return repr(tokenizer.decode([token], skip_special_tokens=False))
+
+    header = "".join(f"{name:>12}" for name in names)
+    lines = [f"{'reads':20}{'predicts':20}{'label':>6}{header}"]
+    targets = zip(input_ids[:-1].tolist(), input_ids[1:].tolist(), labels[1:].tolist(), strict=True)
+    for place, (token, following, label) in enumerate(targets):
+        cells = "".join(f"{column[place]:12.3f}" for column in columns)
+        shown = "-" if label == IGNORE else label
+        line = f"{text(token):20}{text(following):20}{shown:>6}{cells}"
+        style = STYLES["other" if label == IGNORE else "supervised"]
+        lines.append(f"{style}{line}\033[0m" if coloured else line)
+    return lines
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--data_path", type=Path, default=SFT, help="text or conversations; default: Tiny World's")
+    add("--record", type=whole_number(1), default=1, help="which sample of the file (%(default)s)")
+    weights = "names in --save_dir, or paths (pretrain full_sft)"
+    add("--weight", nargs="+", default=["pretrain", "full_sft"], metavar="NAME", help=weights)
+    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
+    args = parser.parse_args(argv)
+    paths = [checkpoint.find(args.save_dir, name) for name in args.weight]
+    opened = [checkpoint.build_model(checkpoint.load(path), path) for path in paths]
+    tokenizer = opened[0][1]
+    if len({each.to_str() for _, each in opened}) > 1:
+        raise UserError(f"{', '.join(args.weight)} have different tokenizers; show one at a time")
+    longest = argparse.Namespace(max_seq_len=opened[0][0].config.max_position_embeddings)
+    longest.overlong = "truncate"
+    data = open_data(write_missing(args.data_path), tokenizer, longest)
+    if args.record > len(data):
+        raise UserError(f"--record {args.record}: {args.data_path} has {len(data)} samples")
+    input_ids, labels = data[args.record - 1]
+    columns = [probabilities(model.eval(), input_ids) for model, _ in opened]
+    print("\n".join(table(args.weight, columns, input_ids, labels, tokenizer, sys.stdout.isatty())))
+    supervised = labels[1:] != IGNORE
+    for name, column in zip(args.weight, columns, strict=True):
+        loss = -column[supervised].log().mean().item()
+        typical = f"a typical probability of e^-{loss:.3f} = {math.exp(-loss):.3f}"
+        print(f"{name}: {loss:.3f} nats per supervised token, {typical}")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()
