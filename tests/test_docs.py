@@ -1,13 +1,23 @@
-"""Every command printed in README and docs runs, at toy scale; every link leads somewhere."""
+"""Every command and every block of code printed in README and docs runs, at toy scale; links, names
+of functions, files, flags and defaults are right; the exercises can be solved.
+"""
 
+import ast
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from xml.etree import ElementTree
 
 import pytest
 
 from dataset.tiny_world import generate as tiny_world
 from dataset.tokenizer import SHIPPED_TOKENIZER
+from model.causal_lm import ModelConfig
 from recipes import misconceptions
 from recipes import peft as merge_lora
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
@@ -15,11 +25,18 @@ from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def blocks(page, language):
+    """The blocks of a language in a page, without the indentation that they have in a list."""
+    pattern = rf"(?ms)^( *)```{language}\n(.*?)^\1```"
+    found = re.findall(pattern, page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(text) for _, text in found]
+
+
 def commands():
     """Each distinct command of a ```bash block that starts with python, as a list of words."""
     found = {}
     for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in blocks(page, "bash"):
             block = re.sub(r"(?m)\s+#\s.*$", "", block)  # a comment behind a command
             for line in re.findall(r'^(?:python -c "\n.*?"|python .*?)$', block, re.M | re.S):
                 found[line] = shlex.split(line)[1:]
@@ -27,7 +44,8 @@ def commands():
 
 
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-LONG = ("demo.py", *(f"bench/{n}.py" for n in ("faults", "speed", "gsm8k", "misconceptions")))
+BENCH = ("faults", "speed", "gsm8k", "misconceptions", "experiments", "pictures")
+LONG = ("demo.py", *(f"bench/{name}.py" for name in BENCH))
 COMMANDS = commands()
 SEEN = set()  # scripts that ran as a user types them; from then on, in this process, it is quicker
 
@@ -35,8 +53,11 @@ SEEN = set()  # scripts that ran as a user types them; from then on, in this pro
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     files = {"mine.jsonl": data / "sft.jsonl", "out/mine.jsonl": data / "sft.jsonl"}
-    files |= {"out/text.jsonl": data / "pretrain.jsonl", "out/forged.jsonl": data / "sft.jsonl"}
-    files |= {"out/mine.json": SHIPPED_TOKENIZER, "out/peft": tmp_path / "peft"}
+    for name in ("text", "python"):
+        files[f"out/{name}.jsonl"] = data / "pretrain.jsonl"
+    for name in ("mine", "python", "small"):
+        files[f"out/{name}.json"] = SHIPPED_TOKENIZER
+    files |= {"out/nelina.jsonl": data / "sft.jsonl", "out/peft": tmp_path / "peft"}
     files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k_limit_200", "other")}
     if "cot" in line or "out/misconceptions" in line:
         trace = dict.fromkeys(("question", "correct", "incorrect", "cot", "misconception"), "x y")
@@ -124,7 +145,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words += ["--limit", 20, "--run", tmp_path.name] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
-        named = {"sft_scratch", "gsm8k", "few", "round1", "all"} & set(words)
+        named = {"gsm8k", "few", "round1", "all", "python", "mine"} & set(words)
         if named and "--lora" not in words:
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:
@@ -139,8 +160,17 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     elif script == "recipes/rejection_sample.py":
         words += ["--weight", trained / "full_sft_32.pth", "--out", tmp_path / "sampled.jsonl"]
         words += ["--limit", 3, "--max_new_tokens", 8]
+    elif script == "evaluation/show_loss.py":
+        words += ["--save_dir", trained]
+        words += [] if "--data_path" in words else ["--data_path", data / "sft.jsonl"]
+    elif script == "recipes/python_text.py":
+        words += ["--out", tmp_path / "python.jsonl"]
     elif script == "-c":
-        words = [word.replace("out/", f"{tmp_path.as_posix()}/") for word in words]
+        if "dataset/" in words[1]:
+            tiny_world.write_tiny_world(tmp_path)
+        for name in ("python", "small"):
+            shutil.copy(SHIPPED_TOKENIZER, tmp_path / f"{name}.json")
+        words = [re.sub(r"\b(out|dataset)/", f"{tmp_path.as_posix()}/", word) for word in words]
     elif "split" in words:
         words += ["--out", tmp_path]
     again = script in SEEN and script.startswith(("dataset/", "evaluation/", "trainer/"))
@@ -156,13 +186,192 @@ def test_there_are_commands_to_test():
     assert {"eval_llm.py", "trainer/train_pretrain.py", "trainer/train_full_sft.py"} <= scripts
 
 
+def test_every_block_of_code_runs(data, tmp_path):
+    """A block of Python that imports something is a program. It runs as printed, but for its data
+    and its number of steps.
+    """
+    programs = [b for page in PAGES for b in blocks(page, "python") if b.startswith("import")]
+    assert programs
+    (tmp_path / "dataset").mkdir()
+    shutil.copy(data / "pretrain.jsonl", tmp_path / "dataset/pretrain_tiny.jsonl")
+    for program in programs:
+        short, changed = re.subn(r"(?m)^steps = \d+$", "steps = 3", program)
+        assert changed == 1
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", short],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(r"step 0: loss [78]\.\d\d\nstep 2: loss \d\.\d\d\n", done.stdout)
+
+
+def test_what_a_printed_expression_gives_is_what_the_comment_says():
+    examples = [b for page in PAGES for b in blocks(page, "python") if b.startswith("from")]
+    assert examples
+    for example in examples:
+        names = {}
+        for line in filter(None, example.splitlines()):
+            if line.startswith("from"):
+                exec(line, names)
+            else:
+                expression, expected = line.split("  # ")
+                assert repr(eval(expression, names)) == expected, line
+
+
+def without_docstrings(source):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return tree
+
+
+def test_quoted_code_is_in_the_code():
+    """The other blocks of Python are quoted: a function without its docstring, or lines of one."""
+    sources = [p.read_text(encoding="utf-8") for p in ROOT.glob("*/*.py")]
+    functions = set()
+    for source in sources:
+        for node in ast.walk(without_docstrings(source)):
+            if isinstance(node, ast.FunctionDef):
+                functions.add(ast.unparse(node))
+    lines = {line.strip() for source in sources for line in source.splitlines()}
+    every = [block for page in PAGES for block in blocks(page, "python")]
+    quoted = [block for block in every if not block.startswith(("import", "from"))]
+    assert len(quoted) > 5
+    for block in quoted:
+        if block.startswith("def "):
+            assert ast.unparse(ast.parse(block)) in functions, block
+        else:
+            assert {line.strip() for line in block.splitlines()} <= lines, block
+
+
+def names_in(path):
+    """What a module defines at its top level, and the methods of its classes."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_named_flags_exist(page):
+def test_links_and_names_are_right(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
+    for name, target in re.findall(r"\[`([A-Za-z_]\w*)`\]\(([^)#:]+\.py)\)", text):
+        assert name in names_in(page.parent / target), f"{name} in {target}"
+    for path in set(re.findall(r"`([a-z_]+/[\w/]+\.(?:py|toml|json|svg|md))`", text)):
+        if not path.startswith("out/"):
+            assert (ROOT / path).exists(), path
+
+
+def defaults():
+    """{flag: the values that it has by default in one of the two train scripts}."""
+    found = {}
+    for script in ("pretrain", "full_sft"):
+        shown = run_here(f"trainer/train_{script}.py", "--help").stdout
+        text = " ".join(shown.split())
+        for name, value in re.findall(
+            r"--(\w+) [A-Z01|]+ (?:(?!--)[^()])*\(default: ([^)]+)\)", text
+        ):
+            found.setdefault(name, set()).add(value)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_their_defaults_are_right(page):
+    text = page.read_text(encoding="utf-8")
     code = "".join(
         p.read_text(encoding="utf-8") for p in ROOT.glob("**/*.py") if ".venv" not in p.parts
     )
     for flag in set(re.findall(r"--([a-z_]+)\b", text)) - TORCHRUN:
         assert f"--{flag}" in code or f'"{flag}' in code, flag
+    known = defaults()
+    for flag, value in re.findall(r"`--([a-z_]+)`\s+\(([\d.]+)\)", text):
+        if flag in known:  # not of another script
+            assert float(value) in map(float, known[flag]), f"--{flag} ({value})"
+    config = ModelConfig()
+    for number, what in (
+        (config.hidden_size, r"([\d,]+)\s+numbers\s+(?:per|that describe a)\s+token"),
+        (config.vocab_size, r"vocabulary\s+of\s+([\d,]+)"),
+        (config.vocab_size, r"each\s+of\s+([\d,]+)\s+tokens"),
+        (768, r"rows\s+(?:have|of)\s+(\d+)\s+tokens\b(?!.*bench)"),
+    ):
+        if page.name[0] in "1234567" and page.name[1] == "_":
+            assert set(re.findall(what, text)) <= {f"{number:,}"}, what
+
+
+def test_the_table_of_sizes_is_that_of_the_default_model():
+    text = (ROOT / "docs/3_model.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"(?m)^\| ([BTDHKdV]) \|[^|]*\| ([\d,]+) \|$", text))
+    known, config = defaults(), ModelConfig()
+    assert {letter: int(value.replace(",", "")) for letter, value in rows.items()} == {
+        "B": int(*known["batch_size"]),
+        "T": int(*known["max_seq_len"]),
+        "D": config.hidden_size,
+        "H": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "d": config.head_dim,
+        "V": config.vocab_size,
+    }
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs/pictures").glob("*.svg")), ids=lambda p: p.name
+)
+def test_a_picture_is_small_shown_and_described(path):
+    assert path.stat().st_size < 100_000
+    root = ElementTree.parse(path).getroot()
+    assert "prefers-color-scheme: dark" in root.findtext("{http://www.w3.org/2000/svg}style")
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    (alt,) = set(re.findall(rf"!\[([^\]]+)\]\((?:docs/)?pictures/{path.name}\)", pages))
+    assert len(alt.split()) > 8
+
+
+EXERCISES = sorted((ROOT / "tests/exercises").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path.stem)
+def test_an_exercise_fails_until_it_is_solved(path, tmp_path):
+    """The code as it is does not pass; with the change that the page shows, it passes."""
+    (page,) = [p for p in PAGES if f"tests/exercises/{path.name}" in p.read_text(encoding="utf-8")]
+    after = page.read_text(encoding="utf-8").split(f"tests/exercises/{path.name}")[1]
+    solution = textwrap.dedent(re.search(r"(?ms)^ *```diff\n(.*?)^ *```", after)[1])
+    parts = ("model", "dataset", "tests", "trainer", "evaluation")
+    for part in parts:
+        ignored = shutil.ignore_patterns("__pycache__", "*_tiny.jsonl")
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=ignored)
+    for name in ("common.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def passes():
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            f"tests/exercises/{path.name}",
+        ]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+
+    assert not passes()
+    file, *lines = solution.splitlines()
+    changed = tmp_path / file.removeprefix("--- ")
+    code = changed.read_text(encoding="utf-8")
+    removed = added = ""
+    for line in [*lines, "-"]:  # each group of - lines is replaced by the + lines after it
+        if line[0] == "-" and added:
+            assert code.count(removed) == 1, removed
+            code, removed, added = code.replace(removed, added), "", ""
+        removed += f"{line[1:]}\n" if line[0] == "-" else ""
+        added += f"{line[1:]}\n" if line[0] == "+" else ""
+    changed.write_text(code, encoding="utf-8")
+    assert passes()
