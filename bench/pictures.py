@@ -116,7 +116,8 @@ class Picture:
     def save(self, path, height=None):
         height = height or self.y + 4
         head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}" '
-        head += f'viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif"><style>{STYLE}</style>'
+        head += f'viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif">'
+        head += f"<style>{STYLE}</style>"
         paper = f'<rect width="{WIDTH}" height="{height:.0f}" class="paper" rx="6"/>'
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join([head, paper, *self.parts, "</svg>\n"]), encoding="utf-8")
@@ -293,16 +294,18 @@ def attention_map(path, models, tokenizer):
     picture.save(path)
 
 
-def axes(picture, height, x_label, highest, form="{:.0f}"):
-    """Draws axes; returns a function that places (share of the width, value)."""
+def axes(picture, height, x_label, values, scale=float, form="{:.0f}"):
+    """Draws axes with a line for each value, the lowest first; returns a function that places
+    (share of the width, value).
+    """
     left, right, top = 52, WIDTH - 16, picture.y
-    bottom = top + height
+    bottom, low, high = top + height, scale(values[0]), scale(values[-1])
 
     def place(x, y):
-        return left + (right - left) * x, bottom - (bottom - top) * min(y, highest) / highest
+        share = (scale(min(max(y, values[0]), values[-1])) - low) / (high - low)
+        return left + (right - left) * x, bottom - height * share
 
-    for part in range(5):
-        value = highest * part / 4
+    for value in values:
         picture.line(place(0, value), place(1, value), css="grid")
         picture.text(left - 6, place(0, value)[1] + 4, form.format(value), "soft", 12, "end")
     picture.text(right, bottom + 18, x_label, "soft", 12, "end")
@@ -316,8 +319,9 @@ def loss_curve(path, folder, samples):
     steps = log[-1]["step"]
     picture = Picture()
     picture.heading("The loss of pretraining")
-    picture.note("nats per token")
-    place = axes(picture, 200, f"{steps} steps", 8)
+    picture.note("nats per token; each line above is twice the one below")
+    picture.y += 24
+    place = axes(picture, 200, f"{steps} steps", (0.5, 1, 2, 4, 8), math.log, "{:g}")
     picture.line(*[place(line["step"] / steps, line["loss"]) for line in log], css="blueline")
     interval = 20
     every = range(interval, steps + 1, interval)
@@ -388,7 +392,8 @@ def packed_row(path):
 def schedules(path, folder):
     picture = Picture()
     picture.heading("The learning rate, step by step")
-    place = axes(picture, 170, "part of the run", 0.004, "{:.3f}")
+    values = [part / 1000 for part in range(5)]
+    place = axes(picture, 170, "part of the run", values, form="{:.3f}")
     flags = {"pretrain": (4e-3, 0.2, "blue"), "full_sft": (2.2e-3, 0.1, "orange")}
     for name, (highest, floor, css) in flags.items():
         lines = (folder / f"logs/{name}_256.jsonl").read_text(encoding="utf-8").splitlines()
@@ -407,18 +412,19 @@ def schedules(path, folder):
 def temperatures(path, models, tokenizer):
     ids, _ = prompt_of(tokenizer, "Write a story about a brown dog who lost a kite.")
     (story,) = complete(models["full_sft"], [ids], max_new_tokens=200, temperature=0)
-    spread = [(likeliest(models["full_sft"], tokenizer, ids + story[:n], 2)[0][1], n)
-              for n in range(len(story))]  # fmt: skip
-    least = min(spread)[1]
-    ids = ids + story[:least]
+    # A place at which the most probable token has about half of the probability.
+    highest = [likeliest(models["full_sft"], tokenizer, ids + story[:n], 1)[0][1]
+               for n in range(len(story))]  # fmt: skip
+    chosen = min(range(len(story)), key=lambda n: abs(highest[n] - 0.5))
+    ids = ids + story[:chosen]
     picture = Picture()
     picture.heading("One distribution at three temperatures")
-    said = tokenizer.decode(story[max(0, least - 9) : least]).replace("\n", " ")
+    said = tokenizer.decode(story[max(0, chosen - 9) : chosen]).replace("\n", " ")
     picture.note(f"The next token after “… {said.strip()}”")
     for temperature in (0.5, 1.0, 1.5):
         picture.note(f"temperature {temperature}", css="ink")
         picture.y -= 6
-        named = likeliest(models["full_sft"], tokenizer, ids, 6, temperature)
+        named = likeliest(models["full_sft"], tokenizer, ids, 4, temperature)
         picture.bars([(text.strip(), value) for text, value in named])
         picture.y += 8
     picture.save(path)

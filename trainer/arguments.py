@@ -150,7 +150,7 @@ def training_parser(doc, **defaults):
     optimizer = "muon for the matrices of the layers; or adamw alone, with a tenth of the rate"
     add("optimizer", "muon", optimizer, one_of("muon", "adamw"))
     add("warmup_steps", 50, "steps of linear warm-up", count)
-    add("min_lr_ratio", 0.1, "last learning rate, as a share of the maximum", share)
+    add("min_lr_ratio", 0.1, "final learning rate, as a fraction of the maximum", share)
     add("weight_decay", 0.1, "weight decay of the matrices", number(float, 0))
     add("grad_clip", 1.0, "maximum gradient norm; 0 disables clipping", number(float, 0))
 
@@ -202,7 +202,7 @@ def conversation_flags(parser, training=True):
     add = parser.group("conversations")
     replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
     add("replay_path", None, replay, Path, metavar="FILE")
-    add("replay_share", 0.35, "its tokens, per token of the conversations", number(float, 0))
+    add("replay_share", 0.4, "its tokens, per token of the conversations", number(float, 0))
     add("data_format", None, "default: that of a file's first record", one_of(*KEYS))
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
     add("overlong", "truncate", overlong, one_of("truncate", "drop", "split"))

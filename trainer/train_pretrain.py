@@ -81,7 +81,7 @@ def main(argv=None):
     signal = StopSignal()
     model.train()
 
-    for micro_batches in [] if stop else plan.after(run.step):
+    for micro_batches in [] if stop else plan.after(run.step):  # 1. rows
         seed_step(args, run.step, compute.rank)
         lr = learning_rate(run.step, len(plan), args)
         set_learning_rate(optimizer, lr)
@@ -92,13 +92,16 @@ def main(argv=None):
             input_ids, labels, position_ids, document_ids = to_device(batch, compute.device)
             with distributed.sync_gradients(learner, index == len(micro_batches) - 1):
                 with compute.autocast:
+                    # 2. forward
                     part = learner(input_ids, position_ids, document_ids, labels=labels)
                     part = part / supervised
                 balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
                 objective = part + model.config.router_aux_loss_coef * balance
-                # Processes average their gradients, but the sum is needed: hence the factor.
+                # 3. backward. Processes average their gradients, but the sum is needed: hence the
+                # factor.
                 compute.scaler.scale(objective * compute.world_size).backward()
             loss = loss + part.detach()
+        # 4. clip, 5. update
         grad_norm = clip_and_step(model, optimizer, compute.scaler, args.grad_clip)
         run.advance(tokens, grad_norm)
         log.count(tokens, plan.step_began)

@@ -192,7 +192,7 @@ EVAL_COUNTS = {
 }
 DEPTHS = (3, 6, 9, 12)
 LONG_CHATS = 40
-SFT_CONVERSATIONS = 2000
+SFT_CONVERSATIONS = 2600
 LONGEST = 14  # exchanges of a training conversation
 
 
