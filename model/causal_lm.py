@@ -204,7 +204,7 @@ class CausalLM(nn.Module):
                 continue
             # With this std, embeddings and attention keep the size of their input. With GPT-2's
             # 0.02, a narrow model learns to copy from its context late or never: see
-            # docs/4_pretraining.md.
+            # docs/17_symptoms.md.
             std = weight.shape[1] ** -0.5
             if "mlp" in name:
                 std = 0.02
