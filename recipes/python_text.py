@@ -21,7 +21,7 @@ SHORTEST = 80  # characters: shorter docstrings are hardly sentences
 
 def docstrings(path):
     """Yields the docstrings of a Python file: of the module, its classes and its functions."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(ast.parse(Path(path).read_bytes())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             yield ast.get_docstring(node) or ""
 
