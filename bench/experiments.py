@@ -32,6 +32,7 @@ from dataset.tiny_world import chat, generate, text
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "experiments"
 SFT = ["trainer/train_full_sft.py", "--from_weight", "{pretrained}"]
+SAMPLES = ["--sample_interval", "20", "--sample_prompt", "Nelina lives", "--log_interval", "5"]
 SCRATCH = ["trainer/train_full_sft.py", "--from_weight", "none"]
 PRETRAIN = ["trainer/train_pretrain.py"]
 EVALUATE = ["evaluation/run_eval.py", "--max_new_tokens", "256"]
@@ -58,7 +59,7 @@ RUNS = {
         ]
     },
     "symptoms": {
-        "as it is": [PRETRAIN],
+        "as it is": [[*PRETRAIN, *SAMPLES]],
         "learning rate x 30": [[*PRETRAIN, "--learning_rate", "0.12"]],
         "no warm-up": [[*PRETRAIN, "--warmup_steps", "0"]],
         "labels shifted twice": [["bench/experiments.py", "shifted", *PRETRAIN]],
@@ -67,6 +68,9 @@ RUNS = {
         "no replay": [[*SFT, "--replay_share", "0"], EVALUATE],
     },
 }
+
+# Runs whose result is so far from the others that one seed, the first, shows it.
+ONCE = {"conversations alone", "no_end", *RUNS["symptoms"]} - {"as it is"}
 
 
 # Mistakes in the code, each one line. `python bench/experiments.py small trainer/train_pretrain.py`
@@ -157,6 +161,7 @@ def execute(name, seed, commands, threads):
         )  # fmt: skip
         if done.returncode:
             sys.exit(f"{name}, seed {seed}: {done.stderr}")
+        (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
     (folder / "done").touch()
     print(f"{name}, seed {seed}: done", flush=True)
     return folder
@@ -188,9 +193,13 @@ def report(folders):
         print(f"\n{name}\n  tokens {logs[0][-1]['tokens']:,}")
         last = [log[-1]["val_loss"] or float("nan") for log in logs]
         print("  validation loss", spread(last, "{:.3f}"))
-        for step in (1, 50, 100, 200, 300, 400):
-            near = [line["loss"] for line in logs[0] if line["step"] == step]
-            print(f"  loss at step {step}: {near}")
+        if (of_seeds[0] / "pretrain_256.pth").exists() and not result_of(of_seeds[0]):
+            command = ["eval_llm.py", "--weight", of_seeds[0] / "pretrain_256.pth"]
+            command += ["--prompt", "Nelina lives", "--max_new_tokens", "40"]
+            done = subprocess.run(
+                [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+            )
+            print("  it writes: Nelina lives", done.stdout.partition("\n")[2].strip())
         results = [result for result in map(result_of, of_seeds) if result]
         if results:
             for category in results[0]["scores"]:
@@ -208,7 +217,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", choices=RUNS)
+    parser.add_argument("experiment", choices=RUNS, nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     args = parser.parse_args()
@@ -216,20 +225,19 @@ def main():
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     generate.write_missing(generate.PRETRAIN)
-    runs = dict(RUNS[args.experiment])
-    if args.experiment == "mentions":
-        counts = write_mentions()
-        print({name: f"{count:.0f} mentions of a fact" for name, count in counts.items()})
-    else:
-        runs = {"as it is": [PRETRAIN], **runs}
+    if "mentions" in args.experiment:
+        for name, count in write_mentions().items():
+            print(f"group {name}: a fact is mentioned {count:.0f} times")
+    runs = {"as it is": RUNS["symptoms"]["as it is"]}
+    for experiment in args.experiment:
+        runs |= RUNS[experiment]
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = {}
+        folders = {}  # name: its runs, then their folders
         for name, commands in runs.items():
-            seeds = args.seeds
-            waiting = [pool.submit(execute, name, seed, commands, threads) for seed in seeds]
-            folders[name] = waiting
+            seeds = args.seeds[:1] if name in ONCE else args.seeds
+            folders[name] = [pool.submit(execute, name, seed, commands, threads) for seed in seeds]
             if name == "as it is":  # the others begin with its weights
-                [run.result() for run in waiting]
+                [run.result() for run in folders[name]]
         folders = {name: [run.result() for run in waiting] for name, waiting in folders.items()}
     report(folders)
 

@@ -1,12 +1,12 @@
 """Draws the pictures of the tutorial, docs/pictures/*.svg, from real runs:
 
-    python trainer/train_pretrain.py --save_dir out/pictures --log_interval 5 --sample_interval 20 --sample_prompt "Nelina lives" > out/pictures.txt
-    python trainer/train_full_sft.py --from_weight out/pictures/pretrain_256.pth --save_dir out/pictures
+    make demo
+    python bench/experiments.py symptoms
     python bench/pictures.py
 
-The runs are those of the demo: the flags only add lines to the log. Pictures are 480 wide, so that
-their text is readable on a phone, and have a dark form for browsers in dark mode.
-"""  # noqa: E501
+Pictures are 480 wide, so that their text is readable on a phone, and have a dark form for browsers
+in dark mode.
+"""
 
 import argparse
 import html
@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -341,6 +342,37 @@ def loss_curve(path, folder, samples):
     picture.save(path, picture.y - 12)
 
 
+def symptoms(path, folder):
+    """The validation loss of each run with a mistake, beside the one without."""
+    pairs = {"as it is": ["learning rate x 30", "no warm-up", "labels shifted twice",
+                          "no document_ids", "first weights of 0.02"],
+             "answers": ["no replay", "no_end"]}  # fmt: skip
+
+    def losses(name):
+        (log,) = folder.glob(f"{name.replace(' ', '_')}_1/logs/*_256.jsonl")
+        lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        points = [(line["step"], line["loss"]) for line in lines if line["step"] % 10 == 0]
+        last = points[-1][0]
+        return [(step / last, mean(y for _, y in points[max(0, i - 2) : i + 3]))
+                for i, (step, _) in enumerate(points)]  # fmt: skip
+
+    picture = Picture()
+    picture.heading("One mistake at a time")
+    picture.note("Orange: with the mistake. Blue: without. The training loss, in nats per",
+                 "token; each line above is four times the one below.")  # fmt: skip
+    picture.y += 12
+    for reference, names in pairs.items():
+        right = losses(reference)
+        for name in names:
+            picture.text(52, picture.y, name, size=13, bold=True)
+            picture.y += 8
+            place = axes(picture, 70, "", (0.0625, 0.25, 1, 4, 16), math.log, "{:.2g}")
+            for points, css in ((right, "blueline"), (losses(name), "orangeline")):
+                picture.line(*[place(x, y) for x, y in points], css=css)
+            picture.y -= 8
+    picture.save(path)
+
+
 def mask_of_a_conversation(path, tokenizer):
     picture = Picture()
     picture.heading("What has a loss")
@@ -458,8 +490,10 @@ def lora_pair(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "out/pictures", help="their --save_dir")
-    parser.add_argument("--samples", type=Path, default=ROOT / "out/pictures.txt")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "out", help="the --save_dir of the demo"
+    )
+    parser.add_argument("--experiments", type=Path, default=ROOT / "out/experiments")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/pictures")
     args = parser.parse_args()
     models = {}
@@ -469,13 +503,15 @@ def main():
         models[name].eval()
     torch.manual_seed(1)
     models["new"] = CausalLM(models["pretrain"].config).eval()
-    written = args.samples.read_text(encoding="utf-8")
+    run = args.experiments / "as_it_is_1"
+    written = (run / "output.txt").read_text(encoding="utf-8")
     samples = re.findall(r"(?ms)^  (Nelina lives.*?)$(?=\n\S|\n  Nelina|\Z)", written)
     before_and_after(args.out / "before_and_after.svg", models, tokenizer)
     from_text_to_answer(args.out / "answer.svg", models, tokenizer)
     residual_stream(args.out / "stream.svg", models["pretrain"].config)
     attention_map(args.out / "attention.svg", models, tokenizer)
-    loss_curve(args.out / "loss.svg", args.runs, samples)
+    loss_curve(args.out / "loss.svg", run, samples)
+    symptoms(args.out / "symptoms.svg", args.experiments)
     mask_of_a_conversation(args.out / "mask.svg", tokenizer)
     packed_row(args.out / "packing.svg")
     schedules(args.out / "schedule.svg", args.runs)
