@@ -147,7 +147,7 @@ def training_parser(doc, **defaults):
 
     add = parser.group("optimisation")
     add("accumulation_steps", 1, "forward passes per optimizer step", positive)
-    optimizer = "muon for the matrices of the layers; or adamw alone, with a tenth of the rate"
+    optimizer = "muon for the matrices of the layers; or adamw alone, with a quarter of the rate"
     add("optimizer", "muon", optimizer, one_of("muon", "adamw"))
     add("warmup_steps", 50, "steps of linear warm-up", count)
     add("min_lr_ratio", 0.1, "final learning rate, as a fraction of the maximum", share)
