@@ -55,7 +55,7 @@ def main(argv=None):
                 chat.command(line)
             elif line:
                 chat.answer(line)
-        except UserError as error:  # in a chat, a mistake is reported and the chat goes on
+        except UserError as error:  # in a chat, a mistake is reported and the chat continues
             print(f"[{error}]")
         except KeyboardInterrupt:
             print()

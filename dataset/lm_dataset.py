@@ -182,7 +182,7 @@ class SFTDataset(TokenDataset):
         return spans
 
     def mix_in(self, documents, tokens, max_seq_len, seed):
-        """Adds at least so many tokens of a PretrainDataset, or all it has, drawn by the seed;
+        """Adds that number of tokens of a PretrainDataset, or all it has, drawn by the seed;
         returns the numbers of the new samples. Conversations alone make a model forget what they
         do not mention.
 

@@ -23,7 +23,7 @@ import torch
 
 from common import UserError, load_tensors
 
-REMEDY = "give the command of recipes/export_hidden_states.py that wrote it again: it goes on"
+REMEDY = "give the command of recipes/export_hidden_states.py that wrote it again: it continues"
 
 
 def read_manifest(folder):

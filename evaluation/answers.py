@@ -69,7 +69,7 @@ def answer_all(problems, model, tokenizer, options, part=None):
 
 
 def write_answers(model, prompts, **options):
-    """(ids, whether it ended by itself) of the answer to each prompt; options are `generate`'s."""
+    """(ids, whether a stop token ended it) of the answer to each prompt; options are `generate`'s."""
     answers, ended = [[] for _ in prompts], [False] * len(prompts)
     for step in generate(model, prompts, **options):
         for place, token in enumerate(step):
@@ -203,7 +203,7 @@ class Part:
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written: {error.strerror}. Make room, and give the same "
-                "command again: it goes on"
+                "command again: it continues"
             ) from None
 
 

@@ -6,7 +6,7 @@
     python evaluation/run_eval.py --compare A.json B.json                     # what flipped
 
 Every prompt, answer and verdict goes to out/eval/TASK/RUN.json, a report beside it. A run that was
-stopped goes on where it was when the same command is given again. What another run left under the
+stopped continues where it was when the same command is given again. What another run left under the
 same name is never overwritten.
 """
 
@@ -36,7 +36,8 @@ def parse(argv):
     add("prompt_style", "zero_shot", f"a table of evaluation/{PROMPTS.name}")
     add("shots_path", None, "solved problems, for few_shot", Path)
     add("num_samples", 1, "answers to each problem", number(int, 1))
-    add("run", None, "name of the result; default: that of the weights, and what is unusual")
+    name = "name of the result; default: the weights' name and the options that are not defaults"
+    add("run", None, name)
     add("rescore", None, "judge a stored run again, without the model", Path, metavar="FILE")
     flipped = "what flipped between two stored runs"
     add("compare", None, flipped, Path, nargs=2, metavar=("OLD", "NEW"))

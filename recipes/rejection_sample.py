@@ -4,7 +4,7 @@ kept that the task's judge accepts.
     python recipes/rejection_sample.py --task gsm8k --weight gsm8k --data_path out/gsm8k/train.jsonl
     python trainer/train_full_sft.py --from_weight gsm8k --data_path out/accepted.jsonl
 
-A run that was stopped goes on where it was when the same command is given again. What another run
+A run that was stopped continues where it was when the same command is given again. What another run
 left in --out is never overwritten.
 """
 

@@ -388,7 +388,7 @@ def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
     kept, lost = shards[0], shards[1]
     before, lost_before = kept.stat().st_mtime_ns, torch.load(lost, weights_only=True)
     lost.unlink()
-    with pytest.raises(UserError, match="00001.pt cannot be read.*goes on"):
+    with pytest.raises(UserError, match="00001.pt cannot be read.*continues"):
         from_disk(folder, tmp_path / "out")
     export(trained, data, folder, *how)
     assert kept.stat().st_mtime_ns == before
@@ -427,7 +427,7 @@ def test_a_damaged_folder_is_named(recorded, tmp_path):
     shutil.copytree(recorded, folder)
     shard = folder / "train" / "00001.pt"
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(UserError, match="00001.pt is damaged.*goes on"):
+    with pytest.raises(UserError, match="00001.pt is damaged.*continues"):
         from_disk(folder, tmp_path / "out")
     for text in ("{", "[]", "{}"):
         (folder / "manifest.json").write_text(text)
@@ -476,7 +476,7 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
     read()
     for name in names:
         HARMS[how](folder / name, others.get(name))
-        with pytest.raises(UserError, match="it goes on") as error:
+        with pytest.raises(UserError, match="it continues") as error:
             read()
         assert name == "tokenizer.json" or str(folder / name) in str(error.value)
         (folder / name).write_bytes(whole[name])

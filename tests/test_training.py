@@ -245,7 +245,7 @@ def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tm
     assert log(tmp_path / "whole") == log(tmp_path / "two")
     one = flags(data, tmp_path / "one", batch_size=4, **shared)
     done = run(ROOT / "trainer/train_full_sft.py", *one, "--from_resume", 1)
-    assert "1 processes go on where 2 stopped" in done.stdout, done.stderr
+    assert "1 processes resume a run of 2" in done.stdout, done.stderr
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "one"), atol=2e-5, rtol=1e-4)
 
 

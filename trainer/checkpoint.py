@@ -110,7 +110,7 @@ def load_latest(args):
         latest = folder / f"{name}_{args.hidden_size or '*'}_resume.pth"
         print(f"there is no {latest} yet: the run starts from its beginning")
         if matching(folder, f"{name}_previous", ending=EARLIER_OR_LATEST):
-            print(f"to go on with the earlier run instead: --save_weight {name}_previous")
+            print(f"to resume the earlier run instead: --save_weight {name}_previous")
         return None
     # Of several models under one name the newest; of its checkpoints the latest, then backwards.
     newest = max(found, key=lambda path: path.stat().st_mtime)

@@ -182,7 +182,7 @@ def report_lost_process():
         reason = str(error).splitlines()[0]
         raise UserError(
             f"process {dist.get_rank()} lost another one of this job ({reason}). See what that one "
-            "printed; go on from the last checkpoint with --from_resume 1"
+            "printed; resume from the last checkpoint with --from_resume 1"
         ) from None
     if "RANK" in os.environ:
         # DDP and fully_shard keep references to the group that outlive it. A gloo thread that is

@@ -66,7 +66,7 @@ class MetricsLog:
                 run.log_bytes = file.tell()
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be written: {error.strerror}. Make room, and go on from the "
+                f"{self.path} cannot be written: {error.strerror}. Make room, and resume from the "
                 "last checkpoint with --from_resume 1"
             ) from None
 

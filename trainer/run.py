@@ -118,13 +118,13 @@ def resume(run, saved, args, model, optimizer, scaler):
         )
     elif run.processes != then.processes:
         print(
-            f"{run.processes} processes go on where {then.processes} stopped: a step takes "
+            f"{run.processes} processes resume a run of {then.processes}: a step takes "
             f"{run.rows_per_step} rows as before, so none is repeated or left out"
         )
     print("".join(f"{differ[name]}\n" for name in free if name not in QUIET), end="")
     if harm and not args.force_resume:
         raise UserError(
-            f"--from_resume 1 goes on with the run of {saved['path']}, but {'; '.join(harm)}. "
+            f"--from_resume 1 resumes the run of {saved['path']}, but {'; '.join(harm)}. "
             "Give what it was, or --force_resume 1"
         )
     for text in harm:
@@ -168,7 +168,7 @@ def keep_previous(args, name, saved):
                 "another --save_weight"
             ) from None
     print(f"the earlier run {name} is kept as {kept + size} until this one is complete")
-    print(f"to go on with it instead: --from_resume 1 --save_weight {kept}")
+    print(f"to resume it instead: --from_resume 1 --save_weight {kept}")
 
 
 def files_of(save_dir, name, more=""):
@@ -211,7 +211,7 @@ def finish(run, args, model, tokenizer, stage, log, lock, where):
         raise UserError(
             f"{run.bad_steps} steps in a row had no finite gradient; saved at step {run.step}. The "
             f"last one was trained on {where}. Look at these, or lower --learning_rate and start "
-            "anew; --from_resume 1 goes on"
+            "anew; --from_resume 1 resumes it"
         )
     total, patience = log.total_steps, args.early_stop_patience
     if not finished:

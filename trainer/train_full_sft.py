@@ -3,7 +3,7 @@ train_pretrain.py: only the data differs, and which of its tokens are supervised
 
     python trainer/train_full_sft.py --from_weight pretrain           # Tiny World's conversations
     python trainer/train_full_sft.py --from_weight pretrain --data_path mine.jsonl
-    python trainer/train_full_sft.py --from_resume 1                  # goes on after Ctrl-C
+    python trainer/train_full_sft.py --from_resume 1                  # resumes after Ctrl-C
     torchrun --nproc_per_node 2 trainer/train_full_sft.py             # several processes
 
 --help lists the flags.

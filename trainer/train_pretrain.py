@@ -2,7 +2,7 @@
 
     python trainer/train_pretrain.py                                  # Tiny World, on any laptop
     python trainer/train_pretrain.py --data_path mine.jsonl --hidden_size 512 --num_hidden_layers 8
-    python trainer/train_pretrain.py --from_resume 1                  # goes on after Ctrl-C
+    python trainer/train_pretrain.py --from_resume 1                  # resumes after Ctrl-C
     torchrun --nproc_per_node 2 trainer/train_pretrain.py             # several processes
 
 --help lists the flags.

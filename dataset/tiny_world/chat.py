@@ -197,7 +197,7 @@ LONGEST = 14  # exchanges of a training conversation
 
 
 def talk(rng, pool, exchanges, topics):
-    """The messages of so many questions and answers, one topic after another."""
+    """The messages of a number of exchanges, one topic after another."""
     messages = []
     while len(messages) < 2 * exchanges:
         topic = choose(rng, topics)(rng, pool)[1]
