@@ -69,7 +69,7 @@ def answer_all(problems, model, tokenizer, options, part=None):
 
 
 def write_answers(model, prompts, **options):
-    """(ids, whether a stop token ended it) of the answer to each prompt; options are `generate`'s."""
+    """(ids, whether a stop token ended them) of each answer; options are those of `generate`."""
     answers, ended = [[] for _ in prompts], [False] * len(prompts)
     for step in generate(model, prompts, **options):
         for place, token in enumerate(step):

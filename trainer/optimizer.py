@@ -78,7 +78,7 @@ def orthogonal(matrix, iterations=3):
 
     Each iteration replaces every singular value s by a s + b s^3 + c s^5. The three numbers raise
     small values fast; they are those of Muon's author, who takes five iterations. Three take less
-    time and train as well: see docs/10_speed.md.
+    time and train as well: see docs/18_what_was_tried.md.
     """
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     wide = x.shape[0] <= x.shape[1]
