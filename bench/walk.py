@@ -60,7 +60,7 @@ def main():
                 right = typed.returncode == (1 if command.startswith("diff") else 0)
                 failed += [] if right else [command]
                 seconds = time.perf_counter() - started
-                print(f"{page.name}: {seconds:.1f} s: {command}\n{output[-1500:]}", flush=True)
+                print(f"{page.name}: {seconds:.1f} s: {command}\n{output}", flush=True)
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes; failed: {failed}")
     sys.exit(bool(failed))
 
