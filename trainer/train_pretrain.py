@@ -97,8 +97,8 @@ def main(argv=None):
                     part = part / supervised
                 balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
                 objective = part + model.config.router_aux_loss_coef * balance
-                # 3. backward. Processes average their gradients, but the sum is needed: hence the
-                # factor.
+                # 3. backward
+                # Processes average their gradients, but the sum is needed: hence the factor.
                 compute.scaler.scale(objective * compute.world_size).backward()
             loss = loss + part.detach()
         # 4. clip, 5. update
