@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean
 
@@ -150,15 +151,6 @@ def likeliest(model, tokenizer, ids, count, temperature=1.0):
     return list(zip(shown(tokenizer, tokens.tolist()), values.tolist(), strict=True))
 
 
-def wrapped(text, letters):
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= letters:
-            lines.append("")
-        lines[-1] += f"{word} "
-    return lines
-
-
 def before_and_after(path, models, tokenizer):
     """One question to new weights, to the pretrained ones, and after SFT."""
     question = "Where does Nelina live?"
@@ -174,7 +166,7 @@ def before_and_after(path, models, tokenizer):
         (answer,) = complete(models[name], [ids], max_new_tokens=24, temperature=0)
         text = "".join(shown(tokenizer, answer)).strip("↵")
         css = "greenbox" if name == "full_sft" else "greybox"
-        lines = wrapped(text, 50)
+        lines = textwrap.wrap(text, 50)
         picture.text(12, picture.y, title, "soft", 13)
         picture.box(12, picture.y + 7, WIDTH - 24, 19 * len(lines) + 10, css)
         for number, line in enumerate(lines):
@@ -333,7 +325,7 @@ def loss_curve(path, folder, samples):
         x, y = place(step / steps, near["loss"])
         picture.line((x, y - 4), (x, y - 34), css="orangeline")
         picture.text(x, y - 38, letter, "orange", 14, "middle", bold=True)
-        texts = wrapped(said[step].replace("\n", " ")[:110] + "…", 54)
+        texts = textwrap.wrap(said[step][:110] + "…", 52)
         picture.text(12, picture.y, f"{letter}  step {step}, loss {near['loss']:.2f}", "orange", 13)
         for line in texts:
             picture.y += 18
