@@ -166,7 +166,7 @@ def before_and_after(path, models, tokenizer):
         (answer,) = complete(models[name], [ids], max_new_tokens=24, temperature=0)
         text = "".join(shown(tokenizer, answer)).strip("↵")
         css = "greenbox" if name == "full_sft" else "greybox"
-        lines = textwrap.wrap(text, 50)
+        lines = textwrap.wrap(text.strip(), 50)
         picture.text(12, picture.y, title, "soft", 13)
         picture.box(12, picture.y + 7, WIDTH - 24, 19 * len(lines) + 10, css)
         for number, line in enumerate(lines):

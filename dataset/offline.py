@@ -104,7 +104,7 @@ def tokens_of(part):
 
 
 class OfflineTeacher:
-    """The recorded states of DIR/train, in place of `model.distillation.Teacher`. A sample is found
+    """The recorded states of DIR/train, instead of `model.distillation.Teacher`. A sample is found
     by its tokens. with_layers: also those of the further layers.
     """
 

@@ -137,7 +137,7 @@ def all_reduce_sum(*values):
 
 
 def barrier():
-    """Waits until all processes are here."""
+    """Waits for all processes."""
     # Not a sum: of the last one before the end, gloo's thread would hold a Python object, and wait
     # for Python while Python waits for that thread to end.
     if dist.is_initialized():

@@ -129,7 +129,7 @@ def set_learning_rate(optimizer, lr):
 
 def clip_and_step(model, optimizer, scaler, grad_clip):
     """Scales the gradient to a norm of at most grad_clip (0: any), and updates the weights unless
-    it is not finite; returns its norm before. The gradient is gone afterwards.
+    it is not finite; returns its norm before. The gradient is cleared afterwards.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

@@ -12,8 +12,8 @@ from common import UserError
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM (a cluster takes the machine back), SIGHUP (the terminal is gone) and
-    SIGPIPE (so is the reader of our output) into a flag that the loop reads between two steps. A
+    """Turns Ctrl-C, SIGTERM (a cluster takes the machine back), SIGHUP (the terminal is closed) and
+    SIGPIPE (the reader of the output is closed) into a flag that the loop reads between two steps. A
     second Ctrl-C stops at once.
     """
 
@@ -36,7 +36,7 @@ class StopSignal:
 
 
 class Unbreakable:
-    """A text stream that goes silent when nobody can read it any more."""
+    """A text stream that ignores writes once its reader is gone."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -59,8 +59,8 @@ class Unbreakable:
 
 
 class RunLock:
-    """Keeps a second run from writing the same files. The system lets go of it when the process
-    ends, in whatever way, so no stale lock is left.
+    """Keeps a second run from writing the same files. The system releases it when the process
+    ends, for whatever reason, so no stale lock is left.
 
     Raises UserError with the owner if another run holds it.
     """
