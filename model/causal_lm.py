@@ -84,7 +84,7 @@ def rotary_table(position_ids, head_dim, theta):
     """cos and sin of the angles of each position, (B, T) -> two of (B, T, 1, d), in fp32.
 
     RoPE (arXiv:2104.09864) rotates pair i of a head's values by position * theta^(-2i/d), so that
-    the product of a query and a key depends on their distance alone.
+    the product of a query and a key depends on their content and on their distance alone.
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim  # (d/2,)
     angle = position_ids[:, :, None, None].float() * (theta**-exponent)  # (B, T, 1, d/2)

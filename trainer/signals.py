@@ -13,8 +13,8 @@ from common import UserError
 
 class StopSignal:
     """Turns Ctrl-C, SIGTERM (a cluster takes the machine back), SIGHUP (the terminal is closed) and
-    SIGPIPE (the reader of the output is closed) into a flag that the loop reads between two steps. A
-    second Ctrl-C stops at once.
+    SIGPIPE (the reader of the output is closed) into a flag that the loop reads between two
+    steps. A second Ctrl-C stops at once.
     """
 
     def __init__(self):
