@@ -103,7 +103,7 @@ def mixed():
 def small():
     """All weights begin with a standard deviation of 0.02, as in GPT-2."""
     right = torch.nn.init.normal_
-    torch.nn.init.normal_ = lambda weight, std: right(weight, std=0.02)
+    torch.nn.init.normal_ = lambda weight, mean=0.0, std=1.0: right(weight, mean, 0.02)
 
 
 MISTAKES = {"shifted": shifted, "mixed": mixed, "small": small}
