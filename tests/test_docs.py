@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -163,6 +164,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     elif script == "evaluation/show_loss.py":
         words += ["--save_dir", trained]
         words += [] if "--data_path" in words else ["--data_path", data / "sft.jsonl"]
+    elif script.startswith("convert/"):
+        words = [*words[:-1], tmp_path / Path(words[-1]).name, "--save_dir", trained]
+        pytest.importorskip("gguf" if "gguf" in script else "safetensors")
     elif script == "recipes/python_text.py":
         words += ["--out", tmp_path / "python.jsonl"]
     elif script == "-c":

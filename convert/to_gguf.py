@@ -1,0 +1,178 @@
+"""Writes weights as a GGUF file, which llama.cpp and Ollama run, and a Modelfile for Ollama.
+
+python convert/to_gguf.py --weight full_sft --out seedling.gguf
+python convert/to_gguf.py --weight full_sft --out seedling.gguf --type q8_0
+
+A model with QK norm becomes a qwen3, one without a qwen2 (llama.cpp's llama expects the rows of
+queries and keys in another order), one with experts a qwen3moe. Needs the package gguf.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
+
+# isort: split
+import json
+
+import torch
+
+from common import END_OF_TEXT, IM_END, ROOT, replacing
+from convert.to_hf import TEMPLATE
+from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from trainer.trainer_utils import open_trained
+
+TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+OUTSIDE = {  # names of tensors outside the layers, and in a layer
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+INSIDE = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# Ollama does not run Jinja: this is the template without tools, in Go's form.
+MODELFILE = '''FROM ./{name}
+TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
+{{{{ .Content }}}}<|im_end|>
+{{{{ end }}}}<|im_start|>assistant
+"""
+PARAMETER stop "<|im_end|>"
+PARAMETER stop "<|endoftext|>"
+PARAMETER temperature 0
+PARAMETER num_ctx {context}
+'''
+
+
+def tensors_of(model):
+    """{name in GGUF: tensor} of a model. The experts of a layer become one tensor (E, out, in)."""
+    found, experts = {}, {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if name in OUTSIDE:
+            found[OUTSIDE[name]] = tensor
+            continue
+        _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
+        if inner.startswith("mlp.experts."):
+            part = inner.rsplit(".", 1)[1].removesuffix("_proj")
+            experts.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(tensor)
+        else:
+            found[f"blk.{layer}.{INSIDE[inner]}.weight"] = tensor
+    return found | {name: torch.stack(parts) for name, parts in experts.items()}
+
+
+def describe(writer, config, name):
+    """Writes the fields of the model's shape."""
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    if config.use_moe:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def add_tokenizer(writer, tokenizer, kinds):
+    """Writes the tokenizer: its pre-tokenizer expression is exactly that of qwen2."""
+    written = json.loads(tokenizer.to_str())
+    tokens = [tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size())]
+    control = {token["id"]: token["special"] for token in written["added_tokens"]}
+    types = [kinds.CONTROL if control.get(i) else kinds.NORMAL for i in range(len(tokens))]
+    for spare in range(NAMED_CONTROL_TOKENS, len(CONTROL_TOKENS)):
+        types[spare] = kinds.UNUSED
+    for token, special in control.items():
+        if not special:
+            types[token] = kinds.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
+    writer.add_eos_token_id(IM_END)
+    writer.add_pad_token_id(END_OF_TEXT)
+    writer.add_add_bos_token(False)  # the default would add token 11
+    writer.add_chat_template(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
+    add("--lora", metavar="NAME", help="adapters to merge into the weights")
+    add("--out", type=Path, required=True, help="file to write; the Modelfile goes beside it")
+    add("--type", choices=list(TYPES), default="f32", help="of the matrices (%(default)s)")
+    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".gguf":
+        raise UserError(f"--out {args.out}: llama.cpp and Ollama want a name that ends with .gguf")
+    args.hidden_size, args.device, args.dtype, args.use_compile = None, "cpu", "fp32", False
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("writing GGUF needs: pip install gguf") from None
+    model, tokenizer, _, paths = open_trained(args)
+    config = model.config
+    if config.use_moe and not (config.qk_norm and config.norm_topk_prob):
+        raise UserError("llama.cpp has no mixture of experts without QK norm or norm_topk_prob")
+    if not config.qk_norm and config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise UserError("llama.cpp's qwen2 needs head_dim * num_attention_heads = hidden_size")
+    tensors, kind = tensors_of(model), getattr(gguf.GGMLQuantizationType, TYPES[args.type])
+    widths = {tensor.shape[-1] for tensor in tensors.values() if tensor.dim() > 1}
+    if args.type == "q8_0" and any(width % 32 for width in widths):
+        raise UserError(
+            f"--type q8_0 needs rows of a multiple of 32, not {sorted(widths)}; use f16"
+        )
+    arch = "qwen3moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2"
+    with replacing(args.out) as file:
+        writer = gguf.GGUFWriter(file.name, arch)
+        describe(writer, config, paths[-1].stem)
+        add_tokenizer(writer, tokenizer, gguf.TokenType)
+        of_file = f"ALL_{TYPES[args.type]}" if args.type == "f32" else f"MOSTLY_{TYPES[args.type]}"
+        writer.add_file_type(getattr(gguf.LlamaFileType, of_file))
+        for name, tensor in tensors.items():
+            plain = tensor.dim() == 1 or name.endswith("ffn_gate_inp.weight")  # norms, the router
+            of_tensor = gguf.GGMLQuantizationType.F32 if plain else kind
+            data = gguf.quants.quantize(tensor.float().contiguous().numpy(), of_tensor)
+            writer.add_tensor(name, data, raw_dtype=of_tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with replacing(args.out.with_name("Modelfile")) as file:
+        text = MODELFILE.format(name=args.out.name, context=config.max_position_embeddings)
+        file.write(text.encode("utf-8"))
+    print(f"written: {args.out} ({arch}), and Modelfile: ollama create NAME -f Modelfile")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()

@@ -1,0 +1,154 @@
+"""Writes weights as a folder that transformers, vLLM and the Hugging Face hub read.
+
+python convert/to_hf.py --weight full_sft --out FOLDER
+python convert/to_hf.py --lora full_sft --out FOLDER --dtype bf16     # adapters are merged
+
+A model with QK norm becomes a Qwen3, one without a Llama, one with experts a Qwen3-MoE: the names
+of the weights are theirs already. Needs the package safetensors.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
+
+# isort: split
+from common import END_OF_TEXT, IM_END, ROOT, replacing
+from trainer.trainer_utils import open_trained
+
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+SAME = (  # fields of ModelConfig that have the same name in config.json
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_theta", "tie_word_embeddings"),
+)
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def config_of(config, dtype):
+    """The content of config.json. Raises UserError for a model of no published family."""
+    if config.use_moe and not config.qk_norm:
+        raise UserError("a mixture of experts without QK norm is of no published family")
+    family, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
+    family, name = ("qwen3_moe", "Qwen3Moe") if config.use_moe else (family, name)
+    found = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": family,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "bos_token_id": None,
+        "eos_token_id": IM_END,
+        "pad_token_id": END_OF_TEXT,
+        "dtype": DTYPES[dtype],
+    }
+    found |= {name: getattr(config, name) for name in SAME}
+    if config.use_moe:
+        found |= {name: getattr(config, name) for name in (*EXPERTS, "router_aux_loss_coef")}
+        found |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return found
+
+
+def shards_of(tensors, most):
+    """The tensors as a list of dicts of at most `most` bytes each, or of one tensor."""
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def model_card(name, model, content):
+    """The text of README.md: the facts of the training."""
+    training, weights = content["training"], sum(p.numel() for p in model.parameters())
+    facts = {"stage": content["stage"], "parameters": f"{weights:,}"}
+    facts |= {"vocabulary": f"{model.config.vocab_size:,}"}
+    wanted = ("tokens", "epochs", "max_seq_len", "learning_rate", "optimizer", "seed")
+    facts |= {key: training[key] for key in wanted if training.get(key) is not None}
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
+        "A language model trained with Seedling. Chats are written in ChatML; the template is in\n"
+        f"this folder.\n\n| training | |\n|---|---|\n{rows}"
+    )
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
+    add("--lora", metavar="NAME", help="adapters to merge into the weights")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (%(default)s)")
+    add("--max_shard_gb", type=float, default=5.0, help="size of a file (%(default)s)")
+    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
+    args = parser.parse_args(argv)
+    if args.out.exists() and any(args.out.iterdir()):
+        raise UserError(f"--out {args.out} is not empty; give another folder")
+    if not args.max_shard_gb > 0:
+        raise UserError(f"--max_shard_gb {args.max_shard_gb}: give a number above 0")
+    args.hidden_size, args.device, args.use_compile = None, "cpu", False
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise UserError("writing this folder needs: pip install safetensors") from None
+    model, tokenizer, content, paths = open_trained(args)
+    config, tensors = config_of(model.config, args.dtype), model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    shards = shards_of(tensors, args.max_shard_gb * 1e9)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        numbers = range(1, len(shards) + 1)
+        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
+
+    def write(name, value):
+        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+        with replacing(args.out / name) as file:
+            file.write(text.encode("utf-8"))
+
+    for name, shard in zip(names, shards, strict=True):
+        with replacing(args.out / name) as file:
+            file.write(save(shard, {"format": "pt"}))
+    if len(shards) > 1:
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        write(
+            "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where}
+        )
+    write("tokenizer.json", tokenizer.to_str(pretty=True))
+    write("chat_template.jinja", TEMPLATE.read_text(encoding="utf-8"))
+    write(
+        "tokenizer_config.json",
+        {
+            # Without it, transformers 5 builds the tokenizer of the model's family instead.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": tokenizer.id_to_token(IM_END),
+            "pad_token": tokenizer.id_to_token(END_OF_TEXT),
+            "model_max_length": model.config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    stop = [IM_END, END_OF_TEXT]
+    write("generation_config.json", {"eos_token_id": stop, "pad_token_id": END_OF_TEXT})
+    write("README.md", model_card(paths[-1].stem, model, content))
+    write("config.json", config)  # last: a folder without it is not read
+    print(f"written: {args.out}, {config['architectures'][0]}, {len(names)} file(s) of weights")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()

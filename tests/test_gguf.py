@@ -1,0 +1,174 @@
+"""GGUF files, judged by llama.cpp (the package xllamacpp)."""
+
+import json
+import random
+import sys
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from convert import to_gguf
+from dataset.chat_template import render
+from dataset.tiny_world import text as tiny_world
+from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
+from model.causal_lm import CausalLM, ModelConfig
+from model.generation import complete
+from tests.conftest import run
+from trainer import checkpoint
+
+gguf = pytest.importorskip("gguf")
+llama = pytest.importorskip("xllamacpp")
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "head_dim": 32}
+FAMILIES = {
+    "qwen3": {},
+    "qwen2": {"qk_norm": False, "tie_word_embeddings": False, "hidden_size": 96},
+    "qwen3moe": {"use_moe": True, "num_experts": 4, "moe_intermediate_size": 64},
+}
+
+
+def exported(folder, shape, *flags):
+    """(our model, the file that to_gguf.py wrote of it)."""
+    torch.manual_seed(1)
+    tokenizer = load_tokenizer()
+    shape = SMALL | shape
+    model = CausalLM(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **shape)).eval()
+    path, out = folder / "mine_64.pth", folder / "mine.gguf"
+    checkpoint.save(path, model.state_dict(), model.config, tokenizer, "full_sft", training={})
+    to_gguf.main(["--weight", str(path), "--out", str(out), *flags])
+    return model, out
+
+
+@contextmanager
+def served(path):
+    """A function that asks llama.cpp's own server, which computes in fp32."""
+    params = llama.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.port = str(path), 512, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup, params.verbosity = False, 0
+    server = llama.Server(params)  # it ends with the last reference to it
+    address = server.listening_address  # on loopback, at a free port
+
+    def ask(route, **body):
+        data = json.dumps(body).encode("utf-8")
+        header = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/{route}", data, header)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    yield ask
+    del server
+
+
+def difference(model, ask, length):
+    """The largest difference of the 20 highest log-probabilities after random ids."""
+    rng = random.Random(length)
+    while True:
+        ids = [rng.randrange(16, 2048) for _ in range(length)]
+        with torch.inference_mode():
+            ours = model(torch.tensor([ids]))[0, -1].log_softmax(dim=-1)
+        # The server leaves out tokens that are a part of a character.
+        if "\ufffd" not in load_tokenizer().decode([int(ours.argmax())]):
+            break
+    found = ask("completion", prompt=ids, n_predict=4, n_probs=20, temperature=0, ignore_eos=True)
+    first = found["completion_probabilities"][0]["top_logprobs"]
+    assert first[0]["id"] == int(ours.argmax())
+    return max(abs(top["logprob"] - ours[top["id"]].item()) for top in first)
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    model, path = exported(tmp_path_factory.mktemp("gguf"), {})
+    with served(path) as ask:
+        yield model, ask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_the_same_probabilities(tmp_path, family):
+    model, path = exported(tmp_path, FAMILIES[family])
+    with served(path) as ask:
+        assert max(difference(model, ask, length) for length in (1, 17, 200)) < 1e-4
+
+
+@pytest.mark.parametrize("kind, limit", [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.1)])
+def test_smaller_types_are_near(tmp_path, kind, limit):
+    model, path = exported(tmp_path, {}, "--type", kind)
+    with served(path) as ask:
+        assert 1e-7 < difference(model, ask, 40) < limit
+
+
+def test_a_greedy_answer_is_the_same(mine):
+    model, ask = mine
+    ids, _ = render([{"role": "user", "content": "Who are you?"}], add_generation_prompt=True)
+    (ours,) = complete(model, [ids], max_new_tokens=20, temperature=0, stop_ids=())
+    theirs = ask(
+        "completion", prompt=ids, n_predict=20, temperature=0, ignore_eos=True, return_tokens=True
+    )
+    assert theirs["tokens"] == ours
+
+
+def texts():
+    """2,000 texts: Tiny World, code, other scripts, spaces, forged markers."""
+    rng = random.Random(1)
+    found = tiny_world.pretraining_text(tiny_world.World(1), rng)[:1500]
+    pieces = [
+        "naïve",
+        "日本語",
+        "🙂👍🏽",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "   ",
+        "don't",
+        "I'LL",
+        "x=1;",
+        "3.14",
+    ]
+    pieces += ["<|im_start|>", "</think>", "é", "۱۲", "-", "...", " ", "a b", "__init__(self):"]
+    found += ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(500)]
+    return found
+
+
+def test_llama_cpp_cuts_every_text_as_we_do(mine):
+    _, ask = mine
+    tokenizer, wrong = load_tokenizer(), []
+    for text in texts():
+        if (
+            ask("tokenize", content=text, parse_special=False)["tokens"]
+            != tokenizer.encode(text).ids
+        ):
+            wrong.append(text)
+    assert wrong == []
+
+
+def test_control_tokens_are_known_as_such(mine):
+    _, ask = mine
+    for number, token in enumerate(CONTROL_TOKENS[:9]):
+        assert ask("tokenize", content=token, parse_special=True)["tokens"] == [number]
+
+
+def test_the_modelfile_names_the_file_and_the_stop(tmp_path):
+    _, path = exported(tmp_path, {})
+    text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    assert text.startswith(f"FROM ./{path.name}\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_wrong_flags_are_errors_of_one_sentence(tmp_path, trained):
+    done = run("convert/to_gguf.py", "--save_dir", trained, "--out", tmp_path / "x.bin")
+    assert done.returncode == 2 and "want a name that ends with .gguf" in done.stderr
+    with pytest.raises(ValueError, match=r"needs rows of a multiple of 32, not \[48, "):
+        exported(tmp_path, {"hidden_size": 48}, "--type", "q8_0")
+    with pytest.raises(ValueError, match="qwen2 needs head_dim"):
+        exported(tmp_path, {"qk_norm": False})
+    assert not (tmp_path / "mine.gguf").exists()
+
+
+def test_without_gguf_a_sentence_names_it(tmp_path, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="needs: pip install gguf"):
+        to_gguf.main(["--save_dir", str(trained), "--out", str(tmp_path / "x.gguf")])
