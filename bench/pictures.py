@@ -350,15 +350,17 @@ def symptoms(path, folder):
 
     picture = Picture()
     picture.heading("One mistake at a time")
-    picture.note("Orange: with the mistake. Blue: without. The training loss, in nats per",
-                 "token; each line above is four times the one below.")  # fmt: skip
+    picture.note(
+        "Orange: with the mistake. Blue: without. The training loss,", "in nats per token."
+    )
     picture.y += 12
     for reference, names in pairs.items():
-        right = losses(reference)
+        right, pretraining = losses(reference), reference == "as it is"
+        values = (0.5, 1, 2, 4, 8) if pretraining else (0.03125, 0.125, 0.5, 2, 8)
         for name in names:
             picture.text(52, picture.y, name, size=13, bold=True)
             picture.y += 8
-            place = axes(picture, 70, "", (0.0625, 0.25, 1, 4, 16), math.log, "{:.2g}")
+            place = axes(picture, 70, "", values, math.log, "{:.2g}")
             for points, css in ((right, "blueline"), (losses(name), "orangeline")):
                 picture.line(*[place(x, y) for x, y in points], css=css)
             picture.y -= 8
