@@ -339,43 +339,48 @@ def test_a_picture_is_small_shown_and_described(path):
     assert len(alt.split()) > 8
 
 
-EXERCISES = sorted((ROOT / "tests/exercises").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path.stem)
-def test_an_exercise_fails_until_it_is_solved(path, tmp_path):
-    """The code as it is does not pass; with the change that the page shows, it passes."""
-    (page,) = [p for p in PAGES if f"tests/exercises/{path.name}" in p.read_text(encoding="utf-8")]
-    after = page.read_text(encoding="utf-8").split(f"tests/exercises/{path.name}")[1]
-    solution = textwrap.dedent(re.search(r"(?ms)^ *```diff\n(.*?)^ *```", after)[1])
-    parts = ("model", "dataset", "tests", "trainer", "evaluation")
-    for part in parts:
+def test_the_exercises_fail_until_they_are_solved(tmp_path):
+    """The code as it is does not pass; with the changes that the pages show, it passes."""
+    exercises = sorted((ROOT / "tests/exercises").glob("*.py"))
+    for part in ("model", "dataset", "tests", "trainer", "evaluation"):
         ignored = shutil.ignore_patterns("__pycache__", "*_tiny.jsonl")
         shutil.copytree(ROOT / part, tmp_path / part, ignore=ignored)
     for name in ("common.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
 
-    def passes():
+    def failing():
+        """The names of the exercises of which a test fails."""
         command = [
             sys.executable,
             "-m",
             "pytest",
             "-p",
             "no:cacheprovider",
-            f"tests/exercises/{path.name}",
+            "-q",
+            "--tb=no",
+            "-rfE",
         ]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+        command += [f"tests/exercises/{path.name}" for path in exercises]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return set(re.findall(r"(?m)^(?:FAILED|ERROR) tests/exercises/(\w+\.py)", done.stdout))
 
-    assert not passes()
-    file, *lines = solution.splitlines()
-    changed = tmp_path / file.removeprefix("--- ")
-    code = changed.read_text(encoding="utf-8")
-    removed = added = ""
-    for line in [*lines, "-"]:  # each group of - lines is replaced by the + lines after it
+    assert failing() == {path.name for path in exercises}
+    for path in exercises:
+        (page,) = [p for p in PAGES if f"exercises/{path.name}" in p.read_text(encoding="utf-8")]
+        after = page.read_text(encoding="utf-8").split(f"tests/exercises/{path.name}")[1]
+        apply(re.search(r"(?ms)^ *```diff\n(.*?)^ *```", after)[1], tmp_path)
+    assert failing() == set()
+
+
+def apply(diff, folder):
+    """Makes the change of a ```diff block: each group of - lines becomes the + lines after it."""
+    file, *lines = textwrap.dedent(diff).splitlines()
+    path = folder / file.removeprefix("--- ")
+    code, removed, added = path.read_text(encoding="utf-8"), "", ""
+    for line in [*lines, "-"]:
         if line[0] == "-" and added:
             assert code.count(removed) == 1, removed
             code, removed, added = code.replace(removed, added), "", ""
         removed += f"{line[1:]}\n" if line[0] == "-" else ""
         added += f"{line[1:]}\n" if line[0] == "+" else ""
-    changed.write_text(code, encoding="utf-8")
-    assert passes()
+    path.write_text(code, encoding="utf-8")
