@@ -1,7 +1,7 @@
 """Draws the pictures of the tutorial, docs/pictures/*.svg, from real runs:
 
     make demo
-    python bench/experiments.py symptoms
+    python bench/experiments.py supervise symptoms
     python bench/pictures.py
 
 Pictures are 480 wide, so that their text is readable on a phone, and have a dark form for browsers

@@ -7,7 +7,6 @@ A model with QK norm becomes a qwen3, one without a qwen2 (llama.cpp's llama exp
 queries and keys in another order), one with experts a qwen3moe. Needs the package gguf.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ import json
 
 import torch
 
-from common import END_OF_TEXT, IM_END, ROOT, replacing
-from convert.to_hf import TEMPLATE
+from common import END_OF_TEXT, IM_END, replacing
+from convert.to_hf import TEMPLATE, export_parser
 from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
 from trainer.trainer_utils import open_trained
 
@@ -119,17 +118,12 @@ def add_tokenizer(writer, tokenizer, kinds):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    add = parser.add_argument
-    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
-    add("--lora", metavar="NAME", help="adapters to merge into the weights")
-    add("--out", type=Path, required=True, help="file to write; the Modelfile goes beside it")
-    add("--type", choices=list(TYPES), default="f32", help="of the matrices (%(default)s)")
-    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
+    parser = export_parser(__doc__, "file to write; the Modelfile goes beside it")
+    matrices = "of the matrices (%(default)s)"
+    parser.add_argument("--type", choices=list(TYPES), default="f32", help=matrices)
     args = parser.parse_args(argv)
     if args.out.suffix != ".gguf":
         raise UserError(f"--out {args.out}: llama.cpp and Ollama want a name that ends with .gguf")
-    args.hidden_size, args.device, args.dtype, args.use_compile = None, "cpu", "fp32", False
     return args
 
 

@@ -80,21 +80,30 @@ def model_card(name, model, content):
     )
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+def export_parser(doc, out):
+    """The parser of a script that writes weights in another format; out: the help of --out. Its
+    flags, and the defaults that stand for no flag, are those of `open_trained`.
+    """
+    parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
     add = parser.add_argument
     add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
     add("--lora", metavar="NAME", help="adapters to merge into the weights")
-    add("--out", type=Path, required=True, help="folder to write")
+    add("--out", type=Path, required=True, help=out)
+    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
+    parser.set_defaults(hidden_size=None, device="cpu", dtype="fp32", use_compile=False)
+    return parser
+
+
+def parse(argv):
+    parser = export_parser(__doc__, "folder to write")
+    add = parser.add_argument
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (%(default)s)")
     add("--max_shard_gb", type=float, default=5.0, help="size of a file (%(default)s)")
-    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     args = parser.parse_args(argv)
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} is not empty; give another folder")
     if not args.max_shard_gb > 0:
         raise UserError(f"--max_shard_gb {args.max_shard_gb}: give a number above 0")
-    args.hidden_size, args.device, args.use_compile = None, "cpu", False
     return args
 
 

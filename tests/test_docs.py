@@ -234,6 +234,12 @@ def without_docstrings(source):
     return tree
 
 
+def test_the_number_of_mutants_is_right():
+    text = (ROOT / "tests/mutants.toml").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"lists {text.count('[[mutant]]')} realistic mistakes" in readme
+
+
 def test_quoted_code_is_in_the_code():
     """The other blocks of Python are quoted: a function without its docstring, or lines of one."""
     sources = [p.read_text(encoding="utf-8") for p in ROOT.glob("*/*.py")]

@@ -188,10 +188,8 @@ def training_parser(doc, **defaults):
     recorded = "recorded hidden states of a teacher, and its data: see export_hidden_states.py"
     add("offline_dir", None, recorded, Path, metavar="DIR")
     add("distill_alpha", 0.1, "weight of the data's own loss; the rest is the teacher's", share)
-    flat = "temperature of both distributions in the distillation loss"
-    add("distill_temperature", 1.0, flat, number(float, 0.01))
-    error = "weight of the squared error of hidden states"
-    add("hidden_weight", 0.0, error, number(float, 0))
+    add("distill_temperature", 1.0, "temperature of both distributions", number(float, 0.01))
+    add("hidden_weight", 0.0, "weight of the squared error of hidden states", number(float, 0))
     add("aux_layers", "", "further layers of the teacher to compare, as 1,2", metavar="LAYERS")
     parser.set_defaults(**defaults)
     return parser
