@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,6 +49,7 @@ TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
 BENCH = ("faults", "speed", "gsm8k", "misconceptions", "experiments", "pictures")
 LONG = ("demo.py", *(f"bench/{name}.py" for name in BENCH))
 COMMANDS = commands()
+IN_PROCESS = ("dataset/", "evaluation/", "trainer/", "recipes/", "convert/")
 SEEN = set()  # scripts that ran as a user types them; from then on, in this process, it is quicker
 
 
@@ -116,7 +118,8 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         name = "pretrain.jsonl" if "pretrain" in script else "sft.jsonl"
         needs = not {"--data_path", "--offline_dir"} & set(words)
         given = ["--data_path", data / name] if needs else []
-        scratch = "pretrain.py" in script or "none" in words
+        new = "pretrain.py" in script and "--from_weight" not in words
+        scratch = new or "none" in words
         out = trained if "--from_resume" in words else tmp_path
         words += [
             *given,
@@ -146,7 +149,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words += ["--limit", 20, "--run", tmp_path.name] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
-        named = {"gsm8k", "few", "round1", "all", "python", "mine"} & set(words)
+        named = {"gsm8k", "few", "round1", "all", "python", "mine", "half"} & set(words)
         if named and "--lora" not in words:
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:
@@ -177,7 +180,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words = [re.sub(r"\b(out|dataset)/", f"{tmp_path.as_posix()}/", word) for word in words]
     elif "split" in words:
         words += ["--out", tmp_path]
-    again = script in SEEN and script.startswith(("dataset/", "evaluation/", "trainer/"))
+    again = script in SEEN and script.startswith(IN_PROCESS)
     SEEN.add(script)
     done = (run_here if again else run)(*words)
     assert done.returncode == 0, done.stderr
@@ -282,6 +285,14 @@ def test_links_and_names_are_right(page):
             assert (ROOT / path).exists(), path
 
 
+@cache
+def code():
+    """All code of the project as one text."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]
+    return "".join(path.read_text(encoding="utf-8") for path in files)
+
+
+@cache
 def defaults():
     """{flag: the values that it has by default in one of the two train scripts}."""
     found = {}
@@ -298,11 +309,8 @@ def defaults():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_their_defaults_are_right(page):
     text = page.read_text(encoding="utf-8")
-    code = "".join(
-        p.read_text(encoding="utf-8") for p in ROOT.glob("**/*.py") if ".venv" not in p.parts
-    )
     for flag in set(re.findall(r"--([a-z_]+)\b", text)) - TORCHRUN:
-        assert f"--{flag}" in code or f'"{flag}' in code, flag
+        assert f"--{flag}" in code() or f'"{flag}' in code(), flag
     known = defaults()
     for flag, value in re.findall(r"`--([a-z_]+)`\s+\(([\d.]+)\)", text):
         if flag in known:  # not of another script
