@@ -50,9 +50,10 @@ def main():
                     continue
                 done.add(command)
                 started = time.perf_counter()
-                typed = subprocess.Popen(
-                    command, shell=True, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                typed = subprocess.Popen(  # exec: the exit code is that of the command
+                    f"exec {command}", shell=True, cwd=folder, env=environment,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )  # fmt: skip
                 expected = 1 if command.startswith("diff") else 0  # the files differ
                 if STOPPED in command and "--from_resume" not in command:
