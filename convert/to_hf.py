@@ -3,8 +3,8 @@
 python convert/to_hf.py --weight full_sft --out FOLDER
 python convert/to_hf.py --lora full_sft --out FOLDER --dtype bf16     # adapters are merged
 
-A model with QK norm becomes a Qwen3, one without a Llama, one with experts a Qwen3-MoE: the names
-of the weights are theirs already. Needs the package safetensors.
+A model with QK norm becomes a Qwen3, one without a Llama, one with biases a Qwen2, one with experts
+a Qwen3-MoE: the names of the weights are theirs already. Needs the package safetensors.
 """
 
 import argparse
@@ -18,15 +18,10 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 from common import END_OF_TEXT, IM_END, ROOT, replacing
+from trainer.hf_folder import EXPERTS, SAME, SCALING
 from trainer.trainer_utils import open_trained
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-SAME = (  # fields of ModelConfig that have the same name in config.json
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"),
-    *("rms_norm_eps", "rope_theta", "tie_word_embeddings"),
-)
-EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -35,13 +30,19 @@ def config_of(config, dtype):
     if config.use_moe and not config.qk_norm:
         raise UserError("a mixture of experts without QK norm is of no published family")
     family, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
+    family, name = ("qwen2", "Qwen2") if config.qkv_bias else (family, name)
     family, name = ("qwen3_moe", "Qwen3Moe") if config.use_moe else (family, name)
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_factor != 1:
+        rope |= {theirs: getattr(config, ours) for ours, theirs in SCALING.items()}
+        rope["rope_type"] = "llama3"
     found = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": family,
         "hidden_act": "silu",
         "attention_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
         "bos_token_id": None,
         "eos_token_id": IM_END,
         "pad_token_id": END_OF_TEXT,

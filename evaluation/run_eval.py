@@ -78,7 +78,8 @@ def options_of(args):
 def open_model(args):
     """(model, tokenizer, {"weights", "weights_sha256"}) of --weight and --lora."""
     model, tokenizer, _, paths = open_trained(args)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    files = [sorted(path.glob("*.safetensors")) if path.is_dir() else [path] for path in paths]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sum(files, []))).hexdigest()
     return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}
 
 

@@ -1,7 +1,8 @@
 """A decoder-only transformer, written out in full: RMSNorm, rotary positions, grouped-query
 attention, SwiGLU. With the same weights it computes what transformers' `Qwen3ForCausalLM`
-(`qk_norm=True`), `LlamaForCausalLM` (`qk_norm=False`) and `Qwen3MoeForCausalLM` (`use_moe=True`)
-compute, and its `state_dict()` keys are those of their published checkpoints.
+(`qk_norm=True`), `LlamaForCausalLM` (`qk_norm=False`), `Qwen2ForCausalLM` (also `qkv_bias=True`) and
+`Qwen3MoeForCausalLM` (`use_moe=True`) compute, and its `state_dict()` keys are those of their
+published checkpoints.
 
 Shapes: B batch, T time (tokens of this call), S cached tokens + T, D hidden, H heads, K key/value
 heads, d head size, V vocabulary.
@@ -34,9 +35,14 @@ class ModelConfig:
     intermediate_size: int | None = None  # 3 * hidden_size, the ratio of Qwen3-0.6B
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0  # Llama 3's scaling of RoPE to longer texts, see `stretch`; 1: none
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     qk_norm: bool = True
+    qkv_bias: bool = False
     dropout: float = 0.0
     use_moe: bool = False
     num_experts: int = 4
@@ -80,16 +86,31 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
-def rotary_table(position_ids, head_dim, theta):
+def rotary_table(position_ids, config):
     """cos and sin of the angles of each position, (B, T) -> two of (B, T, 1, d), in fp32.
 
     RoPE (arXiv:2104.09864) rotates pair i of a head's values by position * theta^(-2i/d), so that
     the product of a query and a key depends on their content and on their distance alone.
     """
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim  # (d/2,)
-    angle = position_ids[:, :, None, None].float() * (theta**-exponent)  # (B, T, 1, d/2)
+    d = config.head_dim
+    exponent = torch.arange(0, d, 2, device=position_ids.device).float() / d  # (d/2,)
+    turn = config.rope_theta**-exponent  # (d/2,), radians per position
+    if config.rope_factor != 1:
+        turn = stretch(turn, config)
+    angle = position_ids[:, :, None, None].float() * turn  # (B, T, 1, d/2)
     angle = torch.cat([angle, angle], dim=-1)  # (B, T, 1, d)
     return angle.cos(), angle.sin()
+
+
+def stretch(turn, config):
+    """Llama 3's scaling of RoPE (arXiv:2407.21783): pairs that turn less than low_freq_factor times
+    within the original length turn rope_factor times more slowly, those that turn more than
+    high_freq_factor times as before, and those between change gradually. (d/2,) -> (d/2,)
+    """
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length * turn / (2 * torch.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return turn * (kept + (1 - kept) / config.rope_factor)
 
 
 def rotate(x, cos, sin):
@@ -105,9 +126,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, H * d, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, K * d, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, K * d, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, H * d, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, K * d, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, K * d, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * d, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(d, config.rms_norm_eps)
@@ -239,7 +260,7 @@ class CausalLM(nn.Module):
         past = kv_cache.length if kv_cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=device)[None]  # (1, T)
-        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        rotary = rotary_table(position_ids, self.config)
         if kv_cache is not None:
             document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
         mask = None  # causal, over all tokens

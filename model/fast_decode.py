@@ -26,15 +26,16 @@ def weights_laid_out(model, batch_size):
         linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     try:
         for linear in linears:
-            linear.forward = partial(multiply, lay_out(linear.weight.detach(), batch_size))
+            laid_out = lay_out(linear.weight.detach(), batch_size)
+            linear.forward = partial(multiply, laid_out, linear.bias)
         yield
     finally:
         for linear in linears:
             linear.__dict__.pop("forward", None)
 
 
-def multiply(weight, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def multiply(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def compiled_step(model, batch_size):
@@ -66,4 +67,5 @@ class OneRow(torch.nn.Linear):
     """
 
     def forward(self, x):
-        return (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1).to(x.dtype)
+        out = (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1)
+        return (out if self.bias is None else out + self.bias.float()).to(x.dtype)

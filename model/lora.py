@@ -31,7 +31,7 @@ class LoRALinear(nn.Linear):
     """A linear layer with an adapter; `adapt` makes an nn.Linear one."""
 
     def forward(self, x):
-        out = F.linear(x, self.weight)  # (..., in) -> (..., out)
+        out = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
         x = F.dropout(x, self.lora.dropout, self.training)
         # (..., in) -> (..., rank) -> (..., out)
         x = F.linear(F.linear(x, self.lora_A), self.lora_B)

@@ -24,6 +24,7 @@ from model.distillation import add_projections
 from model.lora import adapter_state, add_lora, hash_of, merge
 from trainer.arguments import RENAMED
 from trainer.distributed import is_first
+from trainer.hf_folder import read_folder
 from trainer.optimizer import full_state
 
 FORMAT = 1
@@ -53,9 +54,11 @@ def save(path, model_state, config, tokenizer, stage, **more):
 
 
 def load(path):
-    """The dict of a weights or resume file, on the CPU. Raises UserError as `load_tensors` does,
-    and if it is that of another program.
+    """The dict of a weights or resume file, on the CPU, or of the folder of a published model.
+    Raises UserError as `load_tensors` does, and if it is that of another program.
     """
+    if Path(path).is_dir():
+        return read_folder(Path(path))
     content = load_tensors(path)
     ours = isinstance(content, dict) and content.get("format") == FORMAT
     if not ours or not isinstance(content.get("stage"), str):
@@ -66,14 +69,17 @@ def load(path):
 def find(folder, name, hidden_size=None, use_moe=None):
     """The weights file {name}_{hidden_size}[_moe].pth; the newest where that leaves a choice.
 
-    A name that is a path to a file is taken as it is. Raises UserError if there is none.
+    A name that is a path to a file, or to a folder, is taken as it is. Raises UserError if there is
+    none.
     """
     if Path(name).suffix == ".pth":
         return Path(name)
     found = matching(folder, name, hidden_size, use_moe)
+    if not found and Path(name).is_dir():
+        return Path(name)
     if not found:
         wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
-        remedy = MAKE.get(name, "name other weights, or give the path of a .pth file")
+        remedy = MAKE.get(name, "name other weights, or give the path of a .pth file or a folder")
         if matching(folder, f"{name}_previous", hidden_size, use_moe):
             remedy = f"those of an earlier run are {name}_previous"
         raise UserError(f"there is no {wanted}; {remedy}")

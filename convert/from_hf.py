@@ -1,0 +1,89 @@
+"""Makes a weights file of a published model: Qwen3, Qwen3-MoE, Qwen2, Llama, or MiniMind.
+
+python convert/from_hf.py FOLDER --save_weight qwen
+python convert/from_hf.py out/full_sft_768.pth --tokenizer_path model --save_weight minimind
+
+`--weight FOLDER` and `--from_weight FOLDER` of the other scripts read a folder directly. A .pth of
+MiniMind holds weights alone, so its tokenizer's folder is named too. Needs the package safetensors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
+
+# isort: split
+from common import ROOT, load_tensors
+from trainer import checkpoint
+from trainer.hf_folder import content_of, read_folder
+
+
+def minimind_config(weights, path):
+    """The config.json that MiniMind's weights would have. Their shapes say most of it; the rest are
+    MiniMind's constants. Raises UserError if these are not such weights.
+    """
+    try:
+        layers = 1 + max(int(name.split(".")[2]) for name in weights if ".layers." in name)
+        first = "model.layers.0."
+        q, k = (weights[f"{first}self_attn.{name}_proj.weight"].shape[0] for name in "qk")
+        qk_norm = weights.get(f"{first}self_attn.q_norm.weight")
+        head_dim = q // 8 if qk_norm is None else qk_norm.shape[0]
+        experts = sum(name.startswith(f"{first}mlp.experts.") for name in weights) // 3
+        up = f"{first}mlp.{'experts.0.' if experts else ''}up_proj.weight"
+        found = {
+            "model_type": "qwen3_moe" if experts else "llama" if qk_norm is None else "qwen3",
+            "hidden_size": weights["model.embed_tokens.weight"].shape[1],
+            "num_hidden_layers": layers,
+            "num_attention_heads": q // head_dim,
+            "num_key_value_heads": k // head_dim,
+            "intermediate_size": weights[up].shape[0],
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5 if qk_norm is None else 1e-6,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        }
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold MiniMind's weights: {error!r}") from None
+    if experts:
+        found |= {"num_experts": experts, "num_experts_per_tok": 1, "norm_topk_prob": True}
+        found |= {"moe_intermediate_size": found["intermediate_size"]}
+    return found
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("source", type=Path, help="folder of a published model, or a .pth of MiniMind")
+    add("--tokenizer_path", type=Path, metavar="FOLDER", help="of a .pth: has tokenizer.json")
+    add("--save_weight", required=True, metavar="NAME", help="writes NAME_512.pth")
+    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
+    args = parser.parse_args(argv)
+    if args.source.suffix == ".pth" and args.tokenizer_path is None:
+        raise UserError(f"{args.source} holds weights alone; name their --tokenizer_path FOLDER")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.source.suffix == ".pth":
+        weights = load_tensors(args.source, remedy="get it again")
+        config = minimind_config(weights, args.source)
+        content = content_of(config, weights, args.tokenizer_path)
+    else:
+        content = read_folder(args.source)
+    model, tokenizer = checkpoint.build_model(content, args.source)
+    target = args.save_dir / f"{checkpoint.file_name(args.save_weight, model.config)}.pth"
+    if target.exists():
+        raise UserError(f"{target} exists; give another --save_weight")
+    checkpoint.save(
+        target, model.state_dict(), model.config, tokenizer, content["stage"], training={}
+    )
+    print(f"written: {target}, {content['stage']}")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()

@@ -1,0 +1,230 @@
+"""A published model, a folder with config.json, *.safetensors and tokenizer.json, read as if it
+were a weights file: Qwen3, Qwen3-MoE, Qwen2 (with Qwen2.5) and Llama (with Llama 3 and SmolLM2).
+
+The names of the weights are ours already. The control tokens get our ids, 0 to 8: each exchanges
+its number, and its rows of the weights, with the token that has this number. So `render` and all
+that follows works as with weights that were trained here, and a text has the same tokens as before.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from common import UserError
+from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from model.causal_lm import ModelConfig
+
+FAMILIES = {  # model_type: fields of ModelConfig
+    "qwen3": {"qk_norm": True},
+    "qwen3_moe": {"qk_norm": True, "use_moe": True},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},
+    "llama": {"qk_norm": False},
+}
+# Fields of ModelConfig that have the same name in config.json.
+NEEDED = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("max_position_embeddings", "rms_norm_eps"),
+)
+SAME = (*NEEDED, "vocab_size", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+SCALING = {  # fields of ModelConfig: those of Llama 3's RoPE scaling in config.json
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_length": "original_max_position_embeddings",
+}
+ONLY = {  # fields that change what a model computes, and the one value that is supported
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "quantization_config": None,
+}
+NO_EFFECT = set(  # fields that change nothing in what we compute
+    """architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache
+    initializer_range bos_token_id eos_token_id pad_token_id attention_dropout sliding_window
+    max_window_layers layer_types pretraining_tp rope_theta rope_scaling rope_parameters
+    rope_interleaved is_llama_config output_router_logits router_aux_loss_coef
+    transformers.js_config""".split()
+)
+
+
+def read_folder(folder):
+    """The content of a weights file, as `checkpoint.load` returns it. Raises UserError, which names
+    the file, for what is missing, damaged or not supported.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is not the folder of a published model")
+    return content_of(read_json(folder / "config.json"), read_weights(folder), folder)
+
+
+def content_of(config, weights, folder):
+    """The content of a weights file, of the fields of a config.json and weights that
+    transformers names; folder has their tokenizer.
+    """
+    written = read_json(folder / "tokenizer.json")
+    shape = shape_of(config, weights, folder / "config.json")
+    eos = config.get("eos_token_id")
+    order, new = with_our_ids(written, eos[0] if isinstance(eos, list) else eos, folder)
+    rows = shape["vocab_size"]
+    if len(order) - len(new) > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(order) - len(new)} tokens, the weights only {rows} "
+            "rows; they are not of the same model"
+        )
+    order += range(len(order), rows)  # rows that no token uses
+    shape["vocab_size"] = len(order)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:
+            table = weights[name]  # (V, D)
+            mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
+            weights[name] = torch.cat([table, mean.expand(len(order) - rows, -1)])[order]
+    if shape["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    if new:
+        print(f"new tokens, not trained yet: {' '.join(new)}")
+    if "<|im_start|>" in new:
+        print("these weights do not know ChatML: fine-tune them before a chat")
+    chats = "<|im_start|>" not in new and "<|im_start|>" in template_of(folder)
+    return {
+        "stage": "full_sft" if chats else "pretrain",
+        "config": shape,
+        "tokenizer": json.dumps(written, ensure_ascii=False),
+        "model": weights,
+        "training": {},
+    }
+
+
+def shape_of(config, weights, path):
+    """The fields of ModelConfig that a config.json says. Raises UserError, naming all fields that
+    are not supported.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(
+            f"{path}: model_type {family!r} is not supported; there is {', '.join(FAMILIES)}"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    wrong = [
+        f"{name} = {config[name]!r}"
+        for name, supported in ONLY.items()
+        if config.get(name, supported) not in (supported, None)
+    ]
+    wrong += [f"RoPE of type {kind!r}"] if kind not in ("default", "llama3") else []
+    if set(config.get("layer_types") or []) - {"full_attention"}:
+        wrong.append("layer_types other than full_attention")
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}: not supported")
+    known = {*SAME, *EXPERTS, *ONLY, *NO_EFFECT}
+    unknown = sorted(name for name in config if name not in known)
+    if unknown:
+        print(f"{path}: not read, because unknown: {', '.join(unknown)}")
+    try:
+        found = {name: config[name] for name in NEEDED}
+        found |= {name: config[name] for name in SAME if config.get(name) is not None}
+        rows = weights["model.embed_tokens.weight"].shape[0]
+        if found.setdefault("vocab_size", rows) != rows:
+            raise UserError(f"{path}: vocab_size {found['vocab_size']}, but {rows} embeddings")
+        found.setdefault("tie_word_embeddings", "lm_head.weight" not in weights)
+        found.setdefault("num_key_value_heads", found["num_attention_heads"])
+        rows = weights["model.layers.0.self_attn.q_proj.weight"].shape[0]
+        found.setdefault("head_dim", rows // found["num_attention_heads"])
+        found["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        if kind == "llama3":
+            found |= {ours: rope[theirs] for ours, theirs in SCALING.items()}
+        if "use_moe" in FAMILIES[family]:
+            found |= {name: config[name] for name in EXPERTS}
+    except LookupError as error:
+        raise UserError(f"{path} or its weights: {error} is missing") from None
+    floats = ("rms_norm_eps", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+    found |= {name: float(found[name]) for name in floats if name in found}
+    return vars(ModelConfig()) | found | FAMILIES[family]
+
+
+def with_our_ids(written, eos, folder):
+    """Gives the control tokens in a tokenizer.json our ids, in place. Returns (order, new): row i
+    of the weights becomes what was row order[i], and the names of tokens that did not exist.
+    Without an <|endoftext|>, the token eos is renamed.
+    """
+    if written.get("model", {}).get("type") != "BPE":
+        raise UserError(f"{folder / 'tokenizer.json'} is not a BPE tokenizer: not supported")
+    vocab, added = written["model"]["vocab"], {}
+    for token in written.get("added_tokens") or []:
+        added[token["content"]] = token
+        vocab[token["content"]] = token["id"]
+    name_of = {number: token for token, number in vocab.items()}
+    if len(name_of) != len(vocab) or set(name_of) != set(range(len(vocab))):
+        raise UserError(f"{folder / 'tokenizer.json'} has ids that are missing or used twice")
+    if CONTROL_TOKENS[0] not in vocab and name_of.get(eos) in added:
+        token = added.pop(name_of[eos])
+        del vocab[token["content"]]
+        token["content"] = CONTROL_TOKENS[0]
+        added[CONTROL_TOKENS[0]], vocab[CONTROL_TOKENS[0]] = token, eos
+        name_of[eos] = CONTROL_TOKENS[0]
+    new, order = [], list(range(len(vocab)))
+    for number, token in enumerate(CONTROL_TOKENS[:NAMED_CONTROL_TOKENS]):
+        if token not in vocab:
+            new.append(token)
+            vocab[token] = len(order)
+            order.append(len(order))
+        like = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added[token] = like | {"content": token, "special": True}
+        other, before = name_of[number], vocab[token]
+        vocab[other], vocab[token] = before, number
+        name_of[before], name_of[number] = other, token
+        order[number], order[before] = order[before], order[number]
+    for token, entry in added.items():
+        entry["id"] = vocab[token]
+    written["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
+    # A post-processor would add tokens by their old ids.
+    written["truncation"] = written["padding"] = written["post_processor"] = None
+    return order, new
+
+
+def read_weights(folder):
+    """{name: tensor} of the safetensors of a folder, mapped into memory."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"reading {folder} needs: pip install safetensors") from None
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
+    weights = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; download the folder again")
+        try:
+            with safe_open(path, "pt") as file:
+                weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is damaged ({error}); download it again") from None
+    return {name: weight for name, weight in weights.items() if not name.endswith("inv_freq")}
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UserError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold an object")
+    return found
+
+
+def template_of(folder):
+    """The chat template of a folder, or ""."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    return str(read_json(path).get("chat_template", "")) if path.is_file() else ""
