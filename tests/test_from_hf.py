@@ -2,21 +2,21 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import eval_llm
 from convert import from_hf, to_hf
 from dataset.chat_template import render
 from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS, load_tokenizer
 from model.generation import complete
-from tests.conftest import TINY, chat, run, run_here, write_jsonl
+from tests.conftest import chat, run, run_here, write_jsonl
 from trainer import checkpoint
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("safetensors")
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 SMALL = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
@@ -48,6 +48,7 @@ def write_tokenizer(folder, kind, template=True):
     """A byte-level tokenizer whose control tokens come last, as in Qwen's and Llama's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(["Where does she live? She lives at the mill."] * 9, trainer)
@@ -196,16 +197,15 @@ def test_the_weights_of_minimind_are_read(tmp_path, moe):
     family = "qwen3_moe" if moe else "qwen3"
     shape = dict(FAMILIES[family][1], head_dim=8, rope_theta=1e6, tie_word_embeddings=True)
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
-    shape |= {"num_experts_per_tok": 1, "moe_intermediate_size": 96} if moe else {}
+    shape |= {"num_experts_per_tok": 1, "moe_intermediate_size": 96, "norm_topk_prob": True} if moe else {}
     torch.manual_seed(3)
     write_tokenizer(tmp_path, "qwen")
     name = FAMILIES[family][0]
     config = getattr(transformers, f"{name}Config")(**SMALL | shape)
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval().half().float()
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.half().float()
     theirs.save_pretrained(tmp_path / "there")
-    weights = checkpoint.load_tensors  # noqa: F841
-    from safetensors.torch import load_file
-
     state = load_file(tmp_path / "there" / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     file = tmp_path / "full_sft_64.pth"
@@ -334,8 +334,6 @@ def test_unknown_fields_are_named_and_weights_are_never_replaced(good_folder, tm
 
 
 def test_without_safetensors_the_sentence_names_it(good_folder, tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "safetensors", None)
     done = run_here("eval_llm.py", "--weight", good_folder, "--prompt", "x")
     assert done.returncode == 2 and "pip install safetensors" in done.stderr

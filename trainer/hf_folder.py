@@ -49,7 +49,7 @@ NO_EFFECT = set(  # fields that change nothing in what we compute
     initializer_range bos_token_id eos_token_id pad_token_id attention_dropout sliding_window
     max_window_layers layer_types pretraining_tp rope_theta rope_scaling rope_parameters
     rope_interleaved is_llama_config output_router_logits router_aux_loss_coef
-    transformers.js_config""".split()
+    transformers.js_config num_local_experts""".split()
 )
 
 
@@ -103,6 +103,8 @@ def shape_of(config, weights, path):
     """The fields of ModelConfig that a config.json says. Raises UserError, naming all fields that
     are not supported.
     """
+    if "num_local_experts" in config:  # transformers 5 writes it so
+        config = {**config, "num_experts": config["num_local_experts"]}
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(
