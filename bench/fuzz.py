@@ -108,7 +108,7 @@ COMMANDS = f"""
     trainer/train_full_sft.py {TRAIN} --from_weight none --offline_dir FOLDER
     recipes/export_hidden_states.py --teacher_weight WEIGHTS --save_dir OUT --offline_dir OUT/o
         --device cpu --data_path FILE
-    recipes/peft.py --from_peft FOLDER --weight WEIGHTS --save_weight m --save_dir OUT
+    convert/peft.py --from_peft FOLDER --weight WEIGHTS --save_weight m --save_dir OUT
     evaluation/run_eval.py --task tiny_world --weight WEIGHTS {ANSWER} --run r --data_path FILE
     evaluation/run_eval.py --task gsm8k --weight WEIGHTS {ANSWER} --run r --data_path FILE
     evaluation/run_eval.py --task math --weight WEIGHTS {ANSWER} --run r --data_path FILE

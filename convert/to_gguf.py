@@ -21,7 +21,7 @@ import torch
 
 from common import END_OF_TEXT, IM_END, replacing
 from convert.to_hf import TEMPLATE, export_parser
-from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS, load_tokenizer
 from trainer.trainer_utils import open_trained
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -66,12 +66,12 @@ def tensors_of(model):
         if name in OUTSIDE:
             found[OUTSIDE[name]] = tensor
             continue
-        _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
+        _, _, layer, inner = name.removesuffix(f".{name.rpartition('.')[2]}").split(".", 3)
         if inner.startswith("mlp.experts."):
             part = inner.rsplit(".", 1)[1].removesuffix("_proj")
             experts.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(tensor)
         else:
-            found[f"blk.{layer}.{INSIDE[inner]}.weight"] = tensor
+            found[f"blk.{layer}.{INSIDE[inner]}.{name.rpartition('.')[2]}"] = tensor
     return found | {name: torch.stack(parts) for name, parts in experts.items()}
 
 
@@ -95,17 +95,28 @@ def describe(writer, config, name):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
-def add_tokenizer(writer, tokenizer, kinds):
-    """Writes the tokenizer: its pre-tokenizer expression is exactly that of qwen2."""
-    written = json.loads(tokenizer.to_str())
+def add_tokenizer(writer, tokenizer, rows, kinds):
+    """Writes the tokenizer: its pre-tokenizer expression is exactly that of qwen2. Raises UserError
+    for a tokenizer that cuts text in another way. rows: of the embeddings.
+    """
+    written, shipped = (json.loads(t.to_str()) for t in (tokenizer, load_tokenizer()))
+    splits = (written["pre_tokenizer"] or {}).get("pretokenizers", [{}])
+    if splits[0].get("pattern") != shipped["pre_tokenizer"]["pretokenizers"][0]["pattern"]:
+        raise UserError(
+            "the tokenizer of these weights does not split text as Qwen2's does; convert the "
+            "folder that they come from with llama.cpp's convert_hf_to_gguf.py"
+        )
     tokens = [tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size())]
     control = {token["id"]: token["special"] for token in written["added_tokens"]}
     types = [kinds.CONTROL if control.get(i) else kinds.NORMAL for i in range(len(tokens))]
-    for spare in range(NAMED_CONTROL_TOKENS, len(CONTROL_TOKENS)):
-        types[spare] = kinds.UNUSED
+    for spare in CONTROL_TOKENS[NAMED_CONTROL_TOKENS:]:
+        if tokenizer.token_to_id(spare) is not None:
+            types[tokenizer.token_to_id(spare)] = kinds.UNUSED
     for token, special in control.items():
         if not special:
             types[token] = kinds.USER_DEFINED
+    tokens += [f"[unused {row}]" for row in range(len(tokens), rows)]
+    types += [kinds.UNUSED] * (rows - len(types))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -137,6 +148,8 @@ def main(argv=None):
     config = model.config
     if config.use_moe and not (config.qk_norm and config.norm_topk_prob):
         raise UserError("llama.cpp has no mixture of experts without QK norm or norm_topk_prob")
+    if config.rope_factor != 1:
+        raise UserError("llama.cpp's qwen2 has no RoPE scaling, which these weights need")
     if not config.qk_norm and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise UserError("llama.cpp's qwen2 needs head_dim * num_attention_heads = hidden_size")
     tensors, kind = tensors_of(model), getattr(gguf.GGMLQuantizationType, TYPES[args.type])
@@ -149,7 +162,7 @@ def main(argv=None):
     with replacing(args.out) as file:
         writer = gguf.GGUFWriter(file.name, arch)
         describe(writer, config, paths[-1].stem)
-        add_tokenizer(writer, tokenizer, gguf.TokenType)
+        add_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType)
         of_file = f"ALL_{TYPES[args.type]}" if args.type == "f32" else f"MOSTLY_{TYPES[args.type]}"
         writer.add_file_type(getattr(gguf.LlamaFileType, of_file))
         for name, tensor in tensors.items():

@@ -21,7 +21,7 @@ from dataset.tiny_world import generate as tiny_world
 from dataset.tokenizer import SHIPPED_TOKENIZER
 from model.causal_lm import ModelConfig
 from recipes import misconceptions
-from recipes import peft as merge_lora
+from convert import peft as merge_lora
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -154,7 +154,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
             words += ["--weight", request.getfixturevalue("extended") / "full_sft_32.pth"]
         if "--lora" in words:
             words += ["--lora", "full_sft", "--save_dir", request.getfixturevalue("lora_run")]
-    elif script == "recipes/peft.py":
+    elif script == "convert/peft.py":
         words += ["--save_dir", request.getfixturevalue("lora_run")]
         if "--from_peft" in words:
             there = ["--lora", "full_sft", "--to_peft", tmp_path / "peft", *words[-2:]]

@@ -337,3 +337,14 @@ def test_without_safetensors_the_sentence_names_it(good_folder, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "safetensors", None)
     done = run_here("eval_llm.py", "--weight", good_folder, "--prompt", "x")
     assert done.returncode == 2 and "pip install safetensors" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "family, sentence", [("llama 3", "has no RoPE scaling"), ("qwen3", "does not split text")]
+)
+def test_what_llama_cpp_would_read_in_another_way_is_refused(tmp_path, family, sentence):
+    pytest.importorskip("gguf")
+    published(tmp_path / "hf", family)
+    out = tmp_path / "x.gguf"
+    done = run_here("convert/to_gguf.py", "--weight", tmp_path / "hf", "--out", out)
+    assert done.returncode == 2 and sentence in done.stderr and not out.exists()

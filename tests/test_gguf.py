@@ -25,6 +25,7 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "h
 FAMILIES = {
     "qwen3": {},
     "qwen2": {"qk_norm": False, "tie_word_embeddings": False, "hidden_size": 96},
+    "qwen2 with biases": {"qk_norm": False, "qkv_bias": True, "hidden_size": 96},
     "qwen3moe": {"use_moe": True, "num_experts": 4, "moe_intermediate_size": 64},
 }
 
@@ -34,7 +35,8 @@ def exported(folder, shape, *flags):
     torch.manual_seed(1)
     tokenizer = load_tokenizer()
     shape = SMALL | shape
-    model = CausalLM(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **shape)).eval()
+    rows = tokenizer.get_vocab_size() + 32 * ("qkv_bias" in shape)  # as Qwen's, more than tokens
+    model = CausalLM(ModelConfig(vocab_size=rows, **shape)).eval()
     path, out = folder / "mine_64.pth", folder / "mine.gguf"
     checkpoint.save(path, model.state_dict(), model.config, tokenizer, "full_sft", training={})
     to_gguf.main(["--weight", str(path), "--out", str(out), *flags])

@@ -12,7 +12,7 @@ from common import UserError
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, add_lora, hash_of, merge
-from recipes import peft as merge_lora
+from convert import peft as merge_lora
 from tests.conftest import LORA, ROOT, run, run_here, sft
 from trainer import checkpoint, train_full_sft
 from trainer.trainable import choose_trainable
@@ -277,7 +277,7 @@ def test_peft_files_without_safetensors_are_a_sentence(lora_run, tmp_path, monke
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as where it is not installed
     weight = ["--weight", lora_run / "pretrain_32.pth", "--save_dir", lora_run]
     which = ["--lora", "full_sft"] if flags == ["--to_peft"] else []
-    done = run_here("recipes/peft.py", *weight, *which, *flags, tmp_path / "peft")
+    done = run_here("convert/peft.py", *weight, *which, *flags, tmp_path / "peft")
     assert done.returncode == 2 and "pip install safetensors" in done.stderr
     assert not (tmp_path / "peft").exists()
 

@@ -1,9 +1,9 @@
 """Merges LoRA adapters into their weights, or converts them to and from the files of PEFT.
 
-python recipes/peft.py --lora full_sft                      # out/full_sft_merged_256.pth
-python recipes/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
+python convert/peft.py --lora full_sft                      # out/full_sft_merged_256.pth
+python convert/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
                                                             # adapter_model.safetensors
-python recipes/peft.py --from_peft FOLDER --weight pretrain --save_weight mine
+python convert/peft.py --from_peft FOLDER --weight pretrain --save_weight mine
 """
 
 import argparse
