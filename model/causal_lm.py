@@ -1,6 +1,6 @@
 """A decoder-only transformer, written out in full: RMSNorm, rotary positions, grouped-query
 attention, SwiGLU. With the same weights it computes what transformers' `Qwen3ForCausalLM`
-(`qk_norm=True`), `LlamaForCausalLM` (`qk_norm=False`), `Qwen2ForCausalLM` (also `qkv_bias=True`) and
+(`qk_norm=True`), `LlamaForCausalLM` (`qk_norm=False`), `Qwen2ForCausalLM` (and `qkv_bias=True`) and
 `Qwen3MoeForCausalLM` (`use_moe=True`) compute, and its `state_dict()` keys are those of their
 published checkpoints.
 

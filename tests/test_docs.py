@@ -17,11 +17,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from convert import peft as merge_lora
 from dataset.tiny_world import generate as tiny_world
 from dataset.tokenizer import SHIPPED_TOKENIZER
 from model.causal_lm import ModelConfig
 from recipes import misconceptions
-from convert import peft as merge_lora
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from convert import from_hf, to_hf
 from dataset.chat_template import render
-from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS, load_tokenizer
+from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
 from model.generation import complete
 from tests.conftest import chat, run, run_here, write_jsonl
 from trainer import checkpoint
@@ -197,7 +197,8 @@ def test_the_weights_of_minimind_are_read(tmp_path, moe):
     family = "qwen3_moe" if moe else "qwen3"
     shape = dict(FAMILIES[family][1], head_dim=8, rope_theta=1e6, tie_word_embeddings=True)
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
-    shape |= {"num_experts_per_tok": 1, "moe_intermediate_size": 96, "norm_topk_prob": True} if moe else {}
+    if moe:
+        shape |= {"num_experts_per_tok": 1, "moe_intermediate_size": 96, "norm_topk_prob": True}
     torch.manual_seed(3)
     write_tokenizer(tmp_path, "qwen")
     name = FAMILIES[family][0]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from common import UserError
+from convert import peft as merge_lora
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, add_lora, hash_of, merge
-from convert import peft as merge_lora
 from tests.conftest import LORA, ROOT, run, run_here, sft
 from trainer import checkpoint, train_full_sft
 from trainer.trainable import choose_trainable
