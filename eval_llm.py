@@ -3,6 +3,7 @@
 python eval_llm.py                                 # the newest full_sft weights in out/
 python eval_llm.py --weight pretrain               # continues text instead of answering
 python eval_llm.py --prompt "Who are you?"         # one answer, then the end
+python eval_llm.py --serve 8000                    # OpenAI's API on this machine
 printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
 """
 
@@ -37,6 +38,12 @@ SAMPLING = {  # name: (type, default, minimum, maximum, meaning)
 def main(argv=None):
     args = parse(argv)
     chat = Chat(args)
+    if args.serve is not None:
+        from serving.server import Server
+
+        settings = args.host, args.serve, args.max_batch, chat.settings
+        Server(chat.model, chat.tokenizer, chat.name, not chat.continues, *settings).run()
+        return
     if args.prompt is not None:
         chat.answer(args.prompt)
         return
@@ -77,6 +84,9 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
     add("--use_compile", type=int, choices=[0, 1], default=0, help="1: needs a C++ compiler")
+    add("--serve", type=int, metavar="PORT", help="answer requests to OpenAI's API at this port")
+    add("--host", default="127.0.0.1", help="of --serve; 0.0.0.0: for other machines, too")
+    add("--max_batch", type=int, default=16, help="of --serve: answers computed at once")
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
@@ -104,7 +114,8 @@ class Chat:
         from model.generation import generate
         from trainer.trainer_utils import open_trained
 
-        self.model, self.tokenizer, content, _ = open_trained(args)
+        self.model, self.tokenizer, content, paths = open_trained(args)
+        self.name = paths[-1].stem
         self.trained_length = content["training"].get("max_seq_len", 10**9)
         self.generate = partial(generate, self.model, use_compile=bool(args.use_compile))
         self.continues = content["stage"] == "pretrain" and not args.lora

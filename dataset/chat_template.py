@@ -172,14 +172,29 @@ def call_text(call):
 
 
 def parse_answer(ids, tokenizer):
-    """An assistant's message of the ids that a model wrote: {"content"}, and "reasoning_content"
-    where it reasoned first; the inverse of `render`. Reasoning that does not end is all there is.
+    """An assistant's message of the ids that a model wrote, the inverse of `render`: {"content"},
+    "reasoning_content" where it reasoned first, "tool_calls" where it called tools. Reasoning that
+    does not end is all there is; a call that is not JSON stays in the content.
     """
-    ids = list(ids)
-    if ids[:1] != [THINK]:
-        return {"content": tokenizer.decode(ids, skip_special_tokens=False)}
-    end = ids.index(END_THINK) if END_THINK in ids else len(ids)
-    reasoning = tokenizer.decode(ids[1:end], skip_special_tokens=False)
-    content = tokenizer.decode(ids[end + 1 :], skip_special_tokens=False)
-    message = {"content": content.removeprefix("\n\n")}
-    return message | {"reasoning_content": reasoning.removeprefix("\n").removesuffix("\n")}
+    ids, message, calls = list(ids), {}, []
+
+    def decode(part):
+        return tokenizer.decode(part, skip_special_tokens=False)
+
+    if ids[:1] == [THINK]:
+        end = ids.index(END_THINK) if END_THINK in ids else len(ids)
+        message["reasoning_content"] = decode(ids[1:end]).removeprefix("\n").removesuffix("\n")
+        ids = ids[end + 1 :]
+    begin = ids.index(TOOL_CALL) if TOOL_CALL in ids else len(ids)
+    content, rest = ids[:begin], ids[begin:]
+    while rest and rest[0] == TOOL_CALL and END_TOOL_CALL in rest:
+        end = rest.index(END_TOOL_CALL)
+        try:
+            call = json.loads(decode(rest[1:end]))
+            calls.append({"name": call["name"], "arguments": call["arguments"]})
+        except (ValueError, LookupError, TypeError):
+            break
+        rest = rest[end + 1 :]
+    content = decode(content + rest)
+    message["content"] = content.removeprefix("\n\n") if "reasoning_content" in message else content
+    return message | ({"tool_calls": calls} if calls else {})

@@ -1,0 +1,330 @@
+"""A server with the routes of OpenAI's API, of the standard library alone.
+
+python eval_llm.py --serve 8000
+curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+
+Routes: /v1/chat/completions, /v1/completions, /v1/models, /health. Each connection has a thread: it
+reads a request, lets the `Batcher` answer it, and writes what arrives.
+"""
+
+import json
+import math
+import queue
+import select
+import socket
+import time
+import uuid
+from collections import Counter
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from common import END_OF_TEXT, UserError
+from dataset.chat_template import parse_answer, render
+from dataset.formats import to_conversation
+from serving.batching import Batcher, Request
+
+MAX_BODY, MAX_MESSAGES, MAX_WAITING = 1 << 20, 1000, 64  # bytes, of a chat, requests
+ROUTES = {"/v1/chat/completions": True, "/v1/completions": False}  # is it a chat?
+ONLY = {  # options that change an answer, and the one value that is supported
+    **{"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
+    **{"frequency_penalty": 0, "presence_penalty": 0, "response_format": {"type": "text"}},
+}
+
+
+class ApiError(Exception):
+    """ApiError(status of HTTP, sentence): a request that cannot be answered."""
+
+
+class Server(ThreadingHTTPServer):
+    """chats: whether the weights can chat. defaults: of temperature, top_p, top_k, max_new_tokens.
+    Raises UserError if the port is taken.
+    """
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, model, tokenizer, name, chats, host, port, max_batch, defaults):
+        self.tokenizer, self.name, self.chats, self.defaults = tokenizer, name, chats, defaults
+        self.config, self.batcher = model.config, Batcher(model, max_batch, MAX_WAITING)
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--serve {port}, --host {host}: {reason}; give others") from None
+
+    def run(self):
+        """Answers requests until Ctrl-C."""
+        self.batcher.start()
+        print(f"http://{self.server_address[0]}:{self.server_port}/v1 answers; Ctrl-C ends it", flush=True)
+        try:
+            self.serve_forever()
+        finally:
+            self.batcher.ended = True
+            self.batcher.join()
+            self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
+    streaming = False  # whether an answer has begun
+
+    def do_GET(self):
+        model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "seedling"}
+        found = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
+        if self.path in found:
+            self.send(found[self.path])
+        else:
+            self.send_error(404, f"there is no {self.path}; there is {', '.join(found)}")
+
+    def do_POST(self):
+        self.streaming = False
+        try:
+            body = self.body()
+            if self.path not in ROUTES:
+                raise ApiError(404, f"there is no {self.path}; there is {', '.join(ROUTES)}")
+            self.answer(body, ROUTES[self.path])
+        except ApiError as error:
+            if self.streaming:
+                self.send_event(error_of(*error.args))
+            else:
+                self.send_error(*error.args)
+        except OSError:  # the client has gone away
+            self.close_connection = True
+
+    def body(self):
+        """The object in the body of a request."""
+        try:
+            length = int(self.headers["Content-Length"])
+        except (TypeError, ValueError):
+            raise ApiError(411, "the request needs a header Content-Length") from None
+        try:
+            text = self.rfile.read(max(0, min(length, 16 * MAX_BODY)))
+            if not 0 <= length <= MAX_BODY:
+                raise ApiError(413, f"the body has {length} bytes; the limit is {MAX_BODY}")
+            body = json.loads(text)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body has fewer bytes than {length}"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise ApiError(400, "the body is not a JSON object")
+        return body
+
+    def request_of(self, body, chat):
+        """(Request, stop strings) of a body."""
+        for name, supported in ONLY.items():
+            if body.get(name) not in (supported, None):
+                raise ApiError(400, f"{name} = {body[name]!r:.100} is not supported")
+        stops, defaults = body.get("stop") or [], self.server.defaults
+        stops = [stops] if isinstance(stops, str) else stops
+        if not isinstance(stops, list) or not all(s and isinstance(s, str) for s in stops):
+            raise ApiError(400, "stop is not text or a list of texts")
+        try:
+            ids = self.chat_ids(body) if chat else self.prompt_ids(body.get("prompt"))
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        context = self.server.config.max_position_embeddings
+        if len(ids) >= context:
+            raise ApiError(400, f"the prompt has {len(ids)} tokens; the context is {context}")
+        longest = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+        wanted = body.get("logprobs") not in (None, False)
+        request = Request(
+            ids,
+            number(body, longest, defaults["max_new_tokens"], 1, math.inf),
+            number(body, "temperature", defaults["temperature"], 0, 100, float),
+            number(body, "top_k", defaults["top_k"], 0, math.inf),
+            number(body, "top_p", defaults["top_p"], 0, 1, float),
+            number(body, "seed", None, 0, 2**63 - 1),
+            number(body, "top_logprobs" if chat else "logprobs", 0, 0, 20) if wanted else None,
+        )
+        return request, stops
+
+    def chat_ids(self, body):
+        """The ids of a chat. Raises ValueError."""
+        if not self.server.chats:
+            raise ValueError("these weights were only pretrained; use /v1/completions")
+        messages, tools = body.get("messages"), body.get("tools")
+        if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
+            raise ValueError(f"{len(messages)} messages; the limit is {MAX_MESSAGES}")
+        if body.get("tool_choice") not in (None, "auto"):
+            raise ValueError("tool_choice other than auto is not supported")
+        chat = {"messages": messages, "tools": tools}
+        messages, tools = to_conversation(chat, "openai", Counter())
+        return render(messages, tools, True, self.server.tokenizer)[0]
+
+    def prompt_ids(self, prompt):
+        """The ids of a text to continue. Raises ValueError."""
+        prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+        known = range(self.server.config.vocab_size)
+        if isinstance(prompt, str):
+            prompt = self.server.tokenizer.encode(prompt).ids
+        elif not isinstance(prompt, list) or not all(type(i) is int and i in known for i in prompt):
+            raise ValueError("prompt is not one text, or one list of token ids")
+        return prompt or [END_OF_TEXT]
+
+    def answer(self, body, chat):
+        """Writes the answer to a request: at once, or as it grows where the body says stream."""
+        request, stops = self.request_of(body, chat)
+        stream, kind = bool(body.get("stream")), "chat.completion" if chat else "text_completion"
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": self.server.name}
+        head |= {"object": kind + ".chunk" * (chat and stream), "created": int(time.time())}
+        message, tokens = {"role": "assistant", "content": ""}, []
+        try:
+            self.server.batcher.submit(request)
+            if stream:
+                self.start_stream()
+                self.send_event(head | self.choices(chat, "delta", message))
+            for new, of_new, reason in self.growth(request, chat, stops, stream or stops):
+                if stream:
+                    self.send_event(head | self.choices(chat, "delta", new, of_new, reason))
+                for name, value in new.items():
+                    message[name] = message[name] + value if name in message else value
+                tokens += of_new
+        except queue.Full:
+            raise ApiError(429, f"{MAX_WAITING} requests wait already; try again later") from None
+        finally:
+            request.cancelled = True
+        usage = {"prompt_tokens": len(request.ids), "completion_tokens": len(tokens)}
+        usage["total_tokens"] = sum(usage.values())
+        if not stream:
+            whole = self.choices(chat, "message", message, tokens, reason)
+            return self.send(head | whole | {"usage": usage})
+        if body.get("stream_options") == {"include_usage": True}:
+            self.send_event(head | {"choices": [], "usage": usage})
+        self.send_event("[DONE]")
+
+    def growth(self, request, chat, stops, grows):
+        """Yields (the new text of each field of the message, its tokens, why the answer ends or
+        None): once at the end, or whenever there is new text.
+        """
+        tokens, reported, sent, reason = [], 0, {}, None
+        while not reason:
+            item = self.arrival(request)
+            if isinstance(item, str):
+                reason = item
+            else:
+                tokens.append(item)
+            if not (grows or reason):
+                continue
+            message = self.message([token for token, *_ in tokens], chat)
+            calls, content = message.pop("tool_calls", None), message["content"]
+            places = [content.index(stop) for stop in stops if stop in content]
+            if places:
+                message["content"], reason = content[: min(places)], "stop"
+            if not reason:
+                message = {name: certain(text, stops) for name, text in message.items()}
+            new = {name: text[len(sent.get(name, "")) :] for name, text in message.items()}
+            new = {name: text for name, text in new.items() if text}
+            if reason and calls:
+                new["tool_calls"], reason = calls, "tool_calls"
+            if new or reason:
+                yield new, tokens[reported:], reason
+                sent, reported = message, len(tokens)
+
+    def arrival(self, request):
+        """The next token of an answer, or the reason of its end. Raises ConnectionError if the
+        client has gone away.
+        """
+        while True:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionError
+            try:
+                item = request.answer.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if item == "error":
+                raise ApiError(500, "the answer could not be computed; see the server's output")
+            return item
+
+    def message(self, ids, chat):
+        """The fields of an answer with these ids."""
+        if not chat:
+            return {"content": self.text(ids)}
+        message = parse_answer(ids, self.server.tokenizer)
+        if "reasoning_content" in message and message["content"] == "\n":
+            message["content"] = ""  # half of the empty line between reasoning and content
+        if "tool_calls" in message:
+            calls = enumerate(message["tool_calls"])
+            message["tool_calls"] = [
+                {"index": n, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call}
+                for n, call in calls
+            ]
+        return message
+
+    def text(self, ids):
+        return self.server.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def choices(self, chat, key, message, tokens=(), reason=None):
+        """{"choices"} with the one answer, or a part of it, in the form of the route."""
+        found = {"index": 0, "finish_reason": reason, "logprobs": None}
+        found |= {key: message} if chat else {"text": message.get("content", "")}
+        if tokens and tokens[0][1] is not None and chat:
+            scores = [
+                self.score(token, value) | {"top_logprobs": [self.score(*pair) for pair in top]}
+                for token, value, top in tokens
+            ]
+            found["logprobs"] = {"content": scores}
+        elif tokens and tokens[0][1] is not None:
+            found["logprobs"] = {
+                "tokens": [self.text([token]) for token, *_ in tokens],
+                "token_logprobs": [value for _, value, _ in tokens],
+                "top_logprobs": [{self.text([t]): v for t, v in top} for *_, top in tokens],
+            }
+        return {"choices": [found]}
+
+    def score(self, token, value):
+        text = self.text([token])
+        half = "\ufffd" in text  # a part of a character
+        return {"token": text, "logprob": value, "bytes": None if half else list(text.encode())}
+
+    def send(self, value, status=200):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def send_error(self, code, message=None, explain=None):
+        self.close_connection = True  # the rest of a body is no request
+        self.send(error_of(code, message or HTTPStatus(code).phrase), code)
+
+    def start_stream(self):
+        self.streaming = self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def send_event(self, value):
+        text = value if isinstance(value, str) else json.dumps(value)
+        self.wfile.write(f"data: {text}\n\n".encode())
+
+
+def error_of(status, message):
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def certain(text, stops):
+    """The part of a text that stays whatever follows: without the part of a character at its end,
+    and without what may be the beginning of a stop string.
+    """
+    text = text.rstrip("\ufffd")
+    longest = max(map(len, stops), default=1) - 1
+    for length in range(min(len(text), longest), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return text[:-length]
+    return text
+
+
+def number(body, name, default, low, high, kind=int):
+    """The number in a field, or its default. Raises ApiError for anything else."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) not in (int, kind) or not low <= value <= high:
+        raise ApiError(400, f"{name} = {value!r:.100}: give a number from {low} to {high}")
+    return value
