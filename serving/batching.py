@@ -143,7 +143,8 @@ class Batcher(threading.Thread):
         if request.top_logprobs is not None:
             logprobs = logits[0].log_softmax(dim=-1)  # (V,)
             values, ids = logprobs.topk(min(request.top_logprobs, len(logprobs)))
-            logprob, top = logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            logprob = logprobs[token].item()
         if token in STOP:
             reason = "stop"
         else:

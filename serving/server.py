@@ -18,7 +18,7 @@ from collections import Counter
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from common import END_OF_TEXT, UserError
+from common import END_OF_TEXT, TOOL_CALL, UserError
 from dataset.chat_template import parse_answer, render
 from dataset.formats import to_conversation
 from serving.batching import Batcher, Request
@@ -54,7 +54,8 @@ class Server(ThreadingHTTPServer):
     def run(self):
         """Answers requests until Ctrl-C."""
         self.batcher.start()
-        print(f"http://{self.server_address[0]}:{self.server_port}/v1 answers; Ctrl-C ends it", flush=True)
+        address = f"http://{self.server_address[0]}:{self.server_port}"
+        print(f"{address}/v1 answers requests; Ctrl-C ends it", flush=True)
         try:
             self.serve_forever()
         finally:
@@ -102,9 +103,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise ApiError(413, f"the body has {length} bytes; the limit is {MAX_BODY}")
             body = json.loads(text)
         except TimeoutError:
-            raise ApiError(
-                408, f"the body has fewer bytes than {length}"
-            ) from None
+            raise ApiError(408, f"the body has fewer bytes than {length}") from None
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
@@ -155,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def prompt_ids(self, prompt):
         """The ids of a text to continue. Raises ValueError."""
-        prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+            prompt = prompt[0]
         known = range(self.server.config.vocab_size)
         if isinstance(prompt, str):
             prompt = self.server.tokenizer.encode(prompt).ids
@@ -207,7 +207,10 @@ class Handler(BaseHTTPRequestHandler):
                 tokens.append(item)
             if not (grows or reason):
                 continue
-            message = self.message([token for token, *_ in tokens], chat)
+            ids = [token for token, *_ in tokens]
+            if chat and not reason and TOOL_CALL in ids:
+                ids = ids[: ids.index(TOOL_CALL)]  # a call is written when it is complete
+            message = self.message(ids, chat)
             calls, content = message.pop("tool_calls", None), message["content"]
             places = [content.index(stop) for stop in stops if stop in content]
             if places:
@@ -245,12 +248,10 @@ class Handler(BaseHTTPRequestHandler):
         message = parse_answer(ids, self.server.tokenizer)
         if "reasoning_content" in message and message["content"] == "\n":
             message["content"] = ""  # half of the empty line between reasoning and content
-        if "tool_calls" in message:
-            calls = enumerate(message["tool_calls"])
-            message["tool_calls"] = [
-                {"index": n, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call}
-                for n, call in calls
-            ]
+        for number, call in enumerate(message.get("tool_calls", [])):
+            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+            of_api = {"index": number, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
+            message["tool_calls"][number] = of_api | {"function": call}
         return message
 
     def text(self, ids):

@@ -1,0 +1,362 @@
+"""The server: judged by the openai client, and by what `complete` answers to each prompt alone."""
+
+import json
+import queue
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from common import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from dataset.chat_template import render
+from dataset.tokenizer import load_tokenizer
+from model.causal_lm import CausalLM, ModelConfig
+from model.generation import complete
+from serving import server as serving
+from serving.batching import Batcher, Request
+from tests.conftest import run
+
+DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
+TOKENIZER = load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(7)
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 200}
+    return CausalLM(ModelConfig(**shape)).eval()
+
+
+@contextmanager
+def serve(model, chats=True, max_batch=4, start=True):
+    """A server in a thread, at a free port."""
+    server = serving.Server(model, TOKENIZER, "tiny", chats, "127.0.0.1", 0, max_batch, DEFAULTS)
+    if start:
+        server.batcher.start()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.batcher.ended = True
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def running(model):
+    with serve(model) as server:
+        yield server
+
+
+def post(server, route, body, **headers):
+    """(status, answer) of a request; body is an object or bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    url = f"http://127.0.0.1:{server.server_port}{route}"
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def raw(server, data):
+    """What the server answers to these bytes until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
+        connection.sendall(data)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def alone(model, ids, **options):
+    """The text that `complete` gives."""
+    (answer,) = complete(model, [ids], **{"max_new_tokens": 24, "temperature": 0} | options)
+    return TOKENIZER.decode(answer, skip_special_tokens=False)
+
+
+def chat_ids(text):
+    return render([{"role": "user", "content": text}], add_generation_prompt=True)[0]
+
+
+CHAT = "/v1/chat/completions"
+HI = [{"role": "user", "content": "Who are you?"}]
+
+
+def test_the_client_of_openai_gets_our_answers(running, model):
+    openai = pytest.importorskip("openai")
+    url = f"http://127.0.0.1:{running.server_port}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert [found.id for found in client.models.list().data] == ["tiny"]
+    expected = alone(model, chat_ids("Who are you?"))
+    answer = client.chat.completions.create(model="tiny", messages=HI)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(chat_ids("Who are you?"))
+    assert answer.usage.completion_tokens == 24
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *parts, last = client.chat.completions.create(model="tiny", messages=HI, **options)
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
+    assert parts[-1].choices[0].finish_reason == "length" and len(parts) > 5
+    assert last.usage == answer.usage
+    text = client.completions.create(model="tiny", prompt="Nelina lives", max_tokens=9)
+    expected = alone(model, TOKENIZER.encode("Nelina lives").ids, max_new_tokens=9)
+    assert text.choices[0].text == expected
+    with pytest.raises(openai.BadRequestError, match="n = 2 is not supported"):
+        client.chat.completions.create(model="tiny", messages=HI, n=2)
+    parts = client.completions.create(model="tiny", prompt=[17], max_tokens=9, stream=True)
+    expected = alone(model, [17], max_new_tokens=9)
+    assert "".join(part.choices[0].text for part in parts) == expected
+
+
+def test_the_log_probabilities_are_those_of_the_model(running, model):
+    body = {"messages": HI, "logprobs": True, "top_logprobs": 3, "max_tokens": 2}
+    _, found = post(running, CHAT, body)
+    first = found["choices"][0]["logprobs"]["content"][0]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([chat_ids("Who are you?")]))[0, -1].log_softmax(dim=-1)
+    values, ids = logprobs.topk(3)
+    texts = [TOKENIZER.decode([i], skip_special_tokens=False) for i in ids.tolist()]
+    assert [top["token"] for top in first["top_logprobs"]] == texts
+    for top, value in zip(first["top_logprobs"], values.tolist(), strict=True):
+        assert top["logprob"] == pytest.approx(value, abs=1e-4)
+    assert first["logprob"] == pytest.approx(values[0].item(), abs=1e-4)
+    ids = chat_ids("Who are you?")
+    _, found = post(running, "/v1/completions", {"prompt": ids, "logprobs": 1, "max_tokens": 2})
+    second = found["choices"][0]["logprobs"]
+    assert second["token_logprobs"][0] == pytest.approx(values[0].item(), abs=1e-4)
+    assert list(second["top_logprobs"][0]) == second["tokens"][:1] == texts[:1]
+
+
+def test_each_of_many_requests_gets_its_own_answer(model):
+    """Prompts of 1 to 120 tokens, answers of 1 to 40, four at a time: as each alone."""
+    asked = [([16 + (7 * i + j) % 900 for j in range(1 + 17 * i % 120)], 1 + 11 * i % 40)
+             for i in range(40)]  # fmt: skip
+    batcher = Batcher(model, 4, 100)
+    requests = [Request(ids, count) for ids, count in asked]
+    for request in requests:
+        batcher.submit(request)
+    batcher.start()
+    for request, (ids, count) in zip(requests, asked, strict=True):
+        (expected,) = complete(model, [ids], max_new_tokens=count, temperature=0)
+        items = []
+        while (item := request.answer.get(timeout=60)) != "length":
+            items.append(item[0])
+        assert items == expected
+    batcher.ended = True
+    batcher.join()
+
+
+def test_an_answer_ends_where_the_context_ends(running, model):
+    body = {"prompt": [20] * 190, "max_tokens": 500}
+    _, found = post(running, "/v1/completions", body)
+    assert found["usage"]["completion_tokens"] == 10
+    assert found["choices"][0]["finish_reason"] == "length"
+    status, found = post(running, "/v1/completions", {"prompt": [20] * 200})
+    assert status == 400 and "200 tokens; the context is 200" in found["error"]["message"]
+
+
+def test_a_seed_gives_the_same_answer_whatever_else_runs(model):
+    def texts(count):
+        with serve(model, max_batch=8) as server:
+            bodies = [{"messages": HI, "temperature": 3, "seed": i} for i in range(count)]
+            found = [None] * count
+
+            def ask(i):
+                found[i] = post(server, CHAT, bodies[i])[1]["choices"][0]["message"]["content"]
+
+            threads = [threading.Thread(target=ask, args=[i]) for i in range(count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return found
+
+    some = texts(6)
+    assert len(set(some)) == 6
+    assert texts(2) == some[:2]
+
+
+def test_a_stop_string_is_never_written(running, model):
+    """Here it begins within one token and ends within another."""
+    expected = alone(model, chat_ids("Who are you?"))
+    stop = expected[12:16]
+    before = expected[: expected.index(stop)]
+    body = {"messages": HI, "stop": ["never said", stop]}
+    _, found = post(running, CHAT, body)
+    assert found["choices"][0]["message"]["content"] == before
+    assert found["choices"][0]["finish_reason"] == "stop"
+    url = f"http://127.0.0.1:{running.server_port}{CHAT}"
+    with urllib.request.urlopen(url, json.dumps(body | {"stream": True}).encode()) as answer:
+        events = [line[6:] for line in answer.read().decode().splitlines() if line]
+    assert events.pop() == "[DONE]"
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == before
+    assert choices[-1]["finish_reason"] == "stop"
+
+
+def writes(ids, reason="stop"):
+    """A replacement of `Batcher.submit`: the model writes these ids."""
+
+    def submit(request):
+        for token in ids:
+            request.answer.put((token, None, []))
+        request.answer.put(reason)
+
+    return submit
+
+
+def streamed(server, body):
+    url = f"http://127.0.0.1:{server.server_port}{CHAT}"
+    with urllib.request.urlopen(url, json.dumps(body | {"stream": True}).encode()) as answer:
+        lines = [line[6:] for line in answer.read().decode().splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line)["choices"][0] for line in lines[:-1]]
+
+
+def test_reasoning_and_calls_have_fields_of_their_own(model, monkeypatch):
+    call = {"name": "weather", "arguments": {"city": "Köln"}}
+    ids = [THINK, *TOKENIZER.encode("\nIt is cold. 🙂\n").ids, END_THINK]
+    for piece in ("\n\nI look", TOOL_CALL, json.dumps(call, ensure_ascii=False), END_TOOL_CALL):
+        ids += [piece] if isinstance(piece, int) else TOKENIZER.encode(piece).ids
+    with serve(model, start=False) as server:
+        monkeypatch.setattr(server.batcher, "submit", writes(ids))
+        tools = [{"type": "function", "function": {"name": "weather"}}]
+        _, found = post(server, CHAT, {"messages": HI, "tools": tools})
+        choices = streamed(server, {"messages": HI, "tools": tools})
+    message = found["choices"][0]["message"]
+    assert found["choices"][0]["finish_reason"] == "tool_calls"
+    assert message["reasoning_content"] == "It is cold. 🙂" and message["content"] == "I look"
+    function = message["tool_calls"][0]["function"]
+    assert function["name"] == "weather" and json.loads(function["arguments"]) == call["arguments"]
+    deltas = [choice["delta"] for choice in choices]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "It is cold. 🙂"
+    assert "".join(delta.get("content", "") for delta in deltas) == "I look"
+    assert "\ufffd" not in json.dumps(deltas)  # no half of an emoji
+    assert deltas[-1]["tool_calls"][0]["function"] == function
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+def test_a_client_that_goes_away_frees_its_place(model, monkeypatch):
+    step, asked = Batcher.step, []
+    monkeypatch.setattr(Batcher, "step", lambda *args: time.sleep(0.01) or step(*args))
+    with serve(model, max_batch=1) as server:
+        submit = server.batcher.submit
+        monkeypatch.setattr(server.batcher, "submit", lambda r: asked.append(r) or submit(r))
+        body = json.dumps({"messages": HI, "stream": True, "max_tokens": 150}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            connection.sendall(head + body)
+            assert b"200" in connection.recv(100)
+        status, _ = post(server, CHAT, {"messages": HI})
+        gone = asked[0]
+        assert status == 200 and gone.cancelled and 0 < gone.new < 100
+
+
+def test_too_many_waiting_requests_are_told_so(model, monkeypatch):
+    monkeypatch.setattr(serving, "MAX_WAITING", 1)
+    with serve(model, start=False) as server:
+        waiting = Request([17], 2)
+        server.batcher.submit(waiting)
+        status, found = post(server, CHAT, {"messages": HI})
+        assert status == 429 and "1 requests wait already" in found["error"]["message"]
+        server.batcher.start()
+        assert list(iter(lambda: waiting.answer.get(timeout=60), "length"))
+        assert post(server, CHAT, {"messages": HI})[0] == 200
+
+
+def test_a_failure_of_the_model_is_an_error_of_its_requests_alone(model, monkeypatch, capfd):
+    def fails(self, request):
+        raise RuntimeError("no memory")
+
+    with serve(model) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Batcher, "prefilled", fails)
+            status, found = post(server, CHAT, {"messages": HI})
+        assert status == 500 and found["error"]["type"] == "server_error"
+        assert "no memory" in capfd.readouterr().err
+        assert post(server, CHAT, {"messages": HI})[0] == 200
+
+
+BAD = {
+    "no JSON": (b"{messages", 400, "is not JSON"),
+    "no object": (b"[1]", 400, "is not a JSON object"),
+    "deep": (b"[" * 100_000, 400, "is not JSON"),
+    "large": (b" " * 10_000_000, 413, "the body has 10000000 bytes"),
+    "no messages": ({}, 400, "a conversation is a list of messages"),
+    "role": ({"messages": [{"role": "x", "content": "y"}]}, 400, "message 1 has role 'x'"),
+    "half a character": (b'{"messages":[{"role":"user","content":"\\ud800"}]}', 400, "surrogate"),
+    "many": ({"messages": HI * 1001}, 400, "1001 messages; the limit is 1000"),
+    "temperature": ({"messages": HI, "temperature": "hot"}, 400, "temperature = 'hot'"),
+    "NaN": (b'{"messages":[{"role":"user","content":"y"}],"top_p":NaN}', 400, "top_p = nan"),
+    "max_tokens": ({"messages": HI, "max_tokens": 1.5}, 400, "max_tokens = 1.5"),
+    "bool": ({"messages": HI, "seed": True}, 400, "seed = True"),
+    "stop": ({"messages": HI, "stop": [1]}, 400, "stop is not text"),
+    "tool_choice": ({"messages": HI, "tool_choice": "required"}, 400, "tool_choice"),
+    "long": ({"messages": [{"role": "user", "content": "a b " * 200}]}, 400, "the context is 200"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_an_error_of_the_api(running, name):
+    body, status, sentence = BAD[name]
+    found, answer = post(running, CHAT, body)
+    assert found == status and sentence in answer["error"]["message"]
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert post(running, CHAT, {"messages": HI, "max_tokens": 1})[0] == 200
+
+
+def test_a_header_that_lies_is_an_error_of_the_api(running, monkeypatch):
+    monkeypatch.setattr(serving.Handler, "timeout", 0.3)
+    head = f"POST {CHAT} HTTP/1.1\r\n".encode()
+    short = raw(running, head + b"Content-Length: 999\r\n\r\n{}")
+    assert short.startswith(b"HTTP/1.1 408") and b"fewer bytes than 999" in short
+    for length in (b"", b"Content-Length: x\r\n"):
+        assert raw(running, head + length + b"\r\n{}").startswith(b"HTTP/1.1 411")
+    negative = raw(running, head + b"Content-Length: -5\r\n\r\n{}")
+    assert negative.startswith(b"HTTP/1.1 413")
+    # What follows a body that was too short is not read as another request.
+    both = raw(running, head + b"Content-Length: 1\r\n\r\n{GET /health HTTP/1.1\r\n\r\n")
+    assert both.startswith(b"HTTP/1.1 400") and both.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/../../etc/passwd", "/v1/nothing"])
+def test_an_unknown_path_is_an_error_of_the_api(running, path):
+    get = raw(running, f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
+    assert get.startswith(b"HTTP/1.1 404") and b'"invalid_request_error"' in get
+    assert post(running, path, {})[0] == 404
+    put = raw(running, f"PUT {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
+    assert put.startswith(b"HTTP/1.1 501") and b'"server_error"' in put
+    health = raw(running, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert health.endswith(b'{"status": "ok"}')
+
+
+def test_pretrained_weights_continue_text_and_do_not_chat(model):
+    with serve(model, chats=False) as server:
+        status, found = post(server, CHAT, {"messages": HI})
+        assert status == 400 and "use /v1/completions" in found["error"]["message"]
+        assert post(server, "/v1/completions", {"prompt": "", "max_tokens": 2})[0] == 200
+
+
+def test_a_port_that_is_taken_is_an_error_of_one_sentence(trained):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("eval_llm.py", "--save_dir", trained, "--serve", port)
+    assert done.returncode == 2
+    assert f"--serve {port}, --host 127.0.0.1: Address already in use" in done.stderr
+    done = run("eval_llm.py", "--save_dir", trained, "--serve", 99999)
+    assert done.returncode == 2 and "give others" in done.stderr
+
+
+def test_the_queue_is_bounded():
+    batcher = Batcher(CausalLM(ModelConfig(hidden_size=32, num_hidden_layers=1)), 1, 2)
+    for _ in range(2):
+        batcher.submit(Request([17], 1))
+    with pytest.raises(queue.Full):
+        batcher.submit(Request([17], 1))
