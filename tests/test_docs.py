@@ -8,9 +8,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
@@ -46,7 +48,7 @@ def commands():
 
 
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-BENCH = ("faults", "speed", "gsm8k", "misconceptions", "experiments", "pictures")
+BENCH = ("faults", "speed", "gsm8k", "misconceptions", "experiments", "pictures", "serving")
 LONG = ("demo.py", *(f"bench/{name}.py" for name in BENCH))
 COMMANDS = commands()
 IN_PROCESS = ("dataset/", "evaluation/", "trainer/", "recipes/", "convert/")
@@ -105,6 +107,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         result = json.loads(done.stdout.splitlines()[-1])
         assert set(result) == {"seconds", "nats_per_char", "tokens"}, done.stderr
         assert 1 < result["nats_per_char"] < 6
+        return
+    if "--serve" in words:
+        serve([*words[:-1], "0", "--save_dir", trained])
         return
     if script in LONG:
         pytest.skip("minutes long; its parts are tested on their own")
@@ -184,6 +189,18 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     assert done.returncode == 0, done.stderr
     if script == "-c":
         assert done.stdout.strip()
+
+
+def serve(words):
+    """Starts the server, asks whether it is there, and ends it with Ctrl-C."""
+    command = [sys.executable, *map(str, words)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        _, line = process.stdout.readline(), process.stdout.readline()
+        address = re.search(r"http://127.0.0.1:\d+", line)[0]
+        with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
+            assert json.loads(answer.read()) == {"status": "ok"}
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
 
 
 def test_there_are_commands_to_test():
