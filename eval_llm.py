@@ -90,8 +90,9 @@ def parse(argv):
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
-    alone = (args.prompt, args.system, float(in_range("repetition_penalty", args.repetition_penalty)) != 1)
-    if args.serve is not None and (any(alone) or args.max_batch < 1):
+    penalty = in_range("repetition_penalty", args.repetition_penalty)
+    asks = args.prompt or args.system or penalty != 1
+    if args.serve is not None and (asks or args.max_batch < 1):
         raise UserError(
             "--serve needs a --max_batch above 0, and takes no --prompt, --system or "
             "--repetition_penalty: a request says these"

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from common import IM_START, THINK
+from common import END_TOOL_CALL, IM_START, THINK, TOOL_CALL
 from dataset.chat_template import parse_answer, render
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 
@@ -149,3 +149,20 @@ def test_reasoning_that_does_not_end_is_all_there_is():
     ids = load_tokenizer().encode("\nHm, and").ids
     parsed = parse_answer([THINK, *ids], load_tokenizer())
     assert parsed == {"content": "", "reasoning_content": "Hm, and"}
+
+
+def test_calls_of_tools_are_parsed_as_they_were_rendered():
+    calls = [{"name": "weather", "arguments": {"city": "Köln"}}, {"name": "now", "arguments": {}}]
+    message = {"role": "assistant", "content": "I look.", "reasoning_content": "Hm.",
+               "tool_calls": calls}  # fmt: skip
+    ids, mask = render([{"role": "user", "content": "?"}, message])
+    written = [token for token, supervised in zip(ids, mask, strict=True) if supervised][:-1]
+    parsed = parse_answer(written, load_tokenizer())
+    assert parsed == {name: value for name, value in message.items() if name != "role"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"name": "x"}', "3"])
+def test_a_call_that_is_none_stays_in_the_content(text):
+    ids = [TOOL_CALL, *load_tokenizer().encode(text).ids, END_TOOL_CALL]
+    parsed = parse_answer(ids, load_tokenizer())
+    assert parsed == {"content": f"<tool_call>{text}</tool_call>"}

@@ -12,6 +12,7 @@ from convert import from_hf, to_hf
 from dataset.chat_template import render
 from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
 from model.generation import complete
+from model.lora import add_lora
 from tests.conftest import chat, run, run_here, write_jsonl
 from trainer import checkpoint
 
@@ -228,6 +229,11 @@ def test_the_weights_of_minimind_are_read(tmp_path, moe):
 
 def test_adapters_fit_a_model_with_biases(tmp_path):
     published(tmp_path / "hf", "qwen2")
+    model, _ = checkpoint.build_model(checkpoint.load(tmp_path / "hf"), tmp_path / "hf")
+    ids = torch.arange(9, 60)[None]
+    with torch.inference_mode():
+        before = model.eval()(ids)
+        assert torch.equal(add_lora(model)(ids), before)  # B begins at zero
     data = write_jsonl(tmp_path / "x.jsonl", [chat("Hi?", f"Hello {i}.") for i in range(20)])
     flags = ["--data_path", data, "--save_dir", tmp_path, "--batch_size", 2, "--max_seq_len", 64]
     done = run_here(
