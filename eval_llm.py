@@ -90,12 +90,11 @@ def parse(argv):
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
-    penalty = in_range("repetition_penalty", args.repetition_penalty)
-    asks = args.prompt or args.system or penalty != 1
-    if args.serve is not None and (asks or args.max_batch < 1):
+    alone = [args.prompt, args.system, args.use_compile, args.seed != 1, args.max_batch < 1]
+    if args.serve is not None and (any(alone) or args.repetition_penalty != 1):
         raise UserError(
-            "--serve needs a --max_batch above 0, and takes no --prompt, --system or "
-            "--repetition_penalty: a request says these"
+            "--serve needs a --max_batch above 0, and takes no --prompt, --system, --seed, "
+            "--use_compile or --repetition_penalty"
         )
     text = args.system + (args.prompt or "")
     if text != text.encode("utf-8", "replace").decode():
@@ -122,7 +121,7 @@ class Chat:
         from trainer.trainer_utils import open_trained
 
         self.model, self.tokenizer, content, paths = open_trained(args)
-        self.name = paths[-1].stem
+        self.name = paths[-1].name.removesuffix(".pth")
         self.trained_length = content["training"].get("max_seq_len", 10**9)
         self.generate = partial(generate, self.model, use_compile=bool(args.use_compile))
         self.continues = content["stage"] == "pretrain" and not args.lora

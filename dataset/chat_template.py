@@ -10,6 +10,7 @@ own. Nothing is searched for afterwards, so no text, whatever it imitates, can t
 """  # noqa: E501
 
 import json
+from contextlib import suppress
 from functools import lru_cache
 
 from common import (
@@ -171,10 +172,21 @@ def call_text(call):
     return text_of(text, "tool_calls is text")
 
 
+def call_of(text):
+    """The call {"name", "arguments"} that a model wrote, or None if it is none."""
+    with suppress(ValueError, RecursionError):
+        call = json.loads(text, parse_constant=int)  # int("NaN") is a ValueError
+        if isinstance(call, dict):
+            call = {key: call.get(key) for key in ("name", "arguments")}
+            if [*map(type, call.values())] == [str, dict] and call_text(call):
+                return call
+    return None
+
+
 def parse_answer(ids, tokenizer):
     """An assistant's message of the ids that a model wrote, the inverse of `render`: {"content"},
     "reasoning_content" where it reasoned first, "tool_calls" where it called tools. Reasoning that
-    does not end is all there is; a call that is not JSON stays in the content.
+    does not end is all there is; what is not a call stays in the content.
     """
     ids, message, calls = list(ids), {}, []
 
@@ -189,12 +201,10 @@ def parse_answer(ids, tokenizer):
     content, rest = ids[:begin], ids[begin:]
     while rest and rest[0] == TOOL_CALL and END_TOOL_CALL in rest:
         end = rest.index(END_TOOL_CALL)
-        try:
-            call = json.loads(decode(rest[1:end]))
-            calls.append({"name": call["name"], "arguments": call["arguments"]})
-        except (ValueError, LookupError, TypeError):
+        call = call_of(decode(rest[1:end]))
+        if call is None:
             break
-        rest = rest[end + 1 :]
+        calls, rest = [*calls, call], rest[end + 1 :]
     content = decode(content + rest)
     message["content"] = content.removeprefix("\n\n") if "reasoning_content" in message else content
     return message | ({"tool_calls": calls} if calls else {})

@@ -53,11 +53,15 @@ class Batcher(threading.Thread):
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         if self.device.type == "cpu":
             self.dtype = torch.float32  # as in `generate`
-        self.waiting, self.running = queue.Queue(max_waiting), []
+        self.waiting, self.max_waiting, self.running = queue.Queue(), max_waiting, []
 
     def submit(self, request):
         """Lets a request wait for its answer. Raises queue.Full if max_waiting do already."""
-        self.waiting.put_nowait(request)
+        with self.waiting.mutex:
+            waiting = sum(not other.cancelled for other in self.waiting.queue)
+        if waiting >= self.max_waiting:
+            raise queue.Full
+        self.waiting.put(request)
 
     @torch.inference_mode()
     def run(self):
@@ -65,7 +69,7 @@ class Batcher(threading.Thread):
             while not self.ended:
                 try:
                     self.answer_all()
-                except Exception:  # no memory, say: these requests fail, and the server continues
+                except Exception:  # these requests fail, and the server continues
                     traceback.print_exc()
                     for request in self.running:
                         request.answer.put("error")
@@ -77,8 +81,12 @@ class Batcher(threading.Thread):
             rows = [(cache, row, r.length) for row, r in enumerate(self.running) if not r.finished]
             before, self.running = self.running, [r for r in self.running if not r.finished]
             while arrived := self.arrival():
-                self.running.append(arrived)
-                rows.append((self.prefilled(arrived), 0, arrived.length))
+                try:
+                    rows.append((self.prefilled(arrived), 0, arrived.length))
+                    self.running.append(arrived)
+                except Exception:  # no memory for a long prompt, say; the others continue
+                    traceback.print_exc()
+                    arrived.answer.put("error")
             if not self.running:
                 continue
             if before != self.running or cache.length == cache.max_length:

@@ -10,24 +10,26 @@ reads a request, lets the `Batcher` answer it, and writes what arrives.
 import json
 import math
 import queue
-import select
 import socket
 import time
+import traceback
 import uuid
-from collections import Counter
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from common import END_OF_TEXT, TOOL_CALL, UserError
-from dataset.chat_template import parse_answer, render
-from dataset.formats import to_conversation
+from common import END_OF_TEXT, END_THINK, THINK, TOOL_CALL, UserError
+from dataset import formats
+from dataset.chat_template import parse_answer, render, text_of
 from serving.batching import Batcher, Request
 
 MAX_BODY, MAX_MESSAGES, MAX_WAITING = 1 << 20, 1000, 64  # bytes, of a chat, requests
 ROUTES = {"/v1/chat/completions": True, "/v1/completions": False}  # is it a chat?
 ONLY = {  # options that change an answer, and the one value that is supported
     **{"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
-    **{"frequency_penalty": 0, "presence_penalty": 0, "response_format": {"type": "text"}},
+    **{"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0},
+    **{"min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "functions": []},
+    "response_format": {"type": "text"},
 }
 
 
@@ -66,15 +68,20 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
+    disable_nagle_algorithm = True  # head and body of an answer are two writes: 40 ms apart else
     streaming = False  # whether an answer has begun
 
     def do_GET(self):
+        path, alive = self.path.partition("?")[0], self.server.batcher.is_alive()
         model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "seedling"}
         found = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
-        if self.path in found:
-            self.send(found[self.path])
-        else:
-            self.send_error(404, f"there is no {self.path}; there is {', '.join(found)}")
+        with suppress(OSError):  # the client has gone away
+            if path not in found:
+                self.send_error(404, f"there is no {path}; there is {', '.join(found)}")
+            elif not alive:
+                self.send_error(503, "no answers can be computed; see the server's output")
+            else:
+                self.send(found[path])
 
     def do_POST(self):
         self.streaming = False
@@ -84,12 +91,19 @@ class Handler(BaseHTTPRequestHandler):
                 raise ApiError(404, f"there is no {self.path}; there is {', '.join(ROUTES)}")
             self.answer(body, ROUTES[self.path])
         except ApiError as error:
-            if self.streaming:
-                self.send_event(error_of(*error.args))
-            else:
-                self.send_error(*error.args)
+            self.fail(*error.args)
         except OSError:  # the client has gone away
             self.close_connection = True
+        except Exception:
+            traceback.print_exc()
+            self.fail(500, "a mistake of the server; see its output")
+
+    def fail(self, status, message):
+        with suppress(OSError):
+            if self.streaming:
+                self.send_event(error_of(status, message))
+            else:
+                self.send_error(status, message)
 
     def body(self):
         """The object in the body of a request."""
@@ -117,8 +131,11 @@ class Handler(BaseHTTPRequestHandler):
                 raise ApiError(400, f"{name} = {body[name]!r:.100} is not supported")
         stops, defaults = body.get("stop") or [], self.server.defaults
         stops = [stops] if isinstance(stops, str) else stops
-        if not isinstance(stops, list) or not all(s and isinstance(s, str) for s in stops):
-            raise ApiError(400, "stop is not text or a list of texts")
+        short = isinstance(stops, list) and len(stops) <= 16
+        if not short or not all(isinstance(stop, str) and 0 < len(stop) < 200 for stop in stops):
+            raise ApiError(400, "stop is not text, or up to 16 texts, of up to 200 characters")
+        if body.get("stream") not in (None, False, True):
+            raise ApiError(400, "stream is not true or false")
         try:
             ids = self.chat_ids(body) if chat else self.prompt_ids(body.get("prompt"))
         except ValueError as error:
@@ -126,8 +143,9 @@ class Handler(BaseHTTPRequestHandler):
         context = self.server.config.max_position_embeddings
         if len(ids) >= context:
             raise ApiError(400, f"the prompt has {len(ids)} tokens; the context is {context}")
-        longest = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-        wanted = body.get("logprobs") not in (None, False)
+        longest = "max_completion_tokens"
+        longest = "max_tokens" if body.get(longest) is None else longest
+        wanted = body.get("logprobs") is not None and body["logprobs"] is not False
         request = Request(
             ids,
             number(body, longest, defaults["max_new_tokens"], 1, math.inf),
@@ -146,10 +164,11 @@ class Handler(BaseHTTPRequestHandler):
         messages, tools = body.get("messages"), body.get("tools")
         if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
             raise ValueError(f"{len(messages)} messages; the limit is {MAX_MESSAGES}")
-        if body.get("tool_choice") not in (None, "auto"):
-            raise ValueError("tool_choice other than auto is not supported")
-        chat = {"messages": messages, "tools": tools}
-        messages, tools = to_conversation(chat, "openai", Counter())
+        if body.get("tool_choice") not in (None, "auto", "none"):
+            raise ValueError("tool_choice other than auto and none is not supported")
+        tools = None if body.get("tool_choice") == "none" else tools
+        if isinstance(messages, list):
+            messages = [formats.message(turn, number) for number, turn in enumerate(messages, 1)]
         return render(messages, tools, True, self.server.tokenizer)[0]
 
     def prompt_ids(self, prompt):
@@ -158,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             prompt = prompt[0]
         known = range(self.server.config.vocab_size)
         if isinstance(prompt, str):
-            prompt = self.server.tokenizer.encode(prompt).ids
+            prompt = self.server.tokenizer.encode(text_of(prompt, "prompt is")).ids
         elif not isinstance(prompt, list) or not all(type(i) is int and i in known for i in prompt):
             raise ValueError("prompt is not one text, or one list of token ids")
         return prompt or [END_OF_TEXT]
@@ -205,10 +224,11 @@ class Handler(BaseHTTPRequestHandler):
                 reason = item
             else:
                 tokens.append(item)
-            if not (grows or reason):
+            if not reason and (not grows or request.answer.qsize()):
                 continue
             ids = [token for token, *_ in tokens]
-            if chat and not reason and TOOL_CALL in ids:
+            reasons = ids[:1] == [THINK] and END_THINK not in ids
+            if chat and not reason and not reasons and TOOL_CALL in ids:
                 ids = ids[: ids.index(TOOL_CALL)]  # a call is written when it is complete
             message = self.message(ids, chat)
             calls, content = message.pop("tool_calls", None), message["content"]
@@ -216,7 +236,8 @@ class Handler(BaseHTTPRequestHandler):
             if places:
                 message["content"], reason = content[: min(places)], "stop"
             if not reason:
-                message = {name: certain(text, stops) for name, text in message.items()}
+                ends = {"content": stops}
+                message = {name: certain(text, ends.get(name)) for name, text in message.items()}
             new = {name: text[len(sent.get(name, "")) :] for name, text in message.items()}
             new = {name: text for name, text in new.items() if text}
             if reason and calls:
@@ -230,16 +251,18 @@ class Handler(BaseHTTPRequestHandler):
         client has gone away.
         """
         while True:
-            readable, _, _ = select.select([self.connection], [], [], 0)
-            if readable and not self.connection.recv(1, socket.MSG_PEEK):
-                raise ConnectionError
-            try:
+            self.connection.settimeout(0)
+            with suppress(BlockingIOError):  # nothing to read: the client waits
+                if not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionError
+            self.connection.settimeout(self.timeout)
+            item = None
+            with suppress(queue.Empty):
                 item = request.answer.get(timeout=0.5)
-            except queue.Empty:
-                continue
-            if item == "error":
+            if item == "error" or (item is None and not self.server.batcher.is_alive()):
                 raise ApiError(500, "the answer could not be computed; see the server's output")
-            return item
+            if item is not None:
+                return item
 
     def message(self, ids, chat):
         """The fields of an answer with these ids."""
@@ -314,7 +337,7 @@ def certain(text, stops):
     and without what may be the beginning of a stop string.
     """
     text = text.rstrip("\ufffd")
-    longest = max(map(len, stops), default=1) - 1
+    longest = max(map(len, stops or [""])) - 1
     for length in range(min(len(text), longest), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
             return text[:-length]

@@ -161,7 +161,11 @@ def test_calls_of_tools_are_parsed_as_they_were_rendered():
     assert parsed == {name: value for name, value in message.items() if name != "role"}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"name": "x"}', "3"])
+WRONG = ("x", "null", "[1]", "NaN", '{"a": NaN}', '{"a": "\\ud800"}')
+NO_CALLS = [*(f'{{"name": "f", "arguments": {wrong}}}' for wrong in WRONG), "[" * 6000, "{", "3"]
+
+
+@pytest.mark.parametrize("text", [*NO_CALLS, '{"name": 5, "arguments": {}}', '{"name": "x"}'])
 def test_a_call_that_is_none_stays_in_the_content(text):
     ids = [TOOL_CALL, *load_tokenizer().encode(text).ids, END_TOOL_CALL]
     parsed = parse_answer(ids, load_tokenizer())

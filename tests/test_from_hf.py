@@ -272,6 +272,18 @@ MISTAKES = {
         lambda f: broken(f, "config.json", lambda c: c.update(rope_parameters={"type": "yarn"})),
         "RoPE of type 'yarn': not supported",
     ),
+    "rope without a type": (
+        lambda f: broken(f, "config.json", lambda c: c.update(rope_parameters={"factor": 4.0})),
+        "factor of RoPE: not supported",
+    ),
+    "no spaces": (
+        lambda f: broken(f, "tokenizer.json", lambda t: t.update(pre_tokenizer=None)),
+        "is no byte-level BPE",
+    ),
+    "no number": (
+        lambda f: broken(f, "config.json", lambda c: c.update(num_attention_heads="4")),
+        "a JSON file in it has a wrong value",
+    ),
     "window": (
         lambda f: broken(f, "config.json", lambda c: c.update(layer_types=["sliding_attention"])),
         "layer_types other than full_attention",
@@ -290,7 +302,7 @@ MISTAKES = {
     ),
     "unigram": (
         lambda f: broken(f, "tokenizer.json", lambda t: t["model"].update(type="Unigram")),
-        "is not a BPE tokenizer",
+        "is no byte-level BPE",
     ),
     "other tokenizer": (
         lambda f: broken(

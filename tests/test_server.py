@@ -266,6 +266,8 @@ def test_too_many_waiting_requests_are_told_so(model, monkeypatch):
         server.batcher.submit(waiting)
         status, found = post(server, CHAT, {"messages": HI})
         assert status == 429 and "1 requests wait already" in found["error"]["message"]
+        waiting.cancelled = True  # it no longer counts
+        server.batcher.submit(waiting := Request([17], 2))
         server.batcher.start()
         assert list(iter(lambda: waiting.answer.get(timeout=60), "length"))
         assert post(server, CHAT, {"messages": HI})[0] == 200
@@ -276,12 +278,18 @@ def test_a_failure_of_the_model_is_an_error_of_its_requests_alone(model, monkeyp
         raise RuntimeError("no memory")
 
     with serve(model) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(Batcher, "prefilled", fails)
-            status, found = post(server, CHAT, {"messages": HI})
-        assert status == 500 and found["error"]["type"] == "server_error"
-        assert "no memory" in capfd.readouterr().err
-        assert post(server, CHAT, {"messages": HI})[0] == 200
+        for part in ("prefilled", "step"):
+            with monkeypatch.context() as patch:
+                patch.setattr(Batcher, part, fails)
+                status, found = post(server, CHAT, {"messages": HI})
+            assert status == 500 and found["error"]["type"] == "server_error"
+            assert "no memory" in capfd.readouterr().err
+            assert post(server, CHAT, {"messages": HI})[0] == 200
+        server.batcher.ended = True
+        server.batcher.join()
+        status, found = post(server, CHAT, {"messages": HI})
+        assert status == 500 and "could not be computed" in found["error"]["message"]
+        assert raw(server, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 503")
 
 
 BAD = {
@@ -292,6 +300,10 @@ BAD = {
     "no messages": ({}, 400, "a conversation is a list of messages"),
     "role": ({"messages": [{"role": "x", "content": "y"}]}, 400, "message 1 has role 'x'"),
     "half a character": (b'{"messages":[{"role":"user","content":"\\ud800"}]}', 400, "surrogate"),
+    "half a prompt": (b'{"messages":[],"prompt":"\\ud800"}', 400, "a conversation is a list"),
+    "stream": ({"messages": HI, "stream": "false"}, 400, "stream is not true or false"),
+    "stops": ({"messages": HI, "stop": ["x"] * 17}, 400, "up to 16"),
+    "penalty": ({"messages": HI, "repetition_penalty": 1.5}, 400, "repetition_penalty = 1.5"),
     "many": ({"messages": HI * 1001}, 400, "1001 messages; the limit is 1000"),
     "temperature": ({"messages": HI, "temperature": "hot"}, 400, "temperature = 'hot'"),
     "NaN": (b'{"messages":[{"role":"user","content":"y"}],"top_p":NaN}', 400, "top_p = nan"),
@@ -342,6 +354,8 @@ def test_pretrained_weights_continue_text_and_do_not_chat(model):
         status, found = post(server, CHAT, {"messages": HI})
         assert status == 400 and "use /v1/completions" in found["error"]["message"]
         assert post(server, "/v1/completions", {"prompt": "", "max_tokens": 2})[0] == 200
+        status, found = post(server, "/v1/completions", {"prompt": "\ud800"})
+        assert status == 400 and "prompt is" in found["error"]["message"]
 
 
 def test_a_port_that_is_taken_is_an_error_of_one_sentence(trained):

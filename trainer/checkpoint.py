@@ -202,7 +202,8 @@ def build_model(content, path, dropout=0.0):
         AttributeError,
         RuntimeError,
     ) as error:
-        raise UserError(f"{path} does not say what model it holds: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} does not say what model it holds: {reason}") from None
     weights = {name: weight.float() for name, weight in content["model"].items()}
     try:
         model.load_state_dict(weights, assign=True)

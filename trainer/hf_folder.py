@@ -59,7 +59,12 @@ def read_folder(folder):
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: it is not the folder of a published model")
-    return content_of(read_json(folder / "config.json"), read_weights(folder), folder)
+    try:
+        return content_of(read_json(folder / "config.json"), read_weights(folder), folder)
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{folder}: a JSON file in it has a wrong value: {error!r}") from None
 
 
 def content_of(config, weights, folder):
@@ -118,6 +123,8 @@ def shape_of(config, weights, path):
         if config.get(name, supported) not in (supported, None)
     ]
     wrong += [f"RoPE of type {kind!r}"] if kind not in ("default", "llama3") else []
+    read = {"rope_type", "type", "rope_theta"} | set(SCALING.values() if kind == "llama3" else ())
+    wrong += [f"{name} of RoPE" for name in rope if name not in read and rope[name] is not None]
     if set(config.get("layer_types") or []) - {"full_attention"}:
         wrong.append("layer_types other than full_attention")
     if wrong:
@@ -153,8 +160,9 @@ def with_our_ids(written, eos, folder):
     of the weights becomes what was row order[i], and the names of tokens that did not exist.
     Without an <|endoftext|>, the token eos is renamed.
     """
-    if written.get("model", {}).get("type") != "BPE":
-        raise UserError(f"{folder / 'tokenizer.json'} is not a BPE tokenizer: not supported")
+    byte_level = "ByteLevel" in json.dumps(written.get("pre_tokenizer"))
+    if not byte_level or written["model"]["type"] != "BPE":
+        raise UserError(f"{folder / 'tokenizer.json'} is no byte-level BPE: not supported")
     vocab, added = written["model"]["vocab"], {}
     for token in written.get("added_tokens") or []:
         added[token["content"]] = token
