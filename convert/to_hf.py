@@ -9,7 +9,9 @@ a Qwen3-MoE: the names of the weights are theirs already. Needs the package safe
 
 import argparse
 import json
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -95,6 +97,16 @@ def export_parser(doc, out):
     return parser
 
 
+@contextmanager
+def removed_on_error(folder):
+    """Removes a folder, which was empty before, if the block does not end well."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def parse(argv):
     parser = export_parser(__doc__, "folder to write")
     add = parser.add_argument
@@ -129,33 +141,35 @@ def main(argv=None):
         with replacing(args.out / name) as file:
             file.write(text.encode("utf-8"))
 
-    for name, shard in zip(names, shards, strict=True):
-        with replacing(args.out / name) as file:
-            file.write(save(shard, {"format": "pt"}))
-    if len(shards) > 1:
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        size = sum(tensor.nbytes for tensor in tensors.values())
+    with removed_on_error(args.out):
+        for name, shard in zip(names, shards, strict=True):
+            with replacing(args.out / name) as file:
+                file.write(save(shard, {"format": "pt"}))
+        if len(shards) > 1:
+            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            write(
+                "model.safetensors.index.json",
+                {"metadata": {"total_size": size}, "weight_map": where},
+            )
+        write("tokenizer.json", tokenizer.to_str(pretty=True))
+        write("chat_template.jinja", TEMPLATE.read_text(encoding="utf-8"))
         write(
-            "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where}
+            "tokenizer_config.json",
+            {
+                # Without it, transformers 5 builds the tokenizer of the model's family instead.
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": None,
+                "eos_token": tokenizer.id_to_token(IM_END),
+                "pad_token": tokenizer.id_to_token(END_OF_TEXT),
+                "model_max_length": model.config.max_position_embeddings,
+                "clean_up_tokenization_spaces": False,
+            },
         )
-    write("tokenizer.json", tokenizer.to_str(pretty=True))
-    write("chat_template.jinja", TEMPLATE.read_text(encoding="utf-8"))
-    write(
-        "tokenizer_config.json",
-        {
-            # Without it, transformers 5 builds the tokenizer of the model's family instead.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": None,
-            "eos_token": tokenizer.id_to_token(IM_END),
-            "pad_token": tokenizer.id_to_token(END_OF_TEXT),
-            "model_max_length": model.config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-    stop = [IM_END, END_OF_TEXT]
-    write("generation_config.json", {"eos_token_id": stop, "pad_token_id": END_OF_TEXT})
-    write("README.md", model_card(paths[-1].stem, model, content))
-    write("config.json", config)  # last: a folder without it is not read
+        stop = [IM_END, END_OF_TEXT]
+        write("generation_config.json", {"eos_token_id": stop, "pad_token_id": END_OF_TEXT})
+        write("README.md", model_card(paths[-1].stem, model, content))
+        write("config.json", config)  # last: a folder without it is not read
     print(f"written: {args.out}, {config['architectures'][0]}, {len(names)} file(s) of weights")
 
 

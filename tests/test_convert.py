@@ -1,5 +1,6 @@
 """Folders for Hugging Face, judged by transformers."""
 
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from dataset.chat_template import render
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
-from tests.conftest import chat, run
+from tests.conftest import chat, run, run_here
 from trainer import checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -153,3 +154,23 @@ def test_experts_without_qk_norm_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no published family"):
         exported(tmp_path, {"use_moe": True, "qk_norm": False})
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("file", [2, 5])
+def test_a_disk_that_is_full_half_way_leaves_nothing(tmp_path, monkeypatch, file):
+    sync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == file:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    exported(tmp_path, {})
+    monkeypatch.setattr(os, "fsync", full)
+    done = run_here(
+        "convert/to_hf.py", "--weight", tmp_path / "mine_48.pth", "--out", tmp_path / "new",
+        "--max_shard_gb", 0.0001,
+    )  # fmt: skip
+    assert done.returncode == 2 and "cannot be written: No space" in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -1,6 +1,7 @@
 """GGUF files, judged by llama.cpp (the package xllamacpp)."""
 
 import json
+import os
 import random
 import sys
 import urllib.request
@@ -15,7 +16,7 @@ from dataset.tiny_world import text as tiny_world
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
-from tests.conftest import run
+from tests.conftest import run, run_here
 from trainer import checkpoint
 
 gguf = pytest.importorskip("gguf")
@@ -174,3 +175,18 @@ def test_without_gguf_a_sentence_names_it(tmp_path, trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="needs: pip install gguf"):
         to_gguf.main(["--save_dir", str(trained), "--out", str(tmp_path / "x.gguf")])
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
+    exported(tmp_path, {})
+    (tmp_path / "mine.gguf").unlink()
+    (tmp_path / "Modelfile").unlink()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    file = tmp_path / "mine.gguf"
+    done = run_here("convert/to_gguf.py", "--weight", tmp_path / "mine_64.pth", "--out", file)
+    assert done.returncode == 2 and f"{file} cannot be written: No space" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine_64.pth"]
