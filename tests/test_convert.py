@@ -11,7 +11,7 @@ from dataset.chat_template import render
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
-from tests.conftest import chat, run, run_here
+from tests.conftest import chat, run_here
 from trainer import checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -133,12 +133,12 @@ def test_wrong_flags_are_errors_of_one_sentence(tmp_path, trained):
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    done = run("convert/to_hf.py", "--save_dir", trained, "--out", full)
+    done = run_here("convert/to_hf.py", "--save_dir", trained, "--out", full)
     assert (done.returncode, done.stderr) == (
         2,
         f"error: --out {full} is not empty; give another folder\n",
     )
-    done = run("convert/to_hf.py", "--save_dir", tmp_path, "--out", tmp_path / "x")
+    done = run_here("convert/to_hf.py", "--save_dir", tmp_path, "--out", tmp_path / "x")
     assert done.returncode == 2 and "make it with" in done.stderr
     assert not (tmp_path / "x").exists()
 

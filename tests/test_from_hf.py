@@ -13,7 +13,7 @@ from dataset.chat_template import render
 from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
 from model.generation import complete
 from model.lora import add_lora
-from tests.conftest import chat, run, run_here, write_jsonl
+from tests.conftest import chat, run_here, write_jsonl
 from trainer import checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -162,7 +162,9 @@ def test_a_folder_without_our_tokens_continues_text(tmp_path, capsys):
 def test_eval_llm_and_sft_begin_with_a_folder(tmp_path):
     published(tmp_path / "hf", "qwen2")
     data = write_jsonl(tmp_path / "x.jsonl", [chat("Hi?", f"Hello {i}.") for i in range(20)])
-    done = run("eval_llm.py", "--weight", tmp_path / "hf", "--prompt", "Hi?", "--max_new_tokens", 3)
+    done = run_here(
+        "eval_llm.py", "--weight", tmp_path / "hf", "--prompt", "Hi?", "--max_new_tokens", 3
+    )
     assert done.returncode == 0, done.stderr
     assert "starting from the full_sft weights" in done.stdout
     done = run_here(
@@ -241,7 +243,7 @@ def test_adapters_fit_a_model_with_biases(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     args = ["--lora", "full_sft", "--save_dir", tmp_path, "--prompt", "Hi?", "--max_new_tokens", 2]
-    done = run("eval_llm.py", *args)
+    done = run_here("eval_llm.py", *args)
     assert done.returncode == 0, done.stderr
 
 

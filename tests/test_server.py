@@ -19,7 +19,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from serving import server as serving
 from serving.batching import Batcher, Request
-from tests.conftest import run
+from tests.conftest import run_here
 
 DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
 TOKENIZER = load_tokenizer()
@@ -365,10 +365,10 @@ def test_pretrained_weights_continue_text_and_do_not_chat(model):
 def test_a_port_that_is_taken_is_an_error_of_one_sentence(trained):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("eval_llm.py", "--save_dir", trained, "--serve", port)
+        done = run_here("eval_llm.py", "--save_dir", trained, "--serve", port)
     assert done.returncode == 2
     assert f"--serve {port}, --host 127.0.0.1: Address already in use" in done.stderr
-    done = run("eval_llm.py", "--save_dir", trained, "--serve", 99999)
+    done = run_here("eval_llm.py", "--save_dir", trained, "--serve", 99999)
     assert done.returncode == 2 and "give others" in done.stderr
 
 

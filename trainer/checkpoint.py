@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import UserError, load_tensors, replacing, save_tensors
+from dataset.formats import is_folder
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import add_projections
@@ -57,7 +58,7 @@ def load(path):
     """The dict of a weights or resume file, on the CPU, or of the folder of a published model.
     Raises UserError as `load_tensors` does, and if it is that of another program.
     """
-    if Path(path).is_dir():
+    if Path(path).suffix != ".pth" and is_folder(path):
         return read_folder(Path(path))
     content = load_tensors(path)
     ours = isinstance(content, dict) and content.get("format") == FORMAT
@@ -75,7 +76,7 @@ def find(folder, name, hidden_size=None, use_moe=None):
     if Path(name).suffix == ".pth":
         return Path(name)
     found = matching(folder, name, hidden_size, use_moe)
-    if not found and Path(name).is_dir():
+    if not found and is_folder(name):
         return Path(name)
     if not found:
         wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
