@@ -28,7 +28,6 @@ lint: .venv/ready-dev
 	$(PY) -m ruff format --check .
 
 bench: .venv/ready-dev
-	$(PY) -m pip install --disable-pip-version-check -q -r bench/requirements.txt -c constraints.txt
 	$(PY) bench/speed.py $(if $(DATA),--data $(DATA)) $(if $(TEXT),--text $(TEXT))
 	$(if $(DATA),$(PY) bench/data.py $(DATA))
 

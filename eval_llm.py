@@ -90,12 +90,10 @@ def parse(argv):
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
-    alone = [args.prompt, args.system, args.use_compile, args.seed != 1, args.max_batch < 1]
-    if args.serve is not None and (any(alone) or args.repetition_penalty != 1):
-        raise UserError(
-            "--serve needs a --max_batch above 0, and takes no --prompt, --system, --seed, "
-            "--use_compile or --repetition_penalty"
-        )
+    ignored = "prompt system seed use_compile repetition_penalty".split()
+    ignored = [f"--{name}" for name in ignored if getattr(args, name) != parser.get_default(name)]
+    if args.serve is not None and ignored:
+        raise UserError(f"--serve makes no use of {', '.join(ignored)}; leave that out")
     text = args.system + (args.prompt or "")
     if text != text.encode("utf-8", "replace").decode():
         raise UserError("--prompt and --system: give text in UTF-8")

@@ -1,7 +1,7 @@
 """Training, generation and start, side by side with what people use instead.
 
     python bench/speed.py                         # needs transformers; a few minutes
-    python bench/speed.py --data GSM8K.jsonl      # SFT against trl too, see bench/requirements.txt
+    python bench/speed.py --data GSM8K.jsonl      # SFT against trl too, see requirements-dev.txt
     python bench/speed.py --text shakespeare.txt  # what 20 and 100 seconds of training reach
 
 Both sides of each row run in turn on this machine, several times; the medians count. Leaves
@@ -328,7 +328,7 @@ def main():
         try:
             rooms[name](args.rounds)
         except ImportError as error:
-            print(f"{name}: not measured, {error}; pip install -r bench/requirements.txt")
+            print(f"{name}: not measured, {error}; pip install -r requirements-dev.txt")
         with replacing(ROOT / "out" / "bench.json") as file:
             file.write(json.dumps(ROWS, indent=1).encode())
 

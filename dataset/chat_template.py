@@ -11,7 +11,7 @@ own. Nothing is searched for afterwards, so no text, whatever it imitates, can t
 
 import json
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from common import (
     END_THINK,
@@ -188,23 +188,19 @@ def parse_answer(ids, tokenizer):
     "reasoning_content" where it reasoned first, "tool_calls" where it called tools. Reasoning that
     does not end is all there is; what is not a call stays in the content.
     """
+    decode = partial(tokenizer.decode, skip_special_tokens=False)
     ids, message, calls = list(ids), {}, []
-
-    def decode(part):
-        return tokenizer.decode(part, skip_special_tokens=False)
-
     if ids[:1] == [THINK]:
         end = ids.index(END_THINK) if END_THINK in ids else len(ids)
         message["reasoning_content"] = decode(ids[1:end]).removeprefix("\n").removesuffix("\n")
         ids = ids[end + 1 :]
     begin = ids.index(TOOL_CALL) if TOOL_CALL in ids else len(ids)
-    content, rest = ids[:begin], ids[begin:]
-    while rest and rest[0] == TOOL_CALL and END_TOOL_CALL in rest:
-        end = rest.index(END_TOOL_CALL)
-        call = call_of(decode(rest[1:end]))
+    while ids[begin : begin + 1] == [TOOL_CALL] and END_TOOL_CALL in ids[begin:]:
+        end = ids.index(END_TOOL_CALL, begin)
+        call = call_of(decode(ids[begin + 1 : end]))
         if call is None:
             break
-        calls, rest = [*calls, call], rest[end + 1 :]
-    content = decode(content + rest)
+        calls, ids = [*calls, call], ids[:begin] + ids[end + 1 :]
+    content = decode(ids)
     message["content"] = content.removeprefix("\n\n") if "reasoning_content" in message else content
     return message | ({"tool_calls": calls} if calls else {})

@@ -46,7 +46,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, model, tokenizer, name, chats, host, port, max_batch, defaults):
         self.tokenizer, self.name, self.chats, self.defaults = tokenizer, name, chats, defaults
-        self.config, self.batcher = model.config, Batcher(model, max_batch, MAX_WAITING)
+        self.config, self.batcher = model.config, Batcher(model, max(1, max_batch), MAX_WAITING)
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
@@ -74,14 +74,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path, alive = self.path.partition("?")[0], self.server.batcher.is_alive()
         model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "seedling"}
-        found = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
-        with suppress(OSError):  # the client has gone away
-            if path not in found:
-                self.send_error(404, f"there is no {path}; there is {', '.join(found)}")
-            elif not alive:
-                self.send_error(503, "no answers can be computed; see the server's output")
-            else:
-                self.send(found[path])
+        health = {"status": "ok" if alive else "no answers can be computed; see the output"}
+        found = {"/health": health, "/v1/models": {"object": "list", "data": [model]}}
+        if path in found:
+            self.send(found[path], 200 if alive else 503)
+        else:
+            self.send_error(404, f"there is no {path}; there is {', '.join(found)}")
 
     def do_POST(self):
         self.streaming = False
@@ -91,19 +89,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise ApiError(404, f"there is no {self.path}; there is {', '.join(ROUTES)}")
             self.answer(body, ROUTES[self.path])
         except ApiError as error:
-            self.fail(*error.args)
+            self.send_error(*error.args)
         except OSError:  # the client has gone away
             self.close_connection = True
         except Exception:
             traceback.print_exc()
-            self.fail(500, "a mistake of the server; see its output")
-
-    def fail(self, status, message):
-        with suppress(OSError):
-            if self.streaming:
-                self.send_event(error_of(status, message))
-            else:
-                self.send_error(status, message)
+            self.send_error(500, "a mistake of the server; see its output")
 
     def body(self):
         """The object in the body of a request."""
@@ -192,7 +183,6 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.server.batcher.submit(request)
             if stream:
-                self.start_stream()
                 self.send_event(head | self.choices(chat, "delta", message))
             for new, of_new, reason in self.growth(request, chat, stops, stream or stops):
                 if stream:
@@ -284,53 +274,56 @@ class Handler(BaseHTTPRequestHandler):
         """{"choices"} with the one answer, or a part of it, in the form of the route."""
         found = {"index": 0, "finish_reason": reason, "logprobs": None}
         found |= {key: message} if chat else {"text": message.get("content", "")}
-        if tokens and tokens[0][1] is not None and chat:
-            scores = [
-                self.score(token, value) | {"top_logprobs": [self.score(*pair) for pair in top]}
-                for token, value, top in tokens
-            ]
+        scored = [
+            (self.text([token]), value, [(self.text([t]), v) for t, v in top])
+            for token, value, top in tokens
+            if value is not None
+        ]
+        if scored and chat:
+            scores = [score(*s) | {"top_logprobs": [score(*t) for t in top]} for *s, top in scored]
             found["logprobs"] = {"content": scores}
-        elif tokens and tokens[0][1] is not None:
-            found["logprobs"] = {
-                "tokens": [self.text([token]) for token, *_ in tokens],
-                "token_logprobs": [value for _, value, _ in tokens],
-                "top_logprobs": [{self.text([t]): v for t, v in top} for *_, top in tokens],
-            }
+        elif scored:
+            texts, values, tops = zip(*scored, strict=True)
+            found["logprobs"] = {"tokens": texts, "token_logprobs": values}
+            found["logprobs"]["top_logprobs"] = [dict(top) for top in tops]
         return {"choices": [found]}
-
-    def score(self, token, value):
-        text = self.text([token])
-        half = "\ufffd" in text  # a part of a character
-        return {"token": text, "logprob": value, "bytes": None if half else list(text.encode())}
 
     def send(self, value, status=200):
         data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
-        self.end_headers()
+        connection = "close" if self.close_connection else "keep-alive"
+        self.send_head(status, "application/json", connection, str(len(data)))
         self.wfile.write(data)
 
-    def send_error(self, code, message=None, explain=None):
-        self.close_connection = True  # the rest of a body is no request
-        self.send(error_of(code, message or HTTPStatus(code).phrase), code)
-
-    def start_stream(self):
-        self.streaming = self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
+    def send_head(self, status, kind, connection, length=None):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Connection", connection)
+        if length is not None:
+            self.send_header("Content-Length", length)
         self.end_headers()
 
+    def send_error(self, code, message=None, explain=None):
+        kind = "invalid_request_error" if code < 500 else "server_error"
+        error = {"message": message or HTTPStatus(code).phrase, "type": kind}
+        error = {"error": error | {"param": None, "code": None}}
+        self.close_connection = True  # the rest of a body is no request
+        with suppress(OSError):  # the client has gone away
+            if self.streaming:
+                self.send_event(error)
+            else:
+                self.send(error, code)
+
     def send_event(self, value):
+        if not self.streaming:
+            self.streaming = True
+            self.send_head(200, "text/event-stream", "close")
         text = value if isinstance(value, str) else json.dumps(value)
         self.wfile.write(f"data: {text}\n\n".encode())
 
 
-def error_of(status, message):
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+def score(text, value):
+    half = "\ufffd" in text  # a part of a character
+    return {"token": text, "logprob": value, "bytes": None if half else list(text.encode())}
 
 
 def certain(text, stops):

@@ -370,6 +370,8 @@ def test_a_port_that_is_taken_is_an_error_of_one_sentence(trained):
     assert f"--serve {port}, --host 127.0.0.1: Address already in use" in done.stderr
     done = run_here("eval_llm.py", "--save_dir", trained, "--serve", 99999)
     assert done.returncode == 2 and "give others" in done.stderr
+    done = run_here("eval_llm.py", "--save_dir", trained, "--serve", 0, "--system", "Hi")
+    assert done.returncode == 2 and "--serve makes no use of --system" in done.stderr
 
 
 def test_the_queue_is_bounded():
