@@ -30,8 +30,8 @@ def test_it_answers_every_line_of_a_pipe_and_keeps_the_history(trained, tmp_path
 
 def test_one_prompt_and_exit_from_any_folder(trained, tmp_path):
     flags = ["--save_dir", trained, "--prompt", "Hi", "--temperature", 0, "--max_new_tokens", 8]
-    script = eval_llm.__file__
-    here, there = run(script, *flags), run(script, *flags, cwd=tmp_path)
+    here = run_here("eval_llm.py", *flags)
+    there = run(eval_llm.__file__, *flags, cwd=tmp_path)
     assert here.returncode == 0 and here.stdout == there.stdout
     assert "full_sft_32.pth" in here.stdout
 
