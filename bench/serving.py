@@ -1,6 +1,6 @@
 """The server under load, and beside llama.cpp's own server on the same weights.
 
-    python bench/serving.py                   # some five minutes; needs gguf and xllamacpp
+    python bench/serving.py                   # some ten minutes; needs gguf and xllamacpp
     python bench/serving.py --requests 100
 
 First, 1,000 requests of 16 clients at once, of mixed lengths, a tenth of them cancelled half-way:
