@@ -16,13 +16,14 @@ import pytest
 from bench.fuzz import READERS, damaged, outcome
 from model import causal_lm
 from model import loss as model_loss
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, run, run_here
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_full_sft
 from trainer.signals import RunLock, StopSignal
 
-SCRIPT = ROOT / "trainer/train_full_sft.py"
+NAME = "trainer/train_full_sft.py"
+SCRIPT = ROOT / NAME
 LOCK = "checkpoints/full_sft_32.lock"
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of Unix")
 
@@ -94,7 +95,7 @@ def test_no_checkpoint_that_can_be_read_is_said(data, tmp_path, monkeypatch):
     stopped_at(5, data, tmp_path, monkeypatch)
     for path in (tmp_path / "checkpoints").glob("*.pth"):
         flip_a_bit(path)
-    refused(run(SCRIPT, "--save_dir", tmp_path, "--from_resume", 1), "resume.pth is damaged")
+    refused(run_here(NAME, "--save_dir", tmp_path, "--from_resume", 1), "resume.pth is damaged")
 
 
 def test_a_second_run_under_the_same_name_is_refused_and_a_dead_ones_lock_is_not(data, tmp_path):
@@ -144,8 +145,8 @@ def test_data_that_changed_under_a_stopped_run_is_named(data, tmp_path, monkeypa
     stopped_at(5, tmp_path, tmp_path, monkeypatch)
     path.write_text(original.replace("What is 7", "What was 7"), encoding="utf-8")
     command = ["--save_dir", tmp_path, "--from_resume", 1]
-    refused(run(SCRIPT, *command), "the data is not what it was", "--force_resume 1")
-    done = run(SCRIPT, *command, "--force_resume", 1)
+    refused(run_here(NAME, *command), "the data is not what it was", "--force_resume 1")
+    done = run_here(NAME, *command, "--force_resume", 1)
     assert done.returncode == 0 and "warning: the data is not" in done.stdout
     assert log(tmp_path)[-1]["step"] == 10
 

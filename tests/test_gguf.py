@@ -16,7 +16,7 @@ from dataset.tiny_world import text as tiny_world
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
-from tests.conftest import run, run_here
+from tests.conftest import run_here
 from trainer import checkpoint
 
 gguf = pytest.importorskip("gguf")
@@ -162,7 +162,7 @@ def test_the_modelfile_names_the_file_and_the_stop(tmp_path):
 
 
 def test_wrong_flags_are_errors_of_one_sentence(tmp_path, trained):
-    done = run("convert/to_gguf.py", "--save_dir", trained, "--out", tmp_path / "x.bin")
+    done = run_here("convert/to_gguf.py", "--save_dir", trained, "--out", tmp_path / "x.bin")
     assert done.returncode == 2 and "want a name that ends with .gguf" in done.stderr
     with pytest.raises(ValueError, match=r"needs rows of a multiple of 32, not \[48, "):
         exported(tmp_path, {"hidden_size": 48}, "--type", "q8_0")

@@ -189,10 +189,10 @@ def test_several_processes_and_compiled_layers_give_the_same_adapters(
 def test_chat_with_adapters_and_with_them_merged(lora_run):
     ask = ["--prompt", "What is 3?", "--temperature", 0, "--save_dir", lora_run, "--dtype", "fp32"]
     ask += ["--max_new_tokens", 12]
-    apart = run("eval_llm.py", "--lora", "full_sft", *ask)
+    apart = run_here("eval_llm.py", "--lora", "full_sft", *ask)
     assert apart.returncode == 0, apart.stderr
     merge_lora.main(["--lora", "full_sft", "--save_dir", str(lora_run)])
-    merged = run("eval_llm.py", "--weight", "full_sft_merged", *ask)
+    merged = run_here("eval_llm.py", "--weight", "full_sft_merged", *ask)
     assert merged.returncode == 0, merged.stderr
     assert merged.stdout.splitlines()[-1] == apart.stdout.splitlines()[-1]
 
@@ -230,7 +230,7 @@ def test_an_evaluation_is_of_weights_and_adapters_together(lora_run, gsm8k, tmp_
 
 def test_other_weights_beneath_are_refused(lora_run, trained):
     flags = ["--prompt", "x", "--save_dir", lora_run, "--lora", "full_sft"]
-    done = run("eval_llm.py", *flags, "--weight", trained / "full_sft_32.pth")
+    done = run_here("eval_llm.py", *flags, "--weight", trained / "full_sft_32.pth")
     assert done.returncode == 2 and "trained on other weights" in done.stderr
     path = lora_run / "lora_full_sft_32.pth"
     with pytest.raises(UserError, match="--lora"):

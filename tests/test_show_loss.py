@@ -9,7 +9,7 @@ import torch
 from dataset.lm_dataset import SFTDataset
 from dataset.tokenizer import load_tokenizer
 from recipes import python_text
-from tests.conftest import chat, run, run_here, write_jsonl
+from tests.conftest import chat, run_here, write_jsonl
 from trainer import checkpoint
 
 
@@ -48,7 +48,7 @@ def test_the_table_is_what_the_loss_computes(trained, tmp_path):
 
 
 def test_a_sample_that_is_not_there_is_an_error_of_one_sentence(trained, data):
-    done = run(
+    done = run_here(
         "evaluation/show_loss.py", "--save_dir", trained, "--data_path", data / "sft.jsonl",
         "--record", 41,
     )  # fmt: skip
