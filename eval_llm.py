@@ -90,8 +90,8 @@ def parse(argv):
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
-    ignored = "prompt system seed use_compile repetition_penalty".split()
-    ignored = [f"--{name}" for name in ignored if getattr(args, name) != parser.get_default(name)]
+    others = "prompt system seed use_compile repetition_penalty".split()
+    ignored = [f"--{name}" for name in others if getattr(args, name) != parser.get_default(name)]
     if args.serve is not None and ignored:
         raise UserError(f"--serve makes no use of {', '.join(ignored)}; leave that out")
     text = args.system + (args.prompt or "")

@@ -18,7 +18,7 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 # isort: split
 from common import ROOT, load_tensors
 from trainer import checkpoint
-from trainer.hf_folder import content_of, read_folder
+from trainer.hf_folder import content_of, read_folder, wrong_values
 
 
 def minimind_config(weights, path):
@@ -71,7 +71,8 @@ def main(argv=None):
     if args.source.suffix == ".pth":
         weights = load_tensors(args.source, remedy="get it again")
         config = minimind_config(weights, args.source)
-        content = content_of(config, weights, args.tokenizer_path)
+        with wrong_values(args.tokenizer_path):
+            content = content_of(config, weights, args.tokenizer_path)
     else:
         content = read_folder(args.source)
     model, tokenizer = checkpoint.build_model(content, args.source)

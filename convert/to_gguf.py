@@ -66,12 +66,13 @@ def tensors_of(model):
         if name in OUTSIDE:
             found[OUTSIDE[name]] = tensor
             continue
-        _, _, layer, inner = name.removesuffix(f".{name.rpartition('.')[2]}").split(".", 3)
+        path, _, kind = name.rpartition(".")  # kind: weight or bias
+        _, _, layer, inner = path.split(".", 3)
         if inner.startswith("mlp.experts."):
             part = inner.rsplit(".", 1)[1].removesuffix("_proj")
             experts.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(tensor)
         else:
-            found[f"blk.{layer}.{INSIDE[inner]}.{name.rpartition('.')[2]}"] = tensor
+            found[f"blk.{layer}.{INSIDE[inner]}.{kind}"] = tensor
     return found | {name: torch.stack(parts) for name, parts in experts.items()}
 
 

@@ -38,6 +38,7 @@ class Request:
     cancelled: bool = False  # set by the one who no longer waits for the answer
     finished: bool = False
     new: int = 0  # tokens of the answer so far
+    generator: torch.Generator | None = None  # of the seed
 
     def __post_init__(self):
         self.next = self.ids[-1]  # the token that the next step reads
@@ -142,8 +143,8 @@ class Batcher(threading.Thread):
         """Samples the next token of a request from its logits (1, V), and reports it."""
         if request.new == 0 and request.seed is not None:
             request.generator = torch.Generator(self.device).manual_seed(request.seed)
-        generator = getattr(request, "generator", None)
-        token = sample(logits, request.temperature, request.top_k, request.top_p, generator).item()
+        how = request.temperature, request.top_k, request.top_p, request.generator
+        token = sample(logits, *how).item()
         request.next, request.length, request.new = token, request.length + 1, request.new + 1
         full = request.length + 1 >= self.model.config.max_position_embeddings
         reason = "length" if full or request.new >= request.max_tokens else None

@@ -39,14 +39,16 @@ class ApiError(Exception):
 
 class Server(ThreadingHTTPServer):
     """chats: whether the weights can chat. defaults: of temperature, top_p, top_k, max_new_tokens.
-    Raises UserError if the port is taken.
+    Raises UserError if the port is taken, or for a max_batch below 1.
     """
 
     daemon_threads, request_queue_size = True, 128
 
     def __init__(self, model, tokenizer, name, chats, host, port, max_batch, defaults):
         self.tokenizer, self.name, self.chats, self.defaults = tokenizer, name, chats, defaults
-        self.config, self.batcher = model.config, Batcher(model, max(1, max_batch), MAX_WAITING)
+        if max_batch < 1:
+            raise UserError(f"--max_batch {max_batch}: give a number above 0")
+        self.config, self.batcher = model.config, Batcher(model, max_batch, MAX_WAITING)
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
@@ -92,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(*error.args)
         except OSError:  # the client has gone away
             self.close_connection = True
-        except Exception:
+        except Exception:  # a bug: it is printed, and the client still gets an answer
             traceback.print_exc()
             self.send_error(500, "a mistake of the server; see its output")
 

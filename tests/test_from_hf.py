@@ -219,6 +219,12 @@ def test_the_weights_of_minimind_are_read(tmp_path, moe):
         "--save_dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "tokenizer.json").write_text("[1]", encoding="utf-8")
+    args = ["convert/from_hf.py", file, "--save_weight", "x", "--save_dir", wrong]
+    done_wrong = run_here(*args, "--tokenizer_path", wrong)
+    assert done_wrong.returncode == 2 and f"{wrong}: a JSON file" in done_wrong.stderr
     path = tmp_path / f"minimind_64{'_moe' if moe else ''}.pth"
     model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
     pairs = ids_of(tokenizer, tmp_path)
@@ -256,10 +262,13 @@ def broken(folder, name, change):
 
 MISTAKES = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"12345678x"), "is damaged"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "tokenizer.json: No such file or directory",
+    ),
     "family": (
         lambda f: broken(f, "config.json", lambda c: c.update(model_type="mamba")),
         "model_type 'mamba' is not supported; there is qwen3, qwen3_moe, qwen2, llama",

@@ -372,6 +372,8 @@ def test_a_port_that_is_taken_is_an_error_of_one_sentence(trained):
     assert done.returncode == 2 and "give others" in done.stderr
     done = run_here("eval_llm.py", "--save_dir", trained, "--serve", 0, "--system", "Hi")
     assert done.returncode == 2 and "--serve makes no use of --system" in done.stderr
+    done = run_here("eval_llm.py", "--save_dir", trained, "--serve", 0, "--max_batch", 0)
+    assert done.returncode == 2 and "--max_batch 0: give a number above 0" in done.stderr
 
 
 def test_the_queue_is_bounded():

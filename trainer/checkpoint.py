@@ -70,8 +70,8 @@ def load(path):
 def find(folder, name, hidden_size=None, use_moe=None):
     """The weights file {name}_{hidden_size}[_moe].pth; the newest where that leaves a choice.
 
-    A name that is a path to a file, or to a folder, is taken as it is. Raises UserError if there is
-    none.
+    A name that is a path to a .pth file is taken as it is; where no file has the name, so is one
+    that is a path to a folder. Raises UserError if there is none.
     """
     if Path(name).suffix == ".pth":
         return Path(name)

@@ -7,11 +7,13 @@ that follows works as with weights that were trained here, and a text has the sa
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from common import UserError
+from dataset.formats import read_json
 from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
 from model.causal_lm import ModelConfig
 
@@ -44,7 +46,7 @@ ONLY = {  # fields that change what a model computes, and the one value that is 
     "mlp_only_layers": [],
     "quantization_config": None,
 }
-NO_EFFECT = set(  # fields that change nothing in what we compute
+NO_EFFECT = set(  # fields that change nothing in what we compute, or are checked by themselves
     """architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache
     initializer_range bos_token_id eos_token_id pad_token_id attention_dropout sliding_window
     max_window_layers layer_types pretraining_tp rope_theta rope_scaling rope_parameters
@@ -59,8 +61,15 @@ def read_folder(folder):
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: it is not the folder of a published model")
-    try:
+    with wrong_values(folder):
         return content_of(read_json(folder / "config.json"), read_weights(folder), folder)
+
+
+@contextmanager
+def wrong_values(folder):
+    """Turns what a wrong value in a JSON file of the folder raises into a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -216,19 +225,6 @@ def read_weights(folder):
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged ({error}); download it again") from None
     return {name: weight for name, weight in weights.items() if not name.endswith("inv_freq")}
-
-
-def read_json(path):
-    """The object in a JSON file. Raises UserError if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold an object")
-    return found
 
 
 def template_of(folder):
