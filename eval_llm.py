@@ -3,7 +3,7 @@
 python eval_llm.py                                 # the newest full_sft weights in out/
 python eval_llm.py --weight pretrain               # continues text instead of answering
 python eval_llm.py --prompt "Who are you?"         # one answer, then the end
-python eval_llm.py --serve 8000                    # OpenAI's API on this machine
+python eval_llm.py --serve 8000                    # a page that shows the model, and OpenAI's API
 printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
 """
 
@@ -37,13 +37,11 @@ SAMPLING = {  # name: (type, default, minimum, maximum, meaning)
 
 def main(argv=None):
     args = parse(argv)
-    chat = Chat(args)
-    if args.serve is not None:
-        from serving.server import Server
+    if args.serve is not None or args.export:
+        from serving.start import start
 
-        settings = args.host, args.serve, args.max_batch, chat.settings
-        Server(chat.model, chat.tokenizer, chat.name, not chat.continues, *settings).run()
-        return
+        return start(args, {name: in_range(name, getattr(args, name)) for name in SAMPLING})
+    chat = Chat(args)
     if args.prompt is not None:
         chat.answer(args.prompt)
         return
@@ -75,7 +73,8 @@ def parse(argv):
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
+    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft; "
+        "of --serve and --export: several, as in full_sft,pretrain,none (random)")  # fmt: skip
     add("--lora", metavar="NAME", help="adapters to merge into the weights: lora_NAME_512.pth")
     add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     add("--hidden_size", type=int, help="needed only where several sizes have the name")
@@ -84,9 +83,10 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
     add("--use_compile", type=int, choices=[0, 1], default=0, help="1: needs a C++ compiler")
-    add("--serve", type=int, metavar="PORT", help="answer requests to OpenAI's API at this port")
+    add("--serve", type=int, metavar="PORT", help="serve a page and OpenAI's API at this port")
     add("--host", default="127.0.0.1", help="of --serve; 0.0.0.0: for other machines, too")
     add("--max_batch", type=int, default=16, help="of --serve: answers computed at once")
+    add("--export", type=Path, metavar="FILE.html", help="write the page of --serve, for --prompt")
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
@@ -94,6 +94,8 @@ def parse(argv):
     ignored = [f"--{name}" for name in others if getattr(args, name) != parser.get_default(name)]
     if args.serve is not None and ignored:
         raise UserError(f"--serve makes no use of {', '.join(ignored)}; leave that out")
+    if args.export and (args.prompt is None or args.system or args.serve is not None):
+        raise UserError("--export: give --prompt, and neither --serve nor --system")
     text = args.system + (args.prompt or "")
     if text != text.encode("utf-8", "replace").decode():
         raise UserError("--prompt and --system: give text in UTF-8")
@@ -118,8 +120,7 @@ class Chat:
         from model.generation import generate
         from trainer.trainer_utils import open_trained
 
-        self.model, self.tokenizer, content, paths = open_trained(args)
-        self.name = paths[-1].name.removesuffix(".pth")
+        self.model, self.tokenizer, content, _ = open_trained(args)
         self.trained_length = content["training"].get("max_seq_len", 10**9)
         self.generate = partial(generate, self.model, use_compile=bool(args.use_compile))
         self.continues = content["stage"] == "pretrain" and not args.lora

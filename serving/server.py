@@ -12,18 +12,19 @@ import math
 import queue
 import socket
 import time
-import traceback
 import uuid
 from contextlib import suppress
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
-from common import END_OF_TEXT, END_THINK, THINK, TOOL_CALL, UserError
+from common import END_OF_TEXT, END_THINK, ROOT, STOP, THINK, TOOL_CALL, UserError
 from dataset import formats
 from dataset.chat_template import parse_answer, render, text_of
+from serving import views
 from serving.batching import Batcher, Request
+from serving.handler import ApiError, JsonHandler
+from serving.page import page
 
-MAX_BODY, MAX_MESSAGES, MAX_WAITING = 1 << 20, 1000, 64  # bytes, of a chat, requests
+MAX_MESSAGES, MAX_WAITING = 1000, 64  # of a chat; requests
 ROUTES = {"/v1/chat/completions": True, "/v1/completions": False}  # is it a chat?
 ONLY = {  # options that change an answer, and the one value that is supported
     **{"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
@@ -33,22 +34,22 @@ ONLY = {  # options that change an answer, and the one value that is supported
 }
 
 
-class ApiError(Exception):
-    """ApiError(status of HTTP, sentence): a request that cannot be answered."""
-
-
 class Server(ThreadingHTTPServer):
-    """chats: whether the weights can chat. defaults: of temperature, top_p, top_k, max_new_tokens.
+    """models: {name: Served}, the first one for requests that name none of them. defaults: of
+    temperature, top_p, top_k, max_new_tokens. logs: the folder of the logs of training.
     Raises UserError if the port is taken, or for a max_batch below 1.
     """
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, model, tokenizer, name, chats, host, port, max_batch, defaults):
-        self.tokenizer, self.name, self.chats, self.defaults = tokenizer, name, chats, defaults
+    def __init__(self, models, host, port, max_batch, defaults, logs):
         if max_batch < 1:
             raise UserError(f"--max_batch {max_batch}: give a number above 0")
-        self.config, self.batcher = model.config, Batcher(model, max_batch, MAX_WAITING)
+        self.models, self.defaults, self.logs = models, defaults, logs
+        self.batchers = {
+            name: Batcher(served.model, max_batch, MAX_WAITING) for name, served in models.items()
+        }
+        self.host_names = {"localhost", host.lower(), socket.gethostname().lower()}
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
@@ -57,65 +58,51 @@ class Server(ThreadingHTTPServer):
 
     def run(self):
         """Answers requests until Ctrl-C."""
-        self.batcher.start()
+        for batcher in self.batchers.values():
+            batcher.start()
         address = f"http://{self.server_address[0]}:{self.server_port}"
-        print(f"{address}/v1 answers requests; Ctrl-C ends it", flush=True)
+        print(f"{address} shows the model in a browser; {address}/v1 answers requests of programs")
+        print("Ctrl-C ends it", flush=True)
         try:
             self.serve_forever()
         finally:
-            self.batcher.ended = True
-            self.batcher.join()
+            for batcher in self.batchers.values():
+                batcher.ended = True
+                batcher.join()
             self.server_close()
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
-    disable_nagle_algorithm = True  # head and body of an answer are two writes: 40 ms apart else
-    streaming = False  # whether an answer has begun
-
-    def do_GET(self):
-        path, alive = self.path.partition("?")[0], self.server.batcher.is_alive()
-        model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "seedling"}
+class Handler(JsonHandler):
+    def get(self, path):
+        alive = all(batcher.is_alive() for batcher in self.server.batchers.values())
+        about = {"object": "model", "created": 0, "owned_by": "seedling"}
+        models = [{"id": name} | about for name in self.server.models]
         health = {"status": "ok" if alive else "no answers can be computed; see the output"}
-        found = {"/health": health, "/v1/models": {"object": "list", "data": [model]}}
-        if path in found:
-            self.send(found[path], 200 if alive else 503)
+        if path == "/health":
+            self.send(health, 200 if alive else 503)
+        elif path == "/v1/models":
+            self.send({"object": "list", "data": models})
+        elif path == "/":
+            self.send_data(page(self.server.models, docs="docs"), "text/html; charset=utf-8")
+        elif path in {f"/docs/{chapter.name}" for chapter in (ROOT / "docs").glob("*.md")}:
+            self.send_data((ROOT / path[1:]).read_bytes(), "text/plain; charset=utf-8")
         else:
-            self.send_error(404, f"there is no {path}; there is {', '.join(found)}")
+            raise ApiError(404, f"there is no {path}; there is /, /health, /v1/models")
 
-    def do_POST(self):
-        self.streaming = False
-        try:
-            body = self.body()
-            if self.path not in ROUTES:
-                raise ApiError(404, f"there is no {self.path}; there is {', '.join(ROUTES)}")
-            self.answer(body, ROUTES[self.path])
-        except ApiError as error:
-            self.send_error(*error.args)
-        except OSError:  # the client has gone away
-            self.close_connection = True
-        except Exception:  # a bug: it is printed, and the client still gets an answer
-            traceback.print_exc()
-            self.send_error(500, "a mistake of the server; see its output")
-
-    def body(self):
-        """The object in the body of a request."""
-        try:
-            length = int(self.headers["Content-Length"])
-        except (TypeError, ValueError):
-            raise ApiError(411, "the request needs a header Content-Length") from None
-        try:
-            text = self.rfile.read(max(0, min(length, 16 * MAX_BODY)))
-            if not 0 <= length <= MAX_BODY:
-                raise ApiError(413, f"the body has {length} bytes; the limit is {MAX_BODY}")
-            body = json.loads(text)
-        except TimeoutError:
-            raise ApiError(408, f"the body has fewer bytes than {length}") from None
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body is not a JSON object")
-        return body
+    def post(self, path, body):
+        view, models = path.removeprefix("/views/"), self.server.models
+        if view in views.VIEWS:
+            try:
+                self.send(views.answer(models, self.server.logs, view, body))
+            except ValueError as error:
+                raise ApiError(400, str(error)) from None
+        elif path in ROUTES:
+            name = body.get("model")
+            name = name if isinstance(name, str) and name in models else next(iter(models))
+            self.served, self.batcher = models[name], self.server.batchers[name]
+            self.answer(body, ROUTES[path])
+        else:
+            raise ApiError(404, f"there is no {path}; there is {', '.join(ROUTES)}")
 
     def request_of(self, body, chat):
         """(Request, stop strings) of a body."""
@@ -133,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
             ids = self.chat_ids(body) if chat else self.prompt_ids(body.get("prompt"))
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        context = self.server.config.max_position_embeddings
+        context = self.served.model.config.max_position_embeddings
         if len(ids) >= context:
             raise ApiError(400, f"the prompt has {len(ids)} tokens; the context is {context}")
         longest = "max_completion_tokens"
@@ -152,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat_ids(self, body):
         """The ids of a chat. Raises ValueError."""
-        if not self.server.chats:
+        if not self.served.chats:
             raise ValueError("these weights were only pretrained; use /v1/completions")
         messages, tools = body.get("messages"), body.get("tools")
         if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
@@ -162,15 +149,15 @@ class Handler(BaseHTTPRequestHandler):
         tools = None if body.get("tool_choice") == "none" else tools
         if isinstance(messages, list):
             messages = [formats.message(turn, number) for number, turn in enumerate(messages, 1)]
-        return render(messages, tools, True, self.server.tokenizer)[0]
+        return render(messages, tools, True, self.served.tokenizer)[0]
 
     def prompt_ids(self, prompt):
         """The ids of a text to continue. Raises ValueError."""
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
             prompt = prompt[0]
-        known = range(self.server.config.vocab_size)
+        known = range(self.served.model.config.vocab_size)
         if isinstance(prompt, str):
-            prompt = self.server.tokenizer.encode(text_of(prompt, "prompt is")).ids
+            prompt = self.served.tokenizer.encode(text_of(prompt, "prompt is")).ids
         elif not isinstance(prompt, list) or not all(type(i) is int and i in known for i in prompt):
             raise ValueError("prompt is not one text, or one list of token ids")
         return prompt or [END_OF_TEXT]
@@ -179,16 +166,25 @@ class Handler(BaseHTTPRequestHandler):
         """Writes the answer to a request: at once, or as it grows where the body says stream."""
         request, stops = self.request_of(body, chat)
         stream, kind = bool(body.get("stream")), "chat.completion" if chat else "text_completion"
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": self.server.name}
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": self.served.name}
         head |= {"object": kind + ".chunk" * (chat and stream), "created": int(time.time())}
         message, tokens = {"role": "assistant", "content": ""}, []
+
+        def part(key, message, tokens=(), reason=None):
+            found = self.choices(chat, key, message, tokens, reason)
+            if body.get("return_token_ids"):  # an option of vLLM, with the stop token as there
+                ids = [token for token, *_ in tokens]
+                ids += [request.next] if reason and request.next in STOP else []
+                found["choices"][0]["token_ids"] = ids
+            return head | found
+
         try:
-            self.server.batcher.submit(request)
+            self.batcher.submit(request)
             if stream:
-                self.send_event(head | self.choices(chat, "delta", message))
+                self.send_event(part("delta", message))
             for new, of_new, reason in self.growth(request, chat, stops, stream or stops):
                 if stream:
-                    self.send_event(head | self.choices(chat, "delta", new, of_new, reason))
+                    self.send_event(part("delta", new, of_new, reason))
                 for name, value in new.items():
                     message[name] = message[name] + value if name in message else value
                 tokens += of_new
@@ -199,8 +195,7 @@ class Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": len(request.ids), "completion_tokens": len(tokens)}
         usage["total_tokens"] = sum(usage.values())
         if not stream:
-            whole = self.choices(chat, "message", message, tokens, reason)
-            return self.send(head | whole | {"usage": usage})
+            return self.send(part("message", message, tokens, reason) | {"usage": usage})
         if body.get("stream_options") == {"include_usage": True}:
             self.send_event(head | {"choices": [], "usage": usage})
         self.send_event("[DONE]")
@@ -251,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
             item = None
             with suppress(queue.Empty):
                 item = request.answer.get(timeout=0.5)
-            if item == "error" or (item is None and not self.server.batcher.is_alive()):
+            if item == "error" or (item is None and not self.batcher.is_alive()):
                 raise ApiError(500, "the answer could not be computed; see the server's output")
             if item is not None:
                 return item
@@ -260,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
         """The fields of an answer with these ids."""
         if not chat:
             return {"content": self.text(ids)}
-        message = parse_answer(ids, self.server.tokenizer)
+        message = parse_answer(ids, self.served.tokenizer)
         if "reasoning_content" in message and message["content"] == "\n":
             message["content"] = ""  # half of the empty line between reasoning and content
         for number, call in enumerate(message.get("tool_calls", [])):
@@ -270,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         return message
 
     def text(self, ids):
-        return self.server.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.served.tokenizer.decode(ids, skip_special_tokens=False)
 
     def choices(self, chat, key, message, tokens=(), reason=None):
         """{"choices"} with the one answer, or a part of it, in the form of the route."""
@@ -289,38 +284,6 @@ class Handler(BaseHTTPRequestHandler):
             found["logprobs"] = {"tokens": texts, "token_logprobs": values}
             found["logprobs"]["top_logprobs"] = [dict(top) for top in tops]
         return {"choices": [found]}
-
-    def send(self, value, status=200):
-        data = json.dumps(value).encode()
-        connection = "close" if self.close_connection else "keep-alive"
-        self.send_head(status, "application/json", connection, str(len(data)))
-        self.wfile.write(data)
-
-    def send_head(self, status, kind, connection, length=None):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Connection", connection)
-        if length is not None:
-            self.send_header("Content-Length", length)
-        self.end_headers()
-
-    def send_error(self, code, message=None, explain=None):
-        kind = "invalid_request_error" if code < 500 else "server_error"
-        error = {"message": message or HTTPStatus(code).phrase, "type": kind}
-        error = {"error": error | {"param": None, "code": None}}
-        self.close_connection = True  # the rest of a body is no request
-        with suppress(OSError):  # the client has gone away
-            if self.streaming:
-                self.send_event(error)
-            else:
-                self.send(error, code)
-
-    def send_event(self, value):
-        if not self.streaming:
-            self.streaming = True
-            self.send_head(200, "text/event-stream", "close")
-        text = value if isinstance(value, str) else json.dumps(value)
-        self.wfile.write(f"data: {text}\n\n".encode())
 
 
 def score(text, value):

@@ -1,0 +1,81 @@
+"""What a model computes on its way to the next token: the attention weights of every head, and the
+token that each layer would predict. The page of `eval_llm.py --serve` shows it.
+
+The layers are written out with `plain_attention`, because the fast versions never hold the weights.
+
+Shapes: T tokens, n the last of them that are kept, L layers, H heads, K key/value heads, d head
+size, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from model.attention import plain_attention, visible
+from model.causal_lm import rotary_table, rotate
+
+GUESSES = 5  # the most probable tokens that are kept of each layer
+
+
+@dataclass
+class Trace:
+    """What `trace` returns, on the CPU, in fp32."""
+
+    logits: torch.Tensor  # (n, V), of the token after each one
+    attention: torch.Tensor  # (L, H, n, n), the share of key j in what query i reads
+    guesses: torch.Tensor  # (L + 1, n, 5) ids, after the embedding and after each layer
+    probabilities: torch.Tensor  # (L + 1, n, 5), those of the guesses
+
+
+@torch.inference_mode()
+def trace(model, ids, last=256, document_ids=None):
+    """A Trace of the last n = min(T, last) of T ids, a list; the model reads all of them.
+
+    document_ids, T integers, makes several samples of the ids, which do not see each other: as in a
+    packed row, the positions of each begin at 0.
+    """
+    decoder, device, T = model.model, model.lm_head.weight.device, len(ids)
+    documents = torch.tensor([document_ids or [0] * T], device=device)  # (1, T)
+    mask = visible(0, T, documents, device)  # (1, 1, T, T)
+    positions = mask.sum(dim=-1)[0] - 1  # (1, T): how many earlier tokens a token sees
+    rotary = rotary_table(positions, model.config)
+    x = decoder.embed_tokens(torch.tensor([ids], device=device))  # (1, T, D)
+    attention, guesses = [], [most_probable(model, x[:, -last:])]
+    for layer in decoder.layers:
+        attended, weights = attend(layer.self_attn, layer.input_layernorm(x), rotary, mask)
+        x = x + attended
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        attention.append(weights[:, -last:, -last:].cpu())  # (H, T, T) -> (H, n, n)
+        guesses.append(most_probable(model, x[:, -last:]))
+    logits = model.lm_head(decoder.norm(x[:, -last:]))[0].float().cpu()
+    probabilities, tokens = zip(*guesses, strict=True)
+    return Trace(logits, torch.stack(attention), torch.stack(tokens), torch.stack(probabilities))
+
+
+def attend(attention, x, rotary, mask):
+    """The output of an attention layer, (1, T, D), and its weights, (H, T, T), of x (1, T, D)."""
+    B, T, d = *x.shape[:2], attention.config.head_dim
+    q, k, v = (
+        project(x).view(B, T, -1, d)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )  # (1, T, D) -> (1, T, H, d), and (1, T, K, d) twice
+    if attention.config.qk_norm:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = rotate(q, *rotary), rotate(k, *rotary)
+    q, k, v = (t.transpose(1, 2).float() for t in (q, k, v))  # (1, T, H, d) -> (1, H, T, d)
+    # Token j has the value e_j, 1 at place j and 0 elsewhere: what a query reads is then the list
+    # of its own weights.
+    one_hot = torch.eye(T, device=q.device).expand(B, k.shape[1], T, T)
+    weights = plain_attention(q, k, one_hot, mask)  # (1, H, T, T)
+    G = q.shape[1] // k.shape[1]
+    read = weights @ v.repeat_interleave(G, dim=1)  # (1, H, T, T) @ (1, H, T, d) -> (1, H, T, d)
+    read = read.transpose(1, 2).reshape(B, T, -1).type_as(x)  # -> (1, T, H * d)
+    return attention.o_proj(read), weights[0]
+
+
+def most_probable(model, x):
+    """(probabilities, ids), (n, 5) each, of the most probable next tokens if x, (1, n, D), were the
+    output of the last layer (the "logit lens" of nostalgebraist, 2020).
+    """
+    logits = model.lm_head(model.model.norm(x))[0].float()  # (n, V)
+    return [t.cpu() for t in logits.softmax(dim=-1).topk(min(GUESSES, logits.shape[-1]))]

@@ -1,0 +1,114 @@
+"""The plain parts of HTTP: a request's body is read as JSON, answers and errors are written as JSON,
+and pages of other sites get nothing.
+"""
+
+import ipaddress
+import json
+import traceback
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+
+MAX_BODY = 1 << 20  # bytes
+
+
+class ApiError(Exception):
+    """ApiError(status of HTTP, sentence): a request that cannot be answered."""
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    """A subclass has `get(path)` and `post(path, body)`, which may raise ApiError."""
+
+    protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
+    disable_nagle_algorithm = True  # head and body of an answer are two writes: 40 ms apart else
+    streaming = False  # whether an answer has begun
+
+    def do_GET(self):
+        self.respond(lambda: self.get(self.path.partition("?")[0]))
+
+    def do_POST(self):
+        self.respond(lambda: self.post(self.path, self.body()))
+
+    def respond(self, answer):
+        self.streaming = False
+        try:
+            self.require_same_site()
+            answer()
+        except ApiError as error:
+            self.send_error(*error.args)
+        except OSError:  # the client has gone away
+            self.close_connection = True
+        except Exception:  # a bug: it is printed, and the client still gets an answer
+            traceback.print_exc()
+            self.send_error(500, "a mistake of the server; see its output")
+
+    def require_same_site(self):
+        """Raises ApiError for a request that a page of another site sends from the user's browser.
+        Such a page can also give its own name our address; an address in its place is not a name.
+        """
+        host = self.headers.get("Host", self.server.server_address[0])
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            if name.lower() not in self.server.host_names:
+                raise ApiError(403, f"Host {name:.100} is not of this server; see --host") from None
+        origin = self.headers.get("Origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ApiError(403, f"a page of {origin:.100} may not use this server")
+
+    def body(self):
+        """The object in the body of a request."""
+        try:
+            length = int(self.headers["Content-Length"])
+        except (TypeError, ValueError):
+            raise ApiError(411, "the request needs a header Content-Length") from None
+        try:
+            text = self.rfile.read(max(0, min(length, 16 * MAX_BODY)))
+            if not 0 <= length <= MAX_BODY:
+                raise ApiError(413, f"the body has {length} bytes; the limit is {MAX_BODY}")
+            body = json.loads(text)
+        except TimeoutError:
+            raise ApiError(408, f"the body has fewer bytes than {length}") from None
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise ApiError(400, "the body is not a JSON object")
+        return body
+
+    def send(self, value, status=200):
+        self.send_data(json.dumps(value).encode(), "application/json", status)
+
+    def send_data(self, data, kind, status=200):
+        connection = "close" if self.close_connection else "keep-alive"
+        self.send_head(status, kind, connection, str(len(data)))
+        self.wfile.write(data)
+
+    def send_head(self, status, kind, connection, length=None):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "DENY")
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", connection)
+        if length is not None:
+            self.send_header("Content-Length", length)
+        self.end_headers()
+
+    def send_error(self, code, message=None, explain=None):
+        kind = "invalid_request_error" if code < 500 else "server_error"
+        error = {"message": message or HTTPStatus(code).phrase, "type": kind}
+        error = {"error": error | {"param": None, "code": None}}
+        self.close_connection = True  # the rest of a body is no request
+        with suppress(OSError):  # the client has gone away
+            if self.streaming:
+                self.send_event(error)
+            else:
+                self.send(error, code)
+
+    def send_event(self, value):
+        if not self.streaming:
+            self.streaming = True
+            self.send_head(200, "text/event-stream", "close")
+        text = value if isinstance(value, str) else json.dumps(value)
+        self.wfile.write(f"data: {text}\n\n".encode())

@@ -1,0 +1,51 @@
+"""What `eval_llm.py --serve` and `--export` do: they open the weights, then answer requests, or
+write a page that needs no server.
+"""
+
+import copy
+
+import torch
+
+from common import UserError
+from model.causal_lm import CausalLM
+from serving.page import export
+from serving.server import Server
+from serving.views import Served
+from trainer.trainer_utils import open_trained
+
+
+def start(args, settings):
+    """Does what the flags of eval_llm.py say; settings are those of the sampling."""
+    models, logs = opened(args), args.save_dir / "logs"
+    if args.export is None:
+        Server(models, args.host, args.serve, args.max_batch, settings, logs).run()
+        return
+    try:
+        export(models, args.export, args.prompt, settings, logs)
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+
+
+def opened(args):
+    """{name: Served} of the weights that --weight names, with commas between them; "none" are
+    random weights of the first one's shape. Raises UserError if they have different tokenizers.
+    """
+    names, found = args.from_weight.split(",") if args.from_weight else [None], {}
+    if args.lora and len(names) > 1:
+        raise UserError("--lora: give it with one --weight, or leave it out")
+    for name in names:
+        if name == "none" and found:
+            first = next(iter(found.values()))
+            torch.manual_seed(1)
+            model, weight = CausalLM(first.model.config), first.model.lm_head.weight
+            tokenizer, chats, length = first.tokenizer, first.chats, first.trained_length
+            model = model.to(weight.device, weight.dtype)
+        else:
+            args.from_weight = name
+            model, tokenizer, content, paths = open_trained(copy.copy(args))
+            chats = content["stage"] != "pretrain" or args.lora is not None
+            name, length = paths[-1].stem, content["training"].get("max_seq_len", 10**9)
+        found[name] = Served(name, model.eval(), tokenizer, chats, length)
+    if len({served.tokenizer.to_str() for served in found.values()}) > 1:
+        raise UserError(f"--weight {','.join(names)}: they have different tokenizers; give one")
+    return found

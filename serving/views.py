@@ -1,0 +1,287 @@
+"""What page.html shows: each function of VIEWS computes the values of one view, as JSON can hold
+them. Long lists of numbers travel as bytes in base64.
+
+Shapes: T tokens, n the last of them that are shown, L layers, H heads, V vocabulary.
+"""
+
+import base64
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from common import END_OF_TEXT, IM_END
+from dataset import formats
+from dataset.chat_template import render, text_of
+from model.trace import trace
+
+LAST = 256  # tokens that a view shows
+MOST_WEIGHTS = 1 << 23  # attention weights that a view shows: of a large model, fewer tokens
+ALTERNATIVES = 10
+EXACT = 256  # logits that are sent as they are; the others in groups
+POINTS = 500  # of a curve
+
+
+@dataclass
+class Served:
+    """Weights to look at. chats: whether they were trained on conversations. trained_length: of
+    the longest row in their training.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    chats: bool
+    trained_length: int
+
+
+def packed(numbers, kind):
+    """An array or tensor as base64 of its bytes, of a numpy type."""
+    array = np.ascontiguousarray(numbers, dtype=kind)
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def texts(served, ids):
+    return [served.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+
+
+def require_ids(served, ids):
+    """Raises ValueError unless ids are tokens that fit the model."""
+    vocabulary, context = range(served.model.config.vocab_size), room(served)
+    if not isinstance(ids, list) or not all(type(i) is int and i in vocabulary for i in ids):
+        raise ValueError("ids is not a list of token ids")
+    if not 0 < len(ids) <= context:
+        raise ValueError(f"{len(ids)} tokens; the model reads from 1 to {context}")
+
+
+def room(served):
+    return served.model.config.max_position_embeddings
+
+
+def turn(served, ids, text):
+    """A conversation, as ids, with a user's new text and the header of the answer; with weights
+    that do not chat, the text alone.
+    """
+    text_of(text, "text is")
+    before = [*ids] if isinstance(ids, list) else []
+    encode = served.tokenizer.encode
+    if served.chats:
+        if before:
+            before += [*([IM_END] if before[-1] != IM_END else []), *encode("\n").ids]
+        message = [{"role": "user", "content": text}]
+        new = render(message, add_generation_prompt=True, tokenizer=served.tokenizer)[0]
+    else:
+        new = encode(text).ids or [END_OF_TEXT]
+    ids, notice = before + new, ""
+    require_ids(served, ids)
+    if len(ids) > served.trained_length:
+        notice = f"The conversation has {len(ids)} tokens, training had {served.trained_length} at "
+        notice += "most: answers get worse. Begin a new one."
+    return {"ids": ids, "texts": texts(served, ids), "notice": notice}
+
+
+def tokens(served, ids):
+    """For each of the last n tokens: what the model expected in its place. Prediction k is made
+    after token first + k; the last one is of the token after the text.
+    """
+    require_ids(served, ids)
+    found = trace(served.model, ids, LAST)
+    logprobs = found.logits.log_softmax(dim=-1)  # (n, V)
+    first = len(ids) - len(logprobs)
+    after = torch.tensor(ids[first + 1 :])
+    surprise = -logprobs[: len(after)].gather(1, after[:, None])[:, 0]  # (n - 1,)
+    top = logprobs.topk(min(ALTERNATIVES, logprobs.shape[1])).indices  # (n, 10)
+    values, sizes = in_groups(found.logits)
+    named = sorted(set(top.flatten().tolist()))
+    return {
+        **{"ids": ids, "texts": texts(served, ids), "first": first, "notice": shown(first, ids)},
+        **{"surprise": packed(surprise, "f4"), "top": top.tolist()},
+        **{"names": dict(zip(named, texts(served, named), strict=True))},
+        **{"logits": packed(values, "f4"), "sizes": sizes},
+    }
+
+
+def shown(first, ids):
+    """The notice that the first tokens are not shown; "" if all are."""
+    return f"The last {len(ids) - first} of {len(ids)} tokens are shown." if first else ""
+
+
+def in_groups(logits):
+    """The logits (n, V) in falling order, (n, m), and how many each of the m stands for. The first
+    are single; later ones are the logarithm of the mean exponential of neighbours in that order,
+    3 % of the rank at a time. The sum of exponentials is exact, and at other temperatures close.
+    """
+    V = logits.shape[1]
+    ordered = logits.sort(dim=-1, descending=True).values
+    sizes = [1] * min(EXACT, V)
+    while (rank := sum(sizes)) < V:
+        sizes.append(min(V - rank, rank // 32))
+    groups = ordered.split(sizes, dim=-1)[EXACT:]
+    means = [group.logsumexp(dim=-1) - math.log(group.shape[1]) for group in groups]
+    values = [ordered[:, :EXACT], *(mean[:, None] for mean in means)]
+    return torch.cat(values, dim=-1), sizes
+
+
+def attention(served, ids, second=None):
+    """The attention weights of every head, (L, H, n, n), as 16-bit fractions. second: the text of a
+    user, packed behind the ids as another sample of the same row.
+    """
+    require_ids(served, ids)
+    documents = [0] * len(ids)
+    if second is not None:
+        more = turn(served, [], second)["ids"]
+        ids, documents = ids + more, documents + [1] * len(more)
+        require_ids(served, ids)
+    heads = served.model.config.num_hidden_layers * served.model.config.num_attention_heads
+    last = max(2, min(LAST, math.isqrt(MOST_WEIGHTS // heads)))
+    weights = trace(served.model, ids, last, documents).attention
+    L, H, n, _ = weights.shape
+    first = len(ids) - n
+    notice = shown(first, ids)
+    notice += " What they read of earlier tokens is left out." if first else ""
+    return {
+        **{"ids": ids[first:], "texts": texts(served, ids[first:]), "first": first},
+        **{"notice": notice, "documents": documents[first:], "layers": L, "heads": H},
+        "weights": packed((weights * 65535).round(), "u2"),
+    }
+
+
+def layers(served, ids):
+    """The tokens that the model would predict after the embedding and after each layer."""
+    require_ids(served, ids)
+    found = trace(served.model, ids, LAST)
+    guesses, first = found.guesses, len(ids) - found.guesses.shape[1]
+    named = sorted({*guesses.flatten().tolist()})
+    return {
+        **{"ids": ids[first:], "texts": texts(served, ids[first:]), "first": first},
+        **{"notice": shown(first, ids), "guesses": guesses.tolist()},
+        **{"names": dict(zip(named, texts(served, named), strict=True))},
+        "probabilities": packed(found.probabilities, "f4"),
+    }
+
+
+@torch.inference_mode()
+def compare(models, text):
+    """The loss of each token of a conversation, or of a text, with each of the weights."""
+    served = next(iter(models.values()))
+    ids, mask = sample_of(served, text)
+    notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
+    ids, mask = ids[: min(LAST, room(served))], mask[: min(LAST, room(served))]
+    if len(ids) < 2:
+        raise ValueError("the text has fewer than two tokens: there is nothing to predict")
+    losses = {}
+    for name, each in models.items():
+        device = each.model.lm_head.weight.device
+        logits = each.model(torch.tensor([ids], device=device))[0, :-1].float().cpu()  # (T - 1, V)
+        after = torch.tensor(ids[1:])
+        losses[name] = packed(-logits.log_softmax(dim=-1).gather(1, after[:, None])[:, 0], "f4")
+    found = {"ids": ids, "texts": texts(served, ids), "mask": mask, "notice": notice}
+    return found | {"losses": losses}
+
+
+def sample_of(served, text):
+    """(ids, loss mask) of JSON, a conversation in any usual format, or else of plain text."""
+    text_of(text, "text is")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = text
+    record = {"messages": record} if isinstance(record, list) else record
+    if not isinstance(record, dict) or "text" in record:
+        text = record.get("text") if isinstance(record, dict) else text
+        ids = served.tokenizer.encode(text_of(text, "text is")).ids + [END_OF_TEXT]
+        return ids, [1] * len(ids)
+    messages, tools = formats.to_conversation(record, formats.format_of(record), Counter())
+    return render(messages, tools, tokenizer=served.tokenizer)
+
+
+def tokenizer(served, text):
+    """A text as tokens."""
+    ids = served.tokenizer.encode(text_of(text, "text is")).ids[:LAST]
+    return {"ids": ids, "texts": texts(served, ids)}
+
+
+def token(served, id):
+    """How the tokenizer makes a token of single bytes, and its neighbours in the embedding: the
+    tokens whose vectors point in the most similar direction.
+    """
+    require_ids(served, [id])
+    steps = [[served.tokenizer.decoder.decode([piece]) for piece in step]
+             for step in merges(served.tokenizer, served.tokenizer.id_to_token(id) or "")]  # fmt: skip
+    vectors = served.model.model.embed_tokens.weight.detach().float()  # (V, D)
+    similar = torch.cosine_similarity(vectors, vectors[id][None], dim=-1)  # (V,)
+    similar[id] = -2
+    values, ids = similar.topk(min(ALTERNATIVES, len(similar) - 1))
+    named = zip(texts(served, ids.tolist()), values.tolist(), strict=True)
+    return {"id": id, "text": texts(served, [id])[0], "steps": steps, "neighbours": [*named]}
+
+
+def merges(tokenizer, token):
+    """The pieces of a token after each merge of BPE, beginning with its bytes."""
+    ranks, pieces = ranks_of(tokenizer), list(token)
+    steps = [pieces]
+    while len(pieces) > 1:
+        pairs = list(zip(pieces, pieces[1:], strict=False))
+        best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))
+        if best not in ranks:
+            break
+        at = pairs.index(best)
+        pieces = [*pieces[:at], "".join(best), *pieces[at + 2 :]]
+        steps.append(pieces)
+    return steps
+
+
+@lru_cache(maxsize=4)
+def ranks_of(tokenizer):
+    """{a pair of pieces: when it was merged in the tokenizer's training, 0 for the first}."""
+    pairs = json.loads(tokenizer.to_str())["model"]["merges"]
+    return {tuple(pair.split(" ") if isinstance(pair, str) else pair): rank
+            for rank, pair in enumerate(pairs)}  # fmt: skip
+
+
+def runs(logs):
+    """The curves of all runs with a log in a folder, the newest run first."""
+    found = []
+    for path in sorted(logs.glob("*.jsonl"), key=lambda path: -path.stat().st_mtime):
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # the last line of a run that is going on
+                continue
+        every = len(lines) // POINTS + 1
+        kept = [line for number, line in enumerate(lines)
+                if number % every == 0 or line.get("val_loss") or number == len(lines) - 1]  # fmt: skip
+        points = [[line.get(key) for key in ("step", "loss", "val_loss", "lr")] for line in kept]
+        found.append({"name": path.stem, "points": points})
+    return {"runs": found}
+
+
+VIEWS = {  # view: (its function, the fields of its request)
+    "turn": (turn, ("ids", "text")),
+    "tokens": (tokens, ("ids",)),
+    "attention": (attention, ("ids", "second")),
+    "layers": (layers, ("ids",)),
+    "tokenizer": (tokenizer, ("text",)),
+    "token": (token, ("id",)),
+    "compare": (compare, ("text",)),
+    "runs": (runs, ()),
+}
+
+
+def answer(models, logs, view, body):
+    """The values of a view. models {name: Served}, logs the folder of logs, body a request. Raises
+    ValueError, a sentence, for a request that cannot be answered.
+    """
+    function, fields = VIEWS[view]
+    of = {"compare": models, "runs": logs}.get(view)
+    if of is None:
+        name = body.get("model")
+        if not isinstance(name, str) or name not in models:
+            raise ValueError(f"there is no model {name!r:.100}")
+        of = models[name]
+    return function(of, *(body.get(field) for field in fields))
