@@ -1,6 +1,4 @@
-"""The plain parts of HTTP: a request's body is read as JSON, answers and errors are written as JSON,
-and pages of other sites get nothing.
-"""
+"""The plain parts of HTTP: bodies, answers and errors are JSON; other sites' pages get nothing."""
 
 import ipaddress
 import json
@@ -41,6 +39,10 @@ class JsonHandler(BaseHTTPRequestHandler):
         except Exception:  # a bug: it is printed, and the client still gets an answer
             traceback.print_exc()
             self.send_error(500, "a mistake of the server; see its output")
+
+    def log_request(self, code="-", size="-"):
+        if not self.path.startswith("/views/"):  # a page asks every two seconds
+            super().log_request(code, size)
 
     def require_same_site(self):
         """Raises ApiError for a request that a page of another site sends from the user's browser.

@@ -1,4 +1,4 @@
-"""The page: page.html with what it knows from the beginning, as one text that loads nothing more."""
+"""The page: page.html with its data from the beginning, as one file that loads nothing more."""
 
 import json
 import os

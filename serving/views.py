@@ -7,6 +7,7 @@ Shapes: T tokens, n the last of them that are shown, L layers, H heads, V vocabu
 import base64
 import json
 import math
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from common import END_OF_TEXT, IM_END
+from common import END_OF_TEXT, IM_END, IM_START
 from dataset import formats
-from dataset.chat_template import render, text_of
+from dataset.chat_template import ROLES, parse_answer, render, text_of
 from model.trace import trace
 
 LAST = 256  # tokens that a view shows
@@ -24,6 +25,7 @@ MOST_WEIGHTS = 1 << 23  # attention weights that a view shows: of a large model,
 ALTERNATIVES = 10
 EXACT = 256  # logits that are sent as they are; the others in groups
 POINTS = 500  # of a curve
+ONE_AT_A_TIME = threading.Lock()  # views need memory
 
 
 @dataclass
@@ -102,7 +104,25 @@ def tokens(served, ids):
         **{"surprise": packed(surprise, "f4"), "top": top.tolist()},
         **{"names": dict(zip(named, texts(served, named), strict=True))},
         **{"logits": packed(values, "f4"), "sizes": sizes},
+        "conversation": conversation(served, ids),
     }
+
+
+def conversation(served, ids):
+    """The messages of a chat, as JSON, a line each; with weights that do not chat, the text."""
+    starts = [place for place, token in enumerate(ids) if token == IM_START]
+    if not starts:
+        return served.tokenizer.decode(ids)
+    messages = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        turn = ids[start + 1 : end]
+        turn = turn[: turn.index(IM_END)] if IM_END in turn else turn
+        for role in ROLES:
+            header = served.tokenizer.encode(f"{role}\n").ids
+            if turn[: len(header)] == header and len(turn) > len(header):
+                answer = parse_answer(turn[len(header) :], served.tokenizer)
+                messages.append(json.dumps({"role": role} | answer, ensure_ascii=False))
+    return "[" + ",\n ".join(messages) + "]"
 
 
 def shown(first, ids):
@@ -210,8 +230,8 @@ def token(served, id):
     tokens whose vectors point in the most similar direction.
     """
     require_ids(served, [id])
-    steps = [[served.tokenizer.decoder.decode([piece]) for piece in step]
-             for step in merges(served.tokenizer, served.tokenizer.id_to_token(id) or "")]  # fmt: skip
+    pieces = merges(served.tokenizer, served.tokenizer.id_to_token(id) or "")
+    steps = [[served.tokenizer.decoder.decode([piece]) for piece in step] for step in pieces]
     vectors = served.model.model.embed_tokens.weight.detach().float()  # (V, D)
     similar = torch.cosine_similarity(vectors, vectors[id][None], dim=-1)  # (V,)
     similar[id] = -2
@@ -254,9 +274,10 @@ def runs(logs):
             except ValueError:  # the last line of a run that is going on
                 continue
         every = len(lines) // POINTS + 1
-        kept = [line for number, line in enumerate(lines)
-                if number % every == 0 or line.get("val_loss") or number == len(lines) - 1]  # fmt: skip
-        points = [[line.get(key) for key in ("step", "loss", "val_loss", "lr")] for line in kept]
+        kept = {number for number, line in enumerate(lines) if line.get("val_loss")}
+        kept |= {*range(0, len(lines), every), *range(len(lines))[-1:]}
+        keys = ("step", "loss", "val_loss", "lr")
+        points = [[lines[number].get(key) for key in keys] for number in sorted(kept)]
         found.append({"name": path.stem, "points": points})
     return {"runs": found}
 
@@ -284,4 +305,5 @@ def answer(models, logs, view, body):
         if not isinstance(name, str) or name not in models:
             raise ValueError(f"there is no model {name!r:.100}")
         of = models[name]
-    return function(of, *(body.get(field) for field in fields))
+    with ONE_AT_A_TIME:
+        return function(of, *(body.get(field) for field in fields))
