@@ -1,7 +1,9 @@
 """The server: judged by the openai client, and by what `complete` answers to each prompt alone."""
 
+import base64
 import json
 import queue
+import re
 import socket
 import threading
 import time
@@ -11,15 +13,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
-from common import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from common import END_THINK, END_TOOL_CALL, IM_END, THINK, TOOL_CALL
 from dataset.chat_template import render
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from serving import server as serving
+from serving import views
 from serving.batching import Batcher, Request
-from tests.conftest import run_here
+from serving.views import Served
+from tests.conftest import ROOT, run_here
 
 DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
 TOKENIZER = load_tokenizer()
@@ -33,9 +38,11 @@ def model():
 
 
 @contextmanager
-def serve(model, chats=True, max_batch=4, start=True):
+def serve(model, chats=True, max_batch=4, start=True, logs=ROOT):
     """A server in a thread, at a free port."""
-    server = serving.Server(model, TOKENIZER, "tiny", chats, "127.0.0.1", 0, max_batch, DEFAULTS)
+    models = {"tiny": Served("tiny", model, TOKENIZER, chats, 200)}
+    server = serving.Server(models, "127.0.0.1", 0, max_batch, DEFAULTS, logs)
+    server.batcher = server.batchers["tiny"]
     if start:
         server.batcher.start()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -214,8 +221,8 @@ def writes(ids, reason="stop"):
     return lambda request: threading.Thread(target=write, args=[request], daemon=True).start()
 
 
-def streamed(server, body):
-    url = f"http://127.0.0.1:{server.server_port}{CHAT}"
+def streamed(server, body, route=CHAT):
+    url = f"http://127.0.0.1:{server.server_port}{route}"
     with urllib.request.urlopen(url, json.dumps(body | {"stream": True}).encode()) as answer:
         lines = [line[6:] for line in answer.read().decode().splitlines() if line]
     assert lines[-1] == "[DONE]"
@@ -342,7 +349,9 @@ def test_a_header_that_lies_is_an_error_of_the_api(running, monkeypatch):
     assert both.startswith(b"HTTP/1.1 400") and both.count(b"HTTP/1.1") == 1
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/../../etc/passwd", "/v1/nothing"])
+@pytest.mark.parametrize(
+    "path", ["/docs", "/docs/../README.md", "/views/x", "/v1/../../etc/passwd", "/v1/nothing"]
+)
 def test_an_unknown_path_is_an_error_of_the_api(running, path):
     get = raw(running, f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
     assert get.startswith(b"HTTP/1.1 404") and b'"invalid_request_error"' in get
@@ -382,3 +391,153 @@ def test_the_queue_is_bounded():
         batcher.submit(Request([17], 1))
     with pytest.raises(queue.Full):
         batcher.submit(Request([17], 1))
+
+
+def head_of(server, **headers):
+    """The first line of the answer to a GET with these headers."""
+    headers = {"Connection": "close", **headers}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return raw(server, f"GET / HTTP/1.1\r\n{lines}\r\n".encode()).split(b"\r\n")[0]
+
+
+def test_pages_of_other_sites_are_refused(running):
+    here = f"127.0.0.1:{running.server_port}"
+    for allowed in ({"Host": here}, {"Host": "localhost"}, {"Host": "[::1]:80"}, {},
+                    {"Host": here, "Origin": f"http://{here}"}):  # fmt: skip
+        assert head_of(running, **allowed) == b"HTTP/1.1 200 OK", allowed
+    for refused in ({"Host": "evil.example"}, {"Host": f"evil.example:{running.server_port}"},
+                    {"Host": here, "Origin": "https://evil.example"}, {"Host": "127.0.0.1.nip.io"},
+                    {"Host": here, "Origin": "null"}, {"Host": here, "Origin": f"http://{here}0"},
+                    {"Host": "evil.example", "Origin": "http://evil.example"}):  # fmt: skip
+        assert head_of(running, **refused) == b"HTTP/1.1 403 Forbidden", refused
+    for path in (CHAT, "/views/runs", "/v1/completions"):
+        status, found = post(running, path, {"messages": HI}, Origin="http://evil.example")
+        assert status == 403 and "may not use this server" in found["error"]["message"]
+
+
+def test_the_page_may_load_nothing_and_is_in_no_frame(running):
+    url = f"http://127.0.0.1:{running.server_port}/"
+    with urllib.request.urlopen(url) as answer:
+        text = answer.read().decode()
+        assert answer.headers["X-Frame-Options"] == "DENY"
+    assert "default-src 'none'" in text and "http://" not in text.replace("http://www.w3.org", "")
+    assert len(text.splitlines()) <= 700
+    with urllib.request.urlopen(f"{url}docs/3_model.md") as answer:
+        assert answer.read() == (ROOT / "docs/3_model.md").read_bytes()
+
+
+def test_the_ids_of_an_answer_are_given_with_its_stop_token(model, monkeypatch):
+    prompt, ids = chat_ids("Who are you?"), TOKENIZER.encode("I am Köln 🙂").ids
+
+    def submit(request):
+        writes(ids)(request)
+        request.next = IM_END
+
+    body = {"prompt": prompt, "return_token_ids": True}
+    with serve(model, start=False) as server:
+        monkeypatch.setattr(server.batcher, "submit", submit)
+        _, whole = post(server, "/v1/completions", body)
+        parts = streamed(server, body, "/v1/completions")
+    assert whole["choices"][0]["token_ids"] == [*ids, IM_END]
+    assert sum((part["token_ids"] for part in parts), []) == [*ids, IM_END]
+
+
+BAD_VIEWS = {
+    "model": ("tokens", {"model": "other", "ids": [17]}, "there is no model 'other'"),
+    "no model": ("tokens", {"model": [], "ids": [17]}, "there is no model"),
+    "ids": ("tokens", {"ids": [2048]}, "ids is not a list of token ids"),
+    "bool": ("layers", {"ids": [True]}, "ids is not a list of token ids"),
+    "none": ("attention", {"ids": []}, "0 tokens; the model reads from 1 to 200"),
+    "long": ("tokens", {"ids": [17] * 201}, "201 tokens"),
+    "second": ("attention", {"ids": [17], "second": 5}, "text is 5, which is not text"),
+    "full": ("turn", {"ids": [17] * 190, "text": "Where does Nelina live?"}, "the model reads"),
+    "half a character": ("turn", {"ids": [], "text": "\ud800"}, "lone surrogate"),
+    "bad turns": ("turn", {"ids": ["x"], "text": "y"}, "ids is not a list of token ids"),
+    "no text": ("compare", {}, "text is None"),
+    "one token": ("compare", {"text": ""}, "fewer than two tokens"),
+    "format": ("compare", {"text": '{"a": 1}'}, "is in no known format"),
+    "role": ("compare", {"text": '[{"role": "x", "content": "y"}]'}, "message 1 has role 'x'"),
+    "deep": ("compare", {"text": "[" * 100_000 + '{"a":'}, "shown"),
+    "words": ("tokenizer", {"text": 5}, "text is 5"),
+    "token": ("token", {"id": 5000}, "ids is not a list of token ids"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIEWS)
+def test_a_bad_request_for_a_view_is_a_sentence(running, name):
+    view, body, sentence = BAD_VIEWS[name]
+    text = json.dumps({"model": "tiny", **body}).encode()
+    status, found = post(running, f"/views/{view}", text)
+    if sentence == "shown":  # it is plain text, then
+        assert status == 200 and len(found["ids"]) == 200
+    else:
+        assert status == 400 and sentence in found["error"]["message"]
+
+
+def test_of_long_texts_a_part_is_shown_with_a_notice(model, monkeypatch):
+    monkeypatch.setattr(views, "LAST", 20)
+    served = Served("tiny", model, TOKENIZER, True, 40)
+    ids = [16 + i for i in range(50)]
+    logprobs = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
+    found = views.tokens(served, ids)
+    assert found["notice"] == "The last 20 of 50 tokens are shown." and found["first"] == 30
+    surprise = torch.frombuffer(bytearray(base64.b64decode(found["surprise"])), dtype=torch.float32)
+    expected = -logprobs[torch.arange(30, 49), ids[31:]]
+    torch.testing.assert_close(surprise, expected, atol=1e-4, rtol=1e-4)
+    assert found["top"] == logprobs[30:].topk(10).indices.tolist()
+    for view in (views.attention, views.layers):
+        found = view(served, ids)
+        assert found["first"] == 30 and found["ids"] == ids[30:]
+        assert found["notice"].startswith("The last 20 of 50 tokens are shown.")
+    found = views.compare({"tiny": served}, "a b c d e f g h i j k l m n o p q r s t u v w x y z")
+    assert len(found["ids"]) == 20 and "The first 20 of" in found["notice"]
+    monkeypatch.setattr(views, "MOST_WEIGHTS", 2 * 1 * 49)  # two layers of one head
+    assert len(views.attention(served, ids)["ids"]) == 7
+    assert "training had 40 at most" in views.turn(served, ids, "Who are you?")["notice"]
+
+
+def test_the_sum_of_grouped_logits_is_exact():
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)) * 4
+    values, sizes = views.in_groups(logits)
+    assert sum(sizes) == 5000 and len(sizes) < 400 and sizes[: views.EXACT] == [1] * views.EXACT
+    total = (values + torch.tensor(sizes).log()).logsumexp(dim=-1)
+    torch.testing.assert_close(total, logits.logsumexp(dim=-1))
+    for temperature in (0.5, 2.0):
+        total = (values / temperature + torch.tensor(sizes).log()).logsumexp(dim=-1)
+        expected = (logits / temperature).logsumexp(dim=-1)
+        torch.testing.assert_close(total, expected, atol=2e-4, rtol=0)
+
+
+def test_merges_are_replayed_in_the_order_of_training():
+    toy = Tokenizer(models.BPE({c: i for i, c in enumerate("abcd")} | {"ab": 4, "cd": 5, "abcd": 6},
+                               [("c", "d"), ("a", "b"), ("ab", "cd")]))  # fmt: skip
+    steps = [["a", "b", "c", "d"], ["a", "b", "cd"], ["ab", "cd"], ["abcd"]]
+    assert views.merges(toy, "abcd") == steps
+    for token in range(16, 2048, 37):  # every token of the shipped tokenizer is its last step
+        text = TOKENIZER.id_to_token(token)
+        assert views.merges(TOKENIZER, text)[-1] == [text]
+
+
+def test_several_weights_are_served_by_their_names(trained, tmp_path):
+    names = ["--weight", "full_sft,pretrain,none", "--save_dir", trained]
+    page = tmp_path / "look.html"
+    done = run_here("eval_llm.py", *names, "--export", page, "--prompt", "What is 1?")
+    assert done.returncode == 0, done.stderr
+    data = re.search(r'id="data">(.*)</script>', page.read_text(encoding="utf-8"))[1]
+    data = json.loads(data)
+    assert [each["name"] for each in data["models"]] == ["full_sft_32", "pretrain_32", "none"]
+    assert len(set(data["recorded"]["compare"]["losses"].values())) == 3
+    assert {"tokens none", "layers pretrain_32", "attention full_sft_32 packed"} <= {
+        *data["recorded"]
+    }
+    for flags, sentence in (
+        (["--export", page], "--export: give --prompt"),
+        (["--export", page, "--serve", 0], "--export: give --prompt"),
+        (["--export", page, "--prompt", "a b " * 2000], "--prompt: "),
+        (["--export", page, "--prompt", "x", "--lora", "y"], "give it with one --weight"),
+        (["--export", tmp_path, "--prompt", "x"], "cannot be written"),
+    ):
+        done = run_here("eval_llm.py", *names, *flags)
+        assert done.returncode == 2 and sentence in done.stderr, flags
+    done = run_here("eval_llm.py", "--weight", "none", *names[2:], "--serve", 0)
+    assert done.returncode == 2 and "--weight none" in done.stderr
