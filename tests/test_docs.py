@@ -14,6 +14,7 @@ import sys
 import textwrap
 import urllib.request
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,7 +49,7 @@ def commands():
 
 
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-BENCH = ("faults", "speed", "gsm8k", "misconceptions", "experiments", "pictures", "serving")
+BENCH = ("faults", "speed", "gsm8k", "misconceptions", "experiments", "pictures", "serving", "page")
 LONG = ("demo.py", "recipes/python_text.py", *(f"bench/{name}.py" for name in BENCH))
 COMMANDS = commands()
 IN_PROCESS = ("dataset/", "evaluation/", "trainer/", "recipes/", "convert/")
@@ -63,6 +64,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     for name in ("mine", "python", "small"):
         files[f"out/{name}.json"] = SHIPPED_TOKENIZER
     files |= {"out/nelina.jsonl": data / "sft.jsonl", "out/peft": tmp_path / "peft"}
+    files["out/look.html"] = tmp_path / "look.html"
     files |= {f"out/eval/gsm8k/{name}.json": evaluated for name in ("gsm8k_limit_200", "other")}
     if "cot" in line or "out/misconceptions" in line:
         trace = dict.fromkeys(("question", "correct", "incorrect", "cot", "misconception"), "x y")
@@ -109,7 +111,8 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         assert 1 < result["nats_per_char"] < 6
         return
     if "--serve" in words:
-        serve([*words[:-1], "0", "--save_dir", trained])
+        words[words.index("--serve") + 1] = "0"
+        serve([*words, "--save_dir", trained])
         return
     if script in LONG:
         pytest.skip("long; its parts are tested on their own")
@@ -178,6 +181,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
             tiny_world.write_tiny_world(tmp_path)
         for name in ("python", "small"):
             shutil.copy(SHIPPED_TOKENIZER, tmp_path / f"{name}.json")
+        shutil.copy(trained / "full_sft_32.pth", tmp_path / "full_sft_256.pth")
         words = [re.sub(r"\b(out|dataset)/", f"{tmp_path.as_posix()}/", word) for word in words]
     elif "split" in words:
         words += ["--out", tmp_path]
@@ -193,7 +197,7 @@ def serve(words):
     """Starts the server, asks whether it is there, and ends it with Ctrl-C."""
     command = [sys.executable, *map(str, words)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        _, line = process.stdout.readline(), process.stdout.readline()
+        (line,) = islice((line for line in process.stdout if "http://" in line), 1)
         address = re.search(r"http://127.0.0.1:\d+", line)[0]
         with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
             assert json.loads(answer.read()) == {"status": "ok"}
@@ -364,6 +368,16 @@ def test_a_picture_is_small_shown_and_described(path):
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     (alt,) = set(re.findall(rf"!\[([^\]]+)\]\((?:docs/)?pictures/{path.name}\)", pages))
     assert len(alt.split()) > 8
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs/pictures").glob("*.png")), ids=lambda p: p.name
+)
+def test_a_screenshot_is_small_shown_and_described(path):
+    assert path.stat().st_size < 300_000
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    alts = re.findall(rf"!\[([^\]]+)\]\((?:docs/)?pictures/{path.name}\)", pages)
+    assert alts and all(len(alt.split()) > 8 for alt in alts)
 
 
 def test_the_exercises_fail_until_they_are_solved(tmp_path):
