@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.chat_template import render
-from model import attention
 from model.causal_lm import CausalLM
 from model.generation import complete
+from model.trace import trace
 from trainer import checkpoint
 from trainer.arguments import training_parser
 from trainer.optimizer import learning_rate
@@ -236,30 +236,12 @@ def residual_stream(path, config):
     picture.save(path, y + 140)
 
 
-def attention_weights(model, ids):
-    """The weights of every layer, (layers, H, T, T), as `plain_attention` computes them."""
-    found, right = [], attention.attend
-
-    def recording(q, k, v, mask):
-        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-2, -1)
-        seen = attention.visible(0, q.shape[2], None, q.device)
-        scores = (scores / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
-        found.append(scores.softmax(dim=-1)[0])
-        return right(q, k, v, mask)
-
-    attention.attend = recording
-    with torch.inference_mode():
-        model(torch.tensor([ids]))
-    attention.attend = right
-    return torch.stack(found)
-
-
 def attention_map(path, models, tokenizer):
     """The head that looks most at the name while it decides the place."""
     ids, _ = prompt_of(tokenizer, "Where does Nelina live?", "She lives at the well.")
     ids = ids[:-1]  # without the newline at the end
     texts = shown(tokenizer, ids)
-    weights = attention_weights(models["full_sft"], ids)
+    weights = trace(models["full_sft"], ids).attention  # (layers, H, T, T)
     name, place = texts.index(" Nelina"), len(texts) - 1 - texts[::-1].index(" the")
     layer, head = divmod(int(weights[:, :, place, name].flatten().argmax()), weights.shape[1])
     picture = Picture()

@@ -226,6 +226,9 @@ def test_attention_shows_what_each_head_reads(tab, address, models):
     tab.keyboard.press("ArrowRight")  # layer 3, head 2
     assert tab.locator("#head-name").inner_text() == "Layer 3, head 2"
     tab.locator("#large").focus()
+    for key, head in (("ArrowRight", "3"), ("ArrowLeft", "2")):
+        tab.keyboard.press(key)
+        assert tab.locator("#head-name").inner_text() == f"Layer 3, head {head}"
     for _ in range(4):
         tab.keyboard.press("ArrowUp")
     most = expected[2, 1, n - 5].topk(3)
