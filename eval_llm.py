@@ -90,12 +90,16 @@ def parse(argv):
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
-    others = "prompt system seed use_compile repetition_penalty".split()
-    ignored = [f"--{name}" for name in others if getattr(args, name) != parser.get_default(name)]
-    if args.serve is not None and ignored:
-        raise UserError(f"--serve makes no use of {', '.join(ignored)}; leave that out")
-    if args.export and (args.prompt is None or args.system or args.serve is not None):
-        raise UserError("--export: give --prompt, and neither --serve nor --system")
+    others = {"serve": "prompt system seed use_compile repetition_penalty export",
+              "export": "system use_compile host max_batch serve"}  # fmt: skip
+    for flag, unused in others.items():
+        ignored = [
+            name for name in unused.split() if getattr(args, name) != parser.get_default(name)
+        ]
+        if getattr(args, flag) is not None and ignored:
+            raise UserError(f"--{flag} makes no use of --{', --'.join(ignored)}; leave that out")
+    if args.export and (args.prompt is None or args.export.suffix != ".html"):
+        raise UserError("--export needs a name that ends in .html, and --prompt")
     text = args.system + (args.prompt or "")
     if text != text.encode("utf-8", "replace").decode():
         raise UserError("--prompt and --system: give text in UTF-8")

@@ -1,7 +1,7 @@
 """What a model computes on its way to the next token: the attention weights of every head, and the
 token that each layer would predict. The page of `eval_llm.py --serve` shows it.
 
-The layers are written out with `plain_attention`, because the fast versions never hold the weights.
+Attention is written out as in `plain_attention`, because the fast versions never hold its weights.
 
 Shapes: T tokens, n the last of them that are kept, L layers, H heads, K key/value heads, d head
 size, D hidden, V vocabulary.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.attention import plain_attention, visible
+from model.attention import visible
 from model.causal_lm import rotary_table, rotate
 
 GUESSES = 5  # the most probable tokens that are kept of each layer
@@ -45,7 +45,7 @@ def trace(model, ids, last=256, document_ids=None):
         attended, weights = attend(layer.self_attn, layer.input_layernorm(x), rotary, mask)
         x = x + attended
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-        attention.append(weights[:, -last:, -last:].cpu())  # (H, T, T) -> (H, n, n)
+        attention.append(weights[:, -last:, -last:].cpu().clone())  # (H, T, T) -> (H, n, n)
         guesses.append(most_probable(model, x[:, -last:]))
     logits = model.lm_head(decoder.norm(x[:, -last:]))[0].float().cpu()
     probabilities, tokens = zip(*guesses, strict=True)
@@ -63,12 +63,10 @@ def attend(attention, x, rotary, mask):
         q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = rotate(q, *rotary), rotate(k, *rotary)
     q, k, v = (t.transpose(1, 2).float() for t in (q, k, v))  # (1, T, H, d) -> (1, H, T, d)
-    # Token j has the value e_j, 1 at place j and 0 elsewhere: what a query reads is then the list
-    # of its own weights.
-    one_hot = torch.eye(T, device=q.device).expand(B, k.shape[1], T, T)
-    weights = plain_attention(q, k, one_hot, mask)  # (1, H, T, T)
-    G = q.shape[1] // k.shape[1]
-    read = weights @ v.repeat_interleave(G, dim=1)  # (1, H, T, T) @ (1, H, T, d) -> (1, H, T, d)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # (1, H, T, d)
+    scores = q @ k.transpose(-2, -1) / d**0.5  # (1, H, T, d) @ (1, H, d, T) -> (1, H, T, T)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    read = weights @ v  # (1, H, T, T) @ (1, H, T, d) -> (1, H, T, d)
     read = read.transpose(1, 2).reshape(B, T, -1).type_as(x)  # -> (1, T, H * d)
     return attention.o_proj(read), weights[0]
 

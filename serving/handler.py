@@ -19,7 +19,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
     disable_nagle_algorithm = True  # head and body of an answer are two writes: 40 ms apart else
-    streaming = False  # whether an answer has begun
+    streaming, path = False, ""  # whether an answer has begun; what is asked for
 
     def do_GET(self):
         self.respond(lambda: self.get(self.path.partition("?")[0]))

@@ -4,17 +4,19 @@ import json
 import os
 from pathlib import Path
 
-from common import ROOT, STOP, replacing
+from common import ROOT, STOP, UserError, replacing
 from model.generation import generate
 from serving import views
 
+EXAMPLE = """[{"role": "user", "content": "Where does Nelina live?"},
+ {"role": "assistant", "content": "She lives at the well."}]"""  # to compare models with
 SECOND = "Who are you?"  # the sample that is packed behind the recorded conversation
 
 
-def page(models, **more):
-    """The page as bytes; more is what it has besides the names of the models {name: Served}."""
-    known = [{"name": name, "chats": served.chats} for name, served in models.items()]
-    text = json.dumps({"models": known, "second": SECOND, **more})
+def page(models, settings, **more):
+    """The page as bytes. models {name: Served}, settings of the sampling to begin with."""
+    data = {"models": [*models], "settings": settings, "second": SECOND, "text": EXAMPLE} | more
+    text = json.dumps(data)
     text = text.replace("<", "\\u003c")  # nothing in it ends the element around it
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("<!-- data -->", text).encode()
@@ -22,14 +24,25 @@ def page(models, **more):
 
 def export(models, path, question, settings, logs):
     """Writes a page that needs no server: the first model's answer, as all of the models read it.
-    Raises UserError if the file cannot be written, ValueError if the question is too long.
+    Raises UserError if the question is too long, or if the file cannot be written.
     """
     first = next(iter(models.values()))
-    ids = views.turn(first, [], question)["ids"]
-    new = [token for (token,) in generate(first.model, [ids], **settings)]
+    room = min(views.MOST_READ, first.model.config.max_position_embeddings)
+    try:
+        ids = views.turn(first, [], question)["ids"]
+        room -= len(ids) + len(views.turn(first, [], SECOND)["ids"])  # for the answer
+        if room < 1:
+            raise ValueError(f"{len(ids)} tokens leave no room for an answer; shorten it")
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+    length = min(settings["max_new_tokens"], room)
+    new = [
+        token for (token,) in generate(first.model, [ids], **settings | {"max_new_tokens": length})
+    ]
     text = first.tokenizer.decode(new[:-1] if new[-1] in STOP else new, skip_special_tokens=False)
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-    text = json.dumps(turns, ensure_ascii=False) if first.chats else question + text
+    lines = ",\n ".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
+    text = f"[{lines}]" if first.chats else question + text
     ids += new
     recorded = {"compare": views.compare(models, text), "runs": views.runs(logs)}
     for name, served in models.items():
@@ -43,7 +56,8 @@ def export(models, path, question, settings, logs):
     docs, folder = None, path.resolve().parent  # links to the chapters, where they are at hand
     if folder.is_relative_to(ROOT):
         docs = Path(os.path.relpath(ROOT / "docs", folder)).as_posix()
-    data = page(models, recorded=recorded, ids=ids, text=text, question=question, docs=docs)
+    more = {"recorded": recorded, "ids": ids, "text": text, "question": question, "docs": docs}
+    data = page(models, settings, **more)
     with replacing(path) as file:
         file.write(data)
     print(f"{path}: {len(data) / 1000:.0f} kB; open it in a browser")

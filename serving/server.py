@@ -83,7 +83,10 @@ class Handler(JsonHandler):
         elif path == "/v1/models":
             self.send({"object": "list", "data": models})
         elif path == "/":
-            self.send_data(page(self.server.models, docs="docs"), "text/html; charset=utf-8")
+            self.send_data(
+                page(self.server.models, self.server.defaults, docs="docs"),
+                "text/html; charset=utf-8",
+            )
         elif path in {f"/docs/{chapter.name}" for chapter in (ROOT / "docs").glob("*.md")}:
             self.send_data((ROOT / path[1:]).read_bytes(), "text/plain; charset=utf-8")
         else:

@@ -20,17 +20,17 @@ def start(args, settings):
     if args.export is None:
         Server(models, args.host, args.serve, args.max_batch, settings, logs).run()
         return
-    try:
-        export(models, args.export, args.prompt, settings, logs)
-    except ValueError as error:
-        raise UserError(f"--prompt: {error}") from None
+    export(models, args.export, args.prompt, settings, logs)
 
 
 def opened(args):
     """{name: Served} of the weights that --weight names, with commas between them; "none" are
-    random weights of the first one's shape. Raises UserError if they have different tokenizers.
+    random weights of the first one's shape. Raises UserError if two are the same, or if they have
+    different tokenizers.
     """
     names, found = args.from_weight.split(",") if args.from_weight else [None], {}
+    if "" in names or len({*names}) < len(names):
+        raise UserError(f"--weight {args.from_weight}: give different names, or one")
     if args.lora and len(names) > 1:
         raise UserError("--lora: give it with one --weight, or leave it out")
     for name in names:
@@ -44,7 +44,8 @@ def opened(args):
             args.from_weight = name
             model, tokenizer, content, paths = open_trained(copy.copy(args))
             chats = content["stage"] != "pretrain" or args.lora is not None
-            name, length = paths[-1].stem, content["training"].get("max_seq_len", 10**9)
+            length = content["training"].get("max_seq_len", 10**9)
+            name = paths[-1].stem if paths[-1].stem not in found else str(paths[-1])
         found[name] = Served(name, model.eval(), tokenizer, chats, length)
     if len({served.tokenizer.to_str() for served in found.values()}) > 1:
         raise UserError(f"--weight {','.join(names)}: they have different tokenizers; give one")

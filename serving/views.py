@@ -9,6 +9,7 @@ import json
 import math
 import threading
 from collections import Counter
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,10 +18,10 @@ import torch
 
 from common import END_OF_TEXT, IM_END, IM_START
 from dataset import formats
-from dataset.chat_template import ROLES, parse_answer, render, text_of
+from dataset.chat_template import ROLES, json_of, parse_answer, render, text_of
 from model.trace import trace
 
-LAST = 256  # tokens that a view shows
+MOST_READ, LAST = 2048, 256  # tokens that the model reads for a view; the last ones, which it shows
 MOST_WEIGHTS = 1 << 23  # attention weights that a view shows: of a large model, fewer tokens
 ALTERNATIVES = 10
 EXACT = 256  # logits that are sent as they are; the others in groups
@@ -53,11 +54,11 @@ def texts(served, ids):
 
 def require_ids(served, ids):
     """Raises ValueError unless ids are tokens that fit the model."""
-    vocabulary, context = range(served.model.config.vocab_size), room(served)
+    vocabulary, most = range(served.model.config.vocab_size), min(MOST_READ, room(served))
     if not isinstance(ids, list) or not all(type(i) is int and i in vocabulary for i in ids):
         raise ValueError("ids is not a list of token ids")
-    if not 0 < len(ids) <= context:
-        raise ValueError(f"{len(ids)} tokens; the model reads from 1 to {context}")
+    if not 0 < len(ids) <= most:
+        raise ValueError(f"{len(ids)} tokens; a view can be of 1 to {most}")
 
 
 def room(served):
@@ -74,7 +75,7 @@ def turn(served, ids, text):
     if served.chats:
         if before:
             before += [*([IM_END] if before[-1] != IM_END else []), *encode("\n").ids]
-        message = [{"role": "user", "content": text}]
+        message = [{"role": "user", "content": text.strip()}]
         new = render(message, add_generation_prompt=True, tokenizer=served.tokenizer)[0]
     else:
         new = encode(text).ids or [END_OF_TEXT]
@@ -206,14 +207,12 @@ def compare(models, text):
 def sample_of(served, text):
     """(ids, loss mask) of JSON, a conversation in any usual format, or else of plain text."""
     text_of(text, "text is")
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = text
-    record = {"messages": record} if isinstance(record, list) else record
-    if not isinstance(record, dict) or "text" in record:
-        text = record.get("text") if isinstance(record, dict) else text
-        ids = served.tokenizer.encode(text_of(text, "text is")).ids + [END_OF_TEXT]
+    record = {"text": text}
+    if text.lstrip()[:1] in ("{", "["):
+        record = json_of(text, "what begins with a bracket")
+        record = {"messages": record} if isinstance(record, list) else record
+    if "text" in record:
+        ids = served.tokenizer.encode(formats.to_text(record)).ids + [END_OF_TEXT]
         return ids, [1] * len(ids)
     messages, tools = formats.to_conversation(record, formats.format_of(record), Counter())
     return render(messages, tools, tokenizer=served.tokenizer)
@@ -221,16 +220,18 @@ def sample_of(served, text):
 
 def tokenizer(served, text):
     """A text as tokens."""
-    ids = served.tokenizer.encode(text_of(text, "text is")).ids[:LAST]
-    return {"ids": ids, "texts": texts(served, ids)}
+    ids = served.tokenizer.encode(text_of(text, "text is")).ids
+    notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
+    return {"ids": ids[:LAST], "texts": texts(served, ids[:LAST]), "notice": notice}
 
 
 def token(served, id):
-    """How the tokenizer makes a token of single bytes, and its neighbours in the embedding: the
-    tokens whose vectors point in the most similar direction.
+    """How the tokenizer makes a token of single bytes (nothing for a control token), and its
+    neighbours in the embedding: the tokens whose vectors point in the most similar direction.
     """
     require_ids(served, [id])
     pieces = merges(served.tokenizer, served.tokenizer.id_to_token(id) or "")
+    pieces = pieces if len(pieces[-1]) == 1 else []
     steps = [[served.tokenizer.decoder.decode([piece]) for piece in step] for step in pieces]
     vectors = served.model.model.embed_tokens.weight.detach().float()  # (V, D)
     similar = torch.cosine_similarity(vectors, vectors[id][None], dim=-1)  # (V,)
@@ -265,21 +266,27 @@ def ranks_of(tokenizer):
 
 def runs(logs):
     """The curves of all runs with a log in a folder, the newest run first."""
-    found = []
-    for path in sorted(logs.glob("*.jsonl"), key=lambda path: -path.stat().st_mtime):
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:  # the last line of a run that is going on
-                continue
-        every = len(lines) // POINTS + 1
-        kept = {number for number, line in enumerate(lines) if line.get("val_loss")}
-        kept |= {*range(0, len(lines), every), *range(len(lines))[-1:]}
-        keys = ("step", "loss", "val_loss", "lr")
-        points = [[lines[number].get(key) for key in keys] for number in sorted(kept)]
-        found.append({"name": path.stem, "points": points})
-    return {"runs": found}
+    found = [(path.stat(), path) for path in logs.glob("*.jsonl")]
+    found.sort(key=lambda pair: -pair[0].st_mtime)
+    read = [(path.stem, curve(path, stat.st_mtime_ns, stat.st_size)) for stat, path in found]
+    return {"runs": [{"name": name, "points": points} for name, points in read]}
+
+
+@lru_cache(maxsize=64)
+def curve(path, changed, size):
+    """[step, loss, validation loss, learning rate] of a log's lines, of a long log of some. changed
+    and size are those of the file: it is read again when it has grown.
+    """
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # the last line of a run that is going on
+            lines.append(json.loads(line))
+    lines = [line for line in lines if isinstance(line, dict) and line.get("step")]
+    every = len(lines) // POINTS + 1
+    kept = {number for number, line in enumerate(lines) if line.get("val_loss")}
+    kept |= {*range(0, len(lines), every), *range(len(lines))[-1:]}
+    keys = ("step", "loss", "val_loss", "lr")
+    return [[lines[number].get(key) for key in keys] for number in sorted(kept)]
 
 
 VIEWS = {  # view: (its function, the fields of its request)
@@ -305,5 +312,5 @@ def answer(models, logs, view, body):
         if not isinstance(name, str) or name not in models:
             raise ValueError(f"there is no model {name!r:.100}")
         of = models[name]
-    with ONE_AT_A_TIME:
+    with ONE_AT_A_TIME if view != "runs" else nullcontext():
         return function(of, *(body.get(field) for field in fields))

@@ -448,3 +448,57 @@ def test_an_exported_page_needs_no_server(browser, models, logs, tmp_path):
     assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
     assert errors == []
     context.close()
+
+
+LATE = """() => {
+  const real = window.fetch;
+  window.fetch = async (...given) => {
+    const answer = await real(...given);
+    if (given[1].body.includes("pretrain")) await new Promise((done) => setTimeout(done, 500));
+    return answer;
+  };
+}"""
+HELD = """() => {
+  const real = events, open = new Promise((done) => { window.release = done; });
+  events = async function* (answer) {
+    for await (const part of real(answer)) { await open; yield part; }
+  };
+}"""
+
+
+def test_an_answer_that_comes_too_late_is_not_shown(tab, address, models):
+    """The server is slow for one model; the user has chosen another one meanwhile."""
+    ask(tab, address)
+    walk_to(tab, "attention")
+    tab.evaluate(LATE)
+    tab.locator("#model").select_option("pretrain")
+    tab.locator("#model").select_option("none")
+    shown(tab, "attention", "none")
+    tab.wait_for_timeout(700)
+    expected = trace(models["none"].model, tab.evaluate("state.ids")).attention
+    torch.testing.assert_close(attention_of(tab), expected, atol=1e-5, rtol=0)
+    assert tab.locator("#notice").inner_text() == ""
+
+
+def test_another_action_ends_an_answer_that_is_being_written(tab, address):
+    tab.goto(address)
+    shown(tab, "chat")
+    for action in ("new", "stop token"):
+        tab.evaluate(HELD)
+        tab.locator("#question").fill(QUESTION)
+        tab.locator("#question").press("Enter")
+        tab.wait_for_selector("#chat-strip .live", state="attached")
+        assert tab.locator("#send").is_disabled() and tab.locator("#model").is_disabled()
+        expected = []
+        if action == "new":
+            tab.locator("#new").press("Enter")
+        else:
+            end = "state.tokens.top.at(-2)[0] = 2; state.tokens.names[2] = '<|im_end|>';"
+            tab.evaluate(f"() => {{ {end} showChat(); }}")
+            tab.locator("#alternatives button").first.press("Enter")
+            expected = [*prompt_of(QUESTION)[:-1], 2]
+        tab.wait_for_selector("#stop:disabled")
+        tab.evaluate("window.release()")
+        tab.wait_for_timeout(300)
+        assert tab.evaluate("state.ids") == expected
+        assert tab.locator("#send").is_enabled() and tab.locator("#model").is_enabled()

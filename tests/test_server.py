@@ -24,7 +24,7 @@ from serving import server as serving
 from serving import views
 from serving.batching import Batcher, Request
 from serving.views import Served
-from tests.conftest import ROOT, run_here
+from tests.conftest import ROOT, run_here, write_jsonl
 
 DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
 TOKENIZER = load_tokenizer()
@@ -447,17 +447,18 @@ BAD_VIEWS = {
     "no model": ("tokens", {"model": [], "ids": [17]}, "there is no model"),
     "ids": ("tokens", {"ids": [2048]}, "ids is not a list of token ids"),
     "bool": ("layers", {"ids": [True]}, "ids is not a list of token ids"),
-    "none": ("attention", {"ids": []}, "0 tokens; the model reads from 1 to 200"),
+    "none": ("attention", {"ids": []}, "0 tokens; a view can be of 1 to 200"),
     "long": ("tokens", {"ids": [17] * 201}, "201 tokens"),
     "second": ("attention", {"ids": [17], "second": 5}, "text is 5, which is not text"),
-    "full": ("turn", {"ids": [17] * 190, "text": "Where does Nelina live?"}, "the model reads"),
+    "full": ("turn", {"ids": [17] * 190, "text": "Where does Nelina live?"}, "a view can be of"),
     "half a character": ("turn", {"ids": [], "text": "\ud800"}, "lone surrogate"),
     "bad turns": ("turn", {"ids": ["x"], "text": "y"}, "ids is not a list of token ids"),
     "no text": ("compare", {}, "text is None"),
     "one token": ("compare", {"text": ""}, "fewer than two tokens"),
     "format": ("compare", {"text": '{"a": 1}'}, "is in no known format"),
     "role": ("compare", {"text": '[{"role": "x", "content": "y"}]'}, "message 1 has role 'x'"),
-    "deep": ("compare", {"text": "[" * 100_000 + '{"a":'}, "shown"),
+    "deep": ("compare", {"text": "[" * 100_000 + '{"a":'}, "begins with a bracket"),
+    "half": ("compare", {"text": '[{"role": "user", "content": "y"}'}, "is text that is not JSON"),
     "words": ("tokenizer", {"text": 5}, "text is 5"),
     "token": ("token", {"id": 5000}, "ids is not a list of token ids"),
 }
@@ -466,12 +467,8 @@ BAD_VIEWS = {
 @pytest.mark.parametrize("name", BAD_VIEWS)
 def test_a_bad_request_for_a_view_is_a_sentence(running, name):
     view, body, sentence = BAD_VIEWS[name]
-    text = json.dumps({"model": "tiny", **body}).encode()
-    status, found = post(running, f"/views/{view}", text)
-    if sentence == "shown":  # it is plain text, then
-        assert status == 200 and len(found["ids"]) == 200
-    else:
-        assert status == 400 and sentence in found["error"]["message"]
+    status, found = post(running, f"/views/{view}", {"model": "tiny", **body})
+    assert status == 400 and sentence in found["error"]["message"]
 
 
 def test_of_long_texts_a_part_is_shown_with_a_notice(model, monkeypatch):
@@ -513,6 +510,7 @@ def test_merges_are_replayed_in_the_order_of_training():
                                [("c", "d"), ("a", "b"), ("ab", "cd")]))  # fmt: skip
     steps = [["a", "b", "c", "d"], ["a", "b", "cd"], ["ab", "cd"], ["abcd"]]
     assert views.merges(toy, "abcd") == steps
+    assert views.token(Served("", CausalLM(ModelConfig()), TOKENIZER, True, 9), 1)["steps"] == []
     for token in range(16, 2048, 37):  # every token of the shipped tokenizer is its last step
         text = TOKENIZER.id_to_token(token)
         assert views.merges(TOKENIZER, text)[-1] == [text]
@@ -521,23 +519,54 @@ def test_merges_are_replayed_in_the_order_of_training():
 def test_several_weights_are_served_by_their_names(trained, tmp_path):
     names = ["--weight", "full_sft,pretrain,none", "--save_dir", trained]
     page = tmp_path / "look.html"
-    done = run_here("eval_llm.py", *names, "--export", page, "--prompt", "What is 1?")
+    done = run_here("eval_llm.py", *names, "--export", page, "--prompt", "What is </script>?")
     assert done.returncode == 0, done.stderr
-    data = re.search(r'id="data">(.*)</script>', page.read_text(encoding="utf-8"))[1]
-    data = json.loads(data)
-    assert [each["name"] for each in data["models"]] == ["full_sft_32", "pretrain_32", "none"]
+    text = page.read_text(encoding="utf-8")
+    assert text.count("</script>") == 2
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    assert data["models"] == ["full_sft_32", "pretrain_32", "none"]
     assert len(set(data["recorded"]["compare"]["losses"].values())) == 3
     assert {"tokens none", "layers pretrain_32", "attention full_sft_32 packed"} <= {
         *data["recorded"]
     }
     for flags, sentence in (
-        (["--export", page], "--export: give --prompt"),
-        (["--export", page, "--serve", 0], "--export: give --prompt"),
-        (["--export", page, "--prompt", "a b " * 2000], "--prompt: "),
+        (["--export", page], "--export needs a name that ends in .html, and --prompt"),
+        (["--export", "", "--prompt", "x"], "--export needs a name that ends in .html"),
+        (["--export", page, "--prompt", "x", "--max_batch", 0], "makes no use of --max_batch"),
+        (["--export", page, "--serve", 0], "--serve makes no use of --export"),
+        (["--export", page, "--prompt", "a b " * 2000], "error: --prompt: "),
+        (["--export", page, "--prompt", "1" * 2020], "leave no room for an answer; shorten it"),
         (["--export", page, "--prompt", "x", "--lora", "y"], "give it with one --weight"),
-        (["--export", tmp_path, "--prompt", "x"], "cannot be written"),
+        (["--export", page / "x.html", "--prompt", "x"], "cannot be written"),
+        (
+            ["--export", page, "--prompt", "x", "--weight", "full_sft,full_sft"],
+            "give different names",
+        ),
     ):
         done = run_here("eval_llm.py", *names, *flags)
         assert done.returncode == 2 and sentence in done.stderr, flags
     done = run_here("eval_llm.py", "--weight", "none", *names[2:], "--serve", 0)
     assert done.returncode == 2 and "--weight none" in done.stderr
+
+
+def test_what_is_no_http_is_an_error_of_the_api(running):
+    for data in (b"BAD\r\n\r\n", b"\x16\x03\x01\x02\x00\r\n", b"GET /" + b"x" * 70_000 + b"\r\n"):
+        found = raw(running, data)
+        assert b'"invalid_request_error"' in found and b"Traceback" not in found
+    assert raw(running, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_a_log_is_read_again_when_it_has_grown(tmp_path):
+    path = write_jsonl(tmp_path / "run.jsonl", [{"step": i, "loss": 9.0 - i} for i in range(1, 3)])
+    assert [point[0] for point in views.runs(tmp_path)["runs"][0]["points"]] == [1, 2]
+    with path.open("a") as file:
+        file.write('5\n{"step": 3, "loss": 1.0, "val_loss": 2.0, "lr": 0.1}\n{"step": 4, "lo')
+    assert views.runs(tmp_path)["runs"][0]["points"][-1] == [3, 1.0, 2.0, 0.1]
+    lines = [{"step": i, "val_loss": 1.0 if i % 1999 == 0 else None} for i in range(1, 8001)]
+    write_jsonl(path, lines)
+    steps = [point[0] for point in views.runs(tmp_path)["runs"][0]["points"]]
+    assert (
+        len(steps) < 510
+        and {1, 1999, 3998, 5997, 7996, 8000} <= {*steps}
+        and steps == sorted(steps)
+    )
