@@ -352,7 +352,7 @@ def test_training_shows_curves_that_move_and_tokens(tab, address, logs):
     tab.keyboard.press("ControlOrMeta+a")
     tab.keyboard.type(" Nelina lives")
     tab.keyboard.press("Enter")
-    tab.wait_for_selector("#token-strip .token >> nth=1")
+    tab.wait_for_selector("#token-strip .token:has-text('lives')")
     tab.locator("#token-strip [aria-pressed=true]").focus()
     tab.keyboard.press("End")
     tab.wait_for_selector("#merged:has-text('lives')")
