@@ -74,12 +74,13 @@ def pictures(browser, address):
     tab.wait_for_selector('body[data-shown$=" 25"] #stop:disabled')
 
     def shoot(name, first, last):
+        tab.mouse.move(0, 0)
+        tab.evaluate("scrollTo(0, 0)")
         top = tab.locator(first).bounding_box()
         end = tab.locator(last).bounding_box()
         height = end["y"] + end["height"] - top["y"] + 10
         clip = {"x": 0, "y": max(0, top["y"] - 6), "width": 480, "height": height}
         path = ROOT / "docs" / "pictures" / f"page_{name}.png"
-        tab.mouse.move(0, 0)
         tab.screenshot(path=path, full_page=True, clip=clip)
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 

@@ -35,10 +35,8 @@ def export(models, path, question, settings, logs):
             raise ValueError(f"{len(ids)} tokens leave no room for an answer; shorten it")
     except ValueError as error:
         raise UserError(f"--prompt: {error}") from None
-    length = min(settings["max_new_tokens"], room)
-    new = [
-        token for (token,) in generate(first.model, [ids], **settings | {"max_new_tokens": length})
-    ]
+    shorter = settings | {"max_new_tokens": min(settings["max_new_tokens"], room)}
+    new = [token for (token,) in generate(first.model, [ids], **shorter)]
     text = first.tokenizer.decode(new[:-1] if new[-1] in STOP else new, skip_special_tokens=False)
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
     lines = ",\n ".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
