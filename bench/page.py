@@ -76,8 +76,8 @@ def pictures(browser, address):
     def shoot(name, first, last):
         tab.mouse.move(0, 0)
         tab.evaluate("scrollTo(0, 0)")
-        top = tab.locator(first).bounding_box()
-        end = tab.locator(last).bounding_box()
+        top = tab.locator(first).first.bounding_box()
+        end = tab.locator(last).first.bounding_box()
         height = end["y"] + end["height"] - top["y"] + 10
         clip = {"x": 0, "y": max(0, top["y"] - 6), "width": 480, "height": height}
         path = ROOT / "docs" / "pictures" / f"page_{name}.png"
@@ -88,20 +88,17 @@ def pictures(browser, address):
         tab.click(f"#tab-{view}")
         tab.wait_for_selector(f'body[data-shown^="{view} "]')
 
-    tab.locator("#chat-strip .token", has_text="well").click()
     tab.locator("#temperature").fill("1.5")
     shoot("chat", "#tabs", "#settings")
     choose("attention")
-    tab.locator("#attention-strip .token", has_text="the").click()
     tab.locator("#heads button").nth(6).click()
     shoot("attention", "#tabs", "#reads")
     choose("layers")
     tab.locator("#grid td[aria-label^='after  the, layer 1']").click()
     shoot("layers", "#tabs", "#grid")
     choose("compare")
-    shoot("models", "#tabs", "#compared .bars")
+    shoot("models", "#compared h2", "#compared table")
     choose("training")
-    tab.locator("#step").fill("300")
     shoot("training", "#tabs", "#values")
     shoot("tokens", "#words", "#neighbours")
 

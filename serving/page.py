@@ -54,7 +54,14 @@ def export(models, path, question, settings, logs):
     docs, folder = None, path.resolve().parent  # links to the chapters, where they are at hand
     if folder.is_relative_to(ROOT):
         docs = Path(os.path.relpath(ROOT / "docs", folder)).as_posix()
-    more = {"recorded": recorded, "ids": ids, "text": text, "question": question, "docs": docs}
+    more = {
+        "recorded": recorded,
+        "ids": ids,
+        "begun": len(ids) - len(new),
+        "text": text,
+        "question": question,
+        "docs": docs,
+    }
     data = page(models, settings, **more)
     with replacing(path) as file:
         file.write(data)

@@ -163,7 +163,7 @@ def attention(served, ids, second=None):
     L, H, n, _ = weights.shape
     first = len(ids) - n
     notice = shown(first, ids)
-    notice += " What they read of earlier tokens is left out." if first else ""
+    notice += " What they read from tokens before these is not shown." if first else ""
     return {
         **{"ids": ids[first:], "texts": texts(served, ids[first:]), "first": first},
         **{"notice": notice, "documents": documents[first:], "layers": L, "heads": H},
