@@ -36,7 +36,7 @@ class Tokens:
     """A file's R records as N tokens, one record after the other.
 
     ids         (N,) uint16 or uint32
-    mask        (N,) uint8, 1 where the token is supervised
+    mask        (N,) uint8, 1 where the token is supervised (2: see `PairDataset`)
     offsets     (R + 1,) int64; record r is ids[offsets[r] : offsets[r + 1]]
     supervised  (R,) int64, the supervised tokens of a record, without its first, which nothing
                 predicts
@@ -173,7 +173,7 @@ def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file)
             ids_file.write(np.array(ids, dtype).tobytes())
             mask_file.write(bytes(mask))
             lengths.append(len(ids))
-            supervised.append(sum(mask[1:]))
+            supervised.append(mask[1:].count(1))
     counts = [np.array(numbers, np.int64) for numbers in (lengths, supervised, lines)]
     return np.cumsum(counts[0]), *counts[1:], report
 

@@ -100,8 +100,9 @@ class StepPlan:
     samples      the samples of the latest step, and its epoch
     """
 
-    def __init__(self, dataset, samples, args, compute):
+    def __init__(self, dataset, samples, args, compute, collate=None):
         self.dataset, self.args, self.device = dataset, args, compute.device
+        self.collate = collate
         self.rows_per_step = args.batch_size * args.accumulation_steps * compute.world_size
         ranks = {"rank": compute.rank, "world_size": compute.world_size}
         self.of_epoch = lru_cache(1)(partial(epoch_plan, dataset, samples, args, **ranks))
@@ -119,7 +120,7 @@ class StepPlan:
             self.epoch, done = divmod(step, self.steps_per_epoch)
             steps = self.of_epoch(self.epoch)[done:]
             micro_batches = [micro_batch for step in steps for micro_batch in step]
-            loader = batches(self.dataset, micro_batches, self.args, self.device)
+            loader = batches(self.dataset, micro_batches, self.args, self.device, self.collate)
             for of_step in steps:
                 self.step_began = time.perf_counter()
                 fetched = [next(loader) for _ in of_step]
@@ -164,8 +165,9 @@ def cut(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def batches(dataset, micro_batches, args, device):
-    """Yields a batch for each list of sample numbers: what `pack` or `pad` returns.
+def batches(dataset, micro_batches, args, device, collate=None):
+    """Yields a batch for each list of sample numbers: what collate, by default `pack` or `pad`,
+    returns.
 
     On an NVIDIA GPU all have one shape, batch_size rows of max_seq_len tokens: its code is compiled
     for each shape. args.num_workers processes prepare them in advance; None: two for such a GPU.
@@ -174,7 +176,7 @@ def batches(dataset, micro_batches, args, device):
     gpu = device.type == "cuda"
     workers = args.num_workers if args.num_workers is not None else 2 * gpu
     collate = partial(
-        pack if args.packing else pad,
+        collate or (pack if args.packing else pad),
         max_seq_len=args.max_seq_len,
         rows=args.batch_size if gpu else None,
     )
@@ -281,6 +283,14 @@ def pad(documents, max_seq_len=None, rows=None):
     """
     longest = max((len(input_ids) for input_ids, _ in documents), default=0)
     return batch([[d] for d in documents], max_seq_len if rows else longest, rows)
+
+
+def pad_pairs(pairs, max_seq_len=None, rows=None):
+    """Samples of a `PairDataset` as one batch, a pair a row, like `pad`: document 0 is the chosen
+    conversation, document 1 the rejected one.
+    """
+    longest = max((len(one[0]) + len(other[0]) for one, other in pairs), default=0)
+    return batch(pairs, max_seq_len if rows else longest, rows)
 
 
 def batch(rows, T, at_least=None):

@@ -21,7 +21,7 @@ import numpy as np
 
 from common import UserError, replacing, report_user_errors
 from dataset import formats
-from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.lm_dataset import PairDataset, PretrainDataset, SFTDataset
 from dataset.loader import best_fit_decreasing
 from dataset.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
@@ -35,14 +35,15 @@ STYLES = {  # how the terminal shows each kind of token: colour, underlined
 
 
 def open_data(path, tokenizer, args):
-    """The dataset of a file: documents if its first record in a known format is text."""
+    """The dataset of a file: documents, pairs or conversations, as its first known record is."""
     for _, record in formats.read_records(path):
         try:
             name = formats.format_of(record)
         except (ValueError, TypeError):  # a bad record, which the dataset counts
             continue
-        if name == "text":
-            return PretrainDataset(path, tokenizer, args.max_seq_len)
+        if name in ("text", "preference"):
+            kind = PretrainDataset if name == "text" else PairDataset
+            return kind(path, tokenizer, args.max_seq_len)
         break
     return SFTDataset(path, tokenizer, args.max_seq_len, overlong=args.overlong)
 
@@ -129,7 +130,10 @@ def show(args):
         if args.packing:
             numbers = best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
         for row in numbers[: args.n]:
-            samples = [tokens_of(*data[sample], tokenizer, args.ids) for sample in row]
+            samples = [data[sample] for sample in row]
+            if isinstance(data, PairDataset):
+                samples = sum(samples, [])
+            samples = [tokens_of(*sample, tokenizer, args.ids) for sample in samples]
             rows.append((f"{data.where(row)}: {sum(map(len, samples))} tokens", samples))
     if args.html:
         page = Path(__file__).with_name("show.html").read_text(encoding="utf-8")

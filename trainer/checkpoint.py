@@ -284,6 +284,7 @@ def save_weights(path, args, model, tokenizer, stage, run, state=None):
     if not is_first():
         return
     more = {"training": dataclasses.asdict(run) | flags_of(args), **description(model)}
+    more["training"].pop("reference")  # only a resumed run needs it
     if more.pop("projections", None):
         state = {name: state[name] for name in state if not name.startswith("projections.")}
     if "lora" in more:

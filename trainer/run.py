@@ -41,6 +41,7 @@ class Run:
     saved_step: int | None = None  # that of the latest checkpoint
     best_score: float | None = None
     evaluations_since_best: int = 0
+    reference: list | None = None  # DPO: of training and validation pairs, by the model before
 
     def advance(self, tokens, grad_norm):
         """Counts a step. One without a finite gradient was skipped."""

@@ -230,6 +230,15 @@ def conversations(world, rng):
         yield {"conversations": messages}
 
 
+def preferences(world, rng, count=400):
+    """Pairs of answers about villagers whom conversations mention; the chosen one is short."""
+    people = Pool(world, held_out=False).people
+    for _ in range(count):
+        person, kind = rng.choice(people), rng.choice(SHORT_KINDS)
+        short, whole = sentence(getattr(person, kind)), answer(person, kind)
+        yield {"prompt": sentence(ask(rng, person, kind)), "chosen": short, "rejected": whole}
+
+
 def questions(world, rng, held_out=True, counts=EVAL_COUNTS, depths=DEPTHS):
     """The records of eval_tiny.jsonl, or others of their kind; no question occurs twice."""
     pool, seen = Pool(world, held_out), set()

@@ -22,11 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import replacing
-from dataset.tiny_world.chat import Pool, calculation, conversations, questions
+from dataset.tiny_world.chat import Pool, calculation, conversations, preferences, questions
 from dataset.tiny_world.text import World, pretraining_text
 
 FOLDER = Path(__file__).resolve().parents[1]
 PRETRAIN, SFT, EVAL = (FOLDER / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval"))
+PAIRS = FOLDER / "dpo_tiny.jsonl"
 SEED = 1
 
 
@@ -55,6 +56,8 @@ def write_missing(path):
     if path in (PRETRAIN, SFT, EVAL) and not path.exists():
         print(f"{path} does not exist yet: writing the Tiny World data", flush=True)
         write_tiny_world()
+    if path == PAIRS and not path.exists():
+        write(path, preferences(World(SEED), random.Random(SEED + 5)))
     return path
 
 

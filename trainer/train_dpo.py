@@ -1,0 +1,212 @@
+"""Direct preference optimisation (DPO, arXiv:2305.18290): of two answers to the same conversation,
+one becomes more probable and the other less, compared with the model before.
+
+    python trainer/train_dpo.py                               # Tiny World's pairs: short answers
+    python trainer/train_dpo.py --from_weight full_sft --data_path mine.jsonl
+    python trainer/train_dpo.py --from_resume 1               # resumes after Ctrl-C
+
+The loop is that of train_full_sft.py; what differs is the loss, which compares two answers.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import IGNORE, UserError, report_user_errors  # first: Ctrl-C while torch loads
+
+# isort: split
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dataset.chat_template import render
+from dataset.lm_dataset import PairDataset
+from dataset.loader import StepPlan, batches, cut, pad_pairs, to_device, token_counts
+from dataset.tiny_world.generate import PAIRS
+from model.generation import complete, eval_mode
+from model.moe import load_balance_loss
+from trainer import checkpoint, distributed
+from trainer.arguments import number, parse_args, training_parser
+from trainer.optimizer import (
+    clip_and_step,
+    compile_layers,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from trainer.run import Run, begin_run, finish, lock_run
+from trainer.signals import StopSignal
+from trainer.trainable import choose_trainable
+from trainer.trainer_utils import describe, generating, init_model, open_data, seed_step
+
+STAGE = "dpo"
+FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # means over pairs
+
+
+def log_probabilities(model, batch):
+    """The log-probability of the chosen and of the rejected answer of each pair, (P, 2): sums over
+    their supervised tokens. batch is of `pad_pairs`: P pairs, and maybe rows without one.
+    """
+    input_ids, labels, position_ids, document_ids = batch
+    logits = model(input_ids, position_ids, document_ids)[:, :-1].float()  # (B, T - 1, V)
+    labels = labels[:, 1:].to(logits.device)
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
+    )  # (B, T - 1)
+    halves = [-(losses * (document_ids[:, 1:] == half)).sum(dim=-1) for half in (0, 1)]
+    return torch.stack(halves, dim=-1)[(labels != IGNORE).any(dim=-1)]  # (B, 2) -> (P, 2)
+
+
+def preference_loss(policy, reference, beta):
+    """(the sum of the pairs' losses, the sums of FIGURES). policy and reference are the
+    log-probabilities (P, 2) of the model in training and of the model before.
+
+    The margin of a pair says how much more the chosen answer has gained than the rejected one; the
+    loss is -log sigmoid(margin), equation 7 of arXiv:2305.18290.
+    """
+    gained = policy - reference.to(policy.device)
+    margins = beta * (gained[:, 0] - gained[:, 1])  # (P,)
+    loss = -F.logsigmoid(margins).sum()
+    figures = [loss, (margins > 0).sum(), margins.sum(), *policy.sum(dim=0)]
+    return loss, torch.stack([figure.detach() for figure in figures])
+
+
+@torch.no_grad()
+def reference_of(model, dataset, args, compute):
+    """The log-probabilities of all pairs of a dataset before the training, (n, 2), on the CPU."""
+    plan, found = cut(range(len(dataset)), args.batch_size), []
+    with eval_mode(model), compute.autocast:
+        for batch in batches(dataset, plan, args, compute.device, pad_pairs):
+            found.append(log_probabilities(model, to_device(batch, compute.device)).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def validate(model, dataset, samples, reference, args, compute):
+    """{"val_loss", "val_accuracy", ...}: the FIGURES of pairs that are held out of training. Each
+    process computes its share.
+    """
+    plan, sums = cut(samples[compute.rank :: compute.world_size], args.batch_size), 0.0
+    with eval_mode(model), compute.autocast:
+        for of_batch, batch in zip(
+            plan, batches(dataset, plan, args, compute.device, pad_pairs), strict=True
+        ):
+            policy = log_probabilities(model, to_device(batch, compute.device))
+            sums += preference_loss(policy, reference[of_batch], args.dpo_beta)[1]
+    sums = compute.sum(*(sums + torch.zeros(len(FIGURES))).tolist())
+    return {
+        f"val_{name}": figure / len(samples) for name, figure in zip(FIGURES, sums, strict=True)
+    }
+
+
+def main(argv=None):
+    parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
+    parser.set_defaults(batch_size=8, max_seq_len=768, warmup_steps=10, packing=False)
+    parser.set_defaults(learning_rate=2e-4, val_split=0.1, val_interval=20)
+    parser.set_defaults(sample_prompt="Where does Nelina live?")
+    add = parser.group("preferences")
+    add("dpo_beta", 0.1, "how much the model may change: less with a larger one", number(float, 0))
+    sft = "weight of the SFT loss of the chosen answers, against both becoming improbable"
+    add("sft_weight", 0.0, sft, number(float, 0))
+    args = parse_args(parser, argv)
+    saved = checkpoint.load_latest(args) if args.from_resume else None
+    if saved:  # flags that are left out stay as they were
+        args = parse_args(parser, argv, saved["arguments"])
+    unused = [name for name in ("packing", "teacher_weight", "offline_dir") if getattr(args, name)]
+    if unused:
+        raise UserError(f"train_dpo.py makes no use of --{', --'.join(unused)}; leave that out")
+
+    # Where to compute, what to train, and what to train it on.
+    compute = distributed.start(args)
+    model, tokenizer, _ = init_model(args, compute.device, saved)
+    choose_trainable(model, tokenizer, args, saved)
+    lock = lock_run(args, model.config)  # no other run writes the same files
+    dataset, train, val_dataset, val = open_data(PairDataset, args, tokenizer, PAIRS)
+    describe(dataset, train, val, args)
+    plan = StepPlan(dataset, train, args, compute, pad_pairs)
+
+    # The reference, the optimizer, and how far the run is.
+    run = Run(dataset.content + val_dataset.content, len(train), plan.rows_per_step)
+    run.processes = compute.world_size
+    if not saved:
+        run.reference = [
+            reference_of(model, part, args, compute) for part in (dataset, val_dataset)
+        ]
+    model.model.grad_checkpoint = args.grad_checkpoint
+    if args.use_compile:
+        compile_layers(model)
+    learner = distributed.parallelise(model, args.parallel, compute.dtype)
+    optimizer = make_optimizer(model, args)
+    run, log = begin_run(run, args, model, optimizer, compute, len(plan), saved)
+    reference, val_reference = run.reference
+    stop = run.finished(len(plan), args.early_stop_patience)
+    signal = StopSignal()
+    model.train()
+
+    for micro_batches in [] if stop else plan.after(run.step):
+        seed_step(args, run.step, compute.rank)
+        lr = learning_rate(run.step, len(plan), args)
+        set_learning_rate(optimizer, lr)
+        # The losses of a step are divided once, by the pairs, and by the tokens of the chosen
+        # answers, of all batches and processes.
+        pairs = [int((labels != IGNORE).any(dim=-1).sum()) for _, labels, *_ in micro_batches]
+        chosen = sum(
+            ((y != IGNORE) & (documents == 0)).sum() for _, y, _, documents in micro_batches
+        )
+        all_pairs, all_chosen = compute.sum(sum(pairs), int(chosen))
+        tokens = compute.sum(token_counts(micro_batches)[1])[0]
+        figures = torch.zeros(len(FIGURES))
+        references = reference[plan.samples].split(pairs)
+        for index, (batch, before) in enumerate(zip(micro_batches, references, strict=True)):
+            with distributed.sync_gradients(learner, index == len(micro_batches) - 1):
+                with compute.autocast:
+                    policy = log_probabilities(learner, to_device(batch, compute.device))
+                loss, sums = preference_loss(policy, before, args.dpo_beta)
+                imitation = -policy[:, 0].sum() / all_chosen
+                balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
+                objective = loss / all_pairs + args.sft_weight * imitation
+                objective += model.config.router_aux_loss_coef * balance
+                # Processes average their gradients, but the sum is needed: hence the factor.
+                compute.scaler.scale(objective * compute.world_size).backward()
+            figures += sums.cpu()
+        grad_norm = clip_and_step(model, optimizer, compute.scaler, args.grad_clip)
+        run.advance(tokens, grad_norm)
+        log.count(tokens, plan.step_began)
+
+        # Once in a while: validate, log, show a sample, save, stop.
+        last = run.step == len(plan)
+        validates = (last or run.step % args.val_interval == 0) and val
+        if validates or last or run.step == 1 or run.step % args.log_interval == 0:
+            means = [figure / all_pairs for figure in compute.sum(*figures.tolist())]
+            entry = dict(zip(FIGURES, means, strict=True)) | {"lr": lr, "grad_norm": grad_norm}
+            entry |= {"epoch": plan.epoch, "data_wait_s": plan.wait_s}
+            if validates:
+                entry |= validate(model, val_dataset, val, val_reference, args, compute)
+                tqdm.write(f"  of {len(val)} held-out pairs, {entry['val_accuracy']:.0%} are right")
+                if run.note_score(-entry["val_loss"]):
+                    checkpoint.save_best(args, model, tokenizer, STAGE, run)
+            log.write(run, **entry)
+        if not math.isfinite(grad_norm):
+            tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
+        if args.sample_interval and run.step % args.sample_interval == 0:
+            messages = [{"role": "user", "content": args.sample_prompt}]
+            prompt, _ = render(messages, add_generation_prompt=True, tokenizer=tokenizer)
+            with generating(model, compute):
+                (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
+            tqdm.write(f"  {args.sample_prompt} -> {tokenizer.decode(answer)}")
+        stop = run.finished(len(plan), args.early_stop_patience)
+        stop = stop or run.bad_steps >= args.max_bad_steps
+        stop = stop or compute.sum(signal.received)[0] > 0
+        if stop or run.step % args.save_interval == 0:
+            checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
+        if stop:
+            break
+    finish(run, args, model, tokenizer, STAGE, log, lock, dataset.where(plan.samples))
+    print(f"next: python eval_llm.py --weight {args.save_weight}")
+
+
+if __name__ == "__main__":
+    with report_user_errors(), distributed.report_lost_process():
+        main()
