@@ -14,11 +14,11 @@ from dataset.lm_dataset import PairDataset
 from dataset.loader import pad_pairs
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.policy import pair_log_probabilities, preference_loss
 from tests.conftest import ROOT, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, log, weights
 from trainer import checkpoint, train_dpo
-from trainer.train_dpo import log_probabilities, preference_loss
 
 TOKENIZER = load_tokenizer()
 SHARED = ROOT.parent / "shared" / "data"
@@ -132,14 +132,14 @@ def test_the_log_probabilities_are_those_of_each_answer_alone(pairs):
     policy, _ = models()
     data = PairDataset(pairs, TOKENIZER)
     some = [data[i] for i in range(7)]
-    found = log_probabilities(policy, pad_pairs(some))
+    found = pair_log_probabilities(policy, pad_pairs(some))
     for row, pair in zip(found, some, strict=True):
         for value, (input_ids, labels) in zip(row, pair, strict=True):
             logprobs = policy(input_ids[None])[0, :-1].log_softmax(dim=-1)
             chosen = logprobs.gather(1, input_ids[1:, None])[:, 0][labels[1:] != IGNORE]
             assert value.item() == pytest.approx(chosen.sum().item(), abs=1e-3)
     padded = pad_pairs(some, 300, 9)  # as on a GPU: rows without a pair, of the greatest length
-    torch.testing.assert_close(log_probabilities(policy, padded), found, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(pair_log_probabilities(policy, padded), found, atol=1e-3, rtol=1e-4)
 
 
 def test_the_loss_of_two_pairs_is_that_of_the_formula():
@@ -192,9 +192,9 @@ def test_loss_and_gradients_are_those_of_trl(pairs, tmp_path, sft_weight):
     expected.backward()
 
     batch = pad_pairs(some)
-    found = log_probabilities(policy, batch)
+    found = pair_log_probabilities(policy, batch)
     with torch.no_grad():
-        before = log_probabilities(reference, batch)
+        before = pair_log_probabilities(reference, batch)
     loss, _ = preference_loss(found, before, 0.3)
     tokens = sum(int((pair[0][1] != IGNORE).sum()) for pair in some)
     loss = loss / len(some) - sft_weight * found[:, 0].sum() / tokens

@@ -23,6 +23,7 @@ class MetricsLog:
     def __init__(self, path, run, total_steps, silent=False, profile=False):
         self.path, self.silent, self.total_steps = Path(path), silent, total_steps
         self.steps, self.tokens, self.seconds = 0, 0, 0.0  # of this process
+        self.curves, self.unit = {}, "nats per token"  # further ones: {label: (key, factor)}
         self.bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=silent or None)
         self.profiler = step_profiler(self.path, profile and not silent)
         if silent:
@@ -73,8 +74,11 @@ class MetricsLog:
     def draw(self, path=None):
         """Draws the loss curves as an SVG beside the log, or at path; returns where."""
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        losses = {"training": [line["loss"] for line in lines]}
-        losses["validation"] = [line["val_loss"] for line in lines]
+        drawn = self.curves or {"training": ("loss", 1), "validation": ("val_loss", 1)}
+        losses = {}
+        for label, (key, factor) in drawn.items():
+            values = [line.get(key) for line in lines]
+            losses[label] = [value if value is None else factor * value for value in values]
         for file in sorted({name for line in lines for name in line.get("val_losses", {})}):
             of_file = [line.get("val_losses", {}).get(file) for line in lines]
             losses[f"validation, {file}"] = of_file
@@ -84,20 +88,22 @@ class MetricsLog:
             curves[label] = [(x, y) for x, y in points if y is not None]
         path = (path or self.path.with_name(f"{self.path.stem}_loss")).with_suffix(".svg")
         with replacing(path) as file:
-            file.write(curves_as_svg(curves, self.path.stem).encode("utf-8"))
+            file.write(curves_as_svg(curves, self.path.stem, self.unit).encode("utf-8"))
         return path
 
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 
 
-def curves_as_svg(curves, title):
+def curves_as_svg(curves, title, unit="nats per token"):
     """{label: [(tokens, loss)]} as the text of an SVG, 700 x 400. Losses above 20 times the lowest
     are drawn at the upper edge: they would flatten the rest.
     """
     tokens = [x for points in curves.values() for x, _ in points] or [1]
     losses = [y for points in curves.values() for _, y in points] or [1]
-    most, top = max(tokens), min(max(losses), 20 * min(losses)) or 1
+    most, top = max(tokens), max(losses) or 1
+    if unit == "nats per token":
+        top = min(max(losses), 20 * min(losses)) or 1
     left, right, above, below = 60, 680, 40, 350
 
     def place(x, y):
@@ -107,7 +113,7 @@ def curves_as_svg(curves, title):
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 400" font-family="sans-serif" '
         'font-size="13"><rect width="700" height="400" fill="white"/>',
-        f'<text x="{left}" y="24" font-size="15">{html.escape(title)}: nats per token</text>',
+        f'<text x="{left}" y="24" font-size="15">{html.escape(title)}: {unit}</text>',
         f'<text x="{right}" y="390" text-anchor="end">{most:,} tokens trained on</text>',
     ]
     for part in range(5):

@@ -18,7 +18,6 @@ from common import IGNORE, UserError, report_user_errors  # first: Ctrl-C while 
 
 # isort: split
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from dataset.chat_template import render
@@ -27,6 +26,7 @@ from dataset.loader import StepPlan, batches, cut, pad_pairs, to_device, token_c
 from dataset.tiny_world.generate import PAIRS
 from model.generation import complete, eval_mode
 from model.moe import load_balance_loss
+from model.policy import pair_log_probabilities, preference_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import number, parse_args, training_parser
 from trainer.optimizer import (
@@ -45,41 +45,13 @@ STAGE = "dpo"
 FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # means over pairs
 
 
-def log_probabilities(model, batch):
-    """The log-probability of the chosen and of the rejected answer of each pair, (P, 2): sums over
-    their supervised tokens. batch is of `pad_pairs`: P pairs, and maybe rows without one.
-    """
-    input_ids, labels, position_ids, document_ids = batch
-    logits = model(input_ids, position_ids, document_ids)[:, :-1].float()  # (B, T - 1, V)
-    labels = labels[:, 1:].to(logits.device)
-    losses = F.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
-    )  # (B, T - 1)
-    halves = [-(losses * (document_ids[:, 1:] == half)).sum(dim=-1) for half in (0, 1)]
-    return torch.stack(halves, dim=-1)[(labels != IGNORE).any(dim=-1)]  # (B, 2) -> (P, 2)
-
-
-def preference_loss(policy, reference, beta):
-    """(the sum of the pairs' losses, the sums of FIGURES). policy and reference are the
-    log-probabilities (P, 2) of the model in training and of the model before.
-
-    The margin of a pair says how much more the chosen answer has gained than the rejected one; the
-    loss is -log sigmoid(margin), equation 7 of arXiv:2305.18290.
-    """
-    gained = policy - reference.to(policy.device)
-    margins = beta * (gained[:, 0] - gained[:, 1])  # (P,)
-    loss = -F.logsigmoid(margins).sum()
-    figures = [loss, (margins > 0).sum(), margins.sum(), *policy.sum(dim=0)]
-    return loss, torch.stack([figure.detach() for figure in figures])
-
-
 @torch.no_grad()
 def reference_of(model, dataset, args, compute):
     """The log-probabilities of all pairs of a dataset before the training, (n, 2), on the CPU."""
     plan, found = cut(range(len(dataset)), args.batch_size), []
     with eval_mode(model), compute.autocast:
         for batch in batches(dataset, plan, args, compute.device, pad_pairs):
-            found.append(log_probabilities(model, to_device(batch, compute.device)).cpu())
+            found.append(pair_log_probabilities(model, to_device(batch, compute.device)).cpu())
     return torch.cat(found)
 
 
@@ -89,12 +61,11 @@ def validate(model, dataset, samples, reference, args, compute):
     process computes its share.
     """
     plan, sums = cut(samples[compute.rank :: compute.world_size], args.batch_size), 0.0
+    found = batches(dataset, plan, args, compute.device, pad_pairs)
     with eval_mode(model), compute.autocast:
-        for of_batch, batch in zip(
-            plan, batches(dataset, plan, args, compute.device, pad_pairs), strict=True
-        ):
-            policy = log_probabilities(model, to_device(batch, compute.device))
-            sums += preference_loss(policy, reference[of_batch], args.dpo_beta)[1]
+        for of_batch, batch in zip(plan, found, strict=True):
+            policy = pair_log_probabilities(model, to_device(batch, compute.device))
+            sums += preference_loss(policy, reference[of_batch], args.dpo_beta)[1].cpu()
     sums = compute.sum(*(sums + torch.zeros(len(FIGURES))).tolist())
     return {
         f"val_{name}": figure / len(samples) for name, figure in zip(FIGURES, sums, strict=True)
@@ -103,9 +74,8 @@ def validate(model, dataset, samples, reference, args, compute):
 
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
-    parser.set_defaults(batch_size=8, max_seq_len=768, warmup_steps=10, packing=False)
-    parser.set_defaults(learning_rate=2e-4, val_split=0.1, val_interval=20)
-    parser.set_defaults(sample_prompt="Where does Nelina live?")
+    parser.set_defaults(batch_size=8, max_seq_len=768, warmup_steps=10, learning_rate=2e-4)
+    parser.set_defaults(packing=False, val_split=0.1, val_interval=20, sample_prompt="Who are you?")
     add = parser.group("preferences")
     add("dpo_beta", 0.1, "how much the model may change: less with a larger one", number(float, 0))
     sft = "weight of the SFT loss of the chosen answers, against both becoming improbable"
@@ -141,6 +111,8 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     run, log = begin_run(run, args, model, optimizer, compute, len(plan), saved)
     reference, val_reference = run.reference
+    log.curves = {f"-log p, {name}": (f"logp_{name}", -1) for name in ("chosen", "rejected")}
+    log.unit = "nats per answer"
     stop = run.finished(len(plan), args.early_stop_patience)
     signal = StopSignal()
     model.train()
@@ -162,7 +134,7 @@ def main(argv=None):
         for index, (batch, before) in enumerate(zip(micro_batches, references, strict=True)):
             with distributed.sync_gradients(learner, index == len(micro_batches) - 1):
                 with compute.autocast:
-                    policy = log_probabilities(learner, to_device(batch, compute.device))
+                    policy = pair_log_probabilities(learner, to_device(batch, compute.device))
                 loss, sums = preference_loss(policy, before, args.dpo_beta)
                 imitation = -policy[:, 0].sum() / all_chosen
                 balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)

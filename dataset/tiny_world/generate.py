@@ -27,7 +27,7 @@ from dataset.tiny_world.text import World, pretraining_text
 
 FOLDER = Path(__file__).resolve().parents[1]
 PRETRAIN, SFT, EVAL = (FOLDER / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval"))
-PAIRS = FOLDER / "dpo_tiny.jsonl"
+PAIRS, PRACTICE = FOLDER / "dpo_tiny.jsonl", FOLDER / "practice_tiny.jsonl"
 SEED = 1
 
 
@@ -58,7 +58,14 @@ def write_missing(path):
         write_tiny_world()
     if path == PAIRS and not path.exists():
         write(path, preferences(World(SEED), random.Random(SEED + 5)))
+    if path == PRACTICE and not path.exists():
+        write(path, practice(World(SEED), random.Random(SEED + 4)))
     return path
+
+
+def practice(world, rng):
+    """1,000 questions with a sum of training, and their results alone."""
+    return questions(world, rng, held_out=False, counts={calculation: 1000}, depths=())
 
 
 def write_sums(folder, seed=SEED):
@@ -69,9 +76,7 @@ def write_sums(folder, seed=SEED):
     pool = Pool(world, held_out=False)
     files = {
         "solved": [{"conversations": calculation(rng, pool)[1]} for _ in range(50)],
-        "practice": list(
-            questions(world, rng, held_out=False, counts={calculation: 1000}, depths=())
-        ),
+        "practice": list(practice(world, rng)),
         "exam": list(questions(world, rng, counts={calculation: 400}, depths=())),
     }
     for name, records in files.items():

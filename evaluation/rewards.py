@@ -1,0 +1,49 @@
+"""Rewards of answers: what a task's judge says, or what a function of the user returns."""
+
+import math
+import runpy
+
+import torch
+
+from common import STOP, UserError
+from dataset.chat_template import parse_answer
+from evaluation.tasks import is_right, judge
+
+
+def reward_function(task, own=None):
+    """A function (problem, answer, truncated) -> reward: 1 or 0, as the task's judge says; or own,
+    "FILE.py:name", a function (prompt, answer, gold) -> number. Raises UserError if there is none.
+    """
+    if own is None:
+        return lambda problem, answer, truncated: float(
+            is_right(judge(task, answer, problem["gold"], truncated))
+        )
+    path, _, name = own.rpartition(":")
+    try:
+        function = runpy.run_path(path)[name]
+    except Exception as error:  # whatever the user's file does
+        raise UserError(f"--reward {own}: {error!r}; give FILE.py:function") from None
+    return lambda problem, answer, truncated: function(problem["prompt"], answer, problem["gold"])
+
+
+def rewards_of(reward, problems, groups, tokenizer):
+    """The rewards of G answers to each of P problems, (P, G); groups are their ids, with the token
+    that ended each. Raises UserError for a reward that is not a finite number.
+    """
+    found = []
+    for problem, group in zip(problems, groups, strict=True):
+        for ids in group:
+            ended = ids[-1] in STOP
+            answer = parse_answer(ids[:-1] if ended else ids, tokenizer)["content"]
+            try:
+                value = reward(problem, answer, not ended)
+                if not math.isfinite(value):
+                    raise ValueError("it is not finite")
+            except Exception as error:  # whatever the user's function does
+                asked = problem["prompt"][-1]["content"]
+                raise UserError(
+                    f"--reward of {answer!r:.100}, an answer to {asked!r:.100}: {error!r}; give a "
+                    "function (prompt, answer, gold) that returns a finite number"
+                ) from None
+            found.append(float(value))
+    return torch.tensor(found).view(len(problems), -1 if found else 1)

@@ -1,0 +1,69 @@
+"""Losses of learning from preferences (DPO) and from rewards (GRPO): tensors in, tensors out.
+
+Shapes: B rows, T time, V vocabulary, P pairs, N supervised tokens, G answers to a question.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from common import IGNORE
+
+
+def log_probabilities(model, batch):
+    """(log p of the labels, (B, T - 1), 0 where there is none; the logits of the labels, (N, V)).
+    batch: input_ids, labels, position_ids and document_ids, (B, T) each.
+    """
+    input_ids, labels, position_ids, document_ids = batch
+    logits = model(input_ids, position_ids, document_ids)[:, :-1].float()  # (B, T - 1, V)
+    labels = labels[:, 1:].to(logits.device)
+    options = {"ignore_index": IGNORE, "reduction": "none"}
+    logp = -F.cross_entropy(logits.transpose(1, 2), labels, **options)  # classes are second here
+    return logp, logits[labels != IGNORE]
+
+
+def pair_log_probabilities(model, batch):
+    """The log-probability of the chosen and of the rejected answer of each pair, (P, 2): sums over
+    their supervised tokens. In a row, document 0 is the chosen one, document 1 the rejected one;
+    rows without supervised tokens are no pairs.
+    """
+    logp, _ = log_probabilities(model, batch)
+    labels, document_ids = batch[1][:, 1:], batch[3][:, 1:]
+    halves = [(logp * (document_ids == half)).sum(dim=-1) for half in (0, 1)]
+    return torch.stack(halves, dim=-1)[(labels != IGNORE).any(dim=-1)]
+
+
+def preference_loss(policy, reference, beta):
+    """(the sum of the pairs' losses; the sums of loss, right pairs, margins, and log-probabilities
+    of chosen and rejected answers, (5,)). policy and reference are the log-probabilities (P, 2)
+    of the model in training and of the model before.
+
+    The margin of a pair says how much more the chosen answer has gained than the rejected one; the
+    loss is -log sigmoid(margin), equation 7 of arXiv:2305.18290.
+    """
+    gained = policy - reference.to(policy.device)
+    margins = beta * (gained[:, 0] - gained[:, 1])  # (P,)
+    loss = -F.logsigmoid(margins).sum()
+    figures = [loss, (margins > 0).sum(), margins.sum(), *policy.sum(dim=0)]
+    return loss, torch.stack([figure.detach() for figure in figures])
+
+
+def advantages_of(rewards):
+    """By how much each reward is above the mean of its group, (P, G) -> (P, G).
+
+    GRPO proper (arXiv:2402.03300) also divides by the standard deviation of the group. That gives
+    more weight to questions that are answered right nearly always, or nearly never
+    (arXiv:2503.20783).
+    """
+    return rewards - rewards.mean(dim=1, keepdim=True)
+
+
+def policy_loss(model, batch, advantages):
+    """(minus the sum over all tokens of advantage * log p; the sum of the entropies, a number). A
+    row is an answer, with its advantage (B,); there may be more rows, without supervised tokens.
+
+    Its gradient is that of the policy gradient theorem (REINFORCE, Williams 1992).
+    """
+    logp, logits = log_probabilities(model, batch)
+    spread = logits.detach().log_softmax(dim=-1)  # (N, V)
+    weight = F.pad(advantages, (0, len(logp) - len(advantages))).to(logp.device)
+    return -(weight[:, None] * logp).sum(), -(spread.exp() * spread).sum().item()

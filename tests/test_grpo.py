@@ -1,0 +1,183 @@
+"""GRPO: advantage and loss by hand, exact resume, rewards of one's own, controls."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from common import IM_END, UserError
+from dataset.loader import pad
+from dataset.tokenizer import load_tokenizer
+from evaluation.rewards import reward_function, rewards_of
+from model.causal_lm import CausalLM, ModelConfig
+from model.policy import advantages_of, policy_loss
+from tests.conftest import run_here, write_jsonl
+from tests.test_errors import refused
+from tests.test_training import StopAt, assert_equal, log, weights
+from trainer import train_grpo
+from trainer.train_grpo import answers_of, as_sample
+
+TOKENIZER = load_tokenizer()
+REWARDS = """
+def short(prompt, answer, gold):
+    return -len(answer) / 100
+
+def letters(prompt, answer, gold):
+    return answer.count("e") / 10
+
+def nan(prompt, answer, gold):
+    return float("nan")
+
+def text(prompt, answer, gold):
+    return "good"
+
+def fails(prompt, answer, gold):
+    return gold["x"]
+
+def same(prompt, answer, gold):
+    return 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with questions.jsonl, 30 of them, and rewards.py."""
+    folder = tmp_path_factory.mktemp("grpo")
+    questions = [
+        {
+            "category": "sum",
+            "conversations": [{"role": "user", "content": f"What is {i}?"}],
+            "expected": ["number"],
+        }
+        for i in range(30)
+    ]
+    write_jsonl(folder / "questions.jsonl", questions)
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def grpo(trained, files, out, *more, reward="letters"):
+    flags = ["--from_weight", trained / "full_sft_32.pth", "--save_dir", out, "--device", "cpu"]
+    flags += ["--data_path", files / "questions.jsonl", "--dtype", "fp32", "--val_interval", 3]
+    flags += ["--reward", f"{files / 'rewards.py'}:{reward}"] if reward else []
+    flags += ["--prompts_per_step", 6, "--group_size", 4, "--max_new_tokens", 12, "--pass_k", 2]
+    return [str(word) for word in [*flags, "--learning_rate", "1e-3", *more]]
+
+
+def test_the_advantage_is_the_reward_above_the_mean_of_the_group():
+    rewards = torch.tensor([[1.0, 0.0, 0.5], [1.0, 1.0, 1.0]])
+    assert advantages_of(rewards).tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_the_loss_of_two_groups_of_three_answers_is_that_by_hand():
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(hidden_size=48, num_hidden_layers=2))
+    prompts = [[1, 20, 21], [1, 30]]
+    answers = [[[40, 2], [41, 42, 2], [43]], [[44, 2], [45, 46, 47, 2], [48, 2]]]
+    advantages = advantages_of(torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0]]))
+    samples = [as_sample(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
+    loss, entropy = policy_loss(model, pad(samples), advantages.flatten())
+    expected, spread = 0.0, 0.0
+    for prompt, group, own in zip(prompts, answers, advantages, strict=True):
+        for answer, advantage in zip(group, own, strict=True):
+            ids = torch.tensor([prompt + answer])
+            chances = model(ids)[0].softmax(dim=-1)
+            for place in range(len(prompt), len(prompt) + len(answer)):
+                p = chances[place - 1]
+                expected -= advantage * p[ids[0, place]].log()
+                spread -= (p * p.log()).sum().item()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert entropy == pytest.approx(spread, rel=1e-4)
+    # The gradient moves each answer's log-probability into the direction of its advantage.
+    one = policy_loss(model, pad(samples, 20, 9), advantages.flatten())[0]  # as on a GPU
+    for found, other in zip(
+        torch.autograd.grad(loss, list(model.parameters())),
+        torch.autograd.grad(one, list(model.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, other, atol=1e-4, rtol=1e-4)
+
+
+def test_rewards_are_those_of_the_judge_or_of_ones_own_function(files):
+    problem = {"prompt": [{"role": "user", "content": "27+15?"}], "gold": ["#### 42"]}
+    encode = TOKENIZER.encode
+    groups = [[[*encode("27+15: 42.\n#### 42").ids, IM_END], [*encode("#### 41").ids, IM_END]]]
+    rewards = rewards_of(reward_function("tiny_world"), [problem], groups, TOKENIZER)
+    assert rewards.tolist() == [[1.0, 0.0]]
+    own = reward_function("tiny_world", f"{files / 'rewards.py'}:short")
+    assert rewards_of(own, [problem], groups, TOKENIZER)[0, 1] == pytest.approx(-0.07)
+    for name in ("nan", "text", "fails"):
+        own = reward_function("tiny_world", f"{files / 'rewards.py'}:{name}")
+        with pytest.raises(UserError, match=r"an answer to '27\+15\?'.*finite number"):
+            rewards_of(own, [problem], groups, TOKENIZER)
+    for text in ("rewards.py", f"{files / 'none.py'}:x", f"{files / 'rewards.py'}:none"):
+        with pytest.raises(UserError, match="give FILE.py:function"):
+            reward_function("tiny_world", text)
+
+
+def test_answers_are_drawn_by_the_seed_and_end_with_their_stop_token():
+    torch.manual_seed(3)
+    model = CausalLM(ModelConfig(hidden_size=32, num_hidden_layers=1)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[IM_END] *= 3
+    args = Namespace(max_new_tokens=9, temperature=1.0, answers_at_once=3)
+    prompts = [[1, 20 + i] for i in range(7)]
+    one, same = (answers_of(model, prompts, args, [1, 2]) for _ in range(2))
+    assert one == same != answers_of(model, prompts, args, [1, 3])
+    assert all(0 < len(ids) <= 9 for ids in one)
+    for ids in one:
+        assert IM_END not in ids[:-1] and (len(ids) == 9 or ids[-1] in (0, IM_END))
+
+
+def test_a_reward_that_can_be_earned_grows(trained, files, tmp_path):
+    train_grpo.main(grpo(trained, files, tmp_path, "--epochs", 5, "--learning_rate", "1e-2"))
+    lines = log(tmp_path, "grpo_32")
+    first, last = (sum(line["reward"] for line in part) / 3 for part in (lines[:3], lines[-3:]))
+    assert last > first + 0.1
+    assert lines[0]["pass_at_1"] <= lines[0]["pass_at_k"] and lines[-1]["pass_at_1"] > first
+    assert "pass_at_1" in (tmp_path / "logs/grpo_32_loss.svg").read_text()
+
+
+def test_equal_rewards_change_nothing(trained, files, tmp_path):
+    """The control: every group without a signal is counted, and no step is made."""
+    train_grpo.main(grpo(trained, files, tmp_path, reward="same"))
+    assert {line["no_signal"] for line in log(tmp_path, "grpo_32")} == {1.0}
+    assert_equal(weights(tmp_path, "grpo_32"), weights(trained))
+
+
+@pytest.mark.parametrize("more", [(), ("--use_lora", 1)])
+def test_a_run_that_is_stopped_and_resumed_is_the_same_to_the_bit(
+    trained, files, tmp_path, monkeypatch, more
+):
+    name = "lora_grpo_32" if more else "grpo_32"
+    more = ["--epochs", 2, "--dropout", 0.1, *more]
+    train_grpo.main(grpo(trained, files, tmp_path / "whole", *more))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "StopSignal", StopAt(3))
+        with pytest.raises(SystemExit):
+            train_grpo.main(grpo(trained, files, tmp_path / "parts", *more))
+    save_weight = ["--save_weight", name.removesuffix("_32")]
+    train_grpo.main(["--save_dir", str(tmp_path / "parts"), "--from_resume", "1", *save_weight])
+    assert_equal(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
+    assert log(tmp_path / "whole", name) == log(tmp_path / "parts", name)
+
+
+def test_the_gradient_of_a_step_does_not_depend_on_its_split(trained, files, tmp_path):
+    norms = []
+    for batch_size in (24, 5):
+        out = tmp_path / str(batch_size)
+        train_grpo.main(grpo(trained, files, out, "--batch_size", batch_size))
+        norms.append(log(out, "grpo_32")[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
+
+
+def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
+    script = "trainer/train_grpo.py"
+    refused(run_here(script, *grpo(trained, files, tmp_path, "--group_size", 1)), "--group_size 1")
+    none = grpo(trained, files, tmp_path, "--val_split", 0)
+    refused(run_here(script, *none), "no question is held out")
+    long = grpo(trained, files, tmp_path, "--max_new_tokens", 5000)
+    refused(run_here(script, *long), "the longest question and --max_new_tokens")
+    refused(run_here(script, *grpo(trained, files, tmp_path, reward="nan")), "finite number")
+    other = grpo(trained, files, tmp_path, "--data_path", data / "sft.jsonl")
+    refused(run_here(script, *other), "line 1: 'expected' is missing")

@@ -1,0 +1,230 @@
+"""Reinforcement learning by group relative policy optimisation (GRPO): the model answers each
+question several times, a judge rewards the answers, and those that are better than the others of
+their group become more probable.
+
+    python trainer/train_grpo.py                              # Tiny World's sums
+    python trainer/train_grpo.py --from_weight few --data_path out/sums/practice.jsonl
+    python trainer/train_grpo.py --reward mine.py:function    # a reward of your own
+    python trainer/train_grpo.py --from_resume 1              # resumes after Ctrl-C
+
+The advantage of an answer is its reward minus the mean of its group. GRPO proper (arXiv:2402.03300)
+also makes several updates with the answers of one model, and so has to clip probability ratios, and
+has a KL term, which keeps the model near its beginning. With one update for each batch of answers,
+as in nanochat, the ratios are 1; the KL term is left out, as in arXiv:2503.20783.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import IGNORE, UserError, report_user_errors  # first: Ctrl-C while torch loads
+
+# isort: split
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset.cache import content_hash
+from dataset.chat_template import render
+from dataset.loader import cut, pad, to_device
+from dataset.tiny_world.generate import PRACTICE, write_missing
+from evaluation.rewards import reward_function, rewards_of
+from evaluation.tasks import read_problems
+from model.generation import generate
+from model.moe import load_balance_loss
+from model.policy import advantages_of, policy_loss
+from trainer import checkpoint, distributed
+from trainer.arguments import number, one_of, parse_args, training_parser
+from trainer.optimizer import (
+    clip_and_step,
+    compile_layers,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from trainer.run import Run, begin_run, finish, lock_run
+from trainer.signals import StopSignal
+from trainer.trainable import choose_trainable
+from trainer.trainer_utils import generating, init_model, seed_step
+
+STAGE = "grpo"
+
+
+def answers_of(model, prompts, args, seed):
+    """The ids of an answer to each prompt, with the token that ended it; drawn by the seed, a list
+    of numbers.
+    """
+    answers = []
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    for part in cut(prompts, args.answers_at_once):
+        own = int(np.random.SeedSequence([*seed, len(answers)]).generate_state(1)[0])
+        steps = list(zip(*generate(model, part, seed=own, **options), strict=True))
+        answers += [[token for token in answer if token is not None] for answer in steps]
+    return answers
+
+
+def as_sample(prompt, answer):
+    """(input_ids, labels) of a prompt and an answer, two lists of ids; the answer is supervised."""
+    ids = torch.tensor(prompt + answer)
+    return ids, torch.cat([torch.full((len(prompt),), IGNORE), ids[len(prompt) :]])
+
+
+def validate(model, problems, prompts, reward, tokenizer, args, compute):
+    """{"pass_at_1": mean reward, "pass_at_k": mean of the best reward among k answers} of held-out
+    problems. Each process answers its share.
+    """
+    mine = range(len(problems))[compute.rank :: compute.world_size]
+    asked = [prompts[i] for i in mine for _ in range(args.pass_k)]
+    with generating(model, compute):
+        found = cut(answers_of(model, asked, args, [args.seed, compute.rank]), args.pass_k)
+    rewards = rewards_of(reward, [problems[i] for i in mine], found, tokenizer)
+    sums = compute.sum(rewards.mean(dim=1).sum().item(), rewards.amax(dim=1).sum().item())
+    return {"pass_at_1": sums[0] / len(problems), "pass_at_k": sums[1] / len(problems)}
+
+
+def questions(args, tokenizer, context):
+    """(problems to train on, their prompts as ids, held-out problems, their prompts, the hashes of
+    the files). Raises UserError if there are none of either, or if one is too long.
+    """
+    paths = [source.path for source in args.data_path or []] or [write_missing(PRACTICE)]
+    train = [problem for path in paths for problem in read_problems(args.task, path)]
+    order = np.random.default_rng(args.seed).permutation(len(train)).tolist()
+    count = 0 if args.val_data_path else math.ceil(args.val_split * len(train))
+    held_out = [train[i] for i in order[:count]]
+    if args.val_data_path:
+        held_out = read_problems(args.task, args.val_data_path)
+    train = [train[i] for i in order[count:]]
+    if not held_out or not train:
+        raise UserError("no question is held out, or each: give --val_split or --val_data_path")
+    prompts = [
+        [render(problem["prompt"], None, True, tokenizer)[0] for problem in part]
+        for part in (train, held_out)
+    ]
+    longest = max(map(len, prompts[0] + prompts[1])) + args.max_new_tokens
+    if longest > context:
+        raise UserError(f"the longest question and --max_new_tokens: {longest} tokens > {context}")
+    return train, prompts[0], held_out, prompts[1], [content_hash(path) for path in paths]
+
+
+def main(argv=None):
+    parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
+    parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=768)
+    parser.set_defaults(log_interval=1, val_split=0.05, val_interval=20, sample_interval=20)
+    add, count = parser.group("reinforcement"), number(int, 1)
+    add("task", "tiny_world", "whose judge rewards", one_of("tiny_world", "gsm8k", "math"))
+    own = "a function (prompt, answer, gold) -> number instead"
+    add("reward", None, own, metavar="FILE.py:NAME")
+    add("prompts_per_step", 16, "questions of a step", count)
+    add("group_size", 8, "answers to each question", number(int, 2))
+    add("temperature", 1.0, "of the sampling", number(float, 0.01))
+    add("max_new_tokens", 80, "maximum length of an answer", count)
+    add("answers_at_once", 128, "answers that are sampled at once", count)
+    add("pass_k", 8, "answers to each held-out question", count)
+    args = parse_args(parser, argv)
+    saved = checkpoint.load_latest(args) if args.from_resume else None
+    if saved:  # flags that are left out stay as they were
+        args = parse_args(parser, argv, saved["arguments"])
+    reward = reward_function(args.task, args.reward)
+
+    # Where to compute, what to train, and the questions.
+    compute = distributed.start(args)
+    model, tokenizer, _ = init_model(args, compute.device, saved)
+    choose_trainable(model, tokenizer, args, saved)
+    lock = lock_run(args, model.config)  # no other run writes the same files
+    context = model.config.max_position_embeddings
+    problems, prompts, held_out, val_prompts, content = questions(args, tokenizer, context)
+    print(f"{len(problems)} questions to train on, {len(held_out)} held out")
+
+    # The optimizer, and how far the run is.
+    model.model.grad_checkpoint = args.grad_checkpoint
+    if args.use_compile:
+        compile_layers(model)
+    learner = distributed.parallelise(model, args.parallel, compute.dtype)
+    optimizer = make_optimizer(model, args)
+    per_epoch = math.ceil(len(problems) / args.prompts_per_step)
+    total = per_epoch * args.epochs
+    answers_each = math.ceil(args.prompts_per_step / compute.world_size) * args.group_size
+    most = math.ceil(answers_each / args.batch_size)
+    run = Run(content, len(problems), args.prompts_per_step, compute.world_size)
+    run, log = begin_run(run, args, model, optimizer, compute, total, saved)
+    log.curves = {name: (name, 1) for name in ("reward", "pass_at_1", "pass_at_k")}
+    log.unit = "mean reward"
+    stop = run.finished(total, args.early_stop_patience)
+    signal = StopSignal()
+    model.train()
+
+    while not stop:
+        began = time.perf_counter()
+        seed_step(args, run.step, compute.rank)
+        lr = learning_rate(run.step, total, args)
+        set_learning_rate(optimizer, lr)
+        # 1. The present model answers the questions of this step, each group_size times.
+        epoch, index = divmod(run.step, per_epoch)
+        shuffled = np.random.default_rng([args.seed, epoch]).permutation(len(problems)).tolist()
+        asked = cut(shuffled, args.prompts_per_step)[index][compute.rank :: compute.world_size]
+        repeated = [prompts[i] for i in asked for _ in range(args.group_size)]
+        with generating(model, compute):
+            answers = answers_of(model, repeated, args, [args.seed, run.step, compute.rank])
+        # 2. Rewards, and by how much they are above those of their group.
+        groups = cut(answers, args.group_size)
+        rewards = rewards_of(reward, [problems[i] for i in asked], groups, tokenizer)
+        advantages = advantages_of(rewards).flatten()
+        unequal = rewards.amax(dim=1) > rewards.amin(dim=1)  # other groups teach nothing
+        useful = unequal.repeat_interleave(args.group_size).nonzero()[:, 0].tolist()
+        samples = [as_sample(repeated[i], answers[i]) for i in useful]
+        lengths = [len(answer) for answer in answers]
+        mine = sum(lengths[i] for i in useful), sum(lengths), len(answers)
+        supervised, generated, counted = compute.sum(*mine)
+        # 3. One update.
+        micro_batches = cut(list(range(len(useful))), args.batch_size)
+        if compute.world_size > 1:  # all processes compute equally often
+            micro_batches += [[]] * (most - len(micro_batches))
+        loss, entropy, grad_norm = 0.0, 0.0, 0.0
+        for place, part in enumerate(micro_batches if supervised else []):
+            batch = to_device(pad([samples[i] for i in part]), compute.device)
+            with distributed.sync_gradients(learner, place == len(micro_batches) - 1):
+                own = advantages[[useful[i] for i in part]]
+                with compute.autocast:
+                    partial, spread = policy_loss(learner, batch, own)
+                balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
+                objective = partial / supervised + model.config.router_aux_loss_coef * balance
+                # Processes average their gradients, but the sum is needed: hence the factor.
+                compute.scaler.scale(objective * compute.world_size).backward()
+            loss, entropy = loss + partial.item() / supervised, entropy + spread
+        if supervised:
+            grad_norm = clip_and_step(model, optimizer, compute.scaler, args.grad_clip)
+        run.advance(generated, grad_norm)
+        log.count(generated, began)
+
+        # Once in a while: validate, log, show a sample, save, stop.
+        last = run.step == total
+        validates = last or run.step == 1 or run.step % args.val_interval == 0
+        if validates or run.step % args.log_interval == 0:
+            sums = compute.sum(rewards.sum().item(), len(useful), entropy, loss)
+            entry = {"reward": sums[0] / counted, "no_signal": 1 - sums[1] / counted}
+            entry["answer_tokens"], entropy, loss = generated / counted, *sums[2:]
+            entry |= {"entropy": entropy / max(1, supervised), "lr": lr, "grad_norm": grad_norm}
+            if validates:
+                entry |= validate(model, held_out, val_prompts, reward, tokenizer, args, compute)
+                held = [f"{name} {entry[name]:.1%}" for name in ("pass_at_1", "pass_at_k")]
+                tqdm.write(f"step {run.step} of {total}: of held-out questions, {', '.join(held)}")
+                if run.note_score(entry["pass_at_1"]):
+                    checkpoint.save_best(args, model, tokenizer, STAGE, run)
+            log.write(run, epoch=epoch, loss=loss, data_wait_s=0.0, **entry)
+        if args.sample_interval and run.step % args.sample_interval == 0 and asked:
+            question, answer = problems[asked[0]]["prompt"][-1]["content"], answers[0]
+            tqdm.write(f"  {question} -> {tokenizer.decode(answer)}: {rewards[0, 0]:g}")
+        stop = run.finished(total, args.early_stop_patience) or run.bad_steps >= args.max_bad_steps
+        stop = stop or compute.sum(signal.received)[0] > 0
+        if stop or run.step % args.save_interval == 0:
+            checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
+    finish(run, args, model, tokenizer, STAGE, log, lock, "the latest answers")
+    print(f"next: python eval_llm.py --weight {args.save_weight}")
+
+
+if __name__ == "__main__":
+    with report_user_errors(), distributed.report_lost_process():
+        main()
