@@ -25,7 +25,7 @@ from common import UserError
 from dataset import formats, offline
 from dataset.chat_template import render_batch
 
-CODE = ("tokenizer", "formats", "chat_template", "lm_dataset", "cache")  # modules of the key
+CODE = "tokenizer formats chat_template lm_dataset pairs cache".split()  # modules of the key
 ARRAYS = ("offsets", "supervised", "lines")
 CHARACTERS = 1_000_000  # that are tokenised at once
 REASONS = 1000  # bad records that are kept with their reason; all are counted

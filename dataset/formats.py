@@ -43,7 +43,6 @@ KEYS = {  # format: the keys that every record of it has; the first format that 
     "prompt": ("prompt", "completion"),
     "text": ("text",),
 }
-SHARED = ("conversations", "messages", "instruction")  # where a pair has what comes before it
 
 
 def read_records(path):
@@ -193,50 +192,6 @@ def to_conversation(record, name, notes):
     if not kept:
         raise ValueError("no turn is left")
     return kept, record.get("tools") or messages[0].get("tools")
-
-
-def to_pair(record):
-    """(chosen, rejected, tools): a preference record as two conversations, as `render` takes them.
-    Only what the two do not share is supervised.
-
-    Answers are text, a message, or messages; messages that begin with another role than assistant
-    are the whole conversation. Raises ValueError for equal or empty answers.
-    """
-    shared = next((record[key] for key in ("prompt", *SHARED) if record.get(key)), [])
-    if isinstance(shared, str):
-        more = f"\n{text_of(record['input'], 'it has input')}" if record.get("input") else ""
-        shared = [{"role": "user", "content": shared + more}]
-    if not isinstance(shared, list):
-        raise ValueError(f"the prompt is text or a list of messages, not {shared!r:.200}")
-    if record.get("system"):
-        shared = [{"role": "system", "content": record["system"]}, *shared]
-    chosen, rejected = (answered(shared, record[key], key) for key in KEYS["preference"])
-    pairs = zip(chosen, rejected, strict=False)
-    same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
-    if same is None or chosen[same:] == rejected[same:]:
-        raise ValueError("chosen equals rejected, or is its beginning")
-    for conversation, key in ((chosen, "chosen"), (rejected, "rejected")):
-        for turn in conversation[:same]:
-            turn["loss_weight"] = 0
-        if not any(turn["role"] == "assistant" for turn in conversation[same:]):
-            raise ValueError(f"{key} has no answer of its own")
-    return chosen, rejected, record.get("tools")
-
-
-def answered(shared, answer, key):
-    """The messages of a conversation and one of its answers; key says which of the two it is."""
-    answer = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-    answer = [answer] if isinstance(answer, dict) else answer
-    if not isinstance(answer, list) or not answer:
-        raise ValueError(f"{key} is text, a message or messages, not {answer!r:.200}")
-    answer = [message(turn, number) for number, turn in enumerate(answer, 1)]
-    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in answer[-1:]):
-        raise ValueError(f"{key} is an empty answer")
-    if answer[0]["role"] not in ("assistant", "tool"):
-        return answer
-    if not shared:
-        raise ValueError(f'there is no "prompt", and {key} has no message of a user')
-    return [message(turn, number) for number, turn in enumerate(shared, 1)] + answer
 
 
 def turns(record, name):

@@ -205,32 +205,6 @@ class SFTDataset(TokenDataset):
         return range(first, len(self.samples))
 
 
-class PairDataset(TokenDataset):
-    """Pairs of answers to one conversation, the better first. A sample is both conversations,
-    [(input_ids, labels) of the chosen, of the rejected]; a pair that is longer than max_length in
-    all is left out.
-
-    In the tokens of the file one follows the other; the mask of the second's first token is 2.
-    """
-
-    options = ()
-
-    def to_pieces(self, record, report):
-        report["format"] = "preference"
-        chosen, rejected, tools = formats.to_pair(record)
-        begin, *rest = pieces(rejected, tools)
-        return [*pieces(chosen, tools), (begin[0], 2), *rest]
-
-    def spans(self, ids, mask, max_seq_len):
-        return []
-
-    def __getitem__(self, index):
-        input_ids, labels = super().__getitem__(index)
-        file, _, start, end = self.samples[index]
-        place = int(np.flatnonzero(self.files[file].mask[start:end] == 2)[0])
-        return [(input_ids[:place], labels[:place]), (input_ids[place:], labels[place:])]
-
-
 def require_records(report, path):
     """Raises UserError if no record of the file is usable, with the first reason."""
     if not report["records"]:

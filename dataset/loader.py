@@ -285,14 +285,6 @@ def pad(documents, max_seq_len=None, rows=None):
     return batch([[d] for d in documents], max_seq_len if rows else longest, rows)
 
 
-def pad_pairs(pairs, max_seq_len=None, rows=None):
-    """Samples of a `PairDataset` as one batch, a pair a row, like `pad`: document 0 is the chosen
-    conversation, document 1 the rejected one.
-    """
-    longest = max((len(one[0]) + len(other[0]) for one, other in pairs), default=0)
-    return batch(pairs, max_seq_len if rows else longest, rows)
-
-
 def batch(rows, T, at_least=None):
     """Rows of samples as input_ids, labels, position_ids and document_ids, each (B, T).
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from common import UserError, replacing, report_user_errors
 from dataset import formats
-from dataset.lm_dataset import PairDataset, PretrainDataset, SFTDataset
+from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.loader import best_fit_decreasing
+from dataset.pairs import PairDataset
 from dataset.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
 LARGEST = 10**9  # value of a flag; a larger one is a mistake

@@ -184,7 +184,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(many, tmp_path)
 
 def test_a_change_of_the_code_is_another_cache(data, tmp_path, monkeypatch):
     """Of every module that decides the tokens."""
-    for name in ("tokenizer", "formats", "chat_template", "lm_dataset", "cache"):
+    for name in ("tokenizer", "formats", "chat_template", "lm_dataset", "pairs", "cache"):
         shutil.copy(cache.__file__.replace("cache.py", f"{name}.py"), tmp_path)
     monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
     tokenizer, keys = load_tokenizer(), set()
@@ -193,7 +193,7 @@ def test_a_change_of_the_code_is_another_cache(data, tmp_path, monkeypatch):
             module.write_text(module.read_text("utf-8") + "# another line\n", "utf-8")
         keys.add(cache.cache_key("content", tokenizer, []))
         assert cache.cache_key("content", tokenizer, []) in keys
-    assert len(keys) == 6
+    assert len(keys) == 7
 
 
 def test_a_cache_that_cannot_be_written_is_said_in_a_sentence(data, tmp_path):

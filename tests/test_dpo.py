@@ -9,9 +9,8 @@ import torch
 
 from common import IGNORE
 from dataset.chat_template import render
-from dataset.formats import format_of, to_pair
-from dataset.lm_dataset import PairDataset
-from dataset.loader import pad_pairs
+from dataset.formats import format_of
+from dataset.pairs import PairDataset, pad_pairs, to_pair
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.policy import pair_log_probabilities, preference_loss

@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from dataset.chat_template import render
-from dataset.lm_dataset import PairDataset
-from dataset.loader import StepPlan, batches, cut, pad_pairs, to_device, token_counts
+from dataset.loader import StepPlan, batches, cut, to_device, token_counts
+from dataset.pairs import PairDataset, pad_pairs
 from dataset.tiny_world.generate import PAIRS
 from model.generation import complete, eval_mode
 from model.moe import load_balance_loss

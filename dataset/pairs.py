@@ -1,0 +1,88 @@
+"""Pairs of answers to one conversation, of which one is preferred: from a record to batches."""
+
+import numpy as np
+
+from dataset import formats
+from dataset.chat_template import pieces, text_of
+from dataset.lm_dataset import TokenDataset
+from dataset.loader import batch
+
+SHARED = ("prompt", "conversations", "messages", "instruction")  # what comes before the answers
+
+
+class PairDataset(TokenDataset):
+    """Pairs of answers to one conversation, the better first. A sample is both conversations,
+    [(input_ids, labels) of the chosen, of the rejected]; a pair that is longer than max_length in
+    all is left out.
+
+    In the tokens of the file one follows the other; the mask of the second's first token is 2.
+    """
+
+    options = ()
+
+    def to_pieces(self, record, report):
+        report["format"] = "preference"
+        chosen, rejected, tools = to_pair(record)
+        begin, *rest = pieces(rejected, tools)
+        return [*pieces(chosen, tools), (begin[0], 2), *rest]
+
+    def spans(self, ids, mask, max_seq_len):
+        return []
+
+    def __getitem__(self, index):
+        input_ids, labels = super().__getitem__(index)
+        file, _, start, end = self.samples[index]
+        place = int(np.flatnonzero(self.files[file].mask[start:end] == 2)[0])
+        return [(input_ids[:place], labels[:place]), (input_ids[place:], labels[place:])]
+
+
+def to_pair(record):
+    """(chosen, rejected, tools): a preference record as two conversations, as `render` takes them.
+    Only what the two do not share is supervised.
+
+    Answers are text, a message, or messages; messages that begin with another role than assistant
+    are the whole conversation. Raises ValueError for equal or empty answers.
+    """
+    shared = next((record[key] for key in SHARED if record.get(key)), [])
+    if isinstance(shared, str):
+        more = f"\n{text_of(record['input'], 'it has input')}" if record.get("input") else ""
+        shared = [{"role": "user", "content": shared + more}]
+    if not isinstance(shared, list):
+        raise ValueError(f"the prompt is text or a list of messages, not {shared!r:.200}")
+    if record.get("system"):
+        shared = [{"role": "system", "content": record["system"]}, *shared]
+    chosen, rejected = (answered(shared, record[key], key) for key in formats.KEYS["preference"])
+    pairs = zip(chosen, rejected, strict=False)
+    same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    if same is None or chosen[same:] == rejected[same:]:
+        raise ValueError("chosen equals rejected, or is its beginning")
+    for conversation, key in ((chosen, "chosen"), (rejected, "rejected")):
+        for turn in conversation[:same]:
+            turn["loss_weight"] = 0
+        if not any(turn["role"] == "assistant" for turn in conversation[same:]):
+            raise ValueError(f"{key} has no answer of its own")
+    return chosen, rejected, record.get("tools")
+
+
+def answered(shared, answer, key):
+    """The messages of a conversation and one of its answers; key says which of the two it is."""
+    answer = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    answer = [answer] if isinstance(answer, dict) else answer
+    if not isinstance(answer, list) or not answer:
+        raise ValueError(f"{key} is text, a message or messages, not {answer!r:.200}")
+    answer = [formats.message(turn, number) for number, turn in enumerate(answer, 1)]
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in answer[-1:]):
+        raise ValueError(f"{key} is an empty answer")
+    if answer[0]["role"] not in ("assistant", "tool"):
+        return answer
+    if not shared:
+        raise ValueError(f'there is no "prompt", and {key} has no message of a user')
+    return [formats.message(turn, number) for number, turn in enumerate(shared, 1)] + answer
+
+
+def pad_pairs(pairs, max_seq_len=None, rows=None):
+    """Samples of a `PairDataset` as one batch, a pair a row, like `pad`: document 0 is the chosen
+    conversation, document 1 the rejected one.
+    """
+    longest = max((len(one[0]) + len(other[0]) for one, other in pairs), default=0)
+    return batch(pairs, max_seq_len if rows else longest, rows)
