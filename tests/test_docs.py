@@ -50,7 +50,17 @@ def commands():
 
 
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-BENCH = ("faults", "speed", "gsm8k", "misconceptions", "experiments", "pictures", "serving", "page")
+BENCH = (
+    "faults",
+    "speed",
+    "gsm8k",
+    "misconceptions",
+    "experiments",
+    "pictures",
+    "serving",
+    "page",
+    "rewards",
+)
 LONG = ("demo.py", "recipes/python_text.py", *(f"bench/{name}.py" for name in BENCH))
 COMMANDS = commands()
 IN_PROCESS = ("dataset/", "evaluation/", "trainer/", "recipes/", "convert/")
@@ -98,6 +108,15 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     if "out/gsm8k_run" in line:
         for path in request.getfixturevalue("gsm8k").iterdir():
             files[f"out/gsm8k_run/data/{path.name}"] = path
+    if "train_dpo" in line:
+        pair = {"prompt": "What is 1?", "chosen": "A number.", "rejected": "One."}
+        pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair, {**pair, "prompt": "What is 2?"}])
+    if "train_grpo" in line:
+        asked = [{"role": "user", "content": "What is 1?"}]
+        asked = {"conversations": asked, "expected": "1", "category": "sum"}
+        pairs = files["mine.jsonl"] = write_jsonl(tmp_path / "asked.jsonl", [asked] * 4)
+        (tmp_path / "mine.py").write_text("def function(prompt, answer, gold):\n    return 1")
+        files["mine.py:function"] = f"{tmp_path / 'mine.py'}:function"
     if "--teacher_weight" in line:
         files["full_sft"] = trained / "full_sft_32.pth"
     if "train_pretrain" in line:
@@ -125,6 +144,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         name = "pretrain.jsonl" if "pretrain" in script else "sft.jsonl"
         needs = not {"--data_path", "--offline_dir"} & set(words)
         given = ["--data_path", data / name] if needs else []
+        if script in ("trainer/train_dpo.py", "trainer/train_grpo.py"):
+            given = ["--data_path", pairs, "--val_split", 0.5] if needs else ["--val_split", 0.5]
+        given += ["--max_new_tokens", 4] if "grpo" in script else []
         new = "pretrain.py" in script and "--from_weight" not in words
         scratch = new or "none" in words
         out = trained if "--from_resume" in words else tmp_path
@@ -156,7 +178,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words += ["--limit", 20, "--run", tmp_path.name] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
-        named = {"gsm8k", "few", "round1", "all", "python", "mine", "half"} & set(words)
+        named = {"gsm8k", "few", "round1", "all", "python", "mine", "half", "dpo"} & set(words)
         if named and "--lora" not in words:
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:
