@@ -174,6 +174,8 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_split(trained, files, tmp
 def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
     script = "trainer/train_grpo.py"
     refused(run_here(script, *grpo(trained, files, tmp_path, "--group_size", 1)), "--group_size 1")
+    unused = grpo(trained, files, tmp_path, "--accumulation_steps", 2)
+    refused(run_here(script, *unused), "no use of --accumulation_steps")
     none = grpo(trained, files, tmp_path, "--val_split", 0)
     refused(run_here(script, *none), "no question is held out")
     long = grpo(trained, files, tmp_path, "--max_new_tokens", 5000)

@@ -84,7 +84,8 @@ def main(argv=None):
     saved = checkpoint.load_latest(args) if args.from_resume else None
     if saved:  # flags that are left out stay as they were
         args = parse_args(parser, argv, saved["arguments"])
-    unused = [name for name in ("packing", "teacher_weight", "offline_dir") if getattr(args, name)]
+    others = ("packing", "teacher_weight", "offline_dir")
+    unused = [name for name in others if getattr(args, name) != parser.get_default(name)]
     if unused:
         raise UserError(f"train_dpo.py makes no use of --{', --'.join(unused)}; leave that out")
 
@@ -101,16 +102,15 @@ def main(argv=None):
     run = Run(dataset.content + val_dataset.content, len(train), plan.rows_per_step)
     run.processes = compute.world_size
     if not saved:
-        run.reference = [
-            reference_of(model, part, args, compute) for part in (dataset, val_dataset)
-        ]
+        parts = [dataset] if val_dataset is dataset else [dataset, val_dataset]
+        run.reference = [reference_of(model, part, args, compute) for part in parts]
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
     learner = distributed.parallelise(model, args.parallel, compute.dtype)
     optimizer = make_optimizer(model, args)
     run, log = begin_run(run, args, model, optimizer, compute, len(plan), saved)
-    reference, val_reference = run.reference
+    reference, val_reference = run.reference[0], run.reference[-1]
     log.curves = {f"-log p, {name}": (f"logp_{name}", -1) for name in ("chosen", "rejected")}
     log.unit = "nats per answer"
     stop = run.finished(len(plan), args.early_stop_patience)

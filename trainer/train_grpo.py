@@ -127,6 +127,10 @@ def main(argv=None):
     saved = checkpoint.load_latest(args) if args.from_resume else None
     if saved:  # flags that are left out stay as they were
         args = parse_args(parser, argv, saved["arguments"])
+    others = "packing accumulation_steps teacher_weight offline_dir sample_prompt".split()
+    unused = [name for name in others if getattr(args, name) != parser.get_default(name)]
+    if unused:
+        raise UserError(f"train_grpo.py makes no use of --{', --'.join(unused)}; leave that out")
     reward = reward_function(args.task, args.reward)
 
     # Where to compute, what to train, and the questions.
