@@ -107,12 +107,13 @@ def grpo(folder, seeds):
         run("trainer/train_full_sft.py", *start, "--save_weight", base)
         runs = {"grpo": []}
         if seed == seeds[0]:
-            runs["random rewards"] = ["--reward", f"{sums / 'random.py'}:chance"]
+            chance = f"{sums / 'random.py'}:chance"
+            runs["random rewards"] = ["--reward", chance, "--epochs", 1]
         print(f"seed {seed}: {passes(folder, base, exam)}", flush=True)
         for name, more in runs.items():
             weight = f"{name.replace(' ', '_')}_{seed}"
             flags = ["--from_weight", base, "--data_path", sums / "practice.jsonl", "--seed", seed]
-            flags += ["--save_weight", weight, "--save_dir", folder, *more]
+            flags += ["--save_weight", weight, "--save_dir", folder, "--epochs", 2, *more]
             seconds = run("trainer/train_grpo.py", *flags)
             print(f"  {name}: {seconds:.0f} s, {passes(folder, weight, exam)}", flush=True)
 

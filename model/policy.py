@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from common import IGNORE
 
 
-def log_probabilities(model, batch):
-    """(log p of the labels, (B, T - 1), 0 where there is none; the logits of the labels, (N, V)).
-    batch: input_ids, labels, position_ids and document_ids, (B, T) each.
+def log_probabilities(model, batch, temperature=1.0):
+    """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits of the
+    labels, (N, V)). batch: input_ids, labels, position_ids and document_ids, (B, T) each.
     """
     input_ids, labels, position_ids, document_ids = batch
-    logits = model(input_ids, position_ids, document_ids)[:, :-1].float()  # (B, T - 1, V)
+    logits = (
+        model(input_ids, position_ids, document_ids)[:, :-1].float() / temperature
+    )  # (B, T - 1, V)
     labels = labels[:, 1:].to(logits.device)
     options = {"ignore_index": IGNORE, "reduction": "none"}
     logp = -F.cross_entropy(logits.transpose(1, 2), labels, **options)  # classes are second here
@@ -57,13 +59,14 @@ def advantages_of(rewards):
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 
-def policy_loss(model, batch, advantages):
+def policy_loss(model, batch, advantages, temperature=1.0):
     """(minus the sum over all tokens of advantage * log p; the sum of the entropies, a number). A
-    row is an answer, with its advantage (B,); there may be more rows, without supervised tokens.
+    row is an answer, drawn at the temperature, with its advantage (B,); there may be more rows,
+    without supervised tokens.
 
     Its gradient is that of the policy gradient theorem (REINFORCE, Williams 1992).
     """
-    logp, logits = log_probabilities(model, batch)
+    logp, logits = log_probabilities(model, batch, temperature)
     spread = logits.detach().log_softmax(dim=-1)  # (N, V)
     weight = F.pad(advantages, (0, len(logp) - len(advantages))).to(logp.device)
     return -(weight[:, None] * logp).sum(), -(spread.exp() * spread).sum().item()

@@ -76,12 +76,12 @@ def test_the_loss_of_two_groups_of_three_answers_is_that_by_hand():
     answers = [[[40, 2], [41, 42, 2], [43]], [[44, 2], [45, 46, 47, 2], [48, 2]]]
     advantages = advantages_of(torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0]]))
     samples = [as_sample(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
-    loss, entropy = policy_loss(model, pad(samples), advantages.flatten())
+    loss, entropy = policy_loss(model, pad(samples), advantages.flatten(), 1.3)
     expected, spread = 0.0, 0.0
     for prompt, group, own in zip(prompts, answers, advantages, strict=True):
         for answer, advantage in zip(group, own, strict=True):
             ids = torch.tensor([prompt + answer])
-            chances = model(ids)[0].softmax(dim=-1)
+            chances = (model(ids)[0] / 1.3).softmax(dim=-1)
             for place in range(len(prompt), len(prompt) + len(answer)):
                 p = chances[place - 1]
                 expected -= advantage * p[ids[0, place]].log()
@@ -89,7 +89,7 @@ def test_the_loss_of_two_groups_of_three_answers_is_that_by_hand():
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
     assert entropy == pytest.approx(spread, rel=1e-4)
     # The gradient moves each answer's log-probability into the direction of its advantage.
-    one = policy_loss(model, pad(samples, 20, 9), advantages.flatten())[0]  # as on a GPU
+    one = policy_loss(model, pad(samples, 20, 9), advantages.flatten(), 1.3)[0]  # as on a GPU
     for found, other in zip(
         torch.autograd.grad(loss, list(model.parameters())),
         torch.autograd.grad(one, list(model.parameters())),

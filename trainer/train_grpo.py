@@ -112,14 +112,16 @@ def questions(args, tokenizer, context):
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
     parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=768)
-    parser.set_defaults(log_interval=1, val_split=0.05, val_interval=20, sample_interval=20)
+    parser.set_defaults(
+        min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20, sample_interval=20
+    )
     add, count = parser.group("reinforcement"), number(int, 1)
     add("task", "tiny_world", "whose judge rewards", one_of("tiny_world", "gsm8k", "math"))
     own = "a function (prompt, answer, gold) -> number instead"
     add("reward", None, own, metavar="FILE.py:NAME")
-    add("prompts_per_step", 16, "questions of a step", count)
+    add("prompts_per_step", 12, "questions of a step", count)
     add("group_size", 8, "answers to each question", number(int, 2))
-    add("temperature", 1.0, "of the sampling", number(float, 0.01))
+    add("temperature", 1.2, "of the sampling", number(float, 0.01))
     add("max_new_tokens", 80, "maximum length of an answer", count)
     add("answers_at_once", 128, "answers that are sampled at once", count)
     add("pass_k", 8, "answers to each held-out question", count)
@@ -192,7 +194,7 @@ def main(argv=None):
             with distributed.sync_gradients(learner, place == len(micro_batches) - 1):
                 own = advantages[[useful[i] for i in part]]
                 with compute.autocast:
-                    partial, spread = policy_loss(learner, batch, own)
+                    partial, spread = policy_loss(learner, batch, own, args.temperature)
                 balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
                 objective = partial / supervised + model.config.router_aux_loss_coef * balance
                 # Processes average their gradients, but the sum is needed: hence the factor.
