@@ -7,7 +7,14 @@ from dataset.chat_template import pieces, text_of
 from dataset.lm_dataset import TokenDataset
 from dataset.loader import batch
 
-SHARED = ("prompt", "conversations", "messages", "instruction")  # what comes before the answers
+SHARED = (
+    "prompt",
+    "conversations",
+    "messages",
+    "instruction",
+    "question",
+    "input",
+)  # what comes before the answers
 
 
 class PairDataset(TokenDataset):
@@ -45,13 +52,18 @@ def to_pair(record):
     """
     shared = next((record[key] for key in SHARED if record.get(key)), [])
     if isinstance(shared, str):
-        more = f"\n{text_of(record['input'], 'it has input')}" if record.get("input") else ""
-        shared = [{"role": "user", "content": shared + more}]
+        if record.get("input") and shared != record["input"]:
+            shared += f"\n{text_of(record['input'], 'it has input')}"
+        shared = [{"role": "user", "content": shared}]
     if not isinstance(shared, list):
         raise ValueError(f"the prompt is text or a list of messages, not {shared!r:.200}")
-    if record.get("system"):
-        shared = [{"role": "system", "content": record["system"]}, *shared]
+    missing = [key for key in formats.KEYS["preference"] if key not in record]
+    if missing:
+        raise ValueError(f'there is no "{missing[0]}" in it')
     chosen, rejected = (answered(shared, record[key], key) for key in formats.KEYS["preference"])
+    for conversation in (chosen, rejected):
+        if record.get("system") and conversation[0]["role"] != "system":
+            conversation.insert(0, {"role": "system", "content": record["system"]})
     pairs = zip(chosen, rejected, strict=False)
     same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
     if same is None or chosen[same:] == rejected[same:]:
@@ -59,7 +71,11 @@ def to_pair(record):
     for conversation, key in ((chosen, "chosen"), (rejected, "rejected")):
         for turn in conversation[:same]:
             turn["loss_weight"] = 0
-        if not any(turn["role"] == "assistant" for turn in conversation[same:]):
+        for turn in conversation[same:]:
+            turn.pop("loss_weight", None)
+        if conversation[same : same + 1] and conversation[same]["role"] != "assistant":
+            raise ValueError(f"{key} differs before the answer: in message {same + 1}")
+        if not conversation[same:]:
             raise ValueError(f"{key} has no answer of its own")
     return chosen, rejected, record.get("tools")
 

@@ -81,7 +81,9 @@ def table_of(path, tokenizer, args):
         roles.update(message["role"] for message in messages)
         answers[sum(message["role"] == "assistant" for message in messages)] += 1
     lengths = np.diff(file.offsets)
-    tokens, rows = int(lengths.sum()), best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
+    tokens, rows = int(lengths.sum()), range(len(data))  # a pair has a row of its own
+    if not isinstance(data, PairDataset):
+        rows = best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
     return {
         "file": str(path),
         **{key: file.report[key] for key in ("format", "records", "bad", "bad_lines", "notes")},

@@ -2,6 +2,8 @@
 
 import math
 import runpy
+import sys
+from pathlib import Path
 
 import torch
 
@@ -11,19 +13,20 @@ from evaluation.tasks import is_right, judge
 
 
 def reward_function(task, own=None):
-    """A function (problem, answer, truncated) -> reward: 1 or 0, as the task's judge says; or own,
+    """A function (problem, answer) -> reward: 1 or 0, as the task's judge says; or own,
     "FILE.py:name", a function (prompt, answer, gold) -> number. Raises UserError if there is none.
     """
     if own is None:
-        return lambda problem, answer, truncated: float(
-            is_right(judge(task, answer, problem["gold"], truncated))
-        )
+        return lambda problem, answer: float(is_right(judge(task, answer, problem["gold"], False)))
     path, _, name = own.rpartition(":")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # for what stands beside it
     try:
         function = runpy.run_path(path)[name]
-    except Exception as error:  # whatever the user's file does
+    except (Exception, SystemExit) as error:  # whatever the user's file does
         raise UserError(f"--reward {own}: {error!r}; give FILE.py:function") from None
-    return lambda problem, answer, truncated: function(problem["prompt"], answer, problem["gold"])
+    if not callable(function):
+        raise UserError(f"--reward {own}: {name} is no function")
+    return lambda problem, answer: function(problem["prompt"], answer, problem["gold"])
 
 
 def rewards_of(reward, problems, groups, tokenizer):
@@ -33,17 +36,16 @@ def rewards_of(reward, problems, groups, tokenizer):
     found = []
     for problem, group in zip(problems, groups, strict=True):
         for ids in group:
-            ended = ids[-1] in STOP
-            answer = parse_answer(ids[:-1] if ended else ids, tokenizer)["content"]
+            answer = parse_answer(ids[:-1] if ids[-1] in STOP else ids, tokenizer)["content"]
             try:
-                value = reward(problem, answer, not ended)
+                value = reward(problem, answer)
                 if not math.isfinite(value):
                     raise ValueError("it is not finite")
             except Exception as error:  # whatever the user's function does
                 asked = problem["prompt"][-1]["content"]
                 raise UserError(
-                    f"--reward of {answer!r:.100}, an answer to {asked!r:.100}: {error!r}; give a "
-                    "function (prompt, answer, gold) that returns a finite number"
+                    f"the reward of {answer!r:.100}, an answer to {asked!r:.100}: {error!r}; it "
+                    "must be a finite number"
                 ) from None
             found.append(float(value))
     return torch.tensor(found).view(len(problems), -1 if found else 1)

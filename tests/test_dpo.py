@@ -76,7 +76,9 @@ WRONG = {
     "number": ({"prompt": "Hi", "chosen": 5, "rejected": "B"}, "chosen is text, a message or"),
     "no prompt": ({"chosen": "A", "rejected": "B"}, 'there is no "prompt"'),
     "bad prompt": ({"prompt": 7, "chosen": "A", "rejected": "B"}, "the prompt is text or a list"),
-    "no answer": ({"chosen": [user("Hi")], "rejected": [user("Ho")]}, "has no answer of its own"),
+    "no answer": ({"chosen": [user("Hi")], "rejected": [user("Ho")]}, "differs before the answer"),
+    "no question": ({"system": "Be kind.", "chosen": "A", "rejected": "B"}, 'there is no "prompt"'),
+    "no rejected": ({"prompt": "Hi", "chosen": "A"}, 'there is no "rejected"'),
     "beginning": ({"chosen": ASKED[:2], "rejected": [*ASKED, assistant("B")]}, "its beginning"),
     "role": ({"prompt": [{"role": "x", "content": "y"}], "chosen": "A", "rejected": "B"}, "'x'"),
 }

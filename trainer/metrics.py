@@ -102,13 +102,15 @@ def curves_as_svg(curves, title, unit="nats per token"):
     tokens = [x for points in curves.values() for x, _ in points] or [1]
     losses = [y for points in curves.values() for _, y in points] or [1]
     most, top = max(tokens), max(losses) or 1
+    bottom = min(0, *losses)
     if unit == "nats per token":
         top = min(max(losses), 20 * min(losses)) or 1
+    top = top if top > bottom else bottom + 1
     left, right, above, below = 60, 680, 40, 350
 
     def place(x, y):
-        y = min(y, top)
-        return f"{left + (right - left) * x / most:.1f},{below - (below - above) * y / top:.1f}"
+        y = (min(y, top) - bottom) / (top - bottom)
+        return f"{left + (right - left) * x / most:.1f},{below - (below - above) * y:.1f}"
 
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 400" font-family="sans-serif" '
@@ -119,7 +121,7 @@ def curves_as_svg(curves, title, unit="nats per token"):
     for part in range(5):
         y = below - (below - above) * part / 4
         parts.append(f'<path d="M{left},{y:.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="8" y="{y + 4:.1f}">{top * part / 4:.2f}</text>')
+        parts.append(f'<text x="8" y="{y + 4:.1f}">{bottom + (top - bottom) * part / 4:.2f}</text>')
     for index, (label, points) in enumerate(curves.items()):
         if not points:
             continue

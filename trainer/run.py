@@ -63,6 +63,19 @@ class Run:
         return self.step >= total_steps or 0 < patience <= self.evaluations_since_best
 
 
+def flag_of(args):
+    """How the chat loads what a run has written."""
+    name = args.save_weight
+    return f"--lora {name.removeprefix('lora_')}" if args.use_lora else f"--weight {name}"
+
+
+def refuse(args, parser, names):
+    """Raises UserError for flags that a train script makes no use of, unless they are left out."""
+    given = [name for name in names.split() if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise UserError(f"{parser.prog} makes no use of --{', --'.join(given)}; leave that out")
+
+
 def lock_run(args, config):
     """The RunLock of a run's name on the first process, None on others."""
     name = checkpoint.file_name(args.save_weight, config)

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.chat_template import render
-from dataset.loader import StepPlan, batches, cut, to_device, token_counts
+from dataset.loader import StepPlan, batches, cut, epoch_plan, to_device, token_counts
 from dataset.pairs import PairDataset, pad_pairs
 from dataset.tiny_world.generate import PAIRS
 from model.generation import complete, eval_mode
@@ -36,7 +36,7 @@ from trainer.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
-from trainer.run import Run, begin_run, finish, lock_run
+from trainer.run import Run, begin_run, finish, flag_of, lock_run, refuse
 from trainer.signals import StopSignal
 from trainer.trainable import choose_trainable
 from trainer.trainer_utils import describe, generating, init_model, open_data, seed_step
@@ -60,13 +60,14 @@ def validate(model, dataset, samples, reference, args, compute):
     """{"val_loss", "val_accuracy", ...}: the FIGURES of pairs that are held out of training. Each
     process computes its share.
     """
-    plan, sums = cut(samples[compute.rank :: compute.world_size], args.batch_size), 0.0
+    steps = epoch_plan(dataset, samples, args, 0, compute.rank, compute.world_size)
+    plan, sums = [micro_batch for step in steps for micro_batch in step], torch.zeros(len(FIGURES))
     found = batches(dataset, plan, args, compute.device, pad_pairs)
     with eval_mode(model), compute.autocast:
         for of_batch, batch in zip(plan, found, strict=True):
             policy = pair_log_probabilities(model, to_device(batch, compute.device))
             sums += preference_loss(policy, reference[of_batch], args.dpo_beta)[1].cpu()
-    sums = compute.sum(*(sums + torch.zeros(len(FIGURES))).tolist())
+    sums = compute.sum(*sums.tolist())
     return {
         f"val_{name}": figure / len(samples) for name, figure in zip(FIGURES, sums, strict=True)
     }
@@ -84,10 +85,7 @@ def main(argv=None):
     saved = checkpoint.load_latest(args) if args.from_resume else None
     if saved:  # flags that are left out stay as they were
         args = parse_args(parser, argv, saved["arguments"])
-    others = ("packing", "teacher_weight", "offline_dir")
-    unused = [name for name in others if getattr(args, name) != parser.get_default(name)]
-    if unused:
-        raise UserError(f"train_dpo.py makes no use of --{', --'.join(unused)}; leave that out")
+    refuse(args, parser, "packing teacher_weight offline_dir")
 
     # Where to compute, what to train, and what to train it on.
     compute = distributed.start(args)
@@ -101,8 +99,8 @@ def main(argv=None):
     # The reference, the optimizer, and how far the run is.
     run = Run(dataset.content + val_dataset.content, len(train), plan.rows_per_step)
     run.processes = compute.world_size
+    parts = [dataset] if val_dataset is dataset else [dataset, val_dataset]
     if not saved:
-        parts = [dataset] if val_dataset is dataset else [dataset, val_dataset]
         run.reference = [reference_of(model, part, args, compute) for part in parts]
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
@@ -110,6 +108,9 @@ def main(argv=None):
     learner = distributed.parallelise(model, args.parallel, compute.dtype)
     optimizer = make_optimizer(model, args)
     run, log = begin_run(run, args, model, optimizer, compute, len(plan), saved)
+    sizes = [len(part) for part in parts]
+    if [len(part) for part in run.reference or []] != sizes:
+        raise UserError("the checkpoint has no reference for this data; start a new run")
     reference, val_reference = run.reference[0], run.reference[-1]
     log.curves = {f"-log p, {name}": (f"logp_{name}", -1) for name in ("chosen", "rejected")}
     log.unit = "nats per answer"
@@ -136,7 +137,7 @@ def main(argv=None):
                 with compute.autocast:
                     policy = pair_log_probabilities(learner, to_device(batch, compute.device))
                 loss, sums = preference_loss(policy, before, args.dpo_beta)
-                imitation = -policy[:, 0].sum() / all_chosen
+                imitation = -policy[:, 0].sum() / max(1, all_chosen)
                 balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
                 objective = loss / all_pairs + args.sft_weight * imitation
                 objective += model.config.router_aux_loss_coef * balance
@@ -156,7 +157,8 @@ def main(argv=None):
             entry |= {"epoch": plan.epoch, "data_wait_s": plan.wait_s}
             if validates:
                 entry |= validate(model, val_dataset, val, val_reference, args, compute)
-                tqdm.write(f"  of {len(val)} held-out pairs, {entry['val_accuracy']:.0%} are right")
+                share = f"{entry['val_accuracy']:.0%} of {len(val)} held-out pairs"
+                tqdm.write(f"  the chosen answer has gained more in {share}")
                 if run.note_score(-entry["val_loss"]):
                     checkpoint.save_best(args, model, tokenizer, STAGE, run)
             log.write(run, **entry)
@@ -176,7 +178,7 @@ def main(argv=None):
         if stop:
             break
     finish(run, args, model, tokenizer, STAGE, log, lock, dataset.where(plan.samples))
-    print(f"next: python eval_llm.py --weight {args.save_weight}")
+    print(f"next: python eval_llm.py {flag_of(args)}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from trainer.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
-from trainer.run import Run, begin_run, finish, lock_run
+from trainer.run import Run, begin_run, finish, flag_of, lock_run, refuse
 from trainer.signals import StopSignal
 from trainer.trainable import choose_trainable
 from trainer.trainer_utils import generating, init_model, seed_step
@@ -87,9 +87,12 @@ def validate(model, problems, prompts, reward, tokenizer, args, compute):
 
 def questions(args, tokenizer, context):
     """(problems to train on, their prompts as ids, held-out problems, their prompts, the hashes of
-    the files). Raises UserError if there are none of either, or if one is too long.
+    all files). Raises UserError if there are none of either, or if one is too long.
     """
-    paths = [source.path for source in args.data_path or []] or [write_missing(PRACTICE)]
+    paths = [source.path for source in args.data_path or []]
+    if any(source.weight or source.copies > 1 for source in args.data_path or []):
+        raise UserError("--data_path: GRPO takes each question once; leave out shares and copies")
+    paths = paths or [write_missing(PRACTICE) if args.task == "tiny_world" else None]
     train = [problem for path in paths for problem in read_problems(args.task, path)]
     order = np.random.default_rng(args.seed).permutation(len(train)).tolist()
     count = 0 if args.val_data_path else math.ceil(args.val_split * len(train))
@@ -98,7 +101,7 @@ def questions(args, tokenizer, context):
         held_out = read_problems(args.task, args.val_data_path)
     train = [train[i] for i in order[count:]]
     if not held_out or not train:
-        raise UserError("no question is held out, or each: give --val_split or --val_data_path")
+        raise UserError("all questions are held out, or none: give --val_split or --val_data_path")
     prompts = [
         [render(problem["prompt"], None, True, tokenizer)[0] for problem in part]
         for part in (train, held_out)
@@ -106,12 +109,14 @@ def questions(args, tokenizer, context):
     longest = max(map(len, prompts[0] + prompts[1])) + args.max_new_tokens
     if longest > context:
         raise UserError(f"the longest question and --max_new_tokens: {longest} tokens > {context}")
+    paths += [args.val_data_path] if args.val_data_path else []
+    paths += [args.reward.rpartition(":")[0]] if args.reward else []
     return train, prompts[0], held_out, prompts[1], [content_hash(path) for path in paths]
 
 
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
-    parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=768)
+    parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=2)
     parser.set_defaults(
         min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20, sample_interval=20
     )
@@ -129,10 +134,11 @@ def main(argv=None):
     saved = checkpoint.load_latest(args) if args.from_resume else None
     if saved:  # flags that are left out stay as they were
         args = parse_args(parser, argv, saved["arguments"])
-    others = "packing accumulation_steps teacher_weight offline_dir sample_prompt".split()
-    unused = [name for name in others if getattr(args, name) != parser.get_default(name)]
-    if unused:
-        raise UserError(f"train_grpo.py makes no use of --{', --'.join(unused)}; leave that out")
+    # fsdp gathers weights in each step of `generate`, and processes need different numbers of them.
+    refuse(
+        args, parser, "packing accumulation_steps max_seq_len teacher_weight offline_dir parallel"
+    )
+    refuse(args, parser, "sample_prompt num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 
     # Where to compute, what to train, and the questions.
@@ -228,7 +234,7 @@ def main(argv=None):
         if stop or run.step % args.save_interval == 0:
             checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
     finish(run, args, model, tokenizer, STAGE, log, lock, "the latest answers")
-    print(f"next: python eval_llm.py --weight {args.save_weight}")
+    print(f"next: python eval_llm.py {flag_of(args)}")
 
 
 if __name__ == "__main__":

@@ -232,11 +232,14 @@ def conversations(world, rng):
 
 def preferences(world, rng, count=400):
     """Pairs of answers about villagers whom conversations mention; the chosen one is short."""
-    people = Pool(world, held_out=False).people
-    for _ in range(count):
+    people, asked = Pool(world, held_out=False).people, set()
+    while len(asked) < count:
         person, kind = rng.choice(people), rng.choice(SHORT_KINDS)
-        short, whole = sentence(getattr(person, kind)), answer(person, kind)
-        yield {"prompt": sentence(ask(rng, person, kind)), "chosen": short, "rejected": whole}
+        question = sentence(ask(rng, person, kind))
+        if question not in asked:
+            asked.add(question)
+            short, whole = sentence(getattr(person, kind)), answer(person, kind)
+            yield {"prompt": question, "chosen": short, "rejected": whole}
 
 
 def questions(world, rng, held_out=True, counts=EVAL_COUNTS, depths=DEPTHS):
