@@ -9,7 +9,7 @@
     math            {"problem", "solution"}
     qa              {"question", "answer"}                                     GSM8K
     prompt          {"prompt", "completion"}
-    preference      {"chosen", "rejected", "prompt"|"messages"|"conversations"|"instruction"?}
+    preference      {"chosen", "rejected"} and what comes before them, see pairs.py      DPO
 
 A file is JSONL or one JSON array. Its format is that of its first record in one of these.
 """

@@ -10,7 +10,7 @@ from serving import views
 
 EXAMPLE = """[{"role": "user", "content": "Where does Nelina live?"},
  {"role": "assistant", "content": "She lives at the well."}]"""  # to compare models with
-SECOND = "Who are you?"  # the sample that is packed behind the recorded conversation
+SECOND = "Who are you?"  # the sample that is packed behind the conversation
 
 
 def page(models, settings, **more):
@@ -51,7 +51,7 @@ def export(models, path, question, settings, logs):
         recorded[f"tokenizer {name}"] = views.tokenizer(served, question)
         for token in {*ids}:
             recorded[f"token {name} {token}"] = views.token(served, token)
-    docs, folder = None, path.resolve().parent  # links to the chapters, where they are at hand
+    docs, folder = None, path.resolve().parent  # links to the tutorial, from inside the repository
     if folder.is_relative_to(ROOT):
         docs = Path(os.path.relpath(ROOT / "docs", folder)).as_posix()
     more = {

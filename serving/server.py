@@ -1,10 +1,12 @@
-"""A server with the routes of OpenAI's API, of the standard library alone.
+"""A server with a page that shows the model, and the routes of OpenAI's API; it needs the standard
+library alone.
 
 python eval_llm.py --serve 8000
 curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
 
-Routes: /v1/chat/completions, /v1/completions, /v1/models, /health. Each connection has a thread: it
-reads a request, lets the `Batcher` answer it, and writes what arrives.
+Routes: / with /views/NAME and /docs/NAME.md; /v1/chat/completions, /v1/completions, /v1/models;
+/health. Each connection has a thread: it reads a request, lets the `Batcher` answer it, and writes
+what arrives.
 """
 
 import json
