@@ -23,7 +23,7 @@ class MetricsLog:
     def __init__(self, path, run, total_steps, silent=False, profile=False):
         self.path, self.silent, self.total_steps = Path(path), silent, total_steps
         self.steps, self.tokens, self.seconds = 0, 0, 0.0  # of this process
-        self.curves, self.unit = {}, "nats per token"  # further ones: {label: (key, factor)}
+        self.curves, self.unit = {}, "nats per token"  # drawn instead: {label: (key, factor)}
         self.bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=silent or None)
         self.profiler = step_profiler(self.path, profile and not silent)
         if silent:
@@ -88,23 +88,22 @@ class MetricsLog:
             curves[label] = [(x, y) for x, y in points if y is not None]
         path = (path or self.path.with_name(f"{self.path.stem}_loss")).with_suffix(".svg")
         with replacing(path) as file:
-            file.write(curves_as_svg(curves, self.path.stem, self.unit).encode("utf-8"))
+            svg = curves_as_svg(curves, self.path.stem, self.unit, clip=not self.curves)
+            file.write(svg.encode("utf-8"))
         return path
 
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 
 
-def curves_as_svg(curves, title, unit="nats per token"):
-    """{label: [(tokens, loss)]} as the text of an SVG, 700 x 400. Losses above 20 times the lowest
-    are drawn at the upper edge: they would flatten the rest.
+def curves_as_svg(curves, title, unit="nats per token", clip=True):
+    """{label: [(tokens, loss)]} as the text of an SVG, 700 x 400. With clip, losses above 20 times
+    the lowest are drawn at the upper edge: they would flatten the rest.
     """
     tokens = [x for points in curves.values() for x, _ in points] or [1]
     losses = [y for points in curves.values() for _, y in points] or [1]
-    most, top = max(tokens), max(losses) or 1
-    bottom = min(0, *losses)
-    if unit == "nats per token":
-        top = min(max(losses), 20 * min(losses)) or 1
+    most, bottom = max(tokens), min(0, *losses)
+    top = min(max(losses), 20 * min(losses)) if clip else max(losses)
     top = top if top > bottom else bottom + 1
     left, right, above, below = 60, 680, 40, 350
 
