@@ -42,8 +42,7 @@ def open_data(path, tokenizer, args):
             name = formats.format_of(record)
         except (ValueError, TypeError):  # a bad record, which the dataset counts
             continue
-        if name in ("text", "preference"):
-            kind = PretrainDataset if name == "text" else PairDataset
+        if kind := {"text": PretrainDataset, "preference": PairDataset}.get(name):
             return kind(path, tokenizer, args.max_seq_len)
         break
     return SFTDataset(path, tokenizer, args.max_seq_len, overlong=args.overlong)

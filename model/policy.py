@@ -10,8 +10,8 @@ from common import IGNORE
 
 
 def log_probabilities(model, batch, temperature=1.0):
-    """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits of the
-    labels, (N, V)). batch: input_ids, labels, position_ids and document_ids, (B, T) each.
+    """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits divided
+    by it, (B, T - 1, V)). batch: input_ids, labels, position_ids and document_ids, (B, T) each.
     """
     input_ids, labels, position_ids, document_ids = batch
     logits = (
@@ -20,7 +20,7 @@ def log_probabilities(model, batch, temperature=1.0):
     labels = labels[:, 1:].to(logits.device)
     options = {"ignore_index": IGNORE, "reduction": "none"}
     logp = -F.cross_entropy(logits.transpose(1, 2), labels, **options)  # classes are second here
-    return logp, logits[labels != IGNORE]
+    return logp, logits
 
 
 def pair_log_probabilities(model, batch):
@@ -67,6 +67,7 @@ def policy_loss(model, batch, advantages, temperature=1.0):
     Its gradient is that of the policy gradient theorem (REINFORCE, Williams 1992).
     """
     logp, logits = log_probabilities(model, batch, temperature)
-    spread = logits.detach().log_softmax(dim=-1)  # (N, V)
+    supervised = (batch[1][:, 1:] != IGNORE).to(logits.device)
+    spread = logits.detach()[supervised].log_softmax(dim=-1)  # (N, V)
     weight = F.pad(advantages, (0, len(logp) - len(advantages))).to(logp.device)
     return -(weight[:, None] * logp).sum(), -(spread.exp() * spread).sum().item()
