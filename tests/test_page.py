@@ -18,7 +18,7 @@ from model.trace import trace
 from serving import page as pages
 from serving import server as serving
 from serving import views
-from tests.conftest import write_jsonl
+from tests.conftest import ROOT, write_jsonl
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -511,3 +511,11 @@ def test_another_action_ends_an_answer_that_is_being_written(tab, address):
         tab.wait_for_timeout(300)
         assert tab.evaluate("state.ids") == expected
         assert tab.locator("#send").is_enabled() and tab.locator("#model").is_enabled()
+
+
+def test_the_page_of_the_tutorial_is_the_present_one():
+    """docs/look_inside.html, but for its data; bench/page.py --pictures writes it anew."""
+    text = (ROOT / "docs/look_inside.html").read_text(encoding="utf-8")
+    template = (ROOT / "serving/page.html").read_text(encoding="utf-8")
+    before, after = template.split("<!-- data -->")
+    assert text.startswith(before) and text.endswith(after) and len(text.encode()) < 1_000_000
