@@ -16,7 +16,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.policy import pair_log_probabilities, preference_loss
 from tests.conftest import ROOT, run_here, write_jsonl
 from tests.test_errors import refused
-from tests.test_training import StopAt, assert_equal, log, weights
+from tests.test_training import assert_equal, log, stopped_and_resumed, weights
 from trainer import checkpoint, train_dpo
 
 TOKENIZER = load_tokenizer()
@@ -231,15 +231,14 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_to_the_bit(
     name = "lora_dpo_32" if more else "dpo_32"
     more = ["--epochs", 2, "--save_interval", 4, "--dropout", 0.1, "--sft_weight", 0.2, *more]
     train_dpo.main(dpo(trained, pairs, tmp_path / "whole", *more))
-    with monkeypatch.context() as patch:
-        patch.setattr(train_dpo, "StopSignal", StopAt(3))
-        with pytest.raises(SystemExit):
-            train_dpo.main(dpo(trained, pairs, tmp_path / "parts", *more))
-    monkeypatch.setattr(train_dpo, "reference_of", None)  # it is in the checkpoint
-    save_weight = ["--save_weight", name.removesuffix("_32")]
-    train_dpo.main(["--save_dir", str(tmp_path / "parts"), "--from_resume", "1", *save_weight])
-    assert_equal(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
-    assert log(tmp_path / "whole", name) == log(tmp_path / "parts", name)
+    parts, asked, reference_of = tmp_path / "parts", [], train_dpo.reference_of
+    once = lambda *given: asked.append(1) or reference_of(*given)  # noqa: E731
+    monkeypatch.setattr(train_dpo, "reference_of", once)
+    command = dpo(trained, pairs, parts, *more)
+    found, lines = stopped_and_resumed(train_dpo, command, parts, name, monkeypatch)
+    assert len(asked) == 1  # the resumed run has it from the checkpoint
+    assert_equal(weights(tmp_path / "whole", name), found)
+    assert log(tmp_path / "whole", name) == lines
 
 
 def test_a_steps_gradient_does_not_depend_on_its_split(trained, pairs, tmp_path):

@@ -13,7 +13,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.policy import advantages_of, policy_loss
 from tests.conftest import run_here, write_jsonl
 from tests.test_errors import refused
-from tests.test_training import StopAt, assert_equal, log, weights
+from tests.test_training import assert_equal, log, stopped_and_resumed, weights
 from trainer import train_grpo
 from trainer.train_grpo import answers_of, as_sample
 
@@ -152,14 +152,11 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_to_the_bit(
     name = "lora_grpo_32" if more else "grpo_32"
     more = ["--epochs", 2, "--dropout", 0.1, *more]
     train_grpo.main(grpo(trained, files, tmp_path / "whole", *more))
-    with monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "StopSignal", StopAt(3))
-        with pytest.raises(SystemExit):
-            train_grpo.main(grpo(trained, files, tmp_path / "parts", *more))
-    save_weight = ["--save_weight", name.removesuffix("_32")]
-    train_grpo.main(["--save_dir", str(tmp_path / "parts"), "--from_resume", "1", *save_weight])
-    assert_equal(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
-    assert log(tmp_path / "whole", name) == log(tmp_path / "parts", name)
+    parts = tmp_path / "parts"
+    command = grpo(trained, files, parts, *more)
+    found, lines = stopped_and_resumed(train_grpo, command, parts, name, monkeypatch)
+    assert_equal(weights(tmp_path / "whole", name), found)
+    assert log(tmp_path / "whole", name) == lines
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_its_split(trained, files, tmp_path):

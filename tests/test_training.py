@@ -49,6 +49,17 @@ def log(out, name="full_sft_32"):
     return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
 
 
+def stopped_and_resumed(script, command, out, name, monkeypatch):
+    """The weights and the log of a run of a train script that is stopped at step 3, and resumed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "StopSignal", StopAt(3))
+        with pytest.raises(SystemExit):
+            script.main(command)
+    save_weight = ["--save_weight", name.removesuffix("_32")]
+    script.main(["--save_dir", str(out), "--from_resume", "1", *save_weight])
+    return weights(out, name), log(out, name)
+
+
 def assert_equal(one, other, **tolerance):
     assert one.keys() == other.keys()
     for name in one:
