@@ -7,14 +7,8 @@ from dataset.chat_template import pieces, text_of
 from dataset.lm_dataset import TokenDataset
 from dataset.loader import batch
 
-SHARED = (
-    "prompt",
-    "conversations",
-    "messages",
-    "instruction",
-    "question",
-    "input",
-)  # what comes before the answers
+# Where a record has what comes before the answers.
+SHARED = ("prompt", "conversations", "messages", "instruction", "question", "input")
 
 
 class PairDataset(TokenDataset):
@@ -87,7 +81,7 @@ def answered(shared, answer, key):
     if not isinstance(answer, list) or not answer:
         raise ValueError(f"{key} is text, a message or messages, not {answer!r:.200}")
     answer = [formats.message(turn, number) for number, turn in enumerate(answer, 1)]
-    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in answer[-1:]):
+    if not answer[-1]["content"].strip() and not answer[-1].get("tool_calls"):
         raise ValueError(f"{key} is an empty answer")
     if answer[0]["role"] not in ("assistant", "tool"):
         return answer

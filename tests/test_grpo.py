@@ -14,7 +14,7 @@ from model.policy import advantages_of, policy_loss
 from tests.conftest import run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import assert_equal, log, stopped_and_resumed, weights
-from trainer import train_grpo
+from trainer import checkpoint, train_grpo
 from trainer.train_grpo import answers_of, as_sample
 
 TOKENIZER = load_tokenizer()
@@ -136,6 +136,8 @@ def test_a_reward_that_can_be_earned_grows(trained, files, tmp_path):
     assert last > first + 0.1
     assert lines[0]["pass_at_1"] <= lines[0]["pass_at_k"] and lines[-1]["pass_at_1"] > first
     assert "pass_at_1" in (tmp_path / "logs/grpo_32_loss.svg").read_text()
+    trained_length = checkpoint.load(tmp_path / "grpo_32.pth")["training"]["max_seq_len"]
+    assert trained_length == 768  # up to there, a chat with these weights forgets nothing
 
 
 def test_equal_rewards_change_nothing(trained, files, tmp_path):

@@ -85,7 +85,7 @@ def validate(model, problems, prompts, reward, tokenizer, args, compute):
     return {"pass_at_1": sums[0] / len(problems), "pass_at_k": sums[1] / len(problems)}
 
 
-def questions(args, tokenizer, context):
+def questions(args, tokenizer):
     """(problems to train on, their prompts as ids, held-out problems, their prompts, the hashes of
     all files). Raises UserError if there are none of either, or if one is too long.
     """
@@ -107,8 +107,9 @@ def questions(args, tokenizer, context):
         for part in (train, held_out)
     ]
     longest = max(map(len, prompts[0] + prompts[1])) + args.max_new_tokens
-    if longest > context:
-        raise UserError(f"the longest question and --max_new_tokens: {longest} tokens > {context}")
+    if longest > args.max_seq_len:
+        limit = f"more than --max_seq_len {args.max_seq_len}"
+        raise UserError(f"the longest question and --max_new_tokens: {longest} tokens, {limit}")
     paths += [args.val_data_path] if args.val_data_path else []
     paths += [args.reward.rpartition(":")[0]] if args.reward else []
     return train, prompts[0], held_out, prompts[1], [content_hash(path) for path in paths]
@@ -116,7 +117,7 @@ def questions(args, tokenizer, context):
 
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
-    parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=2)
+    parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=768)
     parser.set_defaults(
         min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20, sample_interval=20
     )
@@ -135,9 +136,7 @@ def main(argv=None):
     if saved:  # flags that are left out stay as they were
         args = parse_args(parser, argv, saved["arguments"])
     # fsdp gathers weights in each step of `generate`, and processes need different numbers of them.
-    refuse(
-        args, parser, "packing accumulation_steps max_seq_len teacher_weight offline_dir parallel"
-    )
+    refuse(args, parser, "packing accumulation_steps teacher_weight offline_dir parallel")
     refuse(args, parser, "sample_prompt num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 
@@ -146,8 +145,7 @@ def main(argv=None):
     model, tokenizer, _ = init_model(args, compute.device, saved)
     choose_trainable(model, tokenizer, args, saved)
     lock = lock_run(args, model.config)  # no other run writes the same files
-    context = model.config.max_position_embeddings
-    problems, prompts, held_out, val_prompts, content = questions(args, tokenizer, context)
+    problems, prompts, held_out, val_prompts, content = questions(args, tokenizer)
     print(f"{len(problems)} questions to train on, {len(held_out)} held out")
 
     # The optimizer, and how far the run is.
