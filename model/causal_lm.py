@@ -237,9 +237,12 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids, position_ids=None, document_ids=None, kv_cache=None, labels=None):
+    def forward(
+        self, input_ids, position_ids=None, document_ids=None, kv_cache=None, labels=None, at=None
+    ):
         """Returns the logits of the token after each position, (B, T, V), in the dtype of the
-        weights or of autocast; with labels, the summed cross-entropy of `loss.py`, a scalar.
+        weights or of autocast; with labels, the summed cross-entropy of `loss.py`, a scalar; with
+        at, only the logits after those positions, (N, V).
 
         input_ids     (B, T) int64
         position_ids  (B, T) int64, the position of each token in its document; default: 0, 1, 2 ...
@@ -248,10 +251,13 @@ class CausalLM(nn.Module):
                       several documents, and for padding on the left. Default: one document.
         kv_cache      a KVCache, to which this call's keys and values are added
         labels        (B, T) int64, not shifted, -100 = no loss
+        at            (B, T) bool, N of them true
         """
         x = self.hidden_states(input_ids, position_ids, document_ids, kv_cache)  # (B, T, D)
         if labels is not None:
             return summed_cross_entropy(x, self.lm_head.weight, labels)
+        if at is not None:
+            x = x[at]  # (B, T, D) -> (N, D)
         return self.lm_head(x)  # (B, T, D) -> (B, T, V)
 
     def hidden_states(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):

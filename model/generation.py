@@ -143,4 +143,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         unlikely = (before >= top_p) & (before > 0)
         dropped = torch.zeros_like(unlikely).scatter(1, order, unlikely)  # in the order of ids
         logits = logits.masked_fill(dropped, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    # One random number for each row; torch.multinomial draws one for each token of the vocabulary.
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+    point = torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    return torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)

@@ -10,16 +10,18 @@ from common import IGNORE
 
 
 def log_probabilities(model, batch, temperature=1.0):
-    """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits divided
-    by it, (B, T - 1, V)). batch: input_ids, labels, position_ids and document_ids, (B, T) each.
+    """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits that give
+    them, divided by it, (N, V)). batch: input_ids, labels, position_ids and document_ids, (B, T)
+    each.
     """
     input_ids, labels, position_ids, document_ids = batch
-    logits = (
-        model(input_ids, position_ids, document_ids)[:, :-1].float() / temperature
-    )  # (B, T - 1, V)
-    labels = labels[:, 1:].to(logits.device)
-    options = {"ignore_index": IGNORE, "reduction": "none"}
-    logp = -F.cross_entropy(logits.transpose(1, 2), labels, **options)  # classes are second here
+    supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
+    # A label is predicted by the position before it.
+    logits = model(input_ids, position_ids, document_ids, at=F.pad(supervised, (0, 1)))
+    logits = logits.float() / temperature  # (N, V)
+    supervised, targets = (t.to(logits.device) for t in (supervised, labels[:, 1:][supervised]))
+    found = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
+    logp = found.new_zeros(supervised.shape).masked_scatter(supervised, found)
     return logp, logits
 
 
@@ -67,7 +69,6 @@ def policy_loss(model, batch, advantages, temperature=1.0):
     Its gradient is that of the policy gradient theorem (REINFORCE, Williams 1992).
     """
     logp, logits = log_probabilities(model, batch, temperature)
-    supervised = (batch[1][:, 1:] != IGNORE).to(logits.device)
-    spread = logits.detach()[supervised].log_softmax(dim=-1)  # (N, V)
+    spread = logits.detach().log_softmax(dim=-1)  # (N, V)
     weight = F.pad(advantages, (0, len(logp) - len(advantages))).to(logp.device)
     return -(weight[:, None] * logp).sum(), -(spread.exp() * spread).sum().item()
