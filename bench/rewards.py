@@ -2,11 +2,11 @@
 
     make demo
     python bench/rewards.py dpo          # a style by DPO, three seeds: two minutes
-    python bench/rewards.py grpo         # sums by GRPO, three seeds, and two controls: half an hour
+    python bench/rewards.py grpo         # sums in five ways, three seeds, and controls: 90 minutes
 
 dpo trains the demo's chat model to answer shortly, and asks about villagers whom no pair mentions.
-grpo begins with the demo's pretrained model and 50 solved sums, and learns from the results alone
-of 1,000 others.
+grpo begins with the demo's pretrained model and 50 solved sums. It learns from 1,000 others, of
+which the results alone are known, by rejection sampling, by DPO, and by GRPO.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -31,11 +32,15 @@ from dataset.tiny_world.text import World
 from model.generation import complete
 from trainer import checkpoint
 
-RANDOM = """
+CHANCE = """
 import random
 def chance(prompt, answer, gold):
     return float(random.Random(answer + prompt[-1]["content"]).random() < 0.2)
 """
+SAMPLING = ["--temperature", 1, "--max_new_tokens", 48, "--batch_size", 128]
+WARM = ["--warmup_steps", 5]
+DPO = ["--epochs", 2]
+GRPO = ["--epochs", 2, "--max_new_tokens", 48, "--val_interval", 40]
 
 
 def run(*command):
@@ -50,9 +55,10 @@ def run(*command):
 
 def score(folder, weight, *more, name=None):
     """The result of an evaluation with these flags, as run_eval.py writes it."""
-    name = name or weight
-    run("evaluation/run_eval.py", "--save_dir", folder, "--weight", weight, "--run", name, *more)
+    name = f"rewards_{name or weight}"
     path = folder / "eval" / "tiny_world" / f"{name}.json"
+    path.unlink(missing_ok=True)  # of an earlier run of this benchmark
+    run("evaluation/run_eval.py", "--save_dir", folder, "--weight", weight, "--run", name, *more)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -95,47 +101,133 @@ def categories(totals):
     return ", ".join(f"{name} {value:.0%}" for name, value in found.items())
 
 
-def grpo(folder, seeds):
-    sums = folder / "sums"
-    write_sums(sums)
-    (sums / "random.py").write_text(RANDOM, encoding="utf-8")
-    exam = ["--data_path", sums / "exam.jsonl"]
+class Sums:
+    """Ways to learn from 50 solved sums, and from 1,000 others of which the results are known, each
+    in `budget` seconds.
+    """
+
+    def __init__(self, folder, seed, budget):
+        self.folder, self.seed, self.budget = folder, seed, budget
+        self.sums = folder / "sums"
+        self.solved = self.sums / "solved.jsonl"
+        self.rate = 1.0  # conversations a second of SFT; measured by the first run
+
+    def path(self, name):
+        return self.folder / f"{name}_{self.seed}.jsonl"
+
+    def train(self, script, name, weight, *more):
+        flags = ["--from_weight", weight, "--save_weight", f"{name}_{self.seed}"]
+        flags += ["--seed", self.seed, "--save_dir", self.folder]
+        return run(f"trainer/train_{script}.py", *flags, *more)
+
+    def few(self, epochs=20, name="few"):
+        """SFT of the pretrained model on the solved sums alone."""
+        flags = ["--epochs", epochs, "--warmup_steps", 5, "--val_split", 0]
+        seconds = self.train("full_sft", name, "pretrain", "--data_path", self.solved, *flags)
+        self.rate = 50 * epochs / seconds
+        return seconds
+
+    def longer(self):
+        return self.few(int(self.rate * self.budget / 50), "longer")
+
+    def rounds(self, number):
+        """In each round the latest model solves the sums, and the pretrained model is trained anew
+        on what was right.
+        """
+        weight, began, answers = f"few_{self.seed}", time.perf_counter(), 12 // number
+        for index in range(number):
+            name, until = f"round{index + 1}_of_{number}", self.budget * (index + 1) / number
+            accepted = self.path(f"{name}_accepted")
+            accepted.unlink(missing_ok=True)
+            run("recipes/rejection_sample.py", "--task", "tiny_world", "--save_dir", self.folder,
+                "--weight", weight, "--data_path", self.sums / "practice.jsonl", *SAMPLING,
+                "--samples", answers, "--seed", self.seed, "--out", accepted)  # fmt: skip
+            records = 50 + sum(1 for _ in accepted.open())
+            left = until - (time.perf_counter() - began)
+            epochs = max(1, round(self.rate * left / records))
+            data = ["--data_path", self.solved, accepted, "--val_split", 0]
+            self.train("full_sft", name, "pretrain", *data, "--epochs", epochs, *WARM)
+            weight = f"{name}_{self.seed}"
+        return time.perf_counter() - began
+
+    def dpo(self):
+        """Pairs of a right and a wrong answer of the model to the same sum."""
+        began, rng, path = time.perf_counter(), random.Random(self.seed), self.path("pairs")
+        flags = ["--data_path", self.sums / "practice.jsonl", *SAMPLING, "--num_samples", 12]
+        weight = f"few_{self.seed}"
+        rows = score(self.folder, weight, *flags, "--seed", self.seed, name=f"{weight}_pairs")
+        answers = {}
+        for row in rows["problems"]:
+            kinds = answers.setdefault(row["problem"], (row["prompt"], set(), set()))
+            kinds[1 if row["verdict"] == "correct" else 2].add(row["output"])
+        with path.open("w", encoding="utf-8") as file:
+            for prompt, *kinds in answers.values():
+                right, wrong = (rng.sample(sorted(k), min(2, len(k))) for k in kinds)
+                for chosen, rejected in zip(right, wrong, strict=False):
+                    pair = {"messages": prompt, "chosen": chosen, "rejected": rejected}
+                    file.write(json.dumps(pair) + "\n")
+        self.train("dpo", "dpo_sums", weight, "--data_path", path, *DPO)
+        return time.perf_counter() - began
+
+    def grpo(self, name="grpo", weight="few", *more):
+        data = ["--data_path", self.sums / "practice.jsonl", *GRPO, *more]
+        return self.train("grpo", name, f"{weight}_{self.seed}", *data)
+
+    def chance(self):
+        """Control 1: the reward knows nothing of the answer."""
+        file = self.sums / "chance.py"
+        file.write_text(CHANCE, encoding="utf-8")
+        return self.grpo("chance", "few", "--reward", f"{file}:chance")
+
+    def unsolved(self):
+        """Control 2: a model that solves none."""
+        self.few(6, "hopeless")
+        return self.grpo("unsolved", "hopeless")
+
+    def passes(self, name):
+        """(pass@1 at temperature 0, pass@16 of the first 100 sums at temperature 1)"""
+        weight, exam = f"{name}_{self.seed}", ["--data_path", self.sums / "exam.jsonl"]
+        first = score(self.folder, weight, *exam)["totals"]["accuracy"]
+        more = [*SAMPLING, "--num_samples", 16, "--limit", 100]
+        rows = score(self.folder, weight, *exam, *more, name=f"{weight}_16")["problems"]
+        return first, len({r["problem"] for r in rows if r["verdict"] == "correct"}) / 100
+
+
+def grpo(folder, seeds, budget):
+    write_sums(folder / "sums")
+    found = {}
     for seed in seeds:
-        base = f"few_{seed}"
-        start = ["--from_weight", "pretrain", "--data_path", sums / "solved.jsonl", "--epochs", 20]
-        start += ["--warmup_steps", 5, "--val_split", 0, "--seed", seed, "--save_dir", folder]
-        run("trainer/train_full_sft.py", *start, "--save_weight", base)
-        runs = {"grpo": []}
+        on = Sums(folder, seed, budget)
+        ways = {"few": on.few, "longer": on.longer, "round1_of_1": partial(on.rounds, 1)}
+        ways |= {"round3_of_3": partial(on.rounds, 3), "dpo_sums": on.dpo, "grpo": on.grpo}
         if seed == seeds[0]:
-            chance = f"{sums / 'random.py'}:chance"
-            runs["random rewards"] = ["--reward", chance, "--epochs", 1]
-        print(f"seed {seed}: {passes(folder, base, exam)}", flush=True)
-        for name, more in runs.items():
-            weight = f"{name.replace(' ', '_')}_{seed}"
-            flags = ["--from_weight", base, "--data_path", sums / "practice.jsonl", "--seed", seed]
-            flags += ["--save_weight", weight, "--save_dir", folder, "--epochs", 2, *more]
-            seconds = run("trainer/train_grpo.py", *flags)
-            print(f"  {name}: {seconds:.0f} s, {passes(folder, weight, exam)}", flush=True)
+            ways |= {"chance": on.chance, "unsolved": on.unsolved}
+        for name, way in ways.items():
+            result = way(), *on.passes(name)
+            found.setdefault(name, []).append(result)
+            print(f"seed {seed}: {name:12} {told(result)}", flush=True)
+    for name, results in found.items():
+        columns = list(zip(*results, strict=True))
+        means, low, high = (told([of(c) for c in columns]) for of in (mean, min, max))
+        print(f"{name:12} mean {means}; from {low} to {high}")
 
 
-def passes(folder, weight, exam):
-    """pass@1 at temperature 0, and pass@16 of the first 100 sums at temperature 1."""
-    first = score(folder, weight, *exam)["totals"]["accuracy"]
-    more = ["--num_samples", 16, "--temperature", 1, "--limit", 100, "--batch_size", 128]
-    rows = score(folder, weight, *exam, *more, name=f"{weight}_16")["problems"]
-    solved = {row["problem"] for row in rows if row["verdict"] == "correct"}
-    return f"pass@1 {first:.1%}, pass@16 {len(solved) / 100:.0%}"
+def told(result):
+    seconds, first, sixteen = result
+    return f"{seconds:.0f} s, pass@1 {first:.1%}, pass@16 {sixteen:.0%}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("which", nargs="+", choices=["dpo", "grpo"])
+    parser.add_argument("which", choices=["dpo", "grpo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seconds", type=int, default=240, help="for each way to learn sums")
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out", help="the demo's weights")
     args = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for name in args.which:
-        {"dpo": dpo, "grpo": grpo}[name](args.save_dir.resolve(), args.seeds)
+    if args.which == "dpo":
+        return dpo(args.save_dir.resolve(), args.seeds)
+    grpo(args.save_dir.resolve(), args.seeds, args.seconds)
 
 
 if __name__ == "__main__":

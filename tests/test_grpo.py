@@ -11,13 +11,14 @@ from dataset.tokenizer import load_tokenizer
 from evaluation.rewards import reward_function, rewards_of
 from model.causal_lm import CausalLM, ModelConfig
 from model.policy import advantages_of, policy_loss
-from tests.conftest import run_here, write_jsonl
+from tests.conftest import ROOT, run, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import assert_equal, log, stopped_and_resumed, weights
 from trainer import checkpoint, train_grpo
 from trainer.train_grpo import answers_of, as_sample
 
 TOKENIZER = load_tokenizer()
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 REWARDS = """
 def short(prompt, answer, gold):
     return -len(answer) / 100
@@ -168,6 +169,44 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_split(trained, files, tmp
         train_grpo.main(grpo(trained, files, out, "--batch_size", batch_size))
         norms.append(log(out, "grpo_32")[0]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
+
+
+PROCESSES = """
+import sys
+import numpy as np
+from trainer import train_grpo
+
+def answers_of(model, prompts, args, seed):
+    # Text of the prompt, so that it does not depend on which process is asked.
+    found = []
+    for index, prompt in enumerate(prompts):
+        rng = np.random.default_rng([*prompt, index % args.group_size])
+        found.append([*rng.integers(300, 600, size=rng.integers(2, 9)).tolist(), 2])
+    return found
+
+train_grpo.answers_of = answers_of
+train_grpo.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_end_in_the_weights_of_one(trained, files, tmp_path):
+    """5 questions a step: the processes have different numbers of answers."""
+    (tmp_path / "driver.py").write_text(PROCESSES)
+    for name, launch in ("one", []), ("two", TORCHRUN):
+        more = ["--prompts_per_step", 5, "--batch_size", 7, "--pass_k", 4]
+        flags = grpo(trained, files, tmp_path / name, *more)
+        done = run(*launch, tmp_path / "driver.py", *flags, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
+        assert done.returncode == 0, done.stderr
+    one, two = (weights(tmp_path / name, "grpo_32") for name in ("one", "two"))
+    before = checkpoint.load(trained / "full_sft_32.pth")["model"]
+    assert max((one[name] - before[name]).abs().max() for name in one) > 1e-3
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], atol=2e-5, rtol=1e-4)
+    logs = [log(tmp_path / name, "grpo_32") for name in ("one", "two")]
+    for name in ("reward", "no_signal", "entropy", "pass_at_1", "pass_at_k", "loss"):
+        assert [line.get(name) for line in logs[1]] == pytest.approx(
+            [line.get(name) for line in logs[0]], abs=1e-5
+        )
 
 
 def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
