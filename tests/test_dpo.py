@@ -267,6 +267,10 @@ def test_two_processes_end_in_the_weights_of_one(trained, pairs, tmp_path):
     assert max((one[name] - before[name]).abs().max() for name in one) > 1e-3
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], atol=2e-5, rtol=1e-4)
+    logs = [log(tmp_path / name, "dpo_32") for name in ("one", "two")]
+    for name in "loss margin val_loss logp_rejected grad_norm".split():
+        found = [[line.get(name) or 0 for line in lines] for lines in logs]
+        assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
 
 
 def test_what_cannot_be_is_a_sentence(trained, pairs, data, tmp_path):
