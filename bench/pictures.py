@@ -464,6 +464,103 @@ def lora_pair(path):
     picture.save(path)
 
 
+def lines_of(path):
+    return list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+
+
+def smooth(values, width=5):
+    """The mean of each value and its neighbours, `width` values in all."""
+    half = width // 2
+    return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def key(picture, *names):
+    """A line that says which colour is which: (text, colour)."""
+    x = 12
+    for text, css in names:
+        picture.text(x, picture.y, text, css, 13, bold=True)
+        x += 8 * len(text) + 12
+    picture.y += 14
+
+
+def rewards(path, folder):
+    """What GRPO logs, mean of the seeds, and the same with random rewards."""
+    runs = [lines_of(file) for file in sorted((folder / "logs").glob("grpo_[0-9]_256.jsonl"))]
+    chance = lines_of(folder / "logs/chance_1_256.jsonl")
+    last = runs[0][-1]["step"]
+
+    def curve(runs, name):
+        steps = [line["step"] / last for line in runs[0] if name in line]
+        found = [[line[name] for line in run if name in line] for run in runs]
+        values = list(map(mean, zip(*found, strict=True)))
+        return list(zip(steps, smooth(values) if len(values) > 20 else values, strict=True))
+
+    picture = Picture()
+    picture.heading(f"GRPO: {last} steps, mean of {len(runs)} seeds")
+    names = {"reward": "green", "pass_at_1": "blue", "pass_at_k": "orange"}
+    picture.note("Share of right answers: to the questions of the step (green),")
+    picture.note("to held-out ones (blue), and best of 8 answers (orange)")
+    place = axes(picture, 150, f"{last} steps", (0, 0.25, 0.5, 0.75, 1), form="{:.0%}")
+    for name, css in names.items():
+        picture.line(*[place(x, y) for x, y in curve(runs, name)], css=f"{css}line")
+    picture.y += 4
+    picture.note("Blue: rewards of the judge. Orange: random rewards, one seed.")
+    panels = {
+        "entropy": ("entropy of the next token, nats", (0, 0.2, 0.4)),
+        "answer_tokens": ("tokens of an answer", (0, 20, 40)),
+        "no_signal": ("no_signal: share of groups with equal rewards", (0, 0.5, 1)),
+    }
+    for name, (title, values) in panels.items():
+        picture.text(52, picture.y + 6, title, size=13, bold=True)
+        picture.y += 14
+        place = axes(picture, 60, "", values, form="{:g}")
+        for found, css in ((runs, "blueline"), ([chance], "orangeline")):
+            picture.line(*[place(x, y) for x, y in curve(found, name)], css=css)
+        picture.y -= 14
+    picture.save(path, picture.y + 6)
+
+
+def ways_to_learn(path, folder):
+    """pass@1 and pass@16 of each way to learn sums, with the range of the seeds."""
+    found = json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
+    titles = {
+        "few": "50 solved sums", "longer": "the same, for longer", "dpo_sums": "DPO",
+        "round1_of_1": "one round", "round3_of_3": "three rounds", "grpo": "GRPO",
+    }  # fmt: skip
+    picture = Picture()
+    picture.heading("Of held-out sums, solved")
+    picture.note("blue: pass@1; grey: pass@16; line: lowest to highest of three seeds")
+    left, width = 150, WIDTH - 150 - 60
+    for name, title in titles.items():
+        picture.text(left - 8, picture.y + 19, title, anchor="end", size=13)
+        for index, css in ((1, "bluebox"), (2, "greybox")):
+            values = [result[index] for result in found[name]]
+            picture.box(left, picture.y, width * mean(values), 13, css, corner=1)
+            low, high = (left + width * of(values) for of in (min, max))
+            picture.line((low, picture.y + 6.5), (high, picture.y + 6.5))
+            picture.text(high + 6, picture.y + 11, f"{mean(values):.0%}", "ink", 12)
+            picture.y += 15
+        picture.y += 8
+    picture.save(path)
+
+
+def preferences(path, folder):
+    """What DPO logs: the log-probabilities of both answers, and how often the chosen one gains."""
+    log = lines_of(folder / "logs/dpo_1_256.jsonl")
+    last, pairs = log[-1]["step"], {"logp_chosen": "blue", "logp_rejected": "orange"}
+    picture = Picture()
+    picture.heading("DPO on 400 pairs")
+    picture.note("log p of the chosen answer (blue) and of the rejected one (orange)")
+    picture.y += 6
+    low = -10 * math.ceil(-min(line["logp_rejected"] for line in log) / 10)
+    values = [low, low * 2 / 3, low / 3, 0]
+    place = axes(picture, 150, f"{last} steps", values, form="{:.0f}")
+    for name, css in pairs.items():
+        points = [place(line["step"] / last, line[name]) for line in log]
+        picture.line(*points, css=f"{css}line")
+    picture.save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument(
