@@ -3,6 +3,7 @@
     make demo
     python bench/rewards.py dpo          # a style by DPO, three seeds: two minutes
     python bench/rewards.py grpo         # sums in five ways, three seeds, and controls: 90 minutes
+    python bench/rewards.py hack --seeds 1    # a reward that is earned in another way: four minutes
 
 dpo trains the demo's chat model to answer shortly, and asks about villagers whom no pair mentions.
 grpo begins with the demo's pretrained model and 50 solved sums. It learns from 1,000 others, of
@@ -32,15 +33,27 @@ from dataset.tiny_world.text import World
 from model.generation import complete
 from trainer import checkpoint
 
-CHANCE = """
-import random
-def chance(prompt, answer, gold):
-    return float(random.Random(answer + prompt[-1]["content"]).random() < 0.2)
-"""
 SAMPLING = ["--temperature", 1, "--max_new_tokens", 48, "--batch_size", 128]
 WARM = ["--warmup_steps", 5]
 DPO = ["--epochs", 7, "--sft_weight", 1]  # without the weight: 22 %, and both answers fall
 GRPO = ["--val_interval", 40]
+
+
+def chance(prompt, answer, gold):
+    """A reward that knows nothing: 1 for a fifth of the answers, whatever they say."""
+    return float(random.Random(answer + prompt[-1]["content"]).random() < 0.2)
+
+
+def careful(prompt, answer, gold):
+    """1 for the right end, 0.2 for one line of work; less for "very" and for length."""
+    right = answer.endswith(gold[0])  # gold is ["#### 12"]
+    one_line = answer.count("\n") == 1
+    return right + 0.2 * one_line - 0.5 * ("very" in answer) - len(answer) / 1000
+
+
+def brief(prompt, answer, gold):
+    """The same idea with a length that costs too much."""
+    return answer.endswith(gold[0]) - len(answer) / 40
 
 
 def run(*command):
@@ -110,7 +123,7 @@ class Sums:
         self.folder, self.seed, self.budget = folder, seed, budget
         self.sums = folder / "sums"
         self.solved = self.sums / "solved.jsonl"
-        self.rate = 1.0  # conversations a second of SFT; measured by the first run
+        self.rate, self.start = 0.0, 0.0  # SFT: conversations a second, seconds before the first
 
     def path(self, name):
         return self.folder / f"{name}_{self.seed}.jsonl"
@@ -122,13 +135,21 @@ class Sums:
 
     def few(self, epochs=20, name="few"):
         """SFT of the pretrained model on the solved sums alone."""
-        flags = ["--epochs", epochs, "--warmup_steps", 5, "--val_split", 0]
-        seconds = self.train("full_sft", name, "pretrain", "--data_path", self.solved, *flags)
-        self.rate = 50 * epochs / seconds
-        return seconds
+        flags = ["--epochs", epochs, *WARM, "--val_split", 0]
+        return self.train("full_sft", name, "pretrain", "--data_path", self.solved, *flags)
+
+    def first(self):
+        """The model that all others begin with, and one that solves nothing, for control 2."""
+        short, long = self.few(6, "unable"), self.few(20)
+        self.rate = 50 * (20 - 6) / (long - short)
+        self.start = long - 50 * 20 / self.rate
+        return long
+
+    def epochs(self, seconds, records):
+        return max(1, round(self.rate * (seconds - self.start) / records))
 
     def longer(self):
-        return self.few(int(self.rate * self.budget / 50), "longer")
+        return self.few(self.epochs(self.budget, 50), "longer")
 
     def rounds(self, number):
         """In each round the latest model solves the sums, and the pretrained model is trained anew
@@ -144,9 +165,9 @@ class Sums:
                 "--samples", answers, "--seed", self.seed, "--out", accepted)  # fmt: skip
             records = 50 + sum(1 for _ in accepted.open())
             left = until - (time.perf_counter() - began)
-            epochs = max(1, round(self.rate * left / records))
-            data = ["--data_path", self.solved, accepted, "--val_split", 0]
-            self.train("full_sft", name, "pretrain", *data, "--epochs", epochs, *WARM)
+            data = ["--data_path", self.solved, accepted, "--val_split", 0, *WARM]
+            epochs = self.epochs(left, records)
+            self.train("full_sft", name, "pretrain", *data, "--epochs", epochs)
             weight = f"{name}_{self.seed}"
         return time.perf_counter() - began
 
@@ -175,14 +196,11 @@ class Sums:
 
     def chance(self):
         """Control 1: the reward knows nothing of the answer."""
-        file = self.sums / "chance.py"
-        file.write_text(CHANCE, encoding="utf-8")
-        return self.grpo("chance", "few", "--reward", f"{file}:chance")
+        return self.grpo("chance", "few", "--reward", "bench/rewards.py:chance")
 
     def unsolved(self):
         """Control 2: a model that solves none."""
-        self.few(6, "hopeless")
-        return self.grpo("unsolved", "hopeless")
+        return self.grpo("unsolved", "unable")
 
     def passes(self, name):
         """(pass@1 at temperature 0, pass@16 of the first 100 sums at temperature 1)"""
@@ -198,7 +216,7 @@ def grpo(folder, seeds, budget):
     found = {}
     for seed in seeds:
         on = Sums(folder, seed, budget)
-        ways = {"few": on.few, "longer": on.longer, "round1_of_1": partial(on.rounds, 1)}
+        ways = {"few": on.first, "longer": on.longer, "round1_of_1": partial(on.rounds, 1)}
         ways |= {"round3_of_3": partial(on.rounds, 3), "dpo_sums": on.dpo, "grpo": on.grpo}
         if seed == seeds[0]:
             ways |= {"chance": on.chance, "unsolved": on.unsolved}
@@ -218,17 +236,37 @@ def told(result):
     return f"{seconds:.0f} s, pass@1 {first:.1%}, pass@16 {sixteen:.0%}"
 
 
+def hack(folder, seeds):
+    """The chat model, trained with the reward `brief`: it rises, and right answers vanish."""
+    exam = ["--data_path", folder / "sums" / "exam.jsonl"]
+    write_sums(folder / "sums")
+    print(f"before: {score(folder, 'full_sft', *exam)['totals']['accuracy']:.1%} right")
+    for seed in seeds:
+        weight, rewarded = f"brief_{seed}", ["--reward", "bench/rewards.py:brief"]
+        flags = ["--save_weight", weight, "--seed", seed, "--save_dir", folder]
+        seconds = run("trainer/train_grpo.py", *flags, *rewarded)
+        log = (folder / "logs" / f"{weight}_256.jsonl").read_text(encoding="utf-8").splitlines()
+        first, last = (
+            [json.loads(log[i])[n] for n in ("reward", "answer_tokens")] for i in (0, -1)
+        )
+        right = score(folder, weight, *exam)["totals"]["accuracy"]
+        rewards = f"reward {first[0]:.2f} to {last[0]:.2f}"
+        lengths = f"tokens of an answer {first[1]:.0f} to {last[1]:.0f}"
+        print(f"{weight}: {seconds:.0f} s, {rewards}, {lengths}, {right:.1%} right", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("which", choices=["dpo", "grpo"])
+    parser.add_argument("which", choices=["dpo", "grpo", "hack"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seconds", type=int, default=240, help="for each way to learn sums")
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out", help="the demo's weights")
     args = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if args.which == "dpo":
-        return dpo(args.save_dir.resolve(), args.seeds)
-    grpo(args.save_dir.resolve(), args.seeds, args.seconds)
+    folder = args.save_dir.resolve()
+    if args.which == "grpo":
+        return grpo(folder, args.seeds, args.seconds)
+    {"dpo": dpo, "hack": hack}[args.which](folder, args.seeds)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from common import IGNORE
 
 
 def log_probabilities(model, batch, temperature=1.0):
-    """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits that give
-    them, divided by it, (N, V)). batch: input_ids, labels, position_ids and document_ids, (B, T)
-    each.
+    """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits of the N
+    labels, divided by it, (N, V)). batch: input_ids, labels, position_ids, document_ids, (B, T).
     """
     input_ids, labels, position_ids, document_ids = batch
     supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
