@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from common import IGNORE
 from dataset import formats
 from dataset.chat_template import pieces, text_of
 from dataset.lm_dataset import TokenDataset
@@ -96,3 +97,11 @@ def pad_pairs(pairs, max_seq_len=None, rows=None):
     """
     longest = max((len(one[0]) + len(other[0]) for one, other in pairs), default=0)
     return batch(pairs, max_seq_len if rows else longest, rows)
+
+
+def counts(pairs):
+    """(pairs, supervised tokens of the chosen answers, tokens without padding) of such a batch."""
+    _, labels, _, document_ids = pairs
+    supervised = labels != IGNORE
+    counted = supervised.any(dim=-1), supervised & (document_ids == 0), document_ids >= 0
+    return tuple(int(true.sum()) for true in counted)

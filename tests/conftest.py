@@ -98,14 +98,14 @@ def flags_read(main, *line):
     """The flags that the main() of SFT or distillation reads, without running it."""
     from trainer import train_full_sft
 
-    found, read = [], train_full_sft.parse_args
+    found, read = [], train_full_sft.parse_run
 
     def keep(*given):
-        found.append(read(*given))
+        found.append(read(*given)[0])
         sys.exit()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_full_sft, "parse_args", keep)
+        patch.setattr(train_full_sft, "parse_run", keep)
         with pytest.raises(SystemExit):
             main([str(part) for part in line])
     return found[0]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tomllib
 import urllib.request
 from functools import cache
 from itertools import islice
@@ -114,9 +115,8 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
     if "train_grpo" in line:
         asked = [{"role": "user", "content": "What is 1?"}]
         asked = {"conversations": asked, "expected": "1", "category": "sum"}
-        pairs = files["mine.jsonl"] = write_jsonl(tmp_path / "asked.jsonl", [asked] * 4)
-        (tmp_path / "mine.py").write_text("def function(prompt, answer, gold):\n    return 1")
-        files["mine.py:function"] = f"{tmp_path / 'mine.py'}:function"
+        pairs = write_jsonl(tmp_path / "asked.jsonl", [asked] * 4)
+        files["out/sums/practice.jsonl"] = pairs
     if "--teacher_weight" in line:
         files["full_sft"] = trained / "full_sft_32.pth"
     if "train_pretrain" in line:
@@ -279,10 +279,14 @@ def without_docstrings(source):
     return tree
 
 
-def test_the_number_of_mutants_is_right():
+def test_the_mutants_are_counted_and_fit_the_code():
     text = (ROOT / "tests/mutants.toml").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"lists {text.count('[[mutant]]')} realistic mistakes" in readme
+    mutants = tomllib.loads(text)["mutant"]
+    assert f"lists {len(mutants)} realistic mistakes" in readme
+    for mutant in mutants:  # else the list does not follow the code
+        code = (ROOT / mutant["file"]).read_text(encoding="utf-8")
+        assert code.count(mutant["text"]) == 1, mutant["what"]
 
 
 def test_quoted_code_is_in_the_code():

@@ -116,6 +116,19 @@ def test_rewards_are_those_of_the_judge_or_of_ones_own_function(files):
             reward_function("tiny_world", text)
 
 
+def test_the_rewards_of_the_tutorial_are_what_it_says():
+    careful, brief = (
+        reward_function("tiny_world", f"{ROOT / 'bench/rewards.py'}:{name}")
+        for name in ("careful", "brief")
+    )
+    problem = {"prompt": [{"role": "user", "content": "What is 7 + 5?"}], "gold": ["#### 12"]}
+    answer = "7+5=12.\n#### 12"  # 15 characters
+    assert careful(problem, answer) == pytest.approx(1 + 0.2 - 0.015)
+    assert careful(problem, answer + "\nvery 1") == pytest.approx(-0.5 - 0.022)
+    assert brief(problem, answer) == pytest.approx(1 - 15 / 40)
+    assert brief(problem, "") == 0
+
+
 def test_answers_are_drawn_by_the_seed_and_end_with_their_stop_token():
     torch.manual_seed(3)
     model = CausalLM(ModelConfig(hidden_size=32, num_hidden_layers=1)).eval()

@@ -18,7 +18,7 @@ from tests.conftest import chat, flags_read, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_full_sft
-from trainer.optimizer import learning_rate
+from trainer.optimizer import set_learning_rate
 from trainer.run import FREE, Run
 from trainer.run import resume as resume_run
 
@@ -251,10 +251,10 @@ def test_the_tensors_of_a_loaded_file_are_not_kept_in_memory(data, tmp_path, mon
         gc.collect()
         for references in loaded:
             alive.append([r() for r in references if r() is not None and r().numel() > 1])
-        return learning_rate(*given)
+        return set_learning_rate(*given)
 
     monkeypatch.setattr(checkpoint, "load", watched)
-    monkeypatch.setattr(train_full_sft, "learning_rate", step)
+    monkeypatch.setattr(train_full_sft, "set_learning_rate", step)
     resume(tmp_path)
     assert loaded and alive and not any(alive)
     new = ["--from_weight", "full_sft", "--save_weight", "new"]

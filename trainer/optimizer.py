@@ -122,9 +122,12 @@ def learning_rate(step, total_steps, args):
     return floor + (highest - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizer, lr):
+def set_learning_rate(optimizer, step, total_steps, args):
+    """The learning rate of a step, which the optimizer now has."""
+    lr = learning_rate(step, total_steps, args)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    return lr
 
 
 def clip_and_step(model, optimizer, scaler, grad_clip):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from common import UserError
 from trainer import checkpoint, distributed
+from trainer.arguments import parse_args
 from trainer.metrics import MetricsLog
 from trainer.optimizer import load_full_state
 from trainer.signals import RunLock
@@ -61,6 +62,13 @@ class Run:
     def finished(self, total_steps, patience):
         """Whether all steps are done, or the last `patience` validations brought nothing better."""
         return self.step >= total_steps or 0 < patience <= self.evaluations_since_best
+
+
+def parse_run(parser, argv):
+    """(the flags, the checkpoint to resume or None). A resumed run keeps the flags left out."""
+    args = parse_args(parser, argv)
+    saved = checkpoint.load_latest(args) if args.from_resume else None
+    return parse_args(parser, argv, saved["arguments"]) if saved else args, saved
 
 
 def flag_of(args):

@@ -14,32 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import IGNORE, UserError, report_user_errors  # first: Ctrl-C while torch loads
+from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 import torch
 from tqdm import tqdm
 
-from dataset.chat_template import render
-from dataset.loader import StepPlan, batches, cut, epoch_plan, to_device, token_counts
-from dataset.pairs import PairDataset, pad_pairs
+from dataset.loader import StepPlan, batches, cut, epoch_plan, to_device
+from dataset.pairs import PairDataset, counts, pad_pairs
 from dataset.tiny_world.generate import PAIRS
-from model.generation import complete, eval_mode
+from model.generation import eval_mode
 from model.moe import load_balance_loss
 from model.policy import pair_log_probabilities, preference_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import number, parse_args, training_parser
-from trainer.optimizer import (
-    clip_and_step,
-    compile_layers,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-)
-from trainer.run import Run, begin_run, finish, flag_of, lock_run, refuse
+from trainer.arguments import number, training_parser
+from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
+from trainer.run import Run, begin_run, finish, flag_of, lock_run, parse_run, refuse
 from trainer.signals import StopSignal
 from trainer.trainable import choose_trainable
-from trainer.trainer_utils import describe, generating, init_model, open_data, seed_step
+from trainer.trainer_utils import describe, init_model, open_data, seed_step, show_sample
 
 STAGE = "dpo"
 FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # means over pairs
@@ -81,10 +74,7 @@ def main(argv=None):
     add("dpo_beta", 0.1, "how much the model may change: less with a larger one", number(float, 0))
     sft = "weight of the SFT loss of the chosen answers, against both becoming improbable"
     add("sft_weight", 0.0, sft, number(float, 0))
-    args = parse_args(parser, argv)
-    saved = checkpoint.load_latest(args) if args.from_resume else None
-    if saved:  # flags that are left out stay as they were
-        args = parse_args(parser, argv, saved["arguments"])
+    args, saved = parse_run(parser, argv)
     refuse(args, parser, "packing teacher_weight offline_dir")
 
     # Where to compute, what to train, and what to train it on.
@@ -108,8 +98,7 @@ def main(argv=None):
     learner = distributed.parallelise(model, args.parallel, compute.dtype)
     optimizer = make_optimizer(model, args)
     run, log = begin_run(run, args, model, optimizer, compute, len(plan), saved)
-    sizes = [len(part) for part in parts]
-    if [len(part) for part in run.reference or []] != sizes:
+    if list(map(len, run.reference or [])) != list(map(len, parts)):
         raise UserError("the checkpoint has no reference for this data; start a new run")
     reference, val_reference = run.reference[0], run.reference[-1]
     log.curves = {f"-log p, {name}": (f"logp_{name}", -1) for name in ("chosen", "rejected")}
@@ -120,16 +109,11 @@ def main(argv=None):
 
     for micro_batches in [] if stop else plan.after(run.step):
         seed_step(args, run.step, compute.rank)
-        lr = learning_rate(run.step, len(plan), args)
-        set_learning_rate(optimizer, lr)
+        lr = set_learning_rate(optimizer, run.step, len(plan), args)
         # The losses of a step are divided once, by the pairs, and by the tokens of the chosen
         # answers, of all batches and processes.
-        pairs = [int((labels != IGNORE).any(dim=-1).sum()) for _, labels, *_ in micro_batches]
-        chosen = sum(
-            ((y != IGNORE) & (documents == 0)).sum() for _, y, _, documents in micro_batches
-        )
-        all_pairs, all_chosen = compute.sum(sum(pairs), int(chosen))
-        tokens = compute.sum(token_counts(micro_batches)[1])[0]
+        pairs, chosen, tokens = zip(*map(counts, micro_batches), strict=True)
+        all_pairs, all_chosen, tokens = compute.sum(sum(pairs), sum(chosen), sum(tokens))
         figures = torch.zeros(len(FIGURES))
         references = reference[plan.samples].split(pairs)
         for index, (batch, before) in enumerate(zip(micro_batches, references, strict=True)):
@@ -165,11 +149,7 @@ def main(argv=None):
         if not math.isfinite(grad_norm):
             tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
         if args.sample_interval and run.step % args.sample_interval == 0:
-            messages = [{"role": "user", "content": args.sample_prompt}]
-            prompt, _ = render(messages, add_generation_prompt=True, tokenizer=tokenizer)
-            with generating(model, compute):
-                (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
-            tqdm.write(f"  {args.sample_prompt} -> {tokenizer.decode(answer)}")
+            show_sample(model, tokenizer, args, compute, chat=True)
         stop = run.finished(len(plan), args.early_stop_patience)
         stop = stop or run.bad_steps >= args.max_bad_steps
         stop = stop or compute.sum(signal.received)[0] > 0

@@ -20,35 +20,27 @@ from common import report_user_errors  # first: Ctrl-C while torch loads
 # isort: split
 from tqdm import tqdm
 
-from dataset.chat_template import render
 from dataset.lm_dataset import SFTDataset
 from dataset.loader import StepPlan, to_device, token_counts
 from dataset.tiny_world.generate import SFT
 from evaluation.answers import TaskScore
-from model.generation import complete
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import conversation_flags, parse_args, training_parser
-from trainer.optimizer import (
-    clip_and_step,
-    compile_layers,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-)
-from trainer.run import Run, begin_run, finish, lock_run
+from trainer.arguments import conversation_flags, training_parser
+from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
+from trainer.run import Run, begin_run, finish, lock_run, parse_run
 from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainable import choose_trainable
 from trainer.trainer_utils import (
     conversation_options,
     describe,
-    generating,
     init_model,
     open_data,
     replay,
     score_of,
     seed_step,
+    show_sample,
     validation_loss,
 )
 
@@ -60,10 +52,7 @@ def main(argv=None, **defaults):
     parser.set_defaults(batch_size=2, max_seq_len=768, warmup_steps=20)
     parser.set_defaults(learning_rate=2.2e-3, sample_prompt="Who are you?", **defaults)
     conversation_flags(parser)
-    args = parse_args(parser, argv)
-    saved = checkpoint.load_latest(args) if args.from_resume else None
-    if saved:  # flags that are left out stay as they were
-        args = parse_args(parser, argv, saved["arguments"])
+    args, saved = parse_run(parser, argv)
 
     # Where to compute, what to train, and what to train it on.
     compute = distributed.start(args)
@@ -93,8 +82,7 @@ def main(argv=None, **defaults):
 
     for micro_batches in [] if stop else plan.after(run.step):  # 1. rows
         seed_step(args, run.step, compute.rank)
-        lr = learning_rate(run.step, len(plan), args)
-        set_learning_rate(optimizer, lr)
+        lr = set_learning_rate(optimizer, run.step, len(plan), args)
         # The loss of a step is divided once, by the supervised tokens of all batches and processes.
         supervised, tokens = compute.sum(*token_counts(micro_batches))
         loss = 0.0
@@ -130,11 +118,7 @@ def main(argv=None, **defaults):
         if not math.isfinite(grad_norm):
             tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
         if args.sample_interval and run.step % args.sample_interval == 0:
-            messages = [{"role": "user", "content": args.sample_prompt}]
-            prompt, _ = render(messages, add_generation_prompt=True, tokenizer=tokenizer)
-            with generating(model, compute):
-                (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
-            tqdm.write(f"  {args.sample_prompt} -> {tokenizer.decode(answer)}")
+            show_sample(model, tokenizer, args, compute, chat=True)
         stop = run.finished(len(plan), args.early_stop_patience)
         stop = stop or run.bad_steps >= args.max_bad_steps
         stop = stop or compute.sum(signal.received)[0] > 0

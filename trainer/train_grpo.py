@@ -37,15 +37,9 @@ from model.generation import generate
 from model.moe import load_balance_loss
 from model.policy import advantages_of, policy_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import number, one_of, parse_args, training_parser
-from trainer.optimizer import (
-    clip_and_step,
-    compile_layers,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-)
-from trainer.run import Run, begin_run, finish, flag_of, lock_run, refuse
+from trainer.arguments import number, one_of, training_parser
+from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
+from trainer.run import Run, begin_run, finish, flag_of, lock_run, parse_run, refuse
 from trainer.signals import StopSignal
 from trainer.trainable import choose_trainable
 from trainer.trainer_utils import generating, init_model, seed_step
@@ -131,10 +125,7 @@ def main(argv=None):
     add("max_new_tokens", 48, "maximum length of an answer", count)
     add("answers_at_once", 256, "answers that are sampled at once", count)
     add("pass_k", 8, "answers to each held-out question", count)
-    args = parse_args(parser, argv)
-    saved = checkpoint.load_latest(args) if args.from_resume else None
-    if saved:  # flags that are left out stay as they were
-        args = parse_args(parser, argv, saved["arguments"])
+    args, saved = parse_run(parser, argv)
     # fsdp gathers weights in each step of `generate`, and processes need different numbers of them.
     refuse(args, parser, "packing accumulation_steps teacher_weight offline_dir parallel")
     refuse(args, parser, "sample_prompt num_workers strict_data cache_dir")
@@ -169,8 +160,7 @@ def main(argv=None):
     while not stop:
         began = time.perf_counter()
         seed_step(args, run.step, compute.rank)
-        lr = learning_rate(run.step, total, args)
-        set_learning_rate(optimizer, lr)
+        lr = set_learning_rate(optimizer, run.step, total, args)
         # 1. The present model answers the questions of this step, each group_size times.
         epoch, index = divmod(run.step, per_epoch)
         shuffled = np.random.default_rng([args.seed, epoch]).permutation(len(problems)).tolist()
@@ -225,6 +215,8 @@ def main(argv=None):
                 if run.note_score(entry["pass_at_1"]):
                     checkpoint.save_best(args, model, tokenizer, STAGE, run)
             log.write(run, epoch=epoch, loss=loss, data_wait_s=0.0, **entry)
+        if not math.isfinite(grad_norm):
+            tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
         if args.sample_interval and run.step % args.sample_interval == 0 and asked:
             question, answer = problems[asked[0]]["prompt"][-1]["content"], answers[0]
             tqdm.write(f"  {question} -> {tokenizer.decode(answer)}: {rewards[0, 0]:g}")

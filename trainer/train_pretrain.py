@@ -22,27 +22,20 @@ from tqdm import tqdm
 from dataset.lm_dataset import PretrainDataset
 from dataset.loader import StepPlan, to_device, token_counts
 from dataset.tiny_world.generate import PRETRAIN
-from model.generation import complete
 from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import parse_args, training_parser
-from trainer.optimizer import (
-    clip_and_step,
-    compile_layers,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-)
-from trainer.run import Run, begin_run, finish, lock_run
+from trainer.arguments import training_parser
+from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
+from trainer.run import Run, begin_run, finish, lock_run, parse_run
 from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainable import choose_trainable
 from trainer.trainer_utils import (
     describe,
-    generating,
     init_model,
     open_data,
     seed_step,
+    show_sample,
     validation_loss,
 )
 
@@ -53,10 +46,7 @@ def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="none", epochs=1)
     parser.set_defaults(batch_size=2, max_seq_len=768, warmup_steps=20)
     parser.set_defaults(learning_rate=4e-3, min_lr_ratio=0.2, sample_prompt="Once there was")
-    args = parse_args(parser, argv)
-    saved = checkpoint.load_latest(args) if args.from_resume else None
-    if saved:  # flags that are left out stay as they were
-        args = parse_args(parser, argv, saved["arguments"])
+    args, saved = parse_run(parser, argv)
 
     # Where to compute, what to train, and what to train it on.
     compute = distributed.start(args)
@@ -83,8 +73,7 @@ def main(argv=None):
 
     for micro_batches in [] if stop else plan.after(run.step):  # 1. rows
         seed_step(args, run.step, compute.rank)
-        lr = learning_rate(run.step, len(plan), args)
-        set_learning_rate(optimizer, lr)
+        lr = set_learning_rate(optimizer, run.step, len(plan), args)
         # The loss of a step is divided once, by the supervised tokens of all batches and processes.
         supervised, tokens = compute.sum(*token_counts(micro_batches))
         loss = 0.0
@@ -120,10 +109,7 @@ def main(argv=None):
         if not math.isfinite(grad_norm):
             tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
         if args.sample_interval and run.step % args.sample_interval == 0:
-            prompt = tokenizer.encode(args.sample_prompt).ids
-            with generating(model, compute):
-                (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
-            tqdm.write(f"  {tokenizer.decode(prompt + answer)}")
+            show_sample(model, tokenizer, args, compute, chat=False)
         stop = run.finished(len(plan), args.early_stop_patience)
         stop = stop or run.bad_steps >= args.max_bad_steps
         stop = stop or compute.sum(signal.received)[0] > 0

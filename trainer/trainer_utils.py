@@ -10,11 +10,13 @@ import torch
 from tqdm import tqdm
 
 from common import UserError
+from dataset.chat_template import render
 from dataset.lm_dataset import PretrainDataset
 from dataset.loader import Source, batches, epoch_plan, mix, split_samples, to_device
 from dataset.tiny_world.generate import PRETRAIN, write_missing
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.generation import complete
 from model.loss import supervised_tokens
 from trainer import checkpoint
 from trainer.arguments import SHAPE
@@ -226,6 +228,18 @@ def generating(model, compute):
     with stance, compute.autocast if sharded else nullcontext():
         yield
     reshard()
+
+
+def show_sample(model, tokenizer, args, compute, chat):
+    """Prints how the model continues --sample_prompt, or, in a chat, what it answers to it."""
+    text = args.sample_prompt
+    prompt = tokenizer.encode(text).ids
+    if chat:
+        messages, text = [{"role": "user", "content": text}], f"{text} -> "
+        prompt, _ = render(messages, add_generation_prompt=True, tokenizer=tokenizer)
+    with generating(model, compute):
+        (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
+    tqdm.write(f"  {text}{tokenizer.decode(answer)}")
 
 
 def score_of(model, tokenizer, task, val_loss, compute):
