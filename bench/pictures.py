@@ -2,6 +2,8 @@
 
     make demo
     python bench/experiments.py supervise symptoms
+    python bench/rewards.py dpo
+    python bench/rewards.py grpo
     python bench/pictures.py
 
 Pictures are 480 wide, so that their text is readable on a phone, and have a dark form for browsers
@@ -36,12 +38,13 @@ STYLE = """
 .paper{fill:#fff}.ink{fill:#1f2328}.soft{fill:#59636e}.blue{fill:#0969da}.green{fill:#1a7f37}
 .orange{fill:#bc4c00}.line{stroke:#59636e;fill:none}.grid{stroke:#d1d9e0;fill:none}
 .blueline{stroke:#0969da;fill:none;stroke-width:2}.orangeline{stroke:#bc4c00;fill:none;stroke-width:2}
+.greenline{stroke:#1a7f37;fill:none;stroke-width:2}
 .greybox{fill:#f6f8fa;stroke:#8c959f}.bluebox{fill:#ddf4ff;stroke:#0969da}
 .greenbox{fill:#dafbe1;stroke:#1a7f37}.orangebox{fill:#fff1e5;stroke:#bc4c00}
 @media (prefers-color-scheme: dark){
 .paper{fill:#0d1117}.ink{fill:#f0f6fc}.soft{fill:#9198a1}.blue{fill:#4493f8}.green{fill:#3fb950}
 .orange{fill:#f0883e}.line{stroke:#9198a1}.grid{stroke:#3d444d}
-.blueline{stroke:#4493f8}.orangeline{stroke:#f0883e}
+.blueline{stroke:#4493f8}.orangeline{stroke:#f0883e}.greenline{stroke:#3fb950}
 .greybox{fill:#212830;stroke:#656c76}.bluebox{fill:#0c2d6b;stroke:#4493f8}
 .greenbox{fill:#033a16;stroke:#3fb950}.orangebox{fill:#5a1e02;stroke:#f0883e}}
 """
@@ -474,15 +477,6 @@ def smooth(values, width=5):
     return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def key(picture, *names):
-    """A line that says which colour is which: (text, colour)."""
-    x = 12
-    for text, css in names:
-        picture.text(x, picture.y, text, css, 13, bold=True)
-        x += 8 * len(text) + 12
-    picture.y += 14
-
-
 def rewards(path, folder):
     """What GRPO logs, mean of the seeds, and the same with random rewards."""
     runs = [lines_of(file) for file in sorted((folder / "logs").glob("grpo_[0-9]_256.jsonl"))]
@@ -590,6 +584,9 @@ def main():
     schedules(args.out / "schedule.svg", args.runs)
     temperatures(args.out / "temperature.svg", models, tokenizer)
     lora_pair(args.out / "lora.svg")
+    preferences(args.out / "preferences.svg", args.runs)
+    ways_to_learn(args.out / "ways.svg", args.runs)
+    rewards(args.out / "rewards.svg", args.runs)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def score(folder, weight, *more, name=None):
     """The result of an evaluation with these flags, as run_eval.py writes it."""
     name = f"rewards_{name or weight}"
     path = folder / "eval" / "tiny_world" / f"{name}.json"
-    path.unlink(missing_ok=True)  # of an earlier run of this benchmark
+    for ending in (".json", ".part"):  # of an earlier run of this benchmark
+        path.with_suffix(ending).unlink(missing_ok=True)
     run("evaluation/run_eval.py", "--save_dir", folder, "--weight", weight, "--run", name, *more)
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -115,8 +116,8 @@ def categories(totals):
 
 
 class Sums:
-    """Ways to learn from 50 solved sums, and from 1,000 others of which the results are known, each
-    in `budget` seconds.
+    """Ways to learn from 50 solved sums, and from 1,000 questions of which the results are known.
+    SFT and rejection sampling take `budget` seconds; DPO and GRPO have a fixed number of steps.
     """
 
     def __init__(self, folder, seed, budget):
@@ -159,11 +160,12 @@ class Sums:
         for index in range(number):
             name, until = f"round{index + 1}_of_{number}", self.budget * (index + 1) / number
             accepted = self.path(f"{name}_accepted")
-            accepted.unlink(missing_ok=True)
+            for ending in (".jsonl", ".part"):
+                accepted.with_suffix(ending).unlink(missing_ok=True)
             run("recipes/rejection_sample.py", "--task", "tiny_world", "--save_dir", self.folder,
                 "--weight", weight, "--data_path", self.sums / "practice.jsonl", *SAMPLING,
                 "--samples", answers, "--seed", self.seed, "--out", accepted)  # fmt: skip
-            records = 50 + sum(1 for _ in accepted.open())
+            records = 50 + len(accepted.read_text(encoding="utf-8").splitlines())
             left = until - (time.perf_counter() - began)
             data = ["--data_path", self.solved, accepted, "--val_split", 0, *WARM]
             epochs = self.epochs(left, records)
@@ -259,7 +261,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("which", choices=["dpo", "grpo", "hack"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--seconds", type=int, default=240, help="for each way to learn sums")
+    parser.add_argument(
+        "--seconds",
+        type=int,
+        default=240,
+        help="for longer SFT and for rejection sampling; DPO and GRPO take about 240",
+    )
     parser.add_argument("--save_dir", type=Path, default=ROOT / "out", help="the demo's weights")
     args = parser.parse_args()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")

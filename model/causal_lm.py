@@ -258,7 +258,7 @@ class CausalLM(nn.Module):
             return summed_cross_entropy(x, self.lm_head.weight, labels)
         if at is not None:
             x = x[at]  # (B, T, D) -> (N, D)
-        return self.lm_head(x)  # (B, T, D) -> (B, T, V)
+        return self.lm_head(x)  # (B, T, D) -> (B, T, V), or (N, D) -> (N, V)
 
     def hidden_states(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):
         """The hidden states of the last layer, (B, T, D); the arguments are those of forward."""

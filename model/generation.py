@@ -143,7 +143,10 @@ def sample(logits, temperature, top_k, top_p, generator):
         unlikely = (before >= top_p) & (before > 0)
         dropped = torch.zeros_like(unlikely).scatter(1, order, unlikely)  # in the order of ids
         logits = logits.masked_fill(dropped, -torch.inf)
-    # One random number for each row; torch.multinomial draws one for each token of the vocabulary.
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-    point = torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    return torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
+    probability = logits.softmax(dim=-1)
+    if logits.device.type != "cpu" or probability[:, 0].isnan().any():  # which multinomial refuses
+        return torch.multinomial(probability, 1, generator=generator)
+    # On a CPU that takes long: it draws a random number for each token of the vocabulary.
+    cumulative = probability.cumsum(dim=-1)  # (B, V)
+    point = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True)

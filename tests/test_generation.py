@@ -118,6 +118,21 @@ def test_filters_and_penalty_equal_those_of_transformers():
         torch.testing.assert_close(share, kept.softmax(-1), atol=0.035, rtol=0)
 
 
+@pytest.mark.parametrize("number, place", [(0.0, 0), (0.4999, 0), (0.5001, 1), (1 - 2**-24, 1)])
+def test_the_ends_of_the_random_numbers_give_possible_tokens(monkeypatch, number, place):
+    """Two tokens of probability 1/2, among impossible ones and then a row with NaN."""
+    logits = torch.full((3, 9), -torch.inf)
+    tokens = [(2, 5), (0, 8), (7, 8)]
+    for row, both in enumerate(tokens):
+        logits[row, list(both)] = 4.0
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
+    found = sample(logits, 1.0, 0, 1.0, None)
+    assert found.tolist() == [[both[place]] for both in tokens]
+    logits[1, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="nan"):
+        sample(logits, 1.0, 0, 1.0, None)
+
+
 def test_a_seed_repeats_its_draws_and_draws_nothing_from_the_global_generator():
     ours, _ = pair("qwen3")
     for seed in (0, 7):

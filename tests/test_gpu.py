@@ -15,8 +15,16 @@ from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.loss import plain_cross_entropy
-from tests.conftest import ROOT, export, run
-from trainer import checkpoint, distributed, train_distillation, train_full_sft, train_pretrain
+from tests.conftest import ROOT, export, run, write_jsonl
+from trainer import (
+    checkpoint,
+    distributed,
+    train_distillation,
+    train_dpo,
+    train_full_sft,
+    train_grpo,
+    train_pretrain,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 GPU = torch.device("cuda", 0)
@@ -259,6 +267,28 @@ def test_distillation_from_weights_and_from_a_recording(trained, data, tmp_path)
         train_distillation.main(list(map(str, [*common, *source, *out])))
         lines = lines_of(tmp_path / name, "distilled_32")
         assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_preferences_and_rewards(trained, tmp_path):
+    pair = {"chosen": "A number.", "rejected": "It is a letter."}
+    pairs = [{"prompt": f"What is {i}?"} | pair for i in range(20)]
+    common = ["--from_weight", trained / "full_sft_32.pth", "--save_dir", tmp_path, "--epochs", 6]
+    common += ["--device", "cuda", "--learning_rate", 1e-2, "--log_interval", 1]
+    data = ["--data_path", write_jsonl(tmp_path / "pairs.jsonl", pairs)]
+    train_dpo.main(list(map(str, [*common, *data])))
+    lines = lines_of(tmp_path, "dpo_32")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.02)
+    assert lines[-1]["loss"] < 0.5 and lines[-1]["accuracy"] == 1
+
+    ask = [[{"role": "user", "content": pair["prompt"]}] for pair in pairs]
+    asked = [{"category": "sum", "conversations": turns, "expected": ["e"]} for turns in ask]
+    data = ["--data_path", write_jsonl(tmp_path / "asked.jsonl", asked), "--val_split", 0.2]
+    (tmp_path / "mine.py").write_text("def e(prompt, answer, gold):\n    return answer.count('e')")
+    data += ["--reward", f"{tmp_path / 'mine.py'}:e", "--max_new_tokens", 12]
+    train_grpo.main(list(map(str, [*common, *data])))
+    lines = lines_of(tmp_path, "grpo_32")
+    assert lines[-1]["reward"] > lines[0]["reward"]
+    assert all(line["grad_norm"] is not None for line in lines)
 
 
 # -------------------------------------------------------------------------------- several processes

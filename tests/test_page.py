@@ -174,16 +174,18 @@ SETTINGS = [
 
 
 def test_the_bars_are_the_probabilities_of_sampling(tab, address, models, monkeypatch):
-    ids, drawn, multinomial = ask(tab, address), [], torch.multinomial
+    ids, drawn, search = ask(tab, address), [], torch.searchsorted
     tab.locator("#chat-strip [aria-pressed=true]").focus()
     tab.keyboard.press("End")
     logits = logits_of(models["full_sft"].model, ids)[-1:]
-    draw = lambda p, *rest, **more: drawn.append(p) or multinomial(p, *rest, **more)  # noqa: E731
-    monkeypatch.setattr(generation.torch, "multinomial", draw)
+    draw = lambda sums, *rest, **more: drawn.append(sums) or search(sums, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(generation.torch, "searchsorted", draw)
     for settings in SETTINGS:
         drawn.clear()
         token = generation.sample(logits, *settings, None)
-        expected = drawn[0][0] if drawn else F.one_hot(token[0, 0], logits.shape[1])
+        expected = F.one_hot(token[0, 0], logits.shape[1])
+        if drawn:  # the sums of the probabilities up to each token
+            expected = drawn[0][0].diff(prepend=torch.zeros(1))
         for name, value in zip(("temperature", "top_k", "top_p"), settings, strict=True):
             tab.locator(f"#{name}").fill(str(value))
         now, tokens = tab.evaluate("""() => { const seen = state.tokens, k = seen.top.length - 1;

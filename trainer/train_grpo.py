@@ -210,7 +210,7 @@ def main(argv=None):
             entry |= {"entropy": entropy / max(1, supervised), "lr": lr, "grad_norm": grad_norm}
             if validates:
                 entry |= validate(model, held_out, val_prompts, reward, tokenizer, args, compute)
-                held = [f"{name} {entry[name]:.1%}" for name in ("pass_at_1", "pass_at_k")]
+                held = [f"{name} {entry[name]:.3f}" for name in ("pass_at_1", "pass_at_k")]
                 tqdm.write(f"step {run.step} of {total}: of held-out questions, {', '.join(held)}")
                 if run.note_score(entry["pass_at_1"]):
                     checkpoint.save_best(args, model, tokenizer, STAGE, run)

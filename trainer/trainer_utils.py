@@ -232,14 +232,14 @@ def generating(model, compute):
 
 def show_sample(model, tokenizer, args, compute, chat):
     """Prints how the model continues --sample_prompt, or, in a chat, what it answers to it."""
-    text = args.sample_prompt
-    prompt = tokenizer.encode(text).ids
+    prompt = tokenizer.encode(args.sample_prompt).ids
     if chat:
-        messages, text = [{"role": "user", "content": text}], f"{text} -> "
+        messages = [{"role": "user", "content": args.sample_prompt}]
         prompt, _ = render(messages, add_generation_prompt=True, tokenizer=tokenizer)
     with generating(model, compute):
         (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
-    tqdm.write(f"  {text}{tokenizer.decode(answer)}")
+    text = tokenizer.decode(answer if chat else prompt + answer)
+    tqdm.write(f"  {args.sample_prompt} -> {text}" if chat else f"  {text}")
 
 
 def score_of(model, tokenizer, task, val_loss, compute):
