@@ -528,7 +528,7 @@ def ways_to_learn(path, folder):
     for name, title in titles.items():
         picture.text(left - 8, picture.y + 19, title, anchor="end", size=13)
         for index, css in ((1, "bluebox"), (2, "greybox")):
-            values = [result[index] for result in found[name]]
+            values = [result[index] for result in found[name].values()]
             picture.box(left, picture.y, width * mean(values), 13, css, corner=1)
             low, high = (left + width * of(values) for of in (min, max))
             picture.line((low, picture.y + 6.5), (high, picture.y + 6.5))

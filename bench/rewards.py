@@ -36,7 +36,7 @@ from trainer import checkpoint
 SAMPLING = ["--temperature", 1, "--max_new_tokens", 48, "--batch_size", 128]
 WARM = ["--warmup_steps", 5]
 DPO = ["--epochs", 7, "--sft_weight", 1]  # without the weight: 22 %, and both answers fall
-GRPO = ["--val_interval", 40]
+GRPO = ["--epochs", 2, "--val_interval", 40]
 
 
 def chance(prompt, answer, gold):
@@ -124,7 +124,10 @@ class Sums:
         self.folder, self.seed, self.budget = folder, seed, budget
         self.sums = folder / "sums"
         self.solved = self.sums / "solved.jsonl"
-        self.rate, self.start = 0.0, 0.0  # SFT: conversations a second, seconds before the first
+        # One model that solves nothing, for control 2, and the one that all others begin with.
+        short, self.seconds = self.few(6, "unable"), self.few(20)
+        self.rate = 50 * (20 - 6) / (self.seconds - short)  # conversations a second of SFT
+        self.start = self.seconds - 50 * 20 / self.rate  # seconds before the first one
 
     def path(self, name):
         return self.folder / f"{name}_{self.seed}.jsonl"
@@ -140,11 +143,8 @@ class Sums:
         return self.train("full_sft", name, "pretrain", "--data_path", self.solved, *flags)
 
     def first(self):
-        """The model that all others begin with, and one that solves nothing, for control 2."""
-        short, long = self.few(6, "unable"), self.few(20)
-        self.rate = 50 * (20 - 6) / (long - short)
-        self.start = long - 50 * 20 / self.rate
-        return long
+        """The model that all others begin with."""
+        return self.seconds
 
     def epochs(self, seconds, records):
         return max(1, round(self.rate * (seconds - self.start) / records))
@@ -214,8 +214,10 @@ class Sums:
 
 
 def grpo(folder, seeds, budget):
+    """Keeps the results in rewards.json, where a run that was stopped finds them."""
+    path = folder / "rewards.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_sums(folder / "sums")
-    found = {}
     for seed in seeds:
         on = Sums(folder, seed, budget)
         ways = {"few": on.first, "longer": on.longer, "round1_of_1": partial(on.rounds, 1)}
@@ -223,12 +225,12 @@ def grpo(folder, seeds, budget):
         if seed == seeds[0]:
             ways |= {"chance": on.chance, "unsolved": on.unsolved}
         for name, way in ways.items():
-            result = way(), *on.passes(name)
-            found.setdefault(name, []).append(result)
-            print(f"seed {seed}: {name:12} {told(result)}", flush=True)
-            (folder / "rewards.json").write_text(json.dumps(found), encoding="utf-8")
+            if str(seed) not in found.setdefault(name, {}):
+                found[name][str(seed)] = way(), *on.passes(name)
+                path.write_text(json.dumps(found), encoding="utf-8")
+            print(f"seed {seed}: {name:12} {told(found[name][str(seed)])}", flush=True)
     for name, results in found.items():
-        columns = list(zip(*results, strict=True))
+        columns = list(zip(*results.values(), strict=True))
         means, low, high = (told([of(c) for c in columns]) for of in (mean, min, max))
         print(f"{name:12} mean {means}; from {low} to {high}")
 

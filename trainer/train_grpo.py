@@ -111,7 +111,7 @@ def questions(args, tokenizer):
 
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
-    parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=5e-4, max_seq_len=768)
+    parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=768)
     parser.set_defaults(
         min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20, sample_interval=20
     )
@@ -120,7 +120,7 @@ def main(argv=None):
     own = "a function (prompt, answer, gold) -> number instead"
     add("reward", None, own, metavar="FILE.py:NAME")
     add("prompts_per_step", 12, "questions of a step", count)
-    add("group_size", 16, "answers to each question", number(int, 2))
+    add("group_size", 8, "answers to each question", number(int, 2))
     add("temperature", 1.2, "of the sampling", number(float, 0.01))
     add("max_new_tokens", 48, "maximum length of an answer", count)
     add("answers_at_once", 256, "answers that are sampled at once", count)
