@@ -480,7 +480,7 @@ def smooth(values, width=5):
 def rewards(path, folder):
     """What GRPO logs, mean of the seeds, and the same with random rewards."""
     runs = [lines_of(file) for file in sorted((folder / "logs").glob("grpo_[0-9]_256.jsonl"))]
-    chance = lines_of(folder / "logs/chance_1_256.jsonl")
+    (chance,) = map(lines_of, (folder / "logs").glob("chance_[0-9]_256.jsonl"))
     last = runs[0][-1]["step"]
 
     def curve(runs, name):
@@ -547,7 +547,7 @@ def preferences(path, folder):
     picture.note("log p of the chosen answer (blue) and of the rejected one (orange)")
     picture.y += 6
     low = -10 * math.ceil(-min(line["logp_rejected"] for line in log) / 10)
-    values = [low, low * 2 / 3, low / 3, 0]
+    values = [low, low / 2, 0]
     place = axes(picture, 150, f"{last} steps", values, form="{:.0f}")
     for name, css in pairs.items():
         points = [place(line["step"] / last, line[name]) for line in log]
