@@ -484,10 +484,11 @@ def rewards(path, folder):
     last = runs[0][-1]["step"]
 
     def curve(runs, name):
-        steps = [line["step"] / last for line in runs[0] if name in line]
-        found = [[line[name] for line in run if name in line] for run in runs]
-        values = list(map(mean, zip(*found, strict=True)))
-        return list(zip(steps, smooth(values) if len(values) > 20 else values, strict=True))
+        found = [{line["step"]: line[name] for line in run if name in line} for run in runs]
+        steps = sorted(set.intersection(*map(set, found)))
+        values = [mean(of_run[step] for of_run in found) for step in steps]
+        values = smooth(values) if len(values) > 20 else values
+        return [(step / last, value) for step, value in zip(steps, values, strict=True)]
 
     picture = Picture()
     picture.heading(f"GRPO: {last} steps, mean of {len(runs)} seeds")
@@ -500,7 +501,7 @@ def rewards(path, folder):
     picture.y += 4
     picture.note("Blue: rewards of the judge. Orange: random rewards, one seed.")
     panels = {
-        "entropy": ("entropy of the next token, nats", (0, 0.2, 0.4)),
+        "entropy": ("entropy of the next token, nats", (0, 0.3, 0.6)),
         "answer_tokens": ("tokens of an answer", (0, 20, 40)),
         "no_signal": ("no_signal: share of groups with equal rewards", (0, 0.5, 1)),
     }
@@ -515,7 +516,7 @@ def rewards(path, folder):
 
 
 def ways_to_learn(path, folder):
-    """pass@1 and pass@16 of each way to learn sums, with the range of the seeds."""
+    """Accuracy and pass@16 of each way to learn sums, with the range of the seeds."""
     found = json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
     titles = {
         "few": "50 solved sums", "longer": "the same, for longer", "dpo_sums": "DPO",
@@ -523,7 +524,7 @@ def ways_to_learn(path, folder):
     }  # fmt: skip
     picture = Picture()
     picture.heading("Of held-out sums, solved")
-    picture.note("blue: pass@1; grey: pass@16; line: lowest to highest of three seeds")
+    picture.note("blue: accuracy; grey: pass@16; line: lowest to highest of three seeds")
     left, width = 150, WIDTH - 150 - 60
     for name, title in titles.items():
         picture.text(left - 8, picture.y + 19, title, anchor="end", size=13)
