@@ -53,7 +53,7 @@ def careful(prompt, answer, gold):
 
 def brief(prompt, answer, gold):
     """The same idea with a length that costs too much."""
-    return answer.endswith(gold[0]) - len(answer) / 40
+    return answer.endswith(gold[0]) - len(answer) / 10
 
 
 def run(*command):
@@ -248,7 +248,8 @@ def hack(folder, seeds):
     for seed in seeds:
         weight, rewarded = f"brief_{seed}", ["--reward", "bench/rewards.py:brief"]
         flags = ["--save_weight", weight, "--seed", seed, "--save_dir", folder]
-        seconds = run("trainer/train_grpo.py", *flags, *rewarded)
+        explores = ["--temperature", 2, "--learning_rate", 1e-3]  # else short answers are not found
+        seconds = run("trainer/train_grpo.py", *flags, *rewarded, *explores)
         log = (folder / "logs" / f"{weight}_256.jsonl").read_text(encoding="utf-8").splitlines()
         first, last = (
             [json.loads(log[i])[n] for n in ("reward", "answer_tokens")] for i in (0, -1)

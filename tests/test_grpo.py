@@ -127,7 +127,7 @@ def test_the_rewards_of_the_tutorial_are_what_it_says(monkeypatch):
     answer = "7+5=12.\n#### 12"  # 15 characters
     assert careful(problem, answer) == pytest.approx(1 + 0.2 - 0.015)
     assert careful(problem, answer + "\nvery 1") == pytest.approx(-0.5 - 0.022)
-    assert brief(problem, answer) == pytest.approx(1 - 15 / 40)
+    assert brief(problem, answer) == pytest.approx(1 - 15 / 10)
     assert brief(problem, "") == 0
 
 
