@@ -177,7 +177,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         words += ["--save_dir", trained, "--max_new_tokens", 4]
         words += ["--limit", 20, "--run", tmp_path.name] if "run_eval" in script else []
         words += ["--use_compile", 0]  # test_generation.py compiles, which takes half a minute
-        named = {"gsm8k", "few", "round1", "all", "python", "mine", "half", "dpo"} & set(words)
+        named = {"gsm8k", "few", "round1", "all", "python", "mine", "half", "dpo", "grpo"} & set(
+            words
+        )
         if named and "--lora" not in words:
             words += ["--weight", trained / "full_sft_32.pth"]
         if "shop" in words:

@@ -18,7 +18,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.received = False
+        self.received = self.ending = False
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"):
             number = getattr(signal, name, None)
             # nohup has SIGHUP ignored, and means it; so does Python SIGPIPE, to raise an error.
@@ -29,8 +29,11 @@ class StopSignal:
                 setattr(sys, name, Unbreakable(getattr(sys, name)))
 
     def receive(self, number, frame):
+        if self.ending:  # a third must not break into the ending
+            return
         if self.received and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third must not break into the ending
+            self.ending = True
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
         self.received = True
 
