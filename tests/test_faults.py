@@ -211,6 +211,20 @@ def test_the_second_ctrl_c_breaks_in_and_a_third_does_not(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_third_ctrl_c_while_the_second_is_received_ends_the_run_only_once(monkeypatch):
+    stop, nested = StopSignal.__new__(StopSignal), []
+    stop.received, stop.ending = True, False
+
+    def interrupted(*given):  # signal.signal, in the middle of which the third one comes
+        nested.append(given)
+        stop.receive(signal.SIGINT, None)
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stop.receive(signal.SIGINT, None)
+    assert nested == [(signal.SIGINT, signal.SIG_IGN)]
+
+
 @unix
 def test_ctrl_c_twice_stops_at_once_with_a_sentence(data, tmp_path):
     process = start_long(data, tmp_path)

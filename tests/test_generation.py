@@ -120,7 +120,7 @@ def test_filters_and_penalty_equal_those_of_transformers():
 
 @pytest.mark.parametrize("number, place", [(0.0, 0), (0.4999, 0), (0.5001, 1), (1 - 2**-24, 1)])
 def test_the_ends_of_the_random_numbers_give_possible_tokens(monkeypatch, number, place):
-    """Two tokens of probability 1/2, among impossible ones and then a row with NaN."""
+    """Two tokens of probability 1/2, among impossible ones; then a row with NaN."""
     logits = torch.full((3, 9), -torch.inf)
     tokens = [(2, 5), (0, 8), (7, 8)]
     for row, both in enumerate(tokens):

@@ -66,6 +66,20 @@ def assert_equal(one, other, **tolerance):
         torch.testing.assert_close(one[name], other[name], **(tolerance or {"atol": 0, "rtol": 0}))
 
 
+def assert_like_one(folder, name, logged, start):
+    """The run of two processes in folder/two has the weights and the log of that in folder/one, and
+    has moved away from the weights in the file start.
+    """
+    one, two = (weights(folder / part, name) for part in ("one", "two"))
+    before = checkpoint.load(start)["model"]
+    assert max((one[key] - before[key]).abs().max() for key in one) > 1e-3
+    assert_equal(one, two, atol=2e-5, rtol=1e-4)
+    logs = [log(folder / part, name) for part in ("one", "two")]
+    for key in logged.split():
+        found = [[line.get(key) or 0 for line in lines] for lines in logs]
+        assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5), key
+
+
 @pytest.mark.parametrize("batch_size, accumulation_steps", [(8, 1), (4, 2), (1, 8), (3, 3)])
 def test_a_steps_gradient_does_not_depend_on_its_split(
     data, tmp_path, monkeypatch, batch_size, accumulation_steps

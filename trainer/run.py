@@ -65,9 +65,7 @@ class Run:
 
 
 def parse_run(parser, argv):
-    """(the flags, the checkpoint to resume or None). In a resumed run, flags that
-    are left out stay as they were.
-    """
+    """(the flags, the checkpoint to resume or None). Flags left out stay as the run began."""
     args = parse_args(parser, argv)
     saved = checkpoint.load_latest(args) if args.from_resume else None
     return parse_args(parser, argv, saved["arguments"]) if saved else args, saved

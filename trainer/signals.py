@@ -33,7 +33,7 @@ class StopSignal:
             return
         if self.received and number == signal.SIGINT:
             self.ending = True
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # also while the interpreter ends
             raise KeyboardInterrupt
         self.received = True
 

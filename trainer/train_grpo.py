@@ -127,8 +127,8 @@ def main(argv=None):
     add("pass_k", 8, "answers to each held-out question", count)
     args, saved = parse_run(parser, argv)
     # fsdp gathers weights in each step of `generate`, and processes need different numbers of them.
-    refuse(args, parser, "packing accumulation_steps teacher_weight offline_dir parallel")
-    refuse(args, parser, "sample_prompt num_workers strict_data cache_dir")
+    unused = "packing accumulation_steps teacher_weight offline_dir parallel sample_prompt "
+    refuse(args, parser, unused + "num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 
     # Where to compute, what to train, and the questions.
