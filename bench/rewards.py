@@ -205,7 +205,7 @@ class Sums:
         return self.grpo("unsolved", "unable")
 
     def passes(self, name):
-        """(pass@1 at temperature 0, pass@16 of the first 100 sums at temperature 1)"""
+        """(accuracy at temperature 0, pass@16 of the first 100 sums at temperature 1)"""
         weight, exam = f"{name}_{self.seed}", ["--data_path", self.sums / "exam.jsonl"]
         first = score(self.folder, weight, *exam)["totals"]["accuracy"]
         more = [*SAMPLING, "--num_samples", 16, "--limit", 100]
@@ -237,7 +237,7 @@ def grpo(folder, seeds, budget):
 
 def told(result):
     seconds, first, sixteen = result
-    return f"{seconds:.0f} s, pass@1 {first:.1%}, pass@16 {sixteen:.0%}"
+    return f"{seconds:.0f} s, accuracy {first:.1%}, pass@16 {sixteen:.0%}"
 
 
 def hack(folder, seeds):
