@@ -11,7 +11,8 @@ from common import IGNORE
 
 def log_probabilities(model, batch, temperature=1.0):
     """(log p of the labels at a temperature, (B, T - 1), 0 where there is none; the logits of the N
-    labels, divided by it, (N, V)). batch: input_ids, labels, position_ids, document_ids, (B, T).
+    labels, divided by it, (N, V)). batch: input_ids, labels, position_ids, document_ids, (B, T);
+    the last two may be None.
     """
     input_ids, labels, position_ids, document_ids = batch
     supervised = labels[:, 1:] != IGNORE  # (B, T - 1)

@@ -93,8 +93,10 @@ class Batcher(threading.Thread):
             if before != self.running or cache.length == cache.max_length:
                 cache = self.packed(rows)
             logits = self.step(cache)  # (B, V)
+            drawn = [self.draw(*row) for row in zip(self.running, logits.split(1), strict=True)]
+            tokens = torch.cat(drawn)[:, 0].tolist()  # the one moment that waits for a GPU
             for row, request in enumerate(self.running):
-                self.extend(request, logits[row : row + 1])
+                self.extend(request, tokens[row], logits[row])
 
     def arrival(self):
         """The request that waited longest, if there is a place for it, or None."""
@@ -139,18 +141,21 @@ class Batcher(threading.Thread):
         documents = torch.zeros_like(ids) if cache.has_documents else None
         return self.model(ids, positions, documents, cache)[:, -1].float()
 
-    def extend(self, request, logits):
-        """Samples the next token of a request from its logits (1, V), and reports it."""
+    def draw(self, request, logits):
+        """The next token of a request, sampled from its logits, (1, V) -> (1, 1)."""
         if request.new == 0 and request.seed is not None:
             request.generator = torch.Generator(self.device).manual_seed(request.seed)
         how = request.temperature, request.top_k, request.top_p, request.generator
-        token = sample(logits, *how).item()
+        return sample(logits, *how)
+
+    def extend(self, request, token, logits):
+        """Reports the next token of a request, which was sampled from its logits (V,)."""
         request.next, request.length, request.new = token, request.length + 1, request.new + 1
         full = request.length + 1 >= self.model.config.max_position_embeddings
         reason = "length" if full or request.new >= request.max_tokens else None
         logprob, top = None, []
         if request.top_logprobs is not None:
-            logprobs = logits[0].log_softmax(dim=-1)  # (V,)
+            logprobs = logits.log_softmax(dim=-1)  # (V,)
             values, ids = logprobs.topk(min(request.top_logprobs, len(logprobs)))
             top = list(zip(ids.tolist(), values.tolist(), strict=True))
             logprob = logprobs[token].item()

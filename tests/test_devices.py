@@ -15,13 +15,15 @@ import torch
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset
 from dataset.loader import batches, pack, pad, to_device
+from dataset.pairs import pad_pairs
 from dataset.tokenizer import load_tokenizer
 from model import attention
 from model.causal_lm import CausalLM, KVCache, ModelConfig
 from model.loss import plain_cross_entropy, summed_cross_entropy
+from model.policy import pair_log_probabilities, policy_loss, preference_loss
 from tests.conftest import ROOT, TINY, fsdp, run, sft
 from trainer import distributed
-from trainer.optimizer import compile_layers, require_compiler
+from trainer.optimizer import Muon, Optimizers, clip_and_step, compile_layers, require_compiler
 from trainer.trainer_utils import generating
 
 META = torch.device("meta")
@@ -140,14 +142,23 @@ def test_blocks_that_do_not_work_are_not_used_and_a_line_says_why(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("collate", [lambda rows: pack(rows, 64), pad])
-def test_a_step_on_the_meta_device(collate, monkeypatch):
-    """Model, loss, gradients and optimizer mix no tensors of two devices."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know meta
+@pytest.fixture
+def on_meta(monkeypatch):
+    """A model of tensors without values, of which each number is 1; autocast does not know them."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     with META:
-        model = CausalLM(ModelConfig(**SHAPE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return CausalLM(ModelConfig(**SHAPE))
+
+
+@pytest.mark.parametrize("collate", [lambda rows: pack(rows, 64), pad])
+def test_a_step_on_the_meta_device(collate, on_meta):
+    """Model, loss, gradients and optimizer mix no tensors of two devices."""
+    model, scaler = on_meta, torch.amp.GradScaler("cpu", enabled=False)
+    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+    others = [weight for weight in model.parameters() if all(weight is not m for m in matrices)]
+    optimizer = Optimizers(Muon(matrices, 0.1, 0.1), torch.optim.AdamW(others, lr=0.1))
     for lengths in ([5, 9, 30], [1], []):
         input_ids, labels, *where = to_device(collate(samples(lengths)), META)
         assert labels.device.type == "cpu"
@@ -155,10 +166,24 @@ def test_a_step_on_the_meta_device(collate, monkeypatch):
         assert logits.shape == (*input_ids.shape, 64) and logits.device == META
         model(input_ids, *where, labels=labels).backward()
         assert all(weight.grad.device == META for weight in model.parameters())
-        optimizer.step()
+        assert clip_and_step(model, optimizer, scaler, 1.0) == 1
+        assert all(weight.grad is None for weight in model.parameters())
     cache = KVCache(model.config, 2, 20, META)
     for T in (7, 1, 1):
         model(torch.zeros(2, T, dtype=torch.long, device=META), None, None, cache)
+
+
+def test_steps_of_dpo_and_grpo_on_the_meta_device(on_meta):
+    one, other, empty = samples([5, 9]), samples([7, 30]), []
+    for pairs in ([one, other], [one], empty):
+        policy = pair_log_probabilities(on_meta, to_device(pad_pairs(pairs, 64, 3), META))
+        assert policy.shape == (len(pairs), 2) and policy.device == META
+        preference_loss(policy, torch.zeros(len(pairs), 2), 0.1)[0].backward()
+    for rows in (one, empty):
+        input_ids, labels, *_ = to_device(pad(rows), META)
+        advantages = torch.zeros(len(rows))
+        policy_loss(on_meta, (input_ids, labels, None, None), advantages)[0].backward()
+    assert all(weight.grad.device == META for weight in on_meta.parameters())
 
 
 def test_labels_may_stay_on_the_cpu_and_the_loss_is_the_plain_one():

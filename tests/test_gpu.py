@@ -1,9 +1,13 @@
 """What only an NVIDIA GPU can show, in the order in which a first failure says most. Skipped
 without one; python -m pytest tests/test_gpu.py -x takes a few minutes.
+
+REHEARSAL=1 runs these tests on a CPU, but for what it cannot do: they show nothing then, but their
+own mistakes do not wait for the next GPU.
 """
 
 import json
 import math
+import os
 import warnings
 
 import pytest
@@ -15,6 +19,8 @@ from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.loss import plain_cross_entropy
+from model.trace import trace
+from serving.batching import Batcher, Request
 from tests.conftest import ROOT, export, run, write_jsonl
 from trainer import (
     checkpoint,
@@ -26,11 +32,15 @@ from trainer import (
     train_pretrain,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-GPU = torch.device("cuda", 0)
+REHEARSAL = bool(os.environ.get("REHEARSAL"))
+pytestmark = pytest.mark.skipif(
+    not REHEARSAL and not torch.cuda.is_available(), reason="needs an NVIDIA GPU"
+)
+no_rehearsal = pytest.mark.skipif(REHEARSAL, reason="nothing of it can be done on a CPU")
+GPU = torch.device("cpu") if REHEARSAL else torch.device("cuda", 0)
 SHAPE = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = "--hidden_size 128 --num_hidden_layers 2 --max_seq_len 128 --batch_size 8 --val_interval 10"
-SMALL = [*SMALL.split(), "--log_interval", 1, "--learning_rate", 1e-3, "--device", "cuda"]
+SMALL = [*SMALL.split(), "--log_interval", 1, "--learning_rate", 1e-3, "--device", GPU.type]
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +50,20 @@ def exact():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@no_rehearsal
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_gpu_by_any_of_its_names(name, monkeypatch):
     assert distributed.pick_device(name) == GPU
     assert torch.zeros(1, device=distributed.pick_device(name)).device == GPU
 
 
+@no_rehearsal
 def test_auto_takes_what_the_gpu_computes_natively():
     native = torch.cuda.get_device_capability(GPU) >= (8, 0)
     assert distributed.auto_dtype(GPU) == ("bf16" if native else "fp16")
 
 
+@no_rehearsal
 def test_flex_attention_works_here_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -158,9 +171,33 @@ def test_greedy_text_is_that_of_the_cpu():
         assert all(len(answer) == 40 for answer in complete(model, prompts, **options))
 
 
+def test_requests_that_share_a_step_and_a_view_of_the_page_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(**SHAPE)).eval()
+    prompts = [[5, 6, 7, 8], [9], [10] * 40]
+    expected = complete(model, prompts, max_new_tokens=40, temperature=0)
+    seen = trace(model, prompts[2])
+    batcher = Batcher(model.to(GPU), 2, 10)
+    requests = [Request(ids, 40) for ids in prompts]
+    for request in requests:
+        batcher.submit(request)
+    batcher.start()
+    for request, answer in zip(requests, expected, strict=True):
+        found = []
+        while not isinstance(item := request.answer.get(timeout=60), str):
+            found.append(item[0])
+        assert item != "error" and found == answer
+    batcher.ended = True
+    batcher.join()
+    again = trace(model, prompts[2])
+    torch.testing.assert_close(again.logits, seen.logits, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(again.attention, seen.attention, atol=2e-3, rtol=2e-3)
+
+
 # ----------------------------------------------------------------------------------------- a step
 
 
+@no_rehearsal
 def test_a_micro_batch_waits_for_nothing():
     """Any wait for the GPU between the loader and the gradients is an error here."""
     torch.manual_seed(0)
@@ -248,7 +285,7 @@ def test_deterministic_runs_and_resumed_ones_end_in_the_same_bits(data, tmp_path
 @pytest.mark.parametrize("more", [[], ["--use_lora", 1], ["--use_compile", 1]])
 def test_sft_with_a_score_and_samples(trained, data, tmp_path, more):
     flags = ["--from_weight", trained / "pretrain_32.pth", "--data_path", data / "sft.jsonl"]
-    flags += ["--save_dir", tmp_path, "--device", "cuda", "--max_seq_len", 128, "--batch_size", 8]
+    flags += ["--save_dir", tmp_path, "--device", GPU.type, "--max_seq_len", 128, "--batch_size", 8]
     flags += ["--best_metric", "tiny_world", "--sample_interval", 2, "--val_interval", 4]
     flags += ["--epochs", 4, "--learning_rate", 1e-3, "--log_interval", 1]
     train_full_sft.main(list(map(str, [*flags, *more])))
@@ -260,10 +297,10 @@ def test_sft_with_a_score_and_samples(trained, data, tmp_path, more):
 def test_distillation_from_weights_and_from_a_recording(trained, data, tmp_path):
     common = ["--from_weight", "none", "--hidden_size", 32, "--num_hidden_layers", 1]
     common += ["--max_seq_len", 96, "--batch_size", 4, "--epochs", 3, "--log_interval", 1]
-    export(trained, data, tmp_path / "recorded", "--device", "cuda")
+    export(trained, data, tmp_path / "recorded", "--device", GPU.type)
     teacher = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
     for name, source in (("a", teacher), ("b", ["--offline_dir", tmp_path / "recorded"])):
-        out = ["--save_dir", tmp_path / name, "--device", "cuda"]
+        out = ["--save_dir", tmp_path / name, "--device", GPU.type]
         train_distillation.main(list(map(str, [*common, *source, *out])))
         lines = lines_of(tmp_path / name, "distilled_32")
         assert lines[-1]["loss"] < lines[0]["loss"]
@@ -273,7 +310,7 @@ def test_preferences_and_rewards(trained, tmp_path):
     pair = {"chosen": "A number.", "rejected": "It is a letter."}
     pairs = [{"prompt": f"What is {i}?"} | pair for i in range(20)]
     common = ["--from_weight", trained / "full_sft_32.pth", "--save_dir", tmp_path, "--epochs", 6]
-    common += ["--device", "cuda", "--learning_rate", 1e-2, "--log_interval", 1]
+    common += ["--device", GPU.type, "--learning_rate", 1e-2, "--log_interval", 1]
     data = ["--data_path", write_jsonl(tmp_path / "pairs.jsonl", pairs)]
     train_dpo.main(list(map(str, [*common, *data])))
     lines = lines_of(tmp_path, "dpo_32")
@@ -296,7 +333,7 @@ def test_preferences_and_rewards(trained, tmp_path):
 
 @pytest.mark.parametrize("mode, other", [("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_torchrun_with_nccl_and_resumed_in_the_other_mode(data, trained, tmp_path, mode, other):
-    count = torch.cuda.device_count()
+    count = max(1, torch.cuda.device_count())
     flags = ["--from_weight", trained / "pretrain_32.pth", "--data_path", data / "sft.jsonl"]
     flags += ["--save_dir", tmp_path, "--max_seq_len", 96, "--batch_size", 2, "--val_interval", 3]
     flags += ["--best_metric", "tiny_world", "--sample_interval", 2, "--dtype", "bf16"]
@@ -313,16 +350,16 @@ def test_torchrun_with_nccl_and_resumed_in_the_other_mode(data, trained, tmp_pat
 
 def test_a_lost_process_is_named(data, tmp_path):
     """The others end with a sentence instead of waiting for nccl's limit."""
-    if torch.cuda.device_count() < 2:
+    if not REHEARSAL and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     (tmp_path / "die.py").write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from trainer import train_pretrain as train\n"
-        "lr = train.learning_rate\n"
-        "def dies(step, *more):\n"
+        "lr = train.set_learning_rate\n"
+        "def dies(optimizer, step, *more):\n"
         "    if step == 3 and os.environ['RANK'] == '1': os._exit(1)\n"
-        "    return lr(step, *more)\n"
-        "train.learning_rate = dies\n"
+        "    return lr(optimizer, step, *more)\n"
+        "train.set_learning_rate = dies\n"
         "from common import report_user_errors\n"
         "with report_user_errors(), train.distributed.report_lost_process(): train.main()\n",
         encoding="utf-8",
@@ -335,15 +372,15 @@ def test_a_lost_process_is_named(data, tmp_path):
 
 def test_the_chat_and_the_evaluation(trained, tmp_path):
     answer = ["eval_llm.py", "--weight", trained / "full_sft_32.pth", "--prompt", "Who are you?"]
-    done = run(*answer, "--device", "cuda", "--max_new_tokens", 8)
+    done = run(*answer, "--device", GPU.type, "--max_new_tokens", 8)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     flags = ["--weight", trained / "full_sft_32.pth", "--limit", 20, "--max_new_tokens", 20]
     scores = {}
-    for device in ("cpu", "cuda"):
+    for device in {"cpu", GPU.type}:
         out = tmp_path / device
         done = run("evaluation/run_eval.py", *flags, "--device", device, "--save_dir", out)
         assert done.returncode == 0, done.stderr
         (path,) = (out / "eval" / "tiny_world").glob("*.json")
         rows = json.loads(path.read_text(encoding="utf-8"))["problems"]
         scores[device] = [row["output"] for row in rows]
-    assert scores["cpu"] == scores["cuda"]
+    assert scores["cpu"] == scores[GPU.type]

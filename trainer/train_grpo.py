@@ -185,7 +185,8 @@ def main(argv=None):
             micro_batches += [[]] * (most - len(micro_batches))
         loss, entropy, grad_norm = 0.0, 0.0, 0.0
         for place, part in enumerate(micro_batches if supervised else []):
-            batch = to_device(pad([samples[i] for i in part]), compute.device)
+            input_ids, labels, *_ = to_device(pad([samples[i] for i in part]), compute.device)
+            batch = input_ids, labels, None, None  # padding comes last: no answer sees it
             with distributed.sync_gradients(learner, place == len(micro_batches) - 1):
                 own = advantages[[useful[i] for i in part]]
                 with compute.autocast:
