@@ -4,6 +4,7 @@ all, and the ids that data, model and evaluation agree on. It imports nothing of
 
 import os
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def replacing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        patiently(part.replace, path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}. Nothing that was there before is lost; "
@@ -78,6 +79,18 @@ def replacing(path):
     finally:
         if begun:
             part.unlink(missing_ok=True)
+
+
+def patiently(action, *args):
+    """Does something to a file. Windows refuses while another program has it open, a virus scanner
+    say: there it is tried again for three seconds.
+    """
+    for _ in range(30 if sys.platform == "win32" else 0):
+        try:
+            return action(*args)
+        except PermissionError:
+            time.sleep(0.1)
+    return action(*args)
 
 
 def save_tensors(path, content):

@@ -30,6 +30,8 @@ STAGES = {  # stage: its commands, and the files that they write
 
 
 def main():
+    for stream in (sys.stdout, sys.stderr):  # a model may write what a console lacks
+        stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="start over")
     parser.add_argument("--seed", type=int, default=1, help="of the training; starts over")

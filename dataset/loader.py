@@ -11,6 +11,7 @@ sample in the row (document_ids, -1 for padding), so that the model treats each 
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from bisect import bisect_left, insort
@@ -169,15 +170,20 @@ def batches(dataset, micro_batches, args, device, collate=None):
     """Yields a batch for each list of sample numbers: what collate, by default `pack` or `pad`,
     returns.
 
-    On an NVIDIA GPU all have one shape, batch_size rows of max_seq_len tokens: its code is compiled
-    for each shape. args.num_workers processes prepare them in advance; None: two for such a GPU.
-    When one of those dies, the rest is prepared here: slower, and the same.
+    On an NVIDIA GPU all have one shape, since its code is compiled for each: batch_size rows of
+    max_seq_len tokens, or, where samples are padded, of the longest sample. args.num_workers
+    processes prepare them in advance; None: two for such a GPU, but on Windows, where starting them
+    takes seconds. When one of those dies, the rest is prepared here: slower, and the same.
     """
-    gpu = device.type == "cuda"
-    workers = args.num_workers if args.num_workers is not None else 2 * gpu
+    gpu, longest = device.type == "cuda", args.max_seq_len
+    workers = args.num_workers
+    if workers is None:
+        workers = 2 if gpu and sys.platform != "win32" else 0
+    if not args.packing:  # 128: FlexAttention computes blocks of so many tokens
+        longest = min(longest, -(-int(max(dataset.lengths, default=1)) // 128) * 128)
     collate = partial(
         collate or (pack if args.packing else pad),
-        max_seq_len=args.max_seq_len,
+        max_seq_len=longest,
         rows=args.batch_size if gpu else None,
     )
     done = 0
@@ -219,9 +225,10 @@ def own_handler_of_dead_children():
 
 
 def to_device(batch, device):
-    """A batch on a device, but for its labels: see `model.loss.summed_cross_entropy`."""
+    """A batch on a device, but for its labels: see `model.loss.supervised_positions`."""
     input_ids, labels, *where = batch
-    input_ids, *where = (part.to(device, non_blocking=True) for part in (input_ids, *where))
+    at_once = device.type == "cuda"  # see `model.loss.supervised_positions`
+    input_ids, *where = (part.to(device, non_blocking=at_once) for part in (input_ids, *where))
     return input_ids, labels, *where
 
 

@@ -105,11 +105,12 @@ def blocks_available(device, head_dim):
     """Whether FlexAttention can be used: on NVIDIA GPUs since Ampere, with Triton and a compiler,
     for heads whose size is a power of two.
     """
-    return device.type == "cuda" and head_dim in (16, 32, 64, 128, 256) and blocks_work(device)
+    able = device.type == "cuda" and head_dim in (16, 32, 64, 128, 256)
+    return able and blocks_work(device, head_dim)
 
 
 @cache
-def blocks_work(device):
+def blocks_work(device, head_dim):
     """Whether FlexAttention, output and gradients, is `plain_attention` on a small batch; a warning
     says why it is not used. Tried once: what it needs depends on GPU, driver and compiler.
     """
@@ -117,7 +118,8 @@ def blocks_work(device):
         return False
     generator = torch.Generator().manual_seed(0)
     documents = torch.tensor([[0] * 100 + [1] * 130 + [-1] * 26] * 2, device=device)  # (B, T)
-    tensors = torch.randn(4, 2, 4, 256, 64, generator=generator).to(device)  # q, k, v, direction
+    # q, k, v, and the direction of a derivative
+    tensors = torch.randn(4, 2, 4, 256, head_dim, generator=generator).to(device)
     found = []
     try:
         with (
@@ -162,4 +164,4 @@ def compiled(function):
 
 @cache
 def compile_once(function):
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)  # one shape of batches: see `dataset.loader`

@@ -242,7 +242,7 @@ class CausalLM(nn.Module):
     ):
         """Returns the logits of the token after each position, (B, T, V), in the dtype of the
         weights or of autocast; with labels, the summed cross-entropy of `loss.py`, a scalar; with
-        at, only the logits after those positions, (N, V).
+        at, only the logits after those places, (N, V).
 
         input_ids     (B, T) int64
         position_ids  (B, T) int64, the position of each token in its document; default: 0, 1, 2 ...
@@ -251,13 +251,13 @@ class CausalLM(nn.Module):
                       several documents, and for padding on the left. Default: one document.
         kv_cache      a KVCache, to which this call's keys and values are added
         labels        (B, T) int64, not shifted, -100 = no loss
-        at            (B, T) bool, N of them true
+        at            (N,) int64, places in B * T
         """
         x = self.hidden_states(input_ids, position_ids, document_ids, kv_cache)  # (B, T, D)
         if labels is not None:
             return summed_cross_entropy(x, self.lm_head.weight, labels)
         if at is not None:
-            x = x[at]  # (B, T, D) -> (N, D)
+            x = x.flatten(0, 1)[at]  # (B, T, D) -> (B * T, D) -> (N, D)
         return self.lm_head(x)  # (B, T, D) -> (B, T, V), or (N, D) -> (N, V)
 
     def hidden_states(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):

@@ -10,8 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import IGNORE
-from model.loss import CHUNK
+from model.loss import chunk_size, supervised_positions
 
 
 class Teacher:
@@ -72,17 +71,15 @@ class Distillation(nn.Module):
         self.outputs = outputs_of(student, set(self.layers))
 
     def forward(self, input_ids, *where, labels):
-        labels = labels.to(input_ids.device)
-        supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
-        targets = labels[:, 1:][supervised]  # (N,)
+        positions, targets = supervised_positions(labels, input_ids.device)  # (N,) each
         theirs = self.teacher(input_ids, *where)
         ours = [self.student.hidden_states(input_ids, *where)]
         ours += [self.outputs[layer] for layer in self.layers]
-        theirs = [states[:, :-1][supervised] for states in theirs]  # (B, T, D) -> (N, D)
-        ours = [states[:, :-1][supervised] for states in ours]
-        loss = 0.0
-        for start in range(0, max(1, len(targets)), CHUNK):
-            part = slice(start, start + CHUNK)
+        theirs = [states.flatten(0, 1)[positions] for states in theirs]  # (B, T, D) -> (N, D)
+        ours = [states.flatten(0, 1)[positions] for states in ours]
+        loss, size = 0.0, chunk_size(targets)
+        for start in range(0, max(1, len(targets)), size):
+            part = slice(start, start + size)
             chunk = ours[0][part], theirs[0][part], targets[part]
             # The logits are computed again in the backward pass instead of kept.
             loss = loss + checkpoint(self.prediction_loss, *chunk, use_reentrant=False)

@@ -64,14 +64,17 @@ def generate(
     if device.type == "cpu":
         dtype = torch.float32  # attention on a CPU is fastest in it
     cache = KVCache(model.config, B, T + steps, device, dtype)
-    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    generator = seeded(seed, device)
     finished = [length == context for length in lengths]
     decode = compiled_step(model, B) if use_compile else model
     new = ids
     with eval_mode(model), weights_laid_out(model, B):
         for step in range(steps):
-            forward = model if step == 0 else decode  # the whole prompts, then a token each
-            logits = forward(new, positions, documents, cache)[:, -1].float()  # (B, V)
+            if step == 0:  # the whole prompts: the logits after the last token of each
+                last = torch.arange(1, B + 1, device=device) * T - 1  # (B,), places in B * T
+                logits = model(new, positions, documents, cache, at=last).float()  # (B, V)
+            else:  # then a token each
+                logits = decode(new, positions, documents, cache)[:, -1].float()  # (B, V)
             if repetition_penalty != 1.0:
                 logits = penalise(logits, ids, pads, repetition_penalty)
             if allowed:
@@ -129,6 +132,16 @@ def constrain(logits, answers, allowed):
     return logits + mask
 
 
+def seeded(seed, device):
+    """The random numbers that `sample` draws for logits on a device; None for other ones each time.
+    On an Apple GPU, torch 2.13's multinomial can return a token of probability 0; so it is the CPU
+    that draws there.
+    """
+    if seed is None:
+        return None
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
+
+
 def sample(logits, temperature, top_k, top_p, generator):
     """One token id for each row of logits, (B, V) -> (B, 1)."""
     if temperature < 1e-6:
@@ -144,9 +157,10 @@ def sample(logits, temperature, top_k, top_p, generator):
         dropped = torch.zeros_like(unlikely).scatter(1, order, unlikely)  # in the order of ids
         logits = logits.masked_fill(dropped, -torch.inf)
     probability = logits.softmax(dim=-1)
-    if logits.device.type != "cpu" or probability[:, 0].isnan().any():  # which multinomial refuses
+    probability = probability if logits.is_cuda else probability.cpu()
+    if logits.is_cuda or probability[:, 0].isnan().any():  # which multinomial refuses
         return torch.multinomial(probability, 1, generator=generator)
     # On a CPU that takes long: it draws a random number for each token of the vocabulary.
     cumulative = probability.cumsum(dim=-1)  # (B, V)
     point = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point, right=True)
+    return torch.searchsorted(cumulative, point, right=True).to(logits.device)

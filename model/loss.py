@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from common import IGNORE
 
-CHUNK = 512  # supervised tokens whose logits are in memory at once
+CHUNK = 512  # supervised tokens of a chunk on a CPU
 
 
 def plain_cross_entropy(hidden, weight, labels):
@@ -30,16 +30,29 @@ def summed_cross_entropy(hidden, weight, labels):
     At (B, T, V) the logits are the largest tensor of a training step. Here only those of supervised
     tokens are computed, in chunks, and none is kept for the backward pass.
     """
-    # Labels may be on the CPU: looking for them there waits for no GPU.
-    positions = F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
-    targets = labels.flatten()[positions + 1]  # (N,)
-    positions, targets = (t.to(hidden.device, non_blocking=True) for t in (positions, targets))
+    positions, targets = supervised_positions(labels, hidden.device)  # (N,) each
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         hidden, gradients = hidden.flatten(0, 1), torch.is_grad_enabled()  # -> (B * T, D)
         return ChunkedCrossEntropy.apply(hidden, weight, positions, targets, dtype, gradients)
+
+
+def supervised_positions(labels, device):
+    """(the places in B * T from which a supervised token is predicted, these tokens), (N,) each, on
+    a device. Labels (B, T) may be on the CPU: looking for them there waits for no GPU.
+    """
+    positions = F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
+    targets = labels.flatten()[positions + 1]  # (N,)
+    # Apple's GPUs read the memory later, when it may hold something else.
+    at_once = device.type == "cuda"
+    return tuple(t.to(device, non_blocking=at_once) for t in (positions, targets))
+
+
+def chunk_size(tensor):
+    """Tokens whose logits are in memory at once. A GPU is fast at large products alone."""
+    return 8 * CHUNK if tensor.is_cuda else CHUNK
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -56,7 +69,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # oneDNN caches code for each size of product; with multiples of 64 there are few sizes.
         count, padding = len(positions), (0, -len(positions) % 64)
         positions, targets = F.pad(positions, padding), F.pad(targets, padding)
-        size = 8 * CHUNK if hidden.is_cuda else CHUNK  # a GPU is fast at large products alone
+        size = chunk_size(hidden)
         for start in range(0, count, size):
             chunk, real = positions[start : start + size], min(size, count - start)
             target = targets[start : start + size, None]  # (n, 1)

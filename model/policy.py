@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common import IGNORE
+from model.loss import supervised_positions
 
 
 def log_probabilities(model, batch, temperature=1.0):
@@ -15,14 +16,12 @@ def log_probabilities(model, batch, temperature=1.0):
     the last two may be None.
     """
     input_ids, labels, position_ids, document_ids = batch
-    supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
-    # A label is predicted by the position before it.
-    logits = model(input_ids, position_ids, document_ids, at=F.pad(supervised, (0, 1)))
+    positions, targets = supervised_positions(labels, input_ids.device)  # (N,) each
+    logits = model(input_ids, position_ids, document_ids, at=positions)
     logits = logits.float() / temperature  # (N, V)
-    supervised, targets = (t.to(logits.device) for t in (supervised, labels[:, 1:][supervised]))
     found = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
-    logp = found.new_zeros(supervised.shape).masked_scatter(supervised, found)
-    return logp, logits
+    logp = found.new_zeros(labels.numel()).index_put((positions,), found)  # (B * T,)
+    return logp.view(labels.shape)[:, :-1], logits
 
 
 def pair_log_probabilities(model, batch):

@@ -39,7 +39,7 @@ from trainer.arguments import (
     stop_at,
     wrong_values,
 )
-from trainer.distributed import pick_device, pick_dtype
+from trainer.distributed import autocast_to, pick_device, pick_dtype
 from trainer.teacher import layers_of
 from trainer.trainer_utils import conversation_options, open_data, replay
 
@@ -48,6 +48,7 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    args.dtype = str(dtype)  # auto would be another one on another machine
     path = checkpoint.find(args.save_dir, args.teacher_weight)
     model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
     layers = layers_of(args.aux_layers, model, path)
@@ -64,7 +65,7 @@ def main(argv=None):
     begin(args.offline_dir, manifest, model, tokenizer)
 
     teacher = Teacher(model.to(device), layers)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = autocast_to(dtype, device)
     bar = tqdm(total=len(order), unit="sample", disable=None)
     for part, of_part in shards.items():
         for index, samples in enumerate(of_part):
@@ -160,11 +161,11 @@ def record(teacher, dataset, samples, batch_size, device, autocast, dtype):
     states = [None] * len(samples)
     by_length = sorted(range(len(samples)), key=lengths.__getitem__)  # less padding
     for batch in cut(by_length, batch_size):
-        input_ids, _, *where = (part.to(device) for part in pad([tokens[i] for i in batch]))
+        input_ids = pad([tokens[i] for i in batch])[0].to(device)  # padding comes last
         with autocast:
-            found = torch.stack(teacher(input_ids, *where), dim=2)  # (B, T, 1 + L, D)
+            found = torch.stack(teacher(input_ids), dim=2).to("cpu", dtype)  # (B, T, 1 + L, D)
         for row, i in enumerate(batch):
-            states[i] = found[row, : lengths[i]].to("cpu", dtype)
+            states[i] = found[row, : lengths[i]]
     states = torch.cat(states)  # (n, 1 + L, D)
     input_ids, labels = (torch.cat(parts) for parts in zip(*tokens, strict=True))
     shard = {

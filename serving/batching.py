@@ -8,6 +8,7 @@ Shapes: B running requests, V vocabulary, K key/value heads, T columns of the ca
 import queue
 import threading
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from common import STOP
 from model.causal_lm import KVCache
 from model.fast_decode import weights_laid_out
-from model.generation import eval_mode, sample
+from model.generation import eval_mode, sample, seeded
+from serving.views import ONE_AT_A_TIME
 
 ROOM = 64  # columns of the cache that are allocated ahead
 
@@ -55,6 +57,8 @@ class Batcher(threading.Thread):
         if self.device.type == "cpu":
             self.dtype = torch.float32  # as in `generate`
         self.waiting, self.max_waiting, self.running = queue.Queue(), max_waiting, []
+        # torch aborts where two threads use an Apple GPU at once; a view of the page is another.
+        self.alone = ONE_AT_A_TIME if self.device.type == "mps" else nullcontext()
 
     def submit(self, request):
         """Lets a request wait for its answer. Raises queue.Full if max_waiting do already."""
@@ -83,20 +87,18 @@ class Batcher(threading.Thread):
             before, self.running = self.running, [r for r in self.running if not r.finished]
             while arrived := self.arrival():
                 try:
-                    rows.append((self.prefilled(arrived), 0, arrived.length))
+                    with self.alone:
+                        rows.append((self.prefilled(arrived), 0, arrived.length))
                     self.running.append(arrived)
                 except Exception:  # no memory for a long prompt, say; the others continue
                     traceback.print_exc()
                     arrived.answer.put("error")
             if not self.running:
                 continue
-            if before != self.running or cache.length == cache.max_length:
-                cache = self.packed(rows)
-            logits = self.step(cache)  # (B, V)
-            drawn = [self.draw(*row) for row in zip(self.running, logits.split(1), strict=True)]
-            tokens = torch.cat(drawn)[:, 0].tolist()  # the one moment that waits for a GPU
-            for row, request in enumerate(self.running):
-                self.extend(request, tokens[row], logits[row])
+            with self.alone:
+                if before != self.running or cache.length == cache.max_length:
+                    cache = self.packed(rows)
+                self.extend(self.step(cache))
 
     def arrival(self):
         """The request that waited longest, if there is a place for it, or None."""
@@ -141,15 +143,20 @@ class Batcher(threading.Thread):
         documents = torch.zeros_like(ids) if cache.has_documents else None
         return self.model(ids, positions, documents, cache)[:, -1].float()
 
-    def draw(self, request, logits):
-        """The next token of a request, sampled from its logits, (1, V) -> (1, 1)."""
-        if request.new == 0 and request.seed is not None:
-            request.generator = torch.Generator(self.device).manual_seed(request.seed)
-        how = request.temperature, request.top_k, request.top_p, request.generator
-        return sample(logits, *how)
+    def extend(self, logits):
+        """Samples the next token of each running request from logits (B, V), and reports it."""
+        drawn = []
+        for request, row in zip(self.running, logits.split(1), strict=True):  # (1, V) each
+            if request.new == 0:
+                request.generator = seeded(request.seed, self.device)
+            how = request.temperature, request.top_k, request.top_p, request.generator
+            drawn.append(sample(row, *how))
+        tokens = torch.cat(drawn)[:, 0].tolist()  # waits for a GPU, as log-probabilities do
+        for request, token, row in zip(self.running, tokens, logits, strict=True):
+            self.report(request, token, row)
 
-    def extend(self, request, token, logits):
-        """Reports the next token of a request, which was sampled from its logits (V,)."""
+    def report(self, request, token, logits):
+        """Reports the next token of a request, which was sampled from logits (V,)."""
         request.next, request.length, request.new = token, request.length + 1, request.new + 1
         full = request.length + 1 >= self.model.config.max_position_embeddings
         reason = "length" if full or request.new >= request.max_tokens else None

@@ -13,6 +13,7 @@ import json
 import math
 import queue
 import socket
+import sys
 import time
 import uuid
 from contextlib import suppress
@@ -43,6 +44,7 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads, request_queue_size = True, 128
+    allow_reuse_address = sys.platform != "win32"  # there it would share a port that is taken
 
     def __init__(self, models, host, port, max_batch, defaults, logs):
         if max_batch < 1:

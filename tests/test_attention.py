@@ -116,13 +116,18 @@ def test_a_process_without_rows_computes_its_empty_batch_where_blocks_are_used(
 
 
 def test_queries_in_another_precision_than_the_cache_keep_theirs():
-    """In a model cast to bf16 the cache holds fp32: keys are read as they are."""
+    """In a model cast to bf16 the cache holds fp32: keys are read as they are. A GPU's holds what
+    autocast does not touch.
+    """
     for T in (1, 3, 130):
         (q, k, v), _ = tensors(T, 2, 5, False)
-        found = attend(q.bfloat16(), k, v, visible(5, T, None, "cpu"))
-        assert found.dtype == torch.bfloat16
         expected = formula(q.bfloat16(), k, v, 5, None)
-        torch.testing.assert_close(found.double(), expected, atol=5e-3, rtol=1e-2)
+        for place in (torch.Tensor, OnGPU):
+            given = q.detach().bfloat16().as_subclass(place)
+            found = attend(given, k, v, visible(5, T, None, "cpu"))
+            assert found.dtype == torch.bfloat16
+            found = found.as_subclass(torch.Tensor).double()
+            torch.testing.assert_close(found, expected, atol=5e-3, rtol=1e-2)
 
 
 def test_autocast_leaves_the_scores_of_a_cpu_in_fp32():

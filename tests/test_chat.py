@@ -28,6 +28,16 @@ def test_it_answers_every_line_of_a_pipe_and_keeps_the_history(trained, tmp_path
         assert message["content"] in done.stdout
 
 
+def test_a_chat_does_not_wait_for_torchs_compiler_to_load(trained):
+    """Which takes longer than a short answer."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval_llm\n"
+    code += "eval_llm.main(sys.argv[1:]); print(*sorted(sys.modules), sep='\\n')"
+    done = run("-c", code, "--save_dir", trained, "--prompt", "Hi", "--max_new_tokens", 2)
+    modules = done.stdout.splitlines()
+    assert "torch.nn" in modules, done.stderr
+    assert not {"torch._dynamo", "torch.distributed.checkpoint", "sympy"} & {*modules}
+
+
 def test_one_prompt_and_exit_from_any_folder(trained, tmp_path):
     flags = ["--save_dir", trained, "--prompt", "Hi", "--temperature", 0, "--max_new_tokens", 8]
     here = run_here("eval_llm.py", *flags)

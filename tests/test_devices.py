@@ -7,20 +7,29 @@ import json
 import pickle
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.attention.flex_attention import BlockMask
 
-from common import IGNORE, UserError
+from common import IGNORE, UserError, replacing
+from dataset import loader
 from dataset.lm_dataset import PretrainDataset
 from dataset.loader import batches, pack, pad, to_device
 from dataset.pairs import pad_pairs
 from dataset.tokenizer import load_tokenizer
 from model import attention
 from model.causal_lm import CausalLM, KVCache, ModelConfig
-from model.loss import plain_cross_entropy, summed_cross_entropy
+from model.distillation import Distillation, Teacher, add_projections
+from model.generation import seeded
+from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
 from model.policy import pair_log_probabilities, policy_loss, preference_loss
+from serving.batching import Batcher
+from serving.views import ONE_AT_A_TIME
 from tests.conftest import ROOT, TINY, fsdp, run, sft
 from trainer import distributed
 from trainer.optimizer import Muon, Optimizers, clip_and_step, compile_layers, require_compiler
@@ -87,9 +96,70 @@ def test_what_an_apple_gpu_needs_a_newer_torch_for_is_a_sentence(monkeypatch):
 
 
 def test_a_gpu_without_triton_compiles_nothing(monkeypatch):
-    monkeypatch.setattr("trainer.optimizer.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.optimizer.has_triton", lambda: False)
     with pytest.raises(UserError, match="--use_compile 1 on a GPU needs Triton"):
         require_compiler(torch.device("cuda"))
+    monkeypatch.setattr("trainer.optimizer.has_triton", lambda: True)
+    monkeypatch.setattr("trainer.optimizer.shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="--use_compile 1 on a GPU needs a C compiler"):
+        require_compiler(torch.device("cuda"))
+
+
+def test_several_processes_do_not_share_an_apple_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    assert distributed.pick_device("mps") == torch.device("mps")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several processes cannot share an Apple GPU"):
+        distributed.pick_device("mps")
+
+
+def test_weights_that_are_not_trained_are_fp32_where_bf16_is_emulated(monkeypatch):
+    """There is no scaler, and an overflow would end the answer without a word."""
+    for auto, taken in (("fp16", torch.float32), ("bf16", torch.bfloat16)):
+        monkeypatch.setattr(distributed, "auto_dtype", lambda device, auto=auto: auto)
+        assert distributed.pick_dtype("auto", torch.device("cuda")) == taken
+        assert distributed.pick_dtype("fp16", torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.parametrize("name, at_once", [("mps", False), ("cpu", False), ("cuda", True)])
+def test_only_an_nvidia_gpu_is_sent_memory_that_may_be_freed(monkeypatch, name, at_once):
+    """MPS reads it later, when it may hold something else."""
+    given, device = [], torch.device(name)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, place, non_blocking: given.append(non_blocking) or self
+    )
+    batch = pad(samples([5, 9]))
+    to_device(batch, device)
+    supervised_positions(batch[1], device)
+    assert given == [at_once] * 5
+
+
+def test_an_apple_gpu_is_used_by_one_thread_at_a_time_and_the_cpu_draws_for_it():
+    mps = torch.device("mps")
+    weight = SimpleNamespace(device=mps, dtype=torch.float32)
+    model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
+    assert Batcher(model, 1, 1).alone is ONE_AT_A_TIME
+    assert seeded(3, mps).device.type == "cpu"
+
+
+@pytest.mark.parametrize("times", [2, 100])
+def test_a_file_that_windows_refuses_to_replace_is_tried_again(tmp_path, monkeypatch, times):
+    replace, refused = Path.replace, []
+
+    def open_elsewhere(path, place):
+        refused.append(path)
+        if len(refused) <= times:
+            raise PermissionError(13, "Access is denied")
+        return replace(path, place)
+
+    monkeypatch.setattr(Path, "replace", open_elsewhere)
+    monkeypatch.setattr("common.sys.platform", "win32")
+    monkeypatch.setattr("common.time.sleep", lambda seconds: None)
+    wait = nullcontext() if times == 2 else pytest.raises(UserError, match="Access is denied")
+    with wait, replacing(tmp_path / "weights.pth") as file:
+        file.write(b"new")
+    assert (tmp_path / "weights.pth").exists() == (times == 2)
+    assert len(list(tmp_path.iterdir())) == (times == 2)
 
 
 @pytest.mark.parametrize("script", ["trainer/train_pretrain.py", "eval_llm.py"])
@@ -136,10 +206,32 @@ def test_blocks_that_do_not_work_are_not_used_and_a_line_says_why(monkeypatch):
         monkeypatch.setattr(attention, "compile_once", fails)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert not attention.blocks_work.__wrapped__(torch.device("cpu"))
+            assert not attention.blocks_work.__wrapped__(torch.device("cpu"), 64)
         assert [str(each.message) for each in said] == (
             [f"FlexAttention is not used, packed rows are slower: {line}"] if line else []
         )
+
+
+@pytest.mark.parametrize("factor, works", [(1.0, True), (1.1, False)])
+def test_blocks_are_used_where_output_and_gradients_are_the_formulas(monkeypatch, factor, works):
+    """What a GPU would compute is given here."""
+
+    def blocks(q, k, v, mask):
+        (documents,) = given
+        return factor * attention.plain_attention(
+            q, k, v, attention.visible(0, q.shape[2], documents, "cpu")
+        )
+
+    given = []
+    mask = BlockMask.from_kv_blocks(*(torch.zeros(1, 1, 1, dtype=torch.int),) * 2)
+    monkeypatch.setattr(attention, "document_blocks", lambda ids: given.append(ids) or mask)
+    monkeypatch.setattr(attention, "attend", blocks)
+    monkeypatch.setattr(attention, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert attention.blocks_work.__wrapped__(torch.device("cpu"), 64) == works
+    assert len(said) == (not works)
 
 
 @pytest.fixture
@@ -186,6 +278,17 @@ def test_steps_of_dpo_and_grpo_on_the_meta_device(on_meta):
     assert all(weight.grad.device == META for weight in on_meta.parameters())
 
 
+def test_a_step_of_distillation_on_the_meta_device(on_meta):
+    with META:
+        teacher = Teacher(CausalLM(ModelConfig(**SHAPE)), [1])
+        add_projections(on_meta, 32, 2)
+    for lengths in ([5, 9, 30], []):
+        input_ids, labels, *where = to_device(pack(samples(lengths), 64), META)
+        loss = Distillation(on_meta, teacher, 0.5, 2.0, 1.0)(input_ids, *where, labels=labels)
+        loss.backward()
+    assert all(weight.grad.device == META for weight in on_meta.parameters())
+
+
 def test_labels_may_stay_on_the_cpu_and_the_loss_is_the_plain_one():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 40, 16, generator=generator, requires_grad=True)
@@ -207,20 +310,40 @@ def test_labels_may_stay_on_the_cpu_and_the_loss_is_the_plain_one():
 
 
 @pytest.mark.parametrize("packing", [0, 1])
-def test_a_gpus_batches_have_one_shape_and_the_same_tokens(data, packing, monkeypatch):
+def test_a_gpus_batches_have_one_shape_and_the_same_tokens(data, packing):
+    """Padded rows have the length of the longest sample, in blocks of 128."""
     dataset = PretrainDataset(data / "pretrain.jsonl", load_tokenizer(), 64)
-    args = SimpleNamespace(packing=packing, max_seq_len=64, num_workers=0, batch_size=3)
+    args = SimpleNamespace(packing=packing, max_seq_len=512, num_workers=0, batch_size=3)
     micro_batches = [[0, 1, 2], [3, 4], [5], []]
     plain = list(batches(dataset, micro_batches, args, torch.device("cpu")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no memory to pin
         fixed = list(batches(dataset, micro_batches, args, torch.device("cuda")))
     for one, other in zip(plain, fixed, strict=True):
-        assert all(part.shape == (3, 64) for part in other)
+        assert all(part.shape == (3, 512 if packing else 128) for part in other)
         tokens = [batch[0][batch[3] >= 0].sort().values for batch in (one, other)]
         assert torch.equal(*tokens)
         supervised = [batch[1][batch[1] != IGNORE].sort().values for batch in (one, other)]
         assert torch.equal(*supervised)
+
+
+@pytest.mark.parametrize(
+    "device, system, flag, workers",
+    [("cuda", "linux", None, 2), ("cuda", "win32", None, 0), ("cpu", "linux", None, 0)]
+    + [("cuda", "win32", 3, 3), ("cuda", "linux", 0, 0)],
+)
+def test_other_processes_prepare_the_batches_of_a_gpu(
+    data, monkeypatch, device, system, flag, workers
+):
+    """Not on Windows, where each validation would wait for them to load torch."""
+    given = []
+    monkeypatch.setattr(loader, "DataLoader", lambda *_, **how: given.append(how) or iter(()))
+    monkeypatch.setattr("dataset.loader.sys.platform", system)
+    dataset = PretrainDataset(data / "pretrain.jsonl", load_tokenizer(), 64)
+    args = SimpleNamespace(packing=1, max_seq_len=64, num_workers=flag, batch_size=3)
+    assert not list(batches(dataset, [], args, torch.device(device)))
+    assert given[0]["num_workers"] == workers
+    assert given[0]["pin_memory"] == (device == "cuda")
 
 
 def test_a_process_that_is_started_anew_maps_the_tokens_itself(data, tmp_path):
@@ -241,6 +364,7 @@ def test_samples_of_a_compiled_model_compile_nothing(compiled):
     torch._dynamo.utils.counters.clear()
     model = CausalLM(ModelConfig(**SHAPE))
     compile_layers(model)
+    assert not torch._dynamo.config.optimize_ddp
     ids = torch.arange(3, 20)[None]
     model(ids)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -256,6 +380,56 @@ def test_samples_of_a_compiled_model_compile_nothing(compiled):
 # -------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.parametrize("device, nccl, backend", [("cuda", True, "nccl"), ("cuda", False, "gloo")])
+def test_gradients_have_a_group_of_their_own_that_gives_up_soon(monkeypatch, device, nccl, backend):
+    """Counts wait for six hours, for the process that tokenises."""
+    made = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda *how, **more: made.append((how, more)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert distributed.join() == (0, 2)
+    assert made == [(("gloo",), {"timeout": timedelta(hours=6)})]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(dist, "new_group", lambda **how: how)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **how: how)
+    weight = SimpleNamespace(device=torch.device(device))
+    model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
+    found = distributed.parallelise(model, "ddp", torch.bfloat16)
+    limit = timedelta(minutes=10)
+    assert found["process_group"] == {"backend": backend, "timeout": limit}
+
+
+@pytest.fixture
+def alone_in_a_job(tmp_path):
+    """A job of one process, this one."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallel", [fsdp("fsdp")])
+def test_sharded_layers_get_positions_and_the_residual_stream_in_fp32(alone_in_a_job, parallel):
+    """As with ddp, where autocast leaves them so. The layers compute in bf16."""
+    model, seen, inside = CausalLM(ModelConfig(**SHAPE)), [], []
+    learner = distributed.parallelise(model, parallel, torch.bfloat16)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, given: seen.extend([given[0], *given[1]]))
+        layer.mlp.register_forward_hook(lambda layer, _, out: inside.append(out))
+    input_ids, labels, *where = pack(samples([5, 9]), 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner(input_ids, *where, labels=labels).backward()
+    assert len(seen) == 6 and all(tensor.dtype == torch.float32 for tensor in seen)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in inside)
+
+
+def test_fsdp_on_a_cpu_of_an_older_torch_is_a_sentence(alone_in_a_job, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
+    with pytest.raises(UserError, match="--parallel fsdp on a CPU needs torch 2.7"):
+        distributed.parallelise(CausalLM(ModelConfig(**SHAPE)), "fsdp", torch.float32)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", fsdp("fsdp")])
 def test_two_processes_score_and_write_samples(trained, data, gsm8k, tmp_path, parallel):
     """Of a sharded model, generation starts from what a step has gathered. In bf16, both are the
@@ -266,7 +440,7 @@ def test_two_processes_score_and_write_samples(trained, data, gsm8k, tmp_path, p
     flags = ["--from_weight", trained / "pretrain_32.pth", "--data_path", data / "sft.jsonl"]
     flags += ["--val_data_path", tmp_path / "valid.jsonl", "--dtype", "bf16"]
     more = ["--save_dir", tmp_path / "two", "--max_seq_len", 96, "--batch_size", 2]
-    more += ["--val_interval", 6, "--sample_interval", 4, "--log_interval", 1, "--device", "cpu"]
+    more += ["--val_interval", 2, "--sample_interval", 4, "--log_interval", 1, "--device", "cpu"]
     more += ["--parallel", parallel, "--best_metric", "gsm8k", "--learning_rate", 1e-3]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     script = ROOT / "trainer/train_full_sft.py"

@@ -99,7 +99,7 @@ def test_a_long_batch_is_read_in_chunks_with_the_same_gradients(batch, monkeypat
     ids, labels = batch
     gradients = []
     for size in (512, 3):
-        monkeypatch.setattr("model.distillation.CHUNK", size)
+        monkeypatch.setattr("model.loss.CHUNK", size)
         student = small(1, 16)
         Distillation(student, Teacher(small(2)), 0.5, 2.0)(ids, labels=labels).backward()
         gradients.append([weight.grad for weight in student.parameters()])

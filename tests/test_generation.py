@@ -145,6 +145,15 @@ def test_a_seed_repeats_its_draws_and_draws_nothing_from_the_global_generator():
     assert draws[0] != draws[1]
 
 
+def test_the_output_layer_computes_the_last_token_of_each_prompt_alone():
+    """All logits of long prompts would be the largest tensor by far."""
+    ours, _ = pair("qwen3")
+    shapes = []
+    ours.lm_head.register_forward_pre_hook(lambda layer, inputs: shapes.append(inputs[0].shape))
+    complete(ours, PROMPTS, max_new_tokens=3, temperature=0, stop_ids=())
+    assert [shape[:-1].numel() for shape in shapes] == [len(PROMPTS)] * 3
+
+
 def test_the_context_is_the_limit():
     small = randomised(CausalLM(ModelConfig(**{**SHAPE, "max_position_embeddings": 10})))
     assert len(complete(small, [[3] * 7], max_new_tokens=50, stop_ids=())[0]) == 3

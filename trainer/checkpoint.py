@@ -16,8 +16,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from common import UserError, load_tensors, replacing, save_tensors
+from common import UserError, load_tensors, patiently, replacing, save_tensors
 from dataset.formats import is_folder
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
@@ -170,6 +171,17 @@ def require_plain(config, content):
             raise ValueError(f"{name} does not hold floating point numbers")
 
 
+class NoValues(TorchFunctionMode):
+    """Inside, new modules draw no values for their weights. On "meta" there would be none, but
+    torch loads its compiler for that, which takes longer than a short answer.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def empty_model(config, content):
     """A model of the shape that a file names, with its adapters and projections."""
     model = CausalLM(config)
@@ -193,7 +205,8 @@ def build_model(content, path, dropout=0.0):
         config = ModelConfig(**content["config"])
         config.dropout = dropout
         require_plain(config, content)
-        with torch.device("meta"):  # takes no memory, whatever sizes a damaged file names
+        # On "meta" it takes no memory, whatever sizes a damaged file names.
+        with torch.device("meta"), NoValues():
             model = empty_model(config, content)
     except (
         ArithmeticError,
@@ -316,12 +329,12 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
     save(new, state, model.config, tokenizer, stage, **more)
     place = folder / f"{name}_step{before or 0:06d}.pth"
     if latest.exists() and not place.exists():  # there already: the latest was damaged
-        latest.replace(place)
-    new.replace(latest)
+        patiently(latest.replace, place)
+    patiently(new.replace, latest)
     which = args.save_weight, model.config.hidden_size, model.config.use_moe
     earlier = sorted(matching(folder, *which, r"_step\d+"), key=step_of)
     for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
-        path.unlink()
+        patiently(path.unlink)
     save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run, state)
 
 

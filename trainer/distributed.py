@@ -46,7 +46,7 @@ def start(args):
     """
     keep_freed_memory()
     device = pick_device(args.device, args.deterministic)
-    rank, world_size = join(device)
+    rank, world_size = join()
     if args.dtype == "auto":  # the first process decides: machines may differ
         names = list(DTYPES)
         chosen = names.index(auto_dtype(device)) if rank == 0 else 0
@@ -54,21 +54,26 @@ def start(args):
     dtype = DTYPES[args.dtype]
     if args.dtype == "fp16" and device.type == "mps" and torch.__version__ < "2.8":
         raise UserError("--dtype fp16 on an Apple GPU needs torch 2.8 or newer; use fp32")
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = autocast_to(dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Compute(device, dtype, autocast, scaler, rank, world_size)
 
 
-def join(device):
+def autocast_to(dtype, device):
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
+
+
+def join():
     """Joins the other processes of a torchrun job; returns (rank, number of processes).
 
     Counts and signals are summed on the CPU by gloo: it notices a lost process at once, and no GPU
-    waits for them. The limit is that of a wait, also for the process that tokenises.
+    waits for them. The limit is that of a wait, also for the process that tokenises. Gradients have
+    a group of their own: see `parallelise`.
     """
     if "RANK" not in os.environ:
         return 0, 1
-    gpus = device.type == "cuda" and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=6))
+    dist.init_process_group("gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -92,14 +97,19 @@ def pick_device(name, deterministic=False):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try auto") from None
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--device mps: several processes cannot share an Apple GPU; give cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
 def pick_dtype(name, device):
-    """The torch.dtype of --dtype."""
-    return DTYPES[auto_dtype(device) if name == "auto" else name]
+    """The torch.dtype of --dtype, for weights that are not trained. auto does not take fp16 there,
+    which can overflow.
+    """
+    auto = "fp32" if auto_dtype(device) == "fp16" else auto_dtype(device)
+    return DTYPES[auto if name == "auto" else name]
 
 
 def auto_dtype(device):
@@ -165,8 +175,8 @@ def end():
 
 @contextmanager
 def report_lost_process():
-    """Around a script's main(): turns the error of a process that lost another one into a
-    UserError, and ends the processes of a job without waiting for each other.
+    """Around a script's main(): turns the error of a process that lost another one into a sentence
+    and exit code 2, and ends the processes of a job without waiting for each other.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         sys.stdout = io.StringIO()  # only the first process prints
@@ -180,13 +190,16 @@ def report_lost_process():
         if not dist.is_initialized() or not lost:
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"process {dist.get_rank()} lost another one of this job ({reason}). See what that one "
-            "printed; resume from the last checkpoint with --from_resume 1"
-        ) from None
+        print(
+            f"error: process {dist.get_rank()} lost another one of this job ({reason}). See what "
+            "that one printed; resume from the last checkpoint with --from_resume 1",
+            file=sys.stderr,
+        )
+        code = 2
     if "RANK" in os.environ:
         # DDP and fully_shard keep references to the group that outlive it. A gloo thread that is
         # still there when Python exits now and then aborts.
+        # nccl would wait for what it has begun.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -203,15 +216,19 @@ def parallelise(model, mode, dtype):
     """
     if not dist.is_initialized():
         return model
+    device = model.lm_head.weight.device.type
+    # When a process is lost, nccl ends the others after this limit. Processes start each step
+    # together, so no gradient waits that long.
+    backend = "nccl" if device == "cuda" and dist.is_nccl_available() else "gloo"
+    group = dist.new_group(backend=backend, timeout=timedelta(minutes=10))
     if mode == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    from torch.distributed.device_mesh import init_device_mesh
+        return DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = model.lm_head.weight.device.type
     if device == "cpu" and torch.__version__ < "2.7":
         raise UserError("--parallel fsdp on a CPU needs torch 2.7 or newer; leave the flag out")
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = DeviceMesh.from_group(group, device)
     # The layers are gathered in dtype. As with ddp, rotary positions, the residual stream, the
     # embeddings and the output layer are fp32.
     policy = MixedPrecisionPolicy(

@@ -3,11 +3,9 @@
 import math
 import os
 import shutil
-from importlib.util import find_spec
 
 import torch
-from torch.distributed.checkpoint import state_dict
-from torch.distributed.tensor import distribute_tensor
+from torch.utils._triton import has_triton
 
 from common import UserError
 
@@ -64,6 +62,8 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
                 step = weight.grad.lerp(average, momentum)  # Nesterov's momentum
                 if hasattr(step, "full_tensor"):  # a slice of fsdp's: the whole matrix is needed
+                    from torch.distributed.tensor import distribute_tensor
+
                     whole = orthogonal(step.full_tensor())
                     step = distribute_tensor(whole, step.device_mesh, step.placements)
                 else:
@@ -148,6 +148,9 @@ def full_state(model, optimizer=None):
     """The model's state dict with whole tensors on the CPU; with an optimizer, both state dicts.
     They are empty but on the first process. Every process must call this.
     """
+    # Here: it takes a second to load, and a chat needs none of it.
+    from torch.distributed.checkpoint import state_dict
+
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = state_dict.get_model_state_dict(model, options=options)
     if optimizer is None:
@@ -161,6 +164,8 @@ def load_full_state(model, optimizer, state):
 
     Raises ValueError if it is the state of other weights or of another kind of optimizer.
     """
+    from torch.distributed.checkpoint import state_dict
+
     parts = getattr(optimizer, "parts", (optimizer,))
     name_of = {weight: name for name, weight in model.named_parameters()}
     names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
@@ -193,8 +198,13 @@ def by_name(state, parts, name_of):
 
 def require_compiler(device):
     """Raises UserError where torch.compile has nothing to compile with."""
-    if device.type == "cuda" and not find_spec("triton"):
-        raise UserError("--use_compile 1 on a GPU needs Triton, which torch brings on Linux alone")
+    if device.type == "cuda" and not has_triton():
+        raise UserError(
+            "--use_compile 1 on a GPU needs Triton, which torch brings on Linux alone, and a GPU "
+            "of 2017 or newer (Volta)"
+        )
+    if device.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise UserError("--use_compile 1 on a GPU needs a C compiler, and none is on the PATH")
     if device.type == "mps" and torch.__version__ < "2.8":
         raise UserError("--use_compile 1 on an Apple GPU needs torch 2.8 or newer")
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")

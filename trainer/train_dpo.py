@@ -40,12 +40,17 @@ FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # mean
 
 @torch.no_grad()
 def reference_of(model, dataset, args, compute):
-    """The log-probabilities of all pairs of a dataset before the training, (n, 2), on the CPU."""
-    plan, found = cut(range(len(dataset)), args.batch_size), []
+    """The log-probabilities of all pairs of a dataset before the training, (n, 2), on the CPU. Each
+    process computes its share.
+    """
+    plan = cut(range(len(dataset)), args.batch_size)[compute.rank :: compute.world_size]
+    found = torch.zeros(len(dataset), 2)
     with eval_mode(model), compute.autocast:
-        for batch in batches(dataset, plan, args, compute.device, pad_pairs):
-            found.append(pair_log_probabilities(model, to_device(batch, compute.device)).cpu())
-    return torch.cat(found)
+        for part, batch in zip(
+            plan, batches(dataset, plan, args, compute.device, pad_pairs), strict=True
+        ):
+            found[part] = pair_log_probabilities(model, to_device(batch, compute.device)).cpu()
+    return torch.tensor(compute.sum(*found.flatten().tolist())).view(-1, 2)
 
 
 @torch.no_grad()
