@@ -19,7 +19,7 @@ def weights_laid_out(model, batch_size):
     """
     lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     weight, linears = model.lm_head.weight, []
-    whole = weight.device.type == "cpu" and not hasattr(weight, "full_tensor")  # fsdp shards it
+    whole = weight.device.type == "cpu" and not hasattr(model, "reshard")  # fsdp shards them
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype)
     able = half is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)()
     if lay_out and whole and able and not model.config.use_moe:

@@ -27,12 +27,13 @@ def log_probabilities(model, batch, temperature=1.0):
 def pair_log_probabilities(model, batch):
     """The log-probability of the chosen and of the rejected answer of each pair, (P, 2): sums over
     their supervised tokens. In a row, document 0 is the chosen one, document 1 the rejected one;
-    rows without supervised tokens are no pairs.
+    rows without supervised tokens, which come last, are no pairs.
     """
     logp, _ = log_probabilities(model, batch)
     labels, document_ids = batch[1][:, 1:], batch[3][:, 1:]
     halves = [(logp * (document_ids == half)).sum(dim=-1) for half in (0, 1)]
-    return torch.stack(halves, dim=-1)[(labels != IGNORE).any(dim=-1)]
+    pairs = int((labels != IGNORE).any(dim=-1).sum())  # counted on the CPU: labels stay there
+    return torch.stack(halves, dim=-1)[:pairs]
 
 
 def preference_loss(policy, reference, beta):

@@ -25,7 +25,7 @@ from dataset.tokenizer import load_tokenizer
 from model import attention
 from model.causal_lm import CausalLM, KVCache, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections
-from model.generation import seeded
+from model.generation import complete, seeded
 from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
 from model.policy import pair_log_probabilities, policy_loss, preference_loss
 from serving.batching import Batcher
@@ -422,6 +422,21 @@ def test_sharded_layers_get_positions_and_the_residual_stream_in_fp32(alone_in_a
         learner(input_ids, *where, labels=labels).backward()
     assert len(seen) == 6 and all(tensor.dtype == torch.float32 for tensor in seen)
     assert all(tensor.dtype == torch.bfloat16 for tensor in inside)
+
+
+@pytest.mark.parametrize("parallel", [fsdp("fsdp")])
+def test_a_sharded_model_answers_in_several_batches(alone_in_a_job, parallel):
+    """The first one leaves the root's weights gathered. The next step shards them again."""
+    torch.manual_seed(0)
+    model, prompts = CausalLM(ModelConfig(**SHAPE)), [[5, 6, 7], [8]]
+    options = {"max_new_tokens": 5, "temperature": 0}
+    expected = complete(model, prompts, **options)
+    learner = distributed.parallelise(model, parallel, torch.float32)
+    for _ in range(2):
+        input_ids, labels, *where = pack(samples([5, 9]), 64)
+        learner(input_ids, *where, labels=labels).backward()
+        with generating(model, SimpleNamespace(autocast=nullcontext())):
+            assert [complete(model, prompts, **options) for _ in range(3)] == [expected] * 3
 
 
 def test_fsdp_on_a_cpu_of_an_older_torch_is_a_sentence(alone_in_a_job, monkeypatch):
