@@ -3,8 +3,8 @@
     python bench/gpu_memory.py --processes 1 2 4 8
 
 State is counted: weights, gradients and AdamW's two moments in fp32, 4 bytes each. What a forward
-pass keeps for the backward one is measured, for one layer and a few tokens on this machine, and
-multiplied; a GPU's attention keeps less, so it is an upper bound.
+pass and its loss keep for the backward one is measured, for one layer and a few tokens on this
+machine, and multiplied; a GPU's attention keeps less, so it is an upper bound.
 """
 
 import argparse
@@ -21,11 +21,14 @@ from model.causal_lm import CausalLM, ModelConfig
 from trainer.arguments import SHAPE
 
 GIB = 2**30
-TOKENS = 256  # of the measured pass
+TOKENS = 256  # of a row of the measured pass
+CHUNK = 4096  # tokens whose logits a GPU has in memory at once, see model/loss.py
 
 
-def kept(config):
-    """Bytes that autograd keeps after a bf16 forward pass over TOKENS tokens, weights aside."""
+def kept(config, rows):
+    """Bytes that autograd keeps after a bf16 forward pass and the loss of rows of TOKENS tokens,
+    weights aside.
+    """
     model, seen = CausalLM(config), {}
     for weight in model.parameters():
         seen[weight.untyped_storage().data_ptr()] = 0
@@ -35,18 +38,19 @@ def kept(config):
         seen.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
 
-    input_ids = torch.randint(config.vocab_size, (1, TOKENS))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids)
-        loss = torch.nn.functional.cross_entropy(logits[0].float(), input_ids[0])
+    input_ids = torch.randint(config.vocab_size, (rows, TOKENS))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        loss = model(input_ids, labels=input_ids)
     casts = 2 * sum(weight.numel() for name, weight in model.named_parameters() if weight.dim() > 1)
     del loss
     return sum(seen.values()) - casts  # autocast's bf16 copies of the matrices
 
 
 def measure(values, vocab_size):
-    """(parameters, those of one layer, bytes kept per token of a layer, and of the rest)."""
+    """(parameters, those of one layer, bytes that a micro-batch keeps for its backward pass)."""
     shape = {name: int(values[name]) for name in SHAPE if name in values}
 
     def of(layers):
@@ -56,8 +60,14 @@ def measure(values, vocab_size):
         count = [sum(w.numel() for w in CausalLM(of(layers)).parameters()) for layers in (0, 1)]
     layers = shape["num_hidden_layers"]
     layer = count[1] - count[0]
-    one, two = kept(of(1)), kept(of(2))
-    return count[0] + layers * layer, layer, (two - one) / TOKENS, (2 * one - two) / TOKENS
+    # Per token, as a row more shows; the gradient of the output layer is there in any case.
+    one, deeper, wider = kept(of(1), 1), kept(of(2), 1), kept(of(1), 2)
+    per_layer, per_token = (deeper - one) / TOKENS, (wider - one) / TOKENS
+    rest = per_token - per_layer
+    tokens = int(values["batch_size"]) * int(values["max_seq_len"])
+    # The logits of a chunk in bf16 and fp32, and their gradients in bf16.
+    loss = 4 * vocab_size * shape["hidden_size"] + 8 * vocab_size * min(tokens, CHUNK)
+    return count[0] + layers * layer, layer, tokens * (layers * per_layer + rest) + loss
 
 
 def main():
@@ -78,9 +88,8 @@ def main():
         if "hidden_size" in values and "cpu" not in stem
     }
     for stem, values in sorted(configs.items(), key=lambda item: int(item[1]["hidden_size"])):
-        total, layer, per_layer, rest = measure(values, args.vocab_size)
+        total, layer, activations = measure(values, args.vocab_size)
         rows, length = int(values["batch_size"]), int(values["max_seq_len"])
-        activations = rows * length * (int(values["num_hidden_layers"]) * per_layer + rest)
         for mode in ("ddp", "fsdp"):
             if mode == "ddp":
                 head = f"{stem:10}{total / 1e6:9.0f} M{f'{rows} x {length}':>14}"
