@@ -5,10 +5,13 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -37,8 +40,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in first)
 
 
-def run(*command, cwd=ROOT, text_input=None, timeout=120, **environment):
+# A process of its own would first load torch for some seconds. This one has loaded it, computes
+# nothing, and is forked for each command.
+FORKS = None
+if "forkserver" in multiprocessing.get_all_start_methods():
+    FORKS = multiprocessing.get_context("forkserver")
+    FORKS.set_forkserver_preload(
+        ["tests.conftest", "trainer.train_full_sft", "evaluation.run_eval"]
+    )
+
+
+def run(*command, cwd=ROOT, text_input=None, timeout=120, fork=True, **environment):
     """A command as a user types it; python is this one."""
+    if FORKS and fork and not environment and str(command[0]).endswith(".py"):
+        return run_forked(list(map(str, command)), cwd, text_input or "", timeout)
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -50,6 +65,31 @@ def run(*command, cwd=ROOT, text_input=None, timeout=120, **environment):
         encoding="utf-8",
         timeout=timeout,
     )
+
+
+def run_forked(command, cwd, text_input, timeout):
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        files[0].write_text(text_input, encoding="utf-8")
+        process = FORKS.Process(target=become, args=(command, cwd, files))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        printed = [path.read_text(encoding="utf-8") for path in files[1:]]
+    return subprocess.CompletedProcess(command, process.exitcode, *printed)
+
+
+def become(command, cwd, files):
+    """Runs a script as python does, in a forked process."""
+    os.chdir(cwd)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        with files[number].open(mode) as file:
+            os.dup2(file.fileno(), number)
+        setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: PTH123  no path
+    sys.argv, sys.path[0] = command, str(Path(command[0]).resolve().parent)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def run_here(script, *flags):

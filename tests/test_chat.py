@@ -41,7 +41,7 @@ def test_a_chat_does_not_wait_for_torchs_compiler_to_load(trained):
 def test_one_prompt_and_exit_from_any_folder(trained, tmp_path):
     flags = ["--save_dir", trained, "--prompt", "Hi", "--temperature", 0, "--max_new_tokens", 8]
     here = run_here("eval_llm.py", *flags)
-    there = run(eval_llm.__file__, *flags, cwd=tmp_path)
+    there = run(eval_llm.__file__, *flags, cwd=tmp_path, fork=False)
     assert here.returncode == 0 and here.stdout == there.stdout
     assert "full_sft_32.pth" in here.stdout
 
