@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -42,6 +44,8 @@ def pytest_collection_modifyitems(items):
 
 # A process of its own would first load torch for some seconds. This one has loaded it, computes
 # nothing, and is forked for each command.
+PRELOADED = ["tests.conftest", "trainer.train_full_sft", "evaluation.run_eval", "torch._dynamo"]
+PRELOADED += ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
 FORKS = None
 if "forkserver" in multiprocessing.get_all_start_methods():
     FORKS = multiprocessing.get_context("forkserver")
@@ -67,29 +71,55 @@ def run(*command, cwd=ROOT, text_input=None, timeout=120, fork=True, **environme
     )
 
 
-def run_forked(command, cwd, text_input, timeout):
+def run_forked(command, cwd, text_input, timeout, environments=({},)):
+    """One process for each environment, all at once."""
+    processes, printed, deadline = [], [[], []], time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-        files[0].write_text(text_input, encoding="utf-8")
-        process = FORKS.Process(target=become, args=(command, cwd, files))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        for number, environment in enumerate(environments):
+            files = [Path(folder) / f"{number} {name}" for name in ("stdin", "stdout", "stderr")]
+            files[0].write_text(text_input, encoding="utf-8")
+            process = FORKS.Process(target=become, args=(command, cwd, files, environment))
+            process.start()
+            processes.append((process, files))
+        for process, _ in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        late = [process for process, _ in processes if process.exitcode is None]
+        for process in late:
             process.kill()
-            raise subprocess.TimeoutExpired(command, timeout)
-        printed = [path.read_text(encoding="utf-8") for path in files[1:]]
-    return subprocess.CompletedProcess(command, process.exitcode, *printed)
+            process.join()
+        for _, files in processes:
+            for texts, path in zip(printed, files[1:], strict=True):
+                texts.append(path.read_text(encoding="utf-8"))
+    printed = ["".join(texts) for texts in printed]
+    if late:
+        raise subprocess.TimeoutExpired(command, timeout, *printed)
+    code = next((process.exitcode for process, _ in processes if process.exitcode), 0)
+    return subprocess.CompletedProcess(command, code, *printed)
 
 
-def become(command, cwd, files):
+def become(command, cwd, files, environment):
     """Runs a script as python does, in a forked process."""
     os.chdir(cwd)
+    os.environ.update(environment)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         with files[number].open(mode) as file:
             os.dup2(file.fileno(), number)
         setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: PTH123  no path
     sys.argv, sys.path[0] = command, str(Path(command[0]).resolve().parent)
     runpy.run_path(command[0], run_name="__main__")
+
+
+def torchrun(processes, *command, cwd=ROOT, timeout=120, fork=True):
+    """A job of several processes."""
+    if not FORKS or not fork:
+        how = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        return run("-m", *how, *command, cwd=cwd, timeout=timeout, OMP_NUM_THREADS="1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    ranks = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return run_forked(list(map(str, command)), cwd, "", timeout, ranks)
 
 
 def run_here(script, *flags):

@@ -30,7 +30,7 @@ from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_pos
 from model.policy import pair_log_probabilities, policy_loss, preference_loss
 from serving.batching import Batcher
 from serving.views import ONE_AT_A_TIME
-from tests.conftest import ROOT, TINY, fsdp, run, sft
+from tests.conftest import ROOT, TINY, fsdp, run, sft, torchrun
 from trainer import distributed
 from trainer.optimizer import Muon, Optimizers, clip_and_step, compile_layers, require_compiler
 from trainer.trainer_utils import generating
@@ -457,9 +457,7 @@ def test_two_processes_score_and_write_samples(trained, data, gsm8k, tmp_path, p
     more = ["--save_dir", tmp_path / "two", "--max_seq_len", 96, "--batch_size", 2]
     more += ["--val_interval", 2, "--sample_interval", 4, "--log_interval", 1, "--device", "cpu"]
     more += ["--parallel", parallel, "--best_metric", "gsm8k", "--learning_rate", 1e-3]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    script = ROOT / "trainer/train_full_sft.py"
-    done = run(*torchrun, script, *flags, *more, timeout=300, OMP_NUM_THREADS="1")
+    done = torchrun(2, ROOT / "trainer/train_full_sft.py", *flags, *more, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Who are you? -> " in done.stderr + done.stdout
     sft(tmp_path / "one", *flags, "--batch_size", 4, "--learning_rate", 1e-3)

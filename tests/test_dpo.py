@@ -14,9 +14,8 @@ from dataset.pairs import PairDataset, pad_pairs, to_pair
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.policy import pair_log_probabilities, preference_loss
-from tests.conftest import ROOT, run, run_here, write_jsonl
+from tests.conftest import ROOT, run_here, torchrun, write_jsonl
 from tests.test_errors import refused
-from tests.test_step import TORCHRUN
 from tests.test_training import assert_equal, assert_like_one, log, stopped_and_resumed, weights
 from trainer import checkpoint, train_dpo
 
@@ -260,7 +259,7 @@ def test_two_processes_end_in_the_weights_of_one(trained, pairs, tmp_path):
     more = ["--sft_weight", 0.3, "--epochs", 2, "--val_split", 0.2, "--batch_size"]
     train_dpo.main(dpo(trained, pairs, tmp_path / "one", *more, 4))
     two = dpo(trained, pairs, tmp_path / "two", *more, 2)
-    done = run(*TORCHRUN, ROOT / "trainer" / "train_dpo.py", *two, OMP_NUM_THREADS="1")
+    done = torchrun(2, ROOT / "trainer" / "train_dpo.py", *two)
     assert done.returncode == 0, done.stderr
     names = "loss margin val_loss logp_rejected grad_norm"
     assert_like_one(tmp_path, "dpo_32", names, trained / "full_sft_32.pth")

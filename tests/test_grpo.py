@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,8 @@ from dataset.tokenizer import load_tokenizer
 from evaluation.rewards import reward_function, rewards_of
 from model.causal_lm import CausalLM, ModelConfig
 from model.policy import advantages_of, policy_loss
-from tests.conftest import ROOT, run, run_here, write_jsonl
+from tests.conftest import ROOT, run, run_here, torchrun, write_jsonl
 from tests.test_errors import refused
-from tests.test_step import TORCHRUN
 from tests.test_training import assert_equal, assert_like_one, log, stopped_and_resumed, weights
 from trainer import checkpoint, train_grpo
 from trainer.train_grpo import answers_of, as_sample
@@ -187,7 +187,6 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_split(trained, files, tmp
 
 
 PROCESSES = """
-import sys
 import numpy as np
 from trainer import train_grpo
 
@@ -206,11 +205,13 @@ train_grpo.main(sys.argv[1:])
 
 def test_two_processes_end_in_the_weights_of_one(trained, files, tmp_path):
     """28 questions, 9 a step: the processes have 5 and 4 of them, and 1 and 0 in the last step."""
-    (tmp_path / "driver.py").write_text(PROCESSES)
-    for name, launch in ("one", []), ("two", TORCHRUN):
+    (tmp_path / "driver.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})" + PROCESSES
+    )
+    for name, launch in ("one", run), ("two", partial(torchrun, 2)):
         more = ["--prompts_per_step", 9, "--batch_size", 11, "--pass_k", 4]
         flags = grpo(trained, files, tmp_path / name, *more)
-        done = run(*launch, tmp_path / "driver.py", *flags, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
+        done = launch(tmp_path / "driver.py", *flags)
         assert done.returncode == 0, done.stderr
     names = "reward no_signal entropy pass_at_1 pass_at_k loss grad_norm"
     assert_like_one(tmp_path, "grpo_32", names, trained / "full_sft_32.pth")

@@ -13,7 +13,7 @@ from convert import peft as merge_lora
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, add_lora, hash_of, merge
-from tests.conftest import LORA, ROOT, run, run_here, sft
+from tests.conftest import LORA, ROOT, run_here, sft, torchrun
 from trainer import checkpoint, train_full_sft
 from trainer.trainable import choose_trainable
 
@@ -167,9 +167,8 @@ def test_several_processes_and_compiled_layers_give_the_same_adapters(
     how += ["--use_lora", 1, "--max_seq_len", 96, "--learning_rate", 1e-2, "--dtype", "fp32"]
     how += ["--device", "cpu", "--save_dir"]
     train_full_sft.main(list(map(str, [*how, tmp_path / "one", "--batch_size", 2])))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     script = ROOT / "trainer" / "train_full_sft.py"
-    done = run(*launch, script, *how, tmp_path / "two", "--batch_size", 1, OMP_NUM_THREADS="1")
+    done = torchrun(2, script, *how, tmp_path / "two", "--batch_size", 1)
     assert done.returncode == 0, done.stderr
 
     out = [tmp_path / "compiled", "--batch_size", 2, "--use_compile", 1]

@@ -19,7 +19,7 @@ from common import END_OF_TEXT, IGNORE
 from dataset.chat_template import render
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from tests.conftest import ROOT, chat, run, write_jsonl
+from tests.conftest import ROOT, chat, torchrun, write_jsonl
 from trainer import checkpoint, distributed, train_full_sft, train_pretrain
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
@@ -27,7 +27,6 @@ MODELS = {
     "dense": {},
     "moe": {"use_moe": True, "num_experts": 4, "router_aux_loss_coef": 0.5},
 }
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
@@ -120,7 +119,7 @@ def watched_run(stage, flags, broken=None, sgd=True):
 def run_cases(text):
     """What each process of a torchrun job does: one run after the other, in one process group."""
     with distributed.report_lost_process():
-        rank, processes = distributed.join(torch.device("cpu"))
+        rank, processes = distributed.join()
         distributed.join, distributed.end = lambda device: (rank, processes), lambda: None
         cases, mark = json.loads(text), Path("first")
         with distributed.first_process_first():
@@ -336,8 +335,7 @@ def two_processes(world, tmp_path_factory):
         cases.append({**case, "broken": 3 if "broken" in name else None})  # of the second process
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests import test_step"
     (folder / "job.py").write_text(f"{start}\ntest_step.run_cases(sys.argv[1])\n", encoding="utf-8")
-    job = [*TORCHRUN, folder / "job.py", json.dumps(cases)]
-    done = run(*job, cwd=folder, OMP_NUM_THREADS="1")
+    done = torchrun(2, folder / "job.py", json.dumps(cases), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -22,7 +22,7 @@ from dataset.tokenizer import load_tokenizer
 from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
-from tests.conftest import ROOT, TINY, chat, fsdp, run, run_here, write_jsonl
+from tests.conftest import ROOT, TINY, chat, fsdp, run, run_here, torchrun, write_jsonl
 from trainer import checkpoint, train_full_sft, train_pretrain
 from trainer.arguments import parse_args, training_parser
 from trainer.optimizer import clip_and_step, learning_rate, make_optimizer
@@ -222,9 +222,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     assert 0 < resume["run"]["step"] < 2000 * 5
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-
-
 @pytest.mark.parametrize("processes, parallel, packing", [(3, "ddp", 1)])  # two: test_step.py
 def test_several_processes_end_in_the_weights_of_one(data, tmp_path, processes, parallel, packing):
     shared = {"epochs": 2, "val_interval": 3, "packing": packing, "max_seq_len": 96}
@@ -232,7 +229,7 @@ def test_several_processes_end_in_the_weights_of_one(data, tmp_path, processes, 
     train_full_sft.main(flags(data, tmp_path / "one", batch_size=2 * processes, **shared))
     script = ROOT / "trainer/train_full_sft.py"
     several = flags(data, tmp_path / "several", **(shared | more))
-    done = run(*TORCHRUN, processes, script, *several, cwd=tmp_path, OMP_NUM_THREADS="1")
+    done = torchrun(processes, script, *several, cwd=tmp_path, fork=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("starting from scratch") == 1  # one process speaks
     assert_equal(weights(tmp_path / "one"), weights(tmp_path / "several"), atol=2e-5, rtol=1e-4)
@@ -257,7 +254,7 @@ def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tm
     def two(out, steps, *more):
         command = flags(data, tmp_path / out, batch_size=2, parallel=parallel, **shared)
         stop = [tmp_path / "stop.py", steps, *command, *more]
-        return run(*TORCHRUN, 2, *stop, OMP_NUM_THREADS="1")
+        return torchrun(2, *stop)
 
     whole = two("whole", -1)
     assert whole.returncode == 0, whole.stderr
