@@ -39,7 +39,7 @@ from trainer.arguments import (
     stop_at,
     wrong_values,
 )
-from trainer.distributed import autocast_to, pick_device, pick_dtype
+from trainer.distributed import DTYPES, autocast_to, pick_device, pick_dtype
 from trainer.teacher import layers_of
 from trainer.trainer_utils import conversation_options, open_data, replay
 
@@ -48,7 +48,8 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    args.dtype = str(dtype)  # auto would be another one on another machine
+    # auto would be another one on another machine
+    args.dtype = next(name for name in DTYPES if DTYPES[name] == dtype)
     path = checkpoint.find(args.save_dir, args.teacher_weight)
     model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
     layers = layers_of(args.aux_layers, model, path)

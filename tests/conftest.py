@@ -1,7 +1,6 @@
 """Shared fixtures: small data, and a model trained for a few steps, made once for all tests."""
 
 import contextlib
-import gc
 import importlib
 import io
 import json
@@ -133,8 +132,6 @@ def run_here(script, *flags):
         except SystemExit as end:
             code = end.code
     code = code if isinstance(code, int) else 0
-    if code:
-        gc.collect()  # since Python 3.13, only that closes the lock of a run that failed
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 

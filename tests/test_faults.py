@@ -266,7 +266,7 @@ def test_runs_that_are_killed_end_as_if_they_had_not_been():
 @unix
 def test_runs_that_are_killed_before_a_write_lose_nothing():
     """A few of the writes; bench/faults.py --writes takes them all."""
-    done = run("bench/faults.py", "--writes", "--every", 61, timeout=300)
+    done = run("bench/faults.py", "--writes", "--every", 127, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" 0 lost something") == 3
 

@@ -120,7 +120,7 @@ def run_cases(text):
     """What each process of a torchrun job does: one run after the other, in one process group."""
     with distributed.report_lost_process():
         rank, processes = distributed.join()
-        distributed.join, distributed.end = lambda device: (rank, processes), lambda: None
+        distributed.join, distributed.end = lambda: (rank, processes), lambda: None
         cases, mark = json.loads(text), Path("first")
         with distributed.first_process_first():
             if rank == 0:
