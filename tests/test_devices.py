@@ -113,6 +113,15 @@ def test_several_processes_do_not_share_an_apple_gpu(monkeypatch):
         distributed.pick_device("mps")
 
 
+def test_processes_of_one_machine_take_no_gpu_by_its_number(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:1: each process needs a GPU of its own"):
+        distributed.pick_device("cuda:1")
+    assert distributed.pick_device("cuda") == torch.device("cuda:0")
+
+
 def test_weights_that_are_not_trained_are_fp32_where_bf16_is_emulated(monkeypatch):
     """There is no scaler, and an overflow would end the answer without a word."""
     for auto, taken in (("fp16", torch.float32), ("bf16", torch.bfloat16)):
@@ -236,7 +245,9 @@ def test_blocks_are_used_where_output_and_gradients_are_the_formulas(monkeypatch
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """A model of tensors without values, of which each number is 1; autocast does not know them."""
+    """A model of tensors without values, of which each number is 1; autocast does not know them.
+    What reads several numbers, the experts and `generate`, cannot run on them.
+    """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)

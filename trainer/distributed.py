@@ -99,6 +99,8 @@ def pick_device(name, deterministic=False):
         raise UserError(f"--device {name} cannot be used here ({reason}); try auto") from None
     if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--device mps: several processes cannot share an Apple GPU; give cpu")
+    if re.match("cuda:", name) and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--device {name}: each process needs a GPU of its own; give cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
