@@ -82,7 +82,7 @@ def parse(argv):
     add("--system", default="", help="system prompt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
-    add("--use_compile", type=int, choices=[0, 1], default=0, help="1: needs a C++ compiler")
+    add("--use_compile", type=int, choices=[0, 1], default=0, help="1: needs a compiler")
     add("--serve", type=int, metavar="PORT", help="serve a page and OpenAI's API at this port")
     add("--host", default="127.0.0.1", help="of --serve; 0.0.0.0: for other machines, too")
     add("--max_batch", type=int, default=16, help="of --serve: answers computed at once")

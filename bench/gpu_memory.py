@@ -2,9 +2,10 @@
 
     python bench/gpu_memory.py --processes 1 2 4 8
 
-State is counted: weights, gradients and AdamW's two moments in fp32, 4 bytes each. What a forward
-pass and its loss keep for the backward one is measured, for one layer and a few tokens on this
-machine, and multiplied; a GPU's attention keeps less, so it is an upper bound.
+State is counted: weights, gradients and AdamW's two moments in fp32, 4 bytes each; so are the
+logits of the loss. What a forward pass keeps for the backward one is measured, for one and two
+layers and a few tokens on this machine, and multiplied; a GPU's attention keeps less, so it is an
+upper bound.
 """
 
 import argparse
@@ -18,11 +19,11 @@ import torch
 
 from common import ROOT
 from model.causal_lm import CausalLM, ModelConfig
+from model.loss import CHUNK
 from trainer.arguments import SHAPE
 
 GIB = 2**30
 TOKENS = 256  # of a row of the measured pass
-CHUNK = 4096  # tokens whose logits a GPU has in memory at once, see model/loss.py
 
 
 def kept(config, rows):
@@ -50,7 +51,7 @@ def kept(config, rows):
 
 
 def measure(values, vocab_size):
-    """(parameters, those of one layer, bytes that a micro-batch keeps for its backward pass)."""
+    """(parameters, those of one layer, bytes that a micro-batch takes beside the state)."""
     shape = {name: int(values[name]) for name in SHAPE if name in values}
 
     def of(layers):
@@ -66,7 +67,7 @@ def measure(values, vocab_size):
     rest = per_token - per_layer
     tokens = int(values["batch_size"]) * int(values["max_seq_len"])
     # The logits of a chunk in bf16 and fp32, and their gradients in bf16.
-    loss = 4 * vocab_size * shape["hidden_size"] + 8 * vocab_size * min(tokens, CHUNK)
+    loss = 4 * vocab_size * shape["hidden_size"] + 8 * vocab_size * min(tokens, 8 * CHUNK)
     return count[0] + layers * layer, layer, tokens * (layers * per_layer + rest) + loss
 
 

@@ -8,6 +8,7 @@ row has the place of each token in its sample (position_ids, from 0 in each) and
 sample in the row (document_ids, -1 for padding), so that the model treats each as if it were alone.
 """
 
+import math
 import os
 import re
 import signal
@@ -179,8 +180,8 @@ def batches(dataset, micro_batches, args, device, collate=None):
     workers = args.num_workers
     if workers is None:
         workers = 2 if gpu and sys.platform != "win32" else 0
-    if not args.packing:  # 128: FlexAttention computes blocks of so many tokens
-        longest = min(longest, -(-int(max(dataset.lengths, default=1)) // 128) * 128)
+    if gpu and not args.packing:  # 128: FlexAttention computes blocks of so many tokens
+        longest = min(longest, math.ceil(dataset.lengths.max(initial=1) / 128) * 128)
     collate = partial(
         collate or (pack if args.packing else pad),
         max_seq_len=longest,

@@ -26,7 +26,7 @@ MOST_WEIGHTS = 1 << 23  # attention weights that a view shows: of a large model,
 ALTERNATIVES = 10
 EXACT = 256  # logits that are sent as they are; the others in groups
 POINTS = 500  # of a curve
-ONE_AT_A_TIME = threading.Lock()  # views need memory
+ONE_AT_A_TIME = threading.Lock()  # views need memory; and see serving/batching.py
 
 
 @dataclass

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import signal
@@ -42,19 +43,19 @@ def pytest_collection_modifyitems(items):
 
 
 # A process of its own would first load torch for some seconds. This one has loaded it, computes
-# nothing, and is forked for each command.
+# nothing, and is forked for each command. Apple's libraries do not survive that.
 PRELOADED = ["tests.conftest", "trainer.train_full_sft", "evaluation.run_eval", "torch._dynamo"]
 PRELOADED += ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
 FORKS = None
-if "forkserver" in multiprocessing.get_all_start_methods():
+if sys.platform == "linux":
     FORKS = multiprocessing.get_context("forkserver")
-    FORKS.set_forkserver_preload(
-        ["tests.conftest", "trainer.train_full_sft", "evaluation.run_eval"]
-    )
+    FORKS.set_forkserver_preload(PRELOADED)
 
 
 def run(*command, cwd=ROOT, text_input=None, timeout=120, fork=True, **environment):
-    """A command as a user types it; python is this one."""
+    """A command as a user types it; python is this one. fork: without loading torch again, if it
+    is a script.
+    """
     if FORKS and fork and not environment and str(command[0]).endswith(".py"):
         return run_forked(list(map(str, command)), cwd, text_input or "", timeout)
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
@@ -71,33 +72,41 @@ def run(*command, cwd=ROOT, text_input=None, timeout=120, fork=True, **environme
 
 
 def run_forked(command, cwd, text_input, timeout, environments=({},)):
-    """One process for each environment, all at once."""
+    """One process for each environment, all at once. When one fails, the others have ten seconds
+    to end.
+    """
     processes, printed, deadline = [], [[], []], time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         for number, environment in enumerate(environments):
             files = [Path(folder) / f"{number} {name}" for name in ("stdin", "stdout", "stderr")]
-            files[0].write_text(text_input, encoding="utf-8")
+            for path, text in zip(files, (text_input, "", ""), strict=True):
+                path.write_text(text, encoding="utf-8")
             process = FORKS.Process(target=become, args=(command, cwd, files, environment))
-            process.start()
-            processes.append((process, files))
-        for process, _ in processes:
-            process.join(max(0, deadline - time.monotonic()))
-        late = [process for process, _ in processes if process.exitcode is None]
-        for process in late:
-            process.kill()
-            process.join()
-        for _, files in processes:
+            with contextlib.chdir(ROOT):  # where the server that forks finds what it loads
+                process.start()
+            processes.append(process)
             for texts, path in zip(printed, files[1:], strict=True):
-                texts.append(path.read_text(encoding="utf-8"))
-    printed = ["".join(texts) for texts in printed]
-    if late:
+                texts.append(path)
+        failed = False
+        while alive := [process for process in processes if process.exitcode is None]:
+            if time.monotonic() > deadline:
+                for process in alive:
+                    process.kill()
+                    process.join()
+            elif not failed and any(process.exitcode for process in processes):
+                failed, deadline = True, min(deadline, time.monotonic() + 10)
+            multiprocessing.connection.wait([process.sentinel for process in alive], 0.2)
+        printed = ["".join(path.read_text("utf-8") for path in paths) for paths in printed]
+    if not failed and time.monotonic() > deadline:
         raise subprocess.TimeoutExpired(command, timeout, *printed)
-    code = next((process.exitcode for process, _ in processes if process.exitcode), 0)
+    code = next((process.exitcode for process in processes if process.exitcode), 0)
     return subprocess.CompletedProcess(command, code, *printed)
 
 
 def become(command, cwd, files, environment):
-    """Runs a script as python does, in a forked process."""
+    """Runs a script in a forked process, nearly as python does: the project's folder stays on the
+    path.
+    """
     os.chdir(cwd)
     os.environ.update(environment)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
@@ -122,7 +131,7 @@ def torchrun(processes, *command, cwd=ROOT, timeout=120, fork=True):
 
 
 def run_here(script, *flags):
-    """The same without a process of its own, which would first load torch for two seconds."""
+    """The same in this process."""
     out, err = io.StringIO(), io.StringIO()
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -5,9 +5,12 @@ devices, and two processes. What needs a GPU is in test_gpu.py.
 
 import json
 import pickle
+import queue
+import threading
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +31,7 @@ from model.distillation import Distillation, Teacher, add_projections
 from model.generation import complete, seeded
 from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
 from model.policy import pair_log_probabilities, policy_loss, preference_loss
-from serving.batching import Batcher
+from serving.batching import Batcher, Request
 from serving.views import ONE_AT_A_TIME
 from tests.conftest import ROOT, TINY, fsdp, run, sft, torchrun
 from trainer import distributed
@@ -149,6 +152,37 @@ def test_an_apple_gpu_is_used_by_one_thread_at_a_time_and_the_cpu_draws_for_it()
     model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
     assert Batcher(model, 1, 1).alone is ONE_AT_A_TIME
     assert seeded(3, mps).device.type == "cpu"
+    batcher = Batcher(CausalLM(ModelConfig(**SHAPE)), 1, 1)
+    batcher.alone, request = threading.Lock(), Request([5, 6, 7], 1)
+    with batcher.alone:  # a view is computed
+        batcher.submit(request)
+        batcher.start()
+        with pytest.raises(queue.Empty):
+            request.answer.get(timeout=0.5)
+    assert request.answer.get(timeout=60) is not None
+    batcher.ended = True
+    batcher.join()
+
+
+def test_the_batcher_holds_the_lock_whenever_it_computes(monkeypatch):
+    batcher = Batcher(CausalLM(ModelConfig(**SHAPE)), 2, 4)
+    batcher.alone, held = threading.Lock(), []
+    for name in ("prefilled", "packed", "step", "extend"):
+        plain = getattr(batcher, name)
+        watched = partial(
+            lambda plain, *given: held.append(batcher.alone.locked()) or plain(*given), plain
+        )
+        monkeypatch.setattr(batcher, name, watched)
+    requests = [Request([5, 6, 7], 3), Request([8], 2)]
+    for request in requests:
+        batcher.submit(request)
+    batcher.start()
+    for request in requests:
+        while not isinstance(request.answer.get(timeout=60), str):
+            pass
+    batcher.ended = True
+    batcher.join()
+    assert len(held) > 6 and all(held)
 
 
 @pytest.mark.parametrize("times", [2, 100])
@@ -413,7 +447,7 @@ def test_gradients_have_a_group_of_their_own_that_gives_up_soon(monkeypatch, dev
 
 
 @pytest.fixture
-def alone_in_a_job(tmp_path):
+def alone_in_a_job():
     """A job of one process, this one."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield

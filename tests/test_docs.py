@@ -291,6 +291,17 @@ def test_the_mutants_are_counted_and_fit_the_code():
         assert code.count(mutant["text"]) == 1, mutant["what"]
 
 
+def test_each_script_finds_the_project_from_any_folder():
+    """Other tests run scripts where it is found anyway."""
+    found = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    for path in ROOT.glob("*/*.py"):
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__"' in text and path.parent.name != "tests":
+            modules = "|".join(folder.name for folder in ROOT.iterdir() if folder.is_dir())
+            first = re.search(rf"(?m)^(from|import) (common|{modules})\b", text)
+            assert first is None or 0 < text.find(found) < first.start(), path
+
+
 def test_quoted_code_is_in_the_code():
     """The other blocks of Python are quoted: a function without its docstring, or lines of one."""
     sources = [p.read_text(encoding="utf-8") for p in ROOT.glob("*/*.py")]

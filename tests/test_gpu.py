@@ -242,12 +242,14 @@ def test_a_micro_batch_waits_for_nothing(learner):
 
     for _ in range(2):  # the first compiles
         step()
-    torch.cuda.synchronize() if not REHEARSAL else None
-    torch.cuda.set_sync_debug_mode("error") if not REHEARSAL else None
+    if not REHEARSAL:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
     try:
         loss = step()
     finally:
-        torch.cuda.set_sync_debug_mode("default") if not REHEARSAL else None
+        if not REHEARSAL:
+            torch.cuda.set_sync_debug_mode("default")
     assert math.isfinite(loss.item())
 
 

@@ -137,7 +137,12 @@ def training_parser(doc, **defaults):
     add("packing", 1, "1: rows of several samples; 0: one padded sample per row", switch)
     add("strict_data", 0, "1: stop at the first bad record", switch)
     add("cache_dir", None, "folder of the tokenised data; default: cache/ in --save_dir", Path)
-    add("num_workers", None, "processes that prepare batches; default: 2 for a GPU, else 0", count)
+    add(
+        "num_workers",
+        None,
+        "processes that prepare batches; default: 2 with NVIDIA on Linux",
+        count,
+    )
 
     add = parser.group("model")
     for name in SHAPE[2:]:
@@ -157,7 +162,7 @@ def training_parser(doc, **defaults):
     add = parser.group("precision and speed")
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
-    add("use_compile", 0, "1: torch.compile the layers; needs a C++ compiler", switch)
+    add("use_compile", 0, "1: torch.compile the layers; needs a compiler", switch)
     add("grad_checkpoint", 0, "1: less memory: recompute each layer in the backward pass", switch)
     add("parallel", "ddp", "ddp, or fsdp, which shards the model", one_of("ddp", "fsdp"))
     add("deterministic", 0, "1: bit-identical runs on a GPU too, slower", switch)

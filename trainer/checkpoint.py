@@ -173,7 +173,7 @@ def require_plain(config, content):
 
 class NoValues(TorchFunctionMode):
     """Inside, new modules draw no values for their weights. On "meta" there would be none, but
-    torch loads its compiler for that, which takes longer than a short answer.
+    torch 2.13 loads its compiler for that, which takes longer than a short answer.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -60,7 +60,9 @@ def start(args):
 
 
 def autocast_to(dtype, device):
+    """torch.autocast to a dtype on a device; for fp32 one that does nothing."""
     enabled = dtype != torch.float32
+    # torch 2.6 warns of fp32 on an Apple GPU, also where nothing is cast.
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
