@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.fuzz import READERS, damaged, outcome
+from common import UserError
 from model import causal_lm
 from model import loss as model_loss
 from tests.conftest import ROOT, run, run_here
@@ -106,6 +107,20 @@ def test_a_second_run_under_the_same_name_is_refused_and_a_dead_ones_lock_is_not
     lock.release()  # as the system does when a process dies
     assert (tmp_path / LOCK).read_text(encoding="utf-8").startswith(owner)
     assert run(SCRIPT, *flags(data, tmp_path)).returncode == 0
+
+
+def test_a_run_that_failed_does_not_lock_out_the_next_of_its_process(data, tmp_path, monkeypatch):
+    """A notebook keeps the error, and with it all that its frames hold."""
+
+    def fails(*_, **__):
+        raise UserError("it fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_full_sft, "open_data", fails)
+        with pytest.raises(UserError) as kept:
+            train_full_sft.main(flags(data, tmp_path))
+    train_full_sft.main(flags(data, tmp_path))
+    assert kept.traceback and (tmp_path / "full_sft_32.pth").exists()
 
 
 @unix

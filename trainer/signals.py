@@ -69,9 +69,12 @@ class RunLock:
     """
 
     FAR = 2**30  # Windows locks bytes against reading too; those of the owner's name stay readable
+    OWN = {}  # path: the lock of this process; an error that is kept, as in a notebook, keeps it
 
     def __init__(self, path):
         path = Path(path)
+        if path in self.OWN:
+            self.OWN.pop(path).release()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a+", encoding="utf-8")
@@ -91,6 +94,7 @@ class RunLock:
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.file.flush()
+        self.OWN[path] = self
 
     def acquire(self):
         if sys.platform == "win32":
