@@ -45,10 +45,9 @@ def reference_of(model, dataset, args, compute):
     """
     plan = cut(range(len(dataset)), args.batch_size)[compute.rank :: compute.world_size]
     found = torch.zeros(len(dataset), 2)
+    mine = batches(dataset, plan, args, compute.device, pad_pairs)
     with eval_mode(model), compute.autocast:
-        for part, batch in zip(
-            plan, batches(dataset, plan, args, compute.device, pad_pairs), strict=True
-        ):
+        for part, batch in zip(plan, mine, strict=True):
             found[part] = pair_log_probabilities(model, to_device(batch, compute.device)).cpu()
     return torch.tensor(compute.sum(*found.flatten().tolist())).view(-1, 2)
 
