@@ -11,9 +11,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+from common import ROOT, report_user_errors
+
 OUT = ROOT / "out"
 REPORT = OUT / "demo.json"
 DATA = [ROOT / "dataset" / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval")]
@@ -30,8 +30,6 @@ STAGES = {  # stage: its commands, and the files that they write
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):  # a model may write what a console lacks
-        stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="start over")
     parser.add_argument("--seed", type=int, default=1, help="of the training; starts over")
@@ -131,4 +129,5 @@ def compare(before, after):
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors():
+        main()

@@ -54,7 +54,8 @@ SCRIPTS = {
 def demo(tmp_path):
     """Runs demo.py in a folder of its own; returns (exit code, the scripts that it ran)."""
     (tmp_path / "out").mkdir()
-    shutil.copy(ROOT / "demo.py", tmp_path)
+    for name in ("demo.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
     for name, body in SCRIPTS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(WRITER + body, encoding="utf-8")
