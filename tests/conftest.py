@@ -75,7 +75,7 @@ def run_forked(command, cwd, text_input, timeout, environments=({},)):
     """One process for each environment, all at once. When one fails, the others have ten seconds
     to end.
     """
-    processes, printed, deadline = [], [[], []], time.monotonic() + timeout
+    processes, written, deadline = [], [[], []], time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         for number, environment in enumerate(environments):
             files = [Path(folder) / f"{number} {name}" for name in ("stdin", "stdout", "stderr")]
@@ -85,8 +85,8 @@ def run_forked(command, cwd, text_input, timeout, environments=({},)):
             with contextlib.chdir(ROOT):  # where the server that forks finds what it loads
                 process.start()
             processes.append(process)
-            for texts, path in zip(printed, files[1:], strict=True):
-                texts.append(path)
+            for paths, path in zip(written, files[1:], strict=True):
+                paths.append(path)
         failed = False
         while alive := [process for process in processes if process.exitcode is None]:
             if time.monotonic() > deadline:
@@ -96,7 +96,7 @@ def run_forked(command, cwd, text_input, timeout, environments=({},)):
             elif not failed and any(process.exitcode for process in processes):
                 failed, deadline = True, min(deadline, time.monotonic() + 10)
             multiprocessing.connection.wait([process.sentinel for process in alive], 0.2)
-        printed = ["".join(path.read_text("utf-8") for path in paths) for paths in printed]
+        printed = ["".join(path.read_text("utf-8") for path in paths) for paths in written]
     if not failed and time.monotonic() > deadline:
         raise subprocess.TimeoutExpired(command, timeout, *printed)
     code = next((process.exitcode for process in processes if process.exitcode), 0)

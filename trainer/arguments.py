@@ -137,7 +137,7 @@ def training_parser(doc, **defaults):
     add("packing", 1, "1: rows of several samples; 0: one padded sample per row", switch)
     add("strict_data", 0, "1: stop at the first bad record", switch)
     add("cache_dir", None, "folder of the tokenised data; default: cache/ in --save_dir", Path)
-    add("num_workers", None, "processes that prepare batches; default: for NVIDIA 2, else 0", count)
+    add("num_workers", None, "processes that prepare batches; default 0, NVIDIA on Linux: 2", count)
 
     add = parser.group("model")
     for name in SHAPE[2:]:

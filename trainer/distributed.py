@@ -101,7 +101,7 @@ def pick_device(name, deterministic=False):
         raise UserError(f"--device {name} cannot be used here ({reason}); try auto") from None
     if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--device mps: several processes cannot share an Apple GPU; give cpu")
-    if re.match("cuda:", name) and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise UserError(f"--device {name}: each process needs a GPU of its own; give cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -112,8 +112,9 @@ def pick_dtype(name, device):
     """The torch.dtype of --dtype, for weights that are not trained. auto does not take fp16 there,
     which can overflow.
     """
-    auto = "fp32" if auto_dtype(device) == "fp16" else auto_dtype(device)
-    return DTYPES[auto if name == "auto" else name]
+    if name == "auto":
+        name = "bf16" if auto_dtype(device) == "bf16" else "fp32"
+    return DTYPES[name]
 
 
 def auto_dtype(device):
@@ -202,8 +203,7 @@ def report_lost_process():
         code = 2
     if "RANK" in os.environ:
         # DDP and fully_shard keep references to the group that outlive it. A gloo thread that is
-        # still there when Python exits now and then aborts.
-        # nccl would wait for what it has begun.
+        # still there when Python exits now and then aborts, and nccl waits for what it has begun.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -203,8 +203,8 @@ def require_compiler(device):
             "--use_compile 1 on a GPU needs Triton, which torch brings on Linux alone, and a GPU "
             "of 2017 or newer (Volta)"
         )
-    compilers = (os.environ.get("CC", "gcc"), "gcc", "clang")
-    if device.type == "cuda" and not any(map(shutil.which, compilers)):
+    for_c = (os.environ.get("CC", "gcc"), "gcc", "clang")
+    if device.type == "cuda" and not any(map(shutil.which, for_c)):
         raise UserError("--use_compile 1 on a GPU needs a C compiler: install gcc, or set CC")
     if device.type == "mps" and torch.__version__ < "2.8":
         raise UserError("--use_compile 1 on an Apple GPU needs torch 2.8 or newer")
