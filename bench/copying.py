@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from common import IGNORE
-from dataset.loader import pack
+from dataset.loader import best_fit_decreasing, collate
 from dataset.tiny_world.text import words
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
@@ -43,7 +43,8 @@ def rows(rng, tokenizer, count, second_only=False):
 
 
 def loss_of(model, documents):
-    ids, labels, *where = pack(documents, 256)
+    rows = best_fit_decreasing([len(ids) for ids, _ in documents], 256)
+    ids, labels, *where = collate([[documents[i] for i in row] for row in rows], 256, 64)
     with torch.autocast("cpu", torch.bfloat16):
         return model(ids, *where, labels=labels) / supervised_tokens(labels)
 

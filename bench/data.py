@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.formats import format_of, read_records, to_conversation
+from dataset.formats import format_of, to_conversation
+from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
-from dataset.loader import best_fit_decreasing, pack, pad
+from dataset.loader import best_fit_decreasing, collate, pad
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from trainer.distributed import keep_freed_memory, pick_dtype
@@ -113,7 +114,8 @@ def train(args, tokenizer, max_seq_len=512, batch_size=8):
         groups = [
             chosen[at : at + batch_size // 2] for at in range(0, len(chosen), batch_size // 2)
         ]
-        steps("packed", [pack([data[i] for r in g for i in rows[r]], max_seq_len) for g in groups])
+        batches = [[[data[i] for i in rows[r]] for r in group] for group in groups]
+        steps("packed", [collate(batch, max_seq_len, 64) for batch in batches])
 
     def unpacked():
         chosen = [drawn.pop() for _ in range(args.steps * batch_size)]

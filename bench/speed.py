@@ -208,7 +208,7 @@ def sft(path, rounds, rows=80):
 
     from bench.data import TEMPLATE, trained_on
     from dataset.lm_dataset import SFTDataset
-    from dataset.loader import best_fit_decreasing, pack
+    from dataset.loader import best_fit_decreasing, collate
 
     tokenizer = trained_on(path, SHAPE["vocab_size"])
     data = SFTDataset(path, tokenizer, max_length=512)
@@ -218,7 +218,7 @@ def sft(path, rounds, rows=80):
     lengths = data.lengths[:rows].tolist()
     bins = best_fit_decreasing(lengths, 512)
     batches = [
-        pack([data[i] for row in bins[at : at + 8] for i in row], 512)
+        collate([[data[i] for i in row] for row in bins[at : at + 8]], 512, 64)
         for at in range(0, len(bins), 8)
     ]
 

@@ -115,7 +115,7 @@ def read_peft(folder, model):
     safetensors = load_safetensors()
     damaged = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         rank, alpha, target = (
             int(config["r"]),

@@ -3,8 +3,8 @@
     out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  lines.npy  report.json
                         sha256.json
 
-The key is a hash of all that decides the tokens: the file's content, the tokenizer, the code that
-makes tokens of it, the options. A folder appears under its key when it is complete. It is made
+The key is a hash of all that decides the tokens: the file's content, the tokenizer, the version of
+the code, the options. A folder appears under its key when it is complete. It is made
 again when a file's hash is not the one that sha256.json holds.
 """
 
@@ -22,10 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError
-from dataset import formats, offline
+from dataset import offline
 from dataset.chat_template import render_batch
+from dataset.jsonl import is_folder, open_file, read_records
 
-CODE = "tokenizer formats chat_template lm_dataset pairs cache".split()  # modules of the key
+VERSION = 1  # to be raised when the code makes other tokens of a file; a test notices
 ARRAYS = ("offsets", "supervised", "lines")
 CHARACTERS = 1_000_000  # that are tokenised at once
 REASONS = 1000  # bad records that are kept with their reason; all are counted
@@ -75,7 +76,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
     hashes of the cache's files, which reads all of it.
     Raises UserError for a missing file, a full disk, and with strict for the first bad record.
     """
-    if formats.is_folder(path):  # tokens and a teacher's outputs
+    if is_folder(path):  # tokens and a teacher's outputs
         return Tokens(**offline.tokens_of(path))
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
@@ -110,15 +111,13 @@ def mapped(path, dtype):
 
 
 def content_hash(path):
-    with formats.open_file(path) as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_key(content, tokenizer, options):
     """The name of a cache: the same for the same input, whatever the file is called."""
-    modules = [Path(__file__).with_name(f"{name}.py") for name in CODE]
-    code = [module.read_text(encoding="utf-8") for module in modules]
-    text = json.dumps([content, tokenizer.to_str(), code, options])
+    text = json.dumps([VERSION, content, tokenizer.to_str(), options])
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
@@ -182,7 +181,7 @@ def good_records(path, to_pieces, strict, report):
     """Yields [(line, pieces)] of the good records of a file, in batches of about CHARACTERS; the
     report counts them and the bad ones.
     """
-    records = formats.read_records(path)
+    records = read_records(path, report["notes"])
     batch, full = [], CHARACTERS
     for number, record in tqdm(records, f"tokenising {path.name}", leave=False, disable=None):
         try:

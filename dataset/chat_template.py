@@ -10,6 +10,8 @@ own. Nothing is searched for afterwards, so no text, whatever it imitates, can t
 """  # noqa: E501
 
 import json
+import re
+from array import array
 from contextlib import suppress
 from functools import lru_cache, partial
 
@@ -26,6 +28,9 @@ from common import (
 from dataset.tokenizer import load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
+AT_ONCE, LONG_TEXT = 1_000_000, 100_000  # characters that are encoded at once; of a part
+SEPARATORS = " \n.,;、。，"
+WORD_END = re.compile(rf"(?<=[^\W_])(?=[{SEPARATORS}])")
 shipped_tokenizer = lru_cache(load_tokenizer)
 
 
@@ -46,7 +51,8 @@ def render(messages, tools=None, add_generation_prompt=False, tokenizer=None):
     Raises ValueError, naming the message, for what is not such a conversation.
     """
     conversation = pieces(messages, tools, add_generation_prompt)
-    return render_batch([conversation], tokenizer or shipped_tokenizer())[0]
+    ((ids, loss_mask),) = render_batch([conversation], tokenizer or shipped_tokenizer())
+    return list(ids), list(loss_mask)
 
 
 def pieces(messages, tools=None, add_generation_prompt=False):
@@ -82,21 +88,61 @@ def pieces(messages, tools=None, add_generation_prompt=False):
 
 
 def render_batch(conversations, tokenizer):
-    """The (ids, loss_mask) of each of many lists of pieces. Each distinct text is encoded once, on
-    all cores.
+    """Return the (ids, loss_mask) of each of many lists of pieces, as arrays, which take a tenth of
+    the memory of lists. Each distinct text is encoded once, on all cores.
     """
-    texts = list({text for pieces in conversations for text, _ in pieces if isinstance(text, str)})
-    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ids_of = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
+    texts = {text for pieces in conversations for text, _ in pieces if isinstance(text, str)}
+    ids_of = encode_all(texts, tokenizer)
     rendered = []
     for pieces in conversations:
-        ids, loss_mask = [], []
+        ids, loss_mask = array("i"), bytearray()
         for piece, supervised in pieces:
             new = [piece] if isinstance(piece, int) else ids_of[piece]
             ids.extend(new)
             loss_mask.extend([supervised] * len(new))
         rendered.append((ids, loss_mask))
     return rendered
+
+
+def encode_all(texts, tokenizer):
+    """Return {text: its ids}. Long texts are encoded in parts, because the library needs 130 bytes
+    of memory for each character that it encodes at once.
+    """
+    ids_of, batch, characters = {text: array("i") for text in texts}, [], 0
+    parts = [(text, part) for text in ids_of for part in parts_to_encode(text, tokenizer)]
+    for index, (text, part) in enumerate(parts):
+        batch.append((text, part))
+        characters += len(part)
+        if characters > AT_ONCE or index == len(parts) - 1:
+            encodings = tokenizer.encode_batch_fast([p for _, p in batch], add_special_tokens=False)
+            for (text, _), encoding in zip(batch, encodings, strict=True):
+                ids_of[text].extend(encoding.ids)
+            batch, characters = [], 0
+    return ids_of
+
+
+def parts_to_encode(text, tokenizer):
+    """Return the parts of a text, about LONG_TEXT characters each, whose ids, one after the other,
+    are the ids of the text: it is cut after a word, where pre-tokenizers split it anyway.
+    """
+    parts, start = [], 0
+    if len(text) > LONG_TEXT and splits_after_words(tokenizer):
+        while match := WORD_END.search(text, start + LONG_TEXT):
+            parts.append(text[start : match.start()])
+            start = match.start()
+    return [*parts, text[start:]]
+
+
+def splits_after_words(tokenizer):
+    """Whether a tokenizer gives a text cut at WORD_END the ids of the whole."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    if any(token.rstrip or WORD_END.search(token.content) for token in added):
+        return False
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return all(encode(f"ab{mark}cd") == encode("ab") + encode(f"{mark}cd") for mark in SEPARATORS)
 
 
 def check(messages):

@@ -1,27 +1,30 @@
-"""Reads data files, and converts the usual formats to the project's own.
+"""Converting records of the usual formats to the project's own.
 
     text            {"text"}                                                   pretraining
     conversations   {"conversations": [{"role", "content", ...}], "tools"?}    the project's own
     sharegpt        {"conversations": [{"from", "value"}], "system"?, "tools"?}
     openai          {"messages": [{"role", "content", ...}], "tools"?}         UltraChat, too
+    ultrachat       {"data": [question, answer, ...]}
     alpaca          {"instruction", "input"?, "output", "system"?, "history"?}
+    dolly           {"instruction", "context"?, "response"}
     openorca        {"system_prompt"?, "question", "response"}
+    metamath        {"query", "response"}
+    openmath        {"question", "generated_solution"}; openmath2: {"problem", ...}
     math            {"problem", "solution"}
     qa              {"question", "answer"}                                     GSM8K
-    prompt          {"prompt", "completion"}
+    prompt          {"prompt", "completion"}, texts or lists of messages       trl
+    input           {"input", "output"}
     preference      {"chosen", "rejected"} and what comes before them, see pairs.py      DPO
 
-A file is JSONL or one JSON array. Its format is that of its first record in one of these.
+The format of a file is that of its first record in one of these. A record may also be a list of
+messages (nanochat), and a conversation a list of texts, question and answer in turn (LIMA).
 """
 
-import codecs
 import json
-import os
 import re
-from pathlib import Path
 
-from common import UserError
 from dataset.chat_template import ROLES, json_of, text_of
+from dataset.jsonl import list_hint
 
 ALIASES = {
     "user": "human user",
@@ -30,120 +33,28 @@ ALIASES = {
     "tool": "tool function observation",
 }
 ROLE_OF = {alias: role for role, aliases in ALIASES.items() for alias in aliases.split()}
-SEPARATOR = re.compile(r"[\s,]*")  # between the items of an array
 KEYS = {  # format: the keys that every record of it has; the first format that fits is taken
     "preference": ("chosen", "rejected"),
     "conversations": ("conversations",),
     "sharegpt": ("conversations",),
     "openai": ("messages",),
+    "ultrachat": ("data",),
     "alpaca": ("instruction", "output"),
+    "dolly": ("instruction", "response"),
     "openorca": ("question", "response"),
+    "metamath": ("query", "response"),
+    "openmath": ("question", "generated_solution"),
+    "openmath2": ("problem", "generated_solution"),
     "math": ("problem", "solution"),
     "qa": ("question", "answer"),
     "prompt": ("prompt", "completion"),
+    "input": ("input", "output"),
     "text": ("text",),
 }
-
-
-def read_records(path):
-    """Yields (line number, record) of a JSONL file or of one JSON array, without holding all of it
-    in memory.
-
-    A record is a dict; what is not a JSON object is yielded as a ValueError in its place. Reading
-    ends where an array is broken, and at the first value after an array. Raises UserError if there
-    is no such file.
-    """
-    with open_file(path) as file:
-        try:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-            file.seek(0)
-            items = array_items(file) if start.startswith(b"[") else lines(file)
-            for number, item in items:
-                if not isinstance(item, dict | ValueError):
-                    item = ValueError(f"not a record in braces, but {type(item).__name__}")
-                yield number, item
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def open_file(path):
-    """The file at path, open to be read as bytes. Raises UserError if there is none."""
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no file, and data is read more than once; give a file")
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
-
-
-def read_json(path):
-    """The value of a JSON file. Raises UserError if it is not JSON."""
-    with open_file(path) as file:
-        try:
-            return json.loads(file.read().decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no JSON: {error}") from None
-
-
-def is_folder(path):
-    """Whether path is a folder. Path.is_dir would raise OSError for a name that is too long."""
-    return os.path.isdir(path)  # noqa: PTH112
-
-
-def lines(file):
-    """Yields (line number, its value or a ValueError) of a JSONL file."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except json.JSONDecodeError as error:
-            yield number, ValueError(f"not JSON: {error.msg}, at character {error.colno}")
-        except (ValueError, RecursionError) as error:  # bad UTF-8, a number of too many digits
-            yield number, ValueError(f"JSON that cannot be read: {error}")
-
-
-def array_items(file, piece=1 << 20):
-    """Yields (line number, item or ValueError) of a JSON array, decoded from pieces of the file."""
-    # A byte that is not UTF-8 becomes a lone surrogate, which makes only its own record a bad one.
-    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    text = decode(file.read(piece))
-    at = text.index("[") + 1
-    line = 1 + text.count("\n", 0, at)
-    while True:
-        begin = SEPARATOR.match(text, at).end()
-        line += text.count("\n", at, begin)
-        if text.startswith("]", begin):
-            rest = text[begin + 1 :] + decode(file.read(piece))
-            if rest.strip():
-                line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
-                end = "the JSON array ends before it; give one array, or a record in braces a line"
-                yield line, ValueError(end)
-            return
-        try:
-            item, at = decoded(text, begin)
-            yield line, item
-            line += text.count("\n", begin, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            more = file.read(max(piece, len(text) - begin))  # as much again, so retries stay few
-            if not more:
-                yield line, ValueError(f"not JSON, and the array ends there: {error}")
-                return
-            text, at = text[begin:] + decode(more), 0
-
-
-def decoded(text, begin):
-    """(the JSON value that begins there, where it ends). A value with a number of too many digits
-    is returned as a ValueError.
-    """
-    try:
-        return json.JSONDecoder().raw_decode(text, begin)
-    except json.JSONDecodeError:
-        raise
-    except ValueError as error:
-        problem = ValueError(f"JSON that cannot be read: {error}")
-        return problem, json.JSONDecoder(parse_int=str).raw_decode(text, begin)[1]
+# Keys by which axolotl, LLaMA-Factory, ms-swift, torchtune and verl say whether a message, or a
+# record, is trained on.
+WEIGHTS = ("loss_weight", "weight", "loss_mask", "loss", "train", "training", "trainable")
+MASK_LIKE = re.compile(r"(^|_|is|no|un|skip)(mask|loss|train|weight|supervis)", re.IGNORECASE)
 
 
 def format_of(record):
@@ -152,7 +63,8 @@ def format_of(record):
     name = next(fitting, None)
     if name is None:
         keys = ", ".join(map(repr, record)) or "(none)"
-        raise ValueError(f"a record with the keys {keys} is in no known format")
+        hint = list_hint(record)
+        raise ValueError(f"a record with the keys {keys} is in no known format{hint}")
     turns = record.get("conversations")
     if name == "conversations" and isinstance(turns, list) and turns:
         return "sharegpt" if isinstance(turns[0], dict) and "from" in turns[0] else name
@@ -160,18 +72,21 @@ def format_of(record):
 
 
 def to_text(record):
-    """The text of a pretraining record."""
+    """Return the text of a pretraining record."""
     if "text" not in record:
-        raise ValueError(f'there is no "text" in it, only {", ".join(map(repr, record))}')
+        keys = ", ".join(map(repr, record))
+        raise ValueError(f'there is no "text" in it, only {keys}{list_hint(record)}')
+    if weights_of(record, "it", [None]) == [0]:
+        raise ValueError("it is marked not to be trained on; leave such a text out")
     return text_of(record["text"], "it has text")
 
 
 def to_conversation(record, name, notes):
-    """(messages, tools) of a record in the named format, as `render` takes them.
+    """Return (messages, tools) of a record in the named format, as `render` takes them.
 
-    Assistant turns before the first turn of a user are left out, and so are empty ones; the Counter
-    notes counts them. Raises ValueError for a missing key, an unknown role, content that is not
-    text.
+    Assistant turns before the first turn of a user are left out, unless their loss_weight is 0, and
+    so are empty ones; the Counter notes counts them. Raises ValueError for a missing key, an
+    unknown role, content that is not text, and a mask that is not understood.
     """
     if name == "preference":
         raise ValueError("it is a pair of answers, for train_dpo.py, not a conversation")
@@ -179,46 +94,111 @@ def to_conversation(record, name, notes):
     if missing:
         raise ValueError(f'there is no "{missing[0]}" in it, as the format {name} has')
     messages = [message(turn, number) for number, turn in enumerate(turns(record, name), 1)]
+    weights = weights_of(record, "the record", [turn.get("loss_weight") for turn in messages])
     kept = []
-    for turn in messages:
+    for turn, weight in zip(messages, weights, strict=True):
         assistant = turn["role"] == "assistant"
+        turn |= {"loss_weight": 0} if weight == 0 else {}
         filled = turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
+        leading = all(earlier["role"] == "system" for earlier in kept)
         if assistant and not filled:
             notes["empty assistant turns left out"] += 1
-        elif assistant and all(before["role"] == "system" for before in kept):
+        elif assistant and leading and weight != 0:
             notes["leading assistant turns left out"] += 1
         else:
             kept.append(turn)
+        if weight == 1 and not assistant:
+            notes["turns marked to be trained on, but not the assistant's: they are not"] += 1
     if not kept:
         raise ValueError("no turn is left")
     return kept, record.get("tools") or messages[0].get("tools")
 
 
-def turns(record, name):
-    """The record's turns, each still in its own format."""
+def weights_of(record, name, weights):
+    """Return the loss weight of each message, 0, 1 or None, as the keys of its record say, or else
+    as weights does. A list has a flag for each message. Raises ValueError for what is not
+    understood.
+    """
     system = record.get("system") or record.get("system_prompt")
-    found = [{"role": "system", "content": system}] if system else []
-    if name in ("conversations", "sharegpt", "openai"):
-        listed = record[KEYS[name][0]]
-        if not isinstance(listed, list) or not listed:
-            raise ValueError(f"a conversation is a list of messages, not {listed!r}")
-        return found + listed
+    for key, value in record.items():
+        if value is None or isinstance(value, str) or not MASK_LIKE.search(key):
+            continue
+        flags = value if isinstance(value, list) else [value] * len(weights)
+        if system and len(flags) == len(weights) - 1:
+            flags = [None, *flags]  # the system prompt is not in the list of messages
+        if len(flags) != len(weights):
+            raise ValueError(
+                f"{name} has {key} with {len(value)} flags for {len(weights)} messages"
+            )
+        for number, flag in enumerate(flags):
+            weight = loss_weight({key: flag}, name)
+            if weight is not None and weights[number] != 0:
+                weights[number] = weight
+    return weights
+
+
+def loss_weight(turn, name):
+    """Return 1 or 0, as a message says whether it is supervised, or None if it does not. Raises
+    ValueError for a key that seems to say so in another way.
+    """
+    weights = set()
+    for key, value in turn.items():
+        if value is None or not MASK_LIKE.search(key):
+            continue
+        if key not in (*WEIGHTS, "masked") or value not in (0, 1):
+            known = (
+                "give 0 or 1" if key in WEIGHTS else "give loss_weight 0 or 1, or rename the key"
+            )
+            raise ValueError(f"{name} has {key} {value!r:.100}; {known}")
+        weights.add(1 - int(value) if key == "masked" else int(value))
+    if len(weights) > 1:
+        raise ValueError(f"{name} says both that it is trained on and that it is not")
+    return next(iter(weights), None)
+
+
+def turns(record, name):
+    """Return the record's turns, each still in its own format."""
+    system = record.get("system") or record.get("system_prompt")
+    listed = [{"role": "system", "content": system}] if system else []
+    if len(KEYS[name]) == 1:
+        conversation = record[KEYS[name][0]]
+        if not isinstance(conversation, list) or not conversation:
+            raise ValueError(f"a conversation is a list of messages, not {conversation!r}")
+        if all(isinstance(text, str) for text in conversation):
+            roles = ("user", "assistant") * len(conversation)
+            conversation = [turn_of(*pair) for pair in zip(roles, conversation, strict=False)]
+        return listed + conversation
     question, answer = (record[key] for key in KEYS[name])
-    if record.get("input"):
-        instruction = text_of(question, "it has instruction")
-        question = f"{instruction}\n{text_of(record['input'], 'it has input')}"
+    if isinstance(question, list):  # trl supervises the completion only
+        question = [{"loss_weight": 0, **turn} for turn in question if isinstance(turn, dict)]
+    for key in ("input", "context"):
+        if record.get(key) and key not in KEYS[name]:
+            question = (
+                f"{to_content(question, 'it has text')}\n{to_content(record[key], f'it has {key}')}"
+            )
     history = record.get("history") or []
     if not isinstance(history, list):
         raise ValueError(f"history is a list of [question, answer], not {history!r}")
     for pair in [*history, [question, answer]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history is a list of [question, answer], but has {pair!r}")
-        found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return found
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            listed += text if isinstance(text, list) else [turn_of(role, text)]
+    return listed
+
+
+def turn_of(role, content):
+    return {"role": role, "content": content}
+
+
+def to_content(value, name):
+    """Return text as it is, and a number as text. Raises ValueError, which begins with name."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return text_of(json.dumps(value) if is_number else value, name)
 
 
 def message(turn, number):
-    """A turn as the project's message. Raises ValueError, which names it by its number."""
+    """Return a turn as the project's message. Raises ValueError, which names it by its number."""
     if not isinstance(turn, dict) or not {"role", "from"} & set(turn):
         raise ValueError(f'message {number} is not {{"role": ..., "content": ...}}: {turn!r:.200}')
     alias = turn.get("role", turn.get("from"))
@@ -238,21 +218,16 @@ def message(turn, number):
     calls = json_of(calls, f"message {number}: a call")
     if content is None and calls:
         content = ""
-    converted = {"role": role, "content": text_of(content, f"message {number} has content")}
+    converted = {"role": role, "content": to_content(content, f"message {number} has content")}
     if reasoning:
-        found = f"message {number} has reasoning_content"
-        converted["reasoning_content"] = text_of(reasoning, found)
+        name = f"message {number} has reasoning_content"
+        converted["reasoning_content"] = text_of(reasoning, name)
     if calls:
         converted["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if turn.get("tools"):
         converted["tools"] = turn["tools"]
-    name = "loss_weight" if "loss_weight" in turn else "weight"
-    weight = turn.get(name)
-    if weight not in (None, 0, 1):
-        raise ValueError(f"message {number} has {name} {weight!r}; give 0 or 1")
-    if weight == 0:
-        converted["loss_weight"] = 0
-    return converted
+    weight = loss_weight(turn, f"message {number}")
+    return converted if weight is None else converted | {"loss_weight": weight}
 
 
 def parts_of(content, number):

@@ -84,6 +84,10 @@ class TokenDataset(Dataset):
         supervised = torch.from_numpy(tokens.mask[start:end] == 1)
         return input_ids, torch.where(supervised, input_ids, IGNORE)
 
+    def documents(self, index):
+        """Return the documents of a row with this sample alone."""
+        return [self[index]]
+
     @property
     def lengths(self):
         """(n,) tokens of each sample."""

@@ -23,14 +23,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from common import IGNORE, PAD
-from dataset.formats import open_file
+from common import IGNORE, PAD, UserError
+from dataset.jsonl import open_file
 from model.loss import supervised_tokens
 
-SHORTEST = 128  # tokens of a packed row at least, where samples are not longer than that
-ATTENTION = 2000  # see `layout`; measured with the default model on a CPU
+SHORTEST = 128  # tokens of a packed row at least, where max_seq_len is not shorter than that
+MULTIPLE = 64  # a CPU keeps compiled code for each size of product, so rows have few lengths
+ATTENTION = 2000  # see `row_length`; measured with the default model on a CPU
+SAMPLED = 2000  # samples that are packed to choose the length of rows
 
 
 class Source(NamedTuple):
@@ -75,9 +77,11 @@ def split_samples(dataset, part, seed):
 
 
 def mix(samples, dataset, sources, seed):
-    """The samples with each source's copies, or in the proportion of the weights.
+    """Return the samples with each source's copies, or in the proportion of the weights.
 
-    With weights there are as many samples as before; those of a short source come several times.
+    With weights there are about as many samples as before; those of a short source come several
+    times, and each source at least once. Raises UserError for a source with a weight of which
+    nothing is left to train on.
     """
     samples = np.asarray(samples)
     file_of = dataset.samples[samples, 0]
@@ -86,8 +90,13 @@ def mix(samples, dataset, sources, seed):
     for number, source in enumerate(sources):
         own = samples[file_of == number]
         count = len(own) * source.copies
+        if total and not len(own):
+            raise UserError(
+                f"{source.path}:{source.weight:g} has no sample to train on: all are held out for "
+                "validation or left out; give more records, --val_split 0, or --val_data_path"
+            )
         if total:
-            count = round(source.weight / total * len(samples)) if len(own) else 0
+            count = max(1, round(source.weight / total * len(samples)))
         copies, rest = divmod(count, max(1, len(own)))
         drawn = np.random.default_rng([seed, number]).permutation(own)[:rest]
         mixed += own.tolist() * copies + drawn.tolist()
@@ -100,11 +109,12 @@ class StepPlan:
     step_began   time.perf_counter() when the latest step's batches were asked for
     wait_s       seconds that the loop has waited for batches in all
     samples      the samples of the latest step, and its epoch
+    row_length   tokens of a row at most
     """
 
-    def __init__(self, dataset, samples, args, compute, collate=None):
+    def __init__(self, dataset, samples, args, compute):
         self.dataset, self.args, self.device = dataset, args, compute.device
-        self.collate = collate
+        self.row_length = row_length(dataset.lengths, args)
         self.rows_per_step = args.batch_size * args.accumulation_steps * compute.world_size
         ranks = {"rank": compute.rank, "world_size": compute.world_size}
         self.of_epoch = lru_cache(1)(partial(epoch_plan, dataset, samples, args, **ranks))
@@ -115,43 +125,68 @@ class StepPlan:
         return self.steps_per_epoch * self.args.epochs
 
     def after(self, step):
-        """Yields a list of batches for each step after the first `step` ones, as `pack` or `pad`
-        returns them: micro-batches, whose gradients are summed.
+        """Yield a list of batches for each step after the first `step` ones, as `collate` returns
+        them: micro-batches, whose gradients are summed.
         """
         while step < len(self):
             self.epoch, done = divmod(step, self.steps_per_epoch)
             steps = self.of_epoch(self.epoch)[done:]
             micro_batches = [micro_batch for step in steps for micro_batch in step]
-            loader = batches(self.dataset, micro_batches, self.args, self.device, self.collate)
+            loader = batches(self.dataset, micro_batches, self.args, self.device)
             for of_step in steps:
                 self.step_began = time.perf_counter()
                 fetched = [next(loader) for _ in of_step]
                 self.wait_s += time.perf_counter() - self.step_began
-                self.samples = sum(of_step, [])
+                self.samples = flat(flat(of_step))
                 yield fetched
             step += len(steps)
 
 
 def epoch_plan(dataset, samples, args, epoch, rank=0, world_size=1):
-    """The samples that each step of an epoch takes: a list of steps, a step being a list of
-    micro-batches of this process, a micro-batch a list of sample numbers.
+    """Return the samples that each step of an epoch takes: a list of steps, a step being a list of
+    micro-batches of this process, a micro-batch a list of rows, a row a list of sample numbers.
 
-    With args.packing a micro-batch fills batch_size packed rows of max_seq_len tokens, else it is
-    batch_size samples. A step takes the same samples however it is split into micro-batches and
-    processes. All processes get the same number of micro-batches; some may be empty.
+    With args.packing a micro-batch is as many packed rows of `row_length` tokens as batch_size rows
+    of max_seq_len tokens hold, else batch_size samples. A step takes the same samples however it is
+    split into micro-batches and processes. All processes get the same number of micro-batches; some
+    may be empty.
     """
     rng = np.random.default_rng([args.seed, epoch])
     order = rng.permutation(np.asarray(samples, np.int64)).tolist()
-    rows = [[sample] for sample in order]
+    rows, rows_at_once = [[sample] for sample in order], args.batch_size
     if args.packing:
-        packed = best_fit_decreasing(dataset.lengths[order].tolist(), args.max_seq_len)
+        T = row_length(dataset.lengths, args)
+        packed = best_fit_decreasing(dataset.lengths[order].tolist(), T)
         rows = [[order[item] for item in packed[index]] for index in rng.permutation(len(packed))]
+        rows_at_once *= args.max_seq_len // T
     plan = []
-    for rows_of_step in cut(rows, args.batch_size * args.accumulation_steps * world_size):
-        micro_batches = [sum(part, []) for part in cut(rows_of_step, args.batch_size)]
-        micro_batches += [[]] * (-len(micro_batches) % world_size)
+    for rows_of_step in cut(rows, rows_at_once * args.accumulation_steps * world_size):
+        micro_batches = cut(rows_of_step, rows_at_once)
+        micro_batches += [[] for _ in range(-len(micro_batches) % world_size)]
         plan.append(micro_batches[rank::world_size])
     return plan
+
+
+def row_length(lengths, args):
+    """Return the tokens of a packed row: args.max_seq_len, or, where all samples are shorter, the
+    half, a third ... of it that costs least. Short rows are filled less well. But a token attends
+    to its whole row, where other samples are only masked out: in a row of ATTENTION tokens that
+    takes as long as everything else. Without args.packing it is the longest sample.
+    """
+    longest = int(lengths.max(initial=1))
+    if not args.packing:
+        return longest
+    some, costs = lengths[:: math.ceil(max(1, len(lengths)) / SAMPLED)].tolist(), {}
+    for parts in range(1, 1 + args.max_seq_len // max(SHORTEST, longest)):
+        T = args.max_seq_len // parts
+        if parts == 1 or T * parts == args.max_seq_len and T % MULTIPLE == 0:
+            costs[T] = len(best_fit_decreasing(some, T)) * T * (ATTENTION + T)
+    return min(costs, key=costs.get, default=args.max_seq_len)
+
+
+def flat(lists):
+    """Return the items of several lists as one."""
+    return [item for items in lists for item in items]
 
 
 def token_counts(micro_batches):
@@ -167,33 +202,42 @@ def cut(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def batches(dataset, micro_batches, args, device, collate=None):
-    """Yields a batch for each list of sample numbers: what collate, by default `pack` or `pad`,
-    returns.
+class Rows(Dataset):
+    """The rows of a dataset by the numbers of their samples: a list of (input_ids, labels)."""
 
-    On an NVIDIA GPU all have one shape, since its code is compiled for each: batch_size rows of
-    max_seq_len tokens, or, where samples are padded, of the longest sample. args.num_workers
-    processes prepare them in advance; None: two for such a GPU, but on Windows, where starting them
-    takes seconds. When one of those dies, the rest is prepared here: slower, and the same.
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, row):
+        return flat(self.dataset.documents(sample) for sample in row)
+
+
+def batches(dataset, micro_batches, args, device):
+    """Yield what `collate` returns for each list of rows, a row being a list of sample numbers.
+
+    On an NVIDIA GPU all have one shape, since its code is compiled for each: all rows of a full
+    micro-batch, as long as the longest row can be. args.num_workers processes prepare them in
+    advance; None: two for such a GPU, but on Windows, where starting them takes seconds. When one
+    of those dies, the rest is prepared here: slower, and the same.
     """
-    gpu, longest = device.type == "cuda", args.max_seq_len
+    gpu, T, count = device.type == "cuda", row_length(dataset.lengths, args), args.batch_size
     workers = args.num_workers
     if workers is None:
         workers = 2 if gpu and sys.platform != "win32" else 0
-    if gpu and not args.packing:  # 128: FlexAttention computes blocks of so many tokens
-        longest = min(longest, math.ceil(dataset.lengths.max(initial=1) / 128) * 128)
-    collate = partial(
-        collate or (pack if args.packing else pad),
-        max_seq_len=longest,
-        rows=args.batch_size if gpu else None,
-    )
+    if args.packing:
+        count *= args.max_seq_len // T
+    elif gpu:  # FlexAttention computes blocks of 128 tokens
+        T = min(args.max_seq_len, math.ceil(T / 128) * 128)
+    multiple = T if gpu else MULTIPLE if args.packing else 1
+    collated = partial(collate, longest=T, multiple=multiple, count=count if gpu else 1)
+    rows = Rows(dataset)
     done = 0
     with own_handler_of_dead_children():
         loader = iter(
             DataLoader(
-                dataset,
+                rows,
                 batch_sampler=micro_batches,
-                collate_fn=collate,
+                collate_fn=collated,
                 num_workers=workers,
                 pin_memory=gpu,  # copied to the GPU while it computes
                 generator=torch.Generator(),  # its own: it draws nothing from the global one
@@ -209,8 +253,8 @@ def batches(dataset, micro_batches, args, device, collate=None):
         if not workers or not ours:
             raise
         print(f"warning: {error}. The batches are prepared by the training process from here on")
-    for samples in micro_batches[done:]:
-        yield collate([dataset[sample] for sample in samples])
+    for micro_batch in micro_batches[done:]:
+        yield collated([rows[row] for row in micro_batch])
 
 
 @contextmanager
@@ -259,47 +303,25 @@ def best_fit_decreasing(lengths, max_seq_len):
     return rows
 
 
-def layout(lengths, max_seq_len):
-    """(tokens of a row, the rows) for a batch of samples; the rows are lists of indices.
-
-    Short rows need more padding. But a token attends to its whole row, other samples in it are
-    only masked out: in a row of ATTENTION tokens that takes as long as all the rest. So the row
-    length is the one that costs least, from about the longest sample to max_seq_len. About, because
-    a CPU keeps compiled code for each size of product that occurs.
+def pad(documents, T=1, count=1):
+    """Return samples (input_ids, labels) as one batch, each in a row of its own. The length of the
+    rows is a multiple of T; there are at least count.
     """
-    shortest = -max([SHORTEST, *lengths]) // 64 * -64
-    row_lengths = [*range(shortest, max_seq_len, shortest), max_seq_len]
-    layouts = [(T, best_fit_decreasing(lengths, T)) for T in row_lengths]
-    return min(layouts, key=lambda found: len(found[1]) * found[0] * (ATTENTION + found[0]))
+    return collate([[document] for document in documents], multiple=T, count=count)
 
 
-def pack(documents, max_seq_len, rows=None):
-    """Samples (input_ids, labels) as one batch of rows that hold several: at least `rows` rows of
-    max_seq_len tokens, or as few tokens as possible.
-    """
-    lengths = [len(input_ids) for input_ids, _ in documents]
-    if rows is None:
-        T, packed = layout(lengths, max_seq_len)
-    else:
-        T, packed = max_seq_len, best_fit_decreasing(lengths, max_seq_len)
-    return batch([[documents[item] for item in row] for row in packed], T, rows)
-
-
-def pad(documents, max_seq_len=None, rows=None):
-    """Samples as one batch, each in a row of its own: at least `rows` rows of max_seq_len tokens,
-    or rows of the longest sample.
-    """
-    longest = max((len(input_ids) for input_ids, _ in documents), default=0)
-    return batch([[d] for d in documents], max_seq_len if rows else longest, rows)
-
-
-def batch(rows, T, at_least=None):
-    """Rows of samples as input_ids, labels, position_ids and document_ids, each (B, T).
+def collate(rows, longest=None, multiple=1, count=1):
+    """Return rows of samples as input_ids, labels, position_ids and document_ids, each (B, T): T is
+    the length of the longest row, rounded up to a multiple, but not above longest; B is at least
+    count.
 
     A sample's first token has no label: what stands before it is another sample. No rows at
     all give one token without loss, the share of a process that has nothing left to do.
     """
-    shape = (max(at_least or 1, len(rows)), max(1, T))
+    T = max((sum(len(row_ids) for row_ids, _ in row) for row in rows), default=1)
+    T = math.ceil(T / multiple) * multiple
+    T = T if longest is None else min(T, longest)
+    shape = (max(count, len(rows)), T)
     ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
     position_ids, document_ids = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for index, row in enumerate(rows):

@@ -6,7 +6,6 @@ from common import IGNORE
 from dataset import formats
 from dataset.chat_template import pieces, text_of
 from dataset.lm_dataset import TokenDataset
-from dataset.loader import batch
 
 # Where a record has what comes before the answers.
 SHARED = ("prompt", "conversations", "messages", "instruction", "question", "input")
@@ -37,10 +36,14 @@ class PairDataset(TokenDataset):
         place = int(np.flatnonzero(self.files[file].mask[start:end] == 2)[0])
         return [(input_ids[:place], labels[:place]), (input_ids[place:], labels[place:])]
 
+    def documents(self, index):
+        """Return the documents of a row: 0 is the chosen conversation, 1 the rejected one."""
+        return self[index]
+
 
 def to_pair(record):
-    """(chosen, rejected, tools): a preference record as two conversations, as `render` takes them.
-    Only what the two do not share is supervised.
+    """Return (chosen, rejected, tools): a preference record as two conversations, as `render` takes
+    them. What the two share is not supervised.
 
     Answers are text, a message, or messages; messages that begin with another role than assistant
     are the whole conversation. Raises ValueError for equal or empty answers.
@@ -55,6 +58,8 @@ def to_pair(record):
     missing = [key for key in formats.KEYS["preference"] if key not in record]
     if missing:
         raise ValueError(f'there is no "{missing[0]}" in it')
+    if formats.weights_of(record, "it", [None]) != [None]:
+        raise ValueError("a pair is supervised where its answers differ; mark its messages instead")
     chosen, rejected = (answered(shared, record[key], key) for key in formats.KEYS["preference"])
     for conversation in (chosen, rejected):
         if record.get("system") and conversation[0]["role"] != "system":
@@ -66,8 +71,6 @@ def to_pair(record):
     for conversation, key in ((chosen, "chosen"), (rejected, "rejected")):
         for turn in conversation[:same]:
             turn["loss_weight"] = 0
-        for turn in conversation[same:]:
-            turn.pop("loss_weight", None)
         if conversation[same : same + 1] and conversation[same]["role"] != "assistant":
             raise ValueError(f"{key} differs before the answer: in message {same + 1}")
         if not conversation[same:]:
@@ -89,14 +92,6 @@ def answered(shared, answer, key):
     if not shared:
         raise ValueError(f'there is no "prompt", and {key} has no message of a user')
     return [formats.message(turn, number) for number, turn in enumerate(shared, 1)] + answer
-
-
-def pad_pairs(pairs, max_seq_len=None, rows=None):
-    """Samples of a `PairDataset` as one batch, a pair a row, like `pad`: document 0 is the chosen
-    conversation, document 1 the rejected one.
-    """
-    longest = max((len(one[0]) + len(other[0]) for one, other in pairs), default=0)
-    return batch(pairs, max_seq_len if rows else longest, rows)
 
 
 def counts(pairs):

@@ -10,34 +10,38 @@ import hashlib
 import html
 import json
 import math
+import os
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common import UserError, replacing, report_user_errors
+from common import UserError, load_tensors, replacing, report_user_errors
 from dataset import formats
+from dataset.jsonl import is_folder, read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.loader import best_fit_decreasing
+from dataset.loader import best_fit_decreasing, flat, row_length
 from dataset.pairs import PairDataset
 from dataset.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
 LARGEST = 10**9  # value of a flag; a larger one is a mistake
-STYLES = {  # how the terminal shows each kind of token: colour, underlined
-    "supervised": "\033[32m",
-    "other": "\033[90m",
-    "supervised control": "\033[32m\033[4m",
-    "control": "\033[35m\033[4m",
+STYLES = {  # how the terminal shows each kind of token: (before, after); colour, underlined
+    "supervised": ("\033[32m", "\033[0m"),
+    "other": ("\033[90m", "\033[0m"),
+    "supervised control": ("\033[32m\033[4m", "\033[0m"),
+    "control": ("\033[35m\033[4m", "\033[0m"),
 }
+PLAIN = dict.fromkeys(STYLES, ("", "")) | dict.fromkeys(("supervised", "supervised control"), "[]")
 
 
 def open_data(path, tokenizer, args):
     """The dataset of a file: documents, pairs or conversations, as its first known record is."""
-    for _, record in formats.read_records(path):
+    for _, record in read_records(path):
         try:
             name = formats.format_of(record)
         except (ValueError, TypeError):  # a bad record, which the dataset counts
@@ -48,9 +52,17 @@ def open_data(path, tokenizer, args):
     return SFTDataset(path, tokenizer, args.max_seq_len, overlong=args.overlong)
 
 
+def tokenizer_of(args):
+    """Return the tokenizer of --weight, or else of --tokenizer_path."""
+    if args.weight is None or is_folder(args.weight):
+        return load_tokenizer(args.weight or args.tokenizer_path)
+    weights = load_tensors(args.weight, remedy="give the path of a .pth file or a folder")
+    return load_tokenizer(json_text=str(weights.get("tokenizer")))
+
+
 def check(args):
     """Prints what is in each file; returns 1 if any record is bad, else 0."""
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    tokenizer = tokenizer_of(args)
     tables = [table_of(path, tokenizer, args) for path in args.data_path]
     if args.json:
         print(json.dumps(tables, indent=1, ensure_ascii=False))
@@ -64,7 +76,7 @@ def table_of(path, tokenizer, args):
     data = open_data(path, tokenizer, args)
     (file,) = data.files
     roles, answers, seen, duplicates = Counter(), Counter(), set(), []
-    for number, record in formats.read_records(path):
+    for number, record in read_records(path):
         if isinstance(record, ValueError):
             continue
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
@@ -80,9 +92,12 @@ def table_of(path, tokenizer, args):
         roles.update(message["role"] for message in messages)
         answers[sum(message["role"] == "assistant" for message in messages)] += 1
     lengths = np.diff(file.offsets)
-    tokens, rows = int(lengths.sum()), range(len(data))  # a pair has a row of its own
-    if not isinstance(data, PairDataset):
-        rows = best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
+    tokens, args.packing = int(lengths.sum()), not isinstance(data, PairDataset)
+    T, rows_at_once, rows = args.max_seq_len, args.batch_size, range(len(data))
+    if args.packing:  # a pair has a row of its own
+        T = row_length(data.lengths, args)
+        rows = best_fit_decreasing(data.lengths.tolist(), T)
+        rows_at_once *= args.max_seq_len // T
     return {
         "file": str(path),
         **{key: file.report[key] for key in ("format", "records", "bad", "bad_lines", "notes")},
@@ -100,9 +115,10 @@ def table_of(path, tokenizer, args):
         "dropped": data.dropped,
         "samples": len(data),
         "packed_rows": len(rows),
-        "packing_efficiency": int(data.lengths.sum()) / (len(rows) * args.max_seq_len),
+        "tokens_per_row": T,
+        "packing_efficiency": int(data.lengths.sum()) / (len(rows) * T),
         "batch_size": args.batch_size,
-        "steps_per_epoch": math.ceil(len(rows) / args.batch_size),
+        "steps_per_epoch": math.ceil(len(rows) / rows_at_once),
     }
 
 
@@ -125,16 +141,15 @@ def as_text(table):
 
 def show(args):
     """Prints tokens in colour, or writes them as a page; returns 0."""
-    tokenizer, rows = load_tokenizer(args.tokenizer_path), []
+    tokenizer, rows = tokenizer_of(args), []
     for path in args.data_path:
         data = open_data(path, tokenizer, args)
         numbers = [[sample] for sample in range(len(data))]
         if args.packing:
-            numbers = best_fit_decreasing(data.lengths.tolist(), args.max_seq_len)
+            T = row_length(data.lengths, args)
+            numbers = best_fit_decreasing(data.lengths.tolist(), T)
         for row in numbers[: args.n]:
-            samples = [data[sample] for sample in row]
-            if isinstance(data, PairDataset):
-                samples = sum(samples, [])
+            samples = flat(data.documents(sample) for sample in row)
             samples = [tokens_of(*sample, tokenizer, args.ids) for sample in samples]
             rows.append((f"{data.where(row)}: {sum(map(len, samples))} tokens", samples))
     if args.html:
@@ -143,11 +158,14 @@ def show(args):
             file.write(page.replace("<!-- rows -->", as_html(rows)).encode("utf-8"))
         print(f"page: {args.html}")
         return 0
+    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    styles = STYLES if has_colours else PLAIN
     for title, samples in rows:
-        print(f"\n{title}")
+        print(f"\n{title}" + ("" if has_colours else "; supervised tokens are in [brackets]"))
         for tokens in samples:
-            coloured = "".join(f"{STYLES[kind]}{text}\033[0m" for kind, text in tokens)
-            print(coloured, end="\n--\n" if args.packing else "\n")
+            for (before, after), run in groupby(tokens, lambda token: styles[token[0]]):
+                print(before + "".join(text for _, text in run) + after, end="")
+            print("\n--" if args.packing else "")
     return 0
 
 
@@ -196,7 +214,7 @@ def split(args):
         raise UserError(f"--ratios {args.ratios}: give two or three numbers, as 8:1:1")
     names = ["train", "valid", "test"] if len(ratios) == 3 else ["train", "test"]
     groups = []
-    for number, record in formats.read_records(args.file):
+    for number, record in read_records(args.file):
         if isinstance(record, ValueError):
             raise UserError(f"{args.file}, line {number}: {record}. Mend it, and split again")
         if args.stratify and args.stratify not in record:
@@ -207,7 +225,7 @@ def split(args):
     part_of = shares(groups, ratios, args.seed)
 
     def records(part):
-        for index, (_, record) in enumerate(formats.read_records(args.file)):
+        for index, (_, record) in enumerate(read_records(args.file)):
             if part_of[index] == part:
                 yield record
 
@@ -295,6 +313,8 @@ def main(argv=None):
         add = command(run, text)
         add("--data_path", type=Path, nargs="+", required=True, help="files in any known format")
         add("--tokenizer_path", type=Path, default=SHIPPED_TOKENIZER)
+        weight = "take the tokenizer of these weights: a .pth file, or a published model's folder"
+        add("--weight", type=Path, help=weight)
         add("--max_seq_len", type=whole_number(2), default=512, help="of a row (%(default)s)")
         long = "how a conversation is cut that is longer (%(default)s)"
         add("--overlong", choices=["truncate", "drop", "split"], default="truncate", help=long)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import IM_END, UserError
 from dataset.chat_template import pieces
-from dataset.formats import read_json, read_records
+from dataset.jsonl import list_hint, read_json, read_records
 from dataset.tiny_world.generate import EVAL, write_missing
 from evaluation import competition_math, gsm8k
 
@@ -50,7 +50,7 @@ def math_record(record, calculator="strip"):
 def text_of(record, key):
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'there is no text under "{key}" in it')
+        raise ValueError(f'there is no text under "{key}" in it{list_hint(record)}')
     return text.strip()
 
 
@@ -134,7 +134,7 @@ def question_parts(task, style, shots_path):
     """A function from a record of GSM8K or MATH to the parts of a problem, put as a table of
     prompts.toml says.
     """
-    styles = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
+    styles = tomllib.loads(PROMPTS.read_text(encoding="utf-8-sig"))
     if style not in styles:
         raise UserError(f"--prompt_style {style}: {PROMPTS.name} has {', '.join(styles)}")
     pattern, examples = styles[style][task], []
@@ -202,7 +202,7 @@ def allowed_ids(task, path, tokenizer):
         return None
     place = path.with_name("sids.json")
     try:
-        return Allowed(json.loads(place.read_text(encoding="utf-8")), tokenizer)
+        return Allowed(json.loads(place.read_text(encoding="utf-8-sig")), tokenizer)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{place} says which ids exist, and cannot be read: {error}") from None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, report_user_errors
-from dataset.formats import read_records
+from dataset.jsonl import read_records
 from dataset.prepare import shares, write_parts
 from trainer.arguments import Parser, number, stop_at, wrong_values
 
@@ -26,7 +26,7 @@ FIELDS = ("question", "correct", "incorrect", "cot", "misconception")
 def prepare(args):
     """Writes train and valid conversations, tokens.txt with the two marks, and a manifest."""
     try:
-        forms = tomllib.loads(args.templates.read_text(encoding="utf-8"))
+        forms = tomllib.loads(args.templates.read_text(encoding="utf-8-sig"))
         templates, example = forms["templates"], forms["example"]
         if not templates or not all(isinstance(text, str) for text in [*templates, example]):
             raise ValueError("templates must be texts")

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, report_user_errors
-from dataset.formats import is_folder
+from dataset.jsonl import is_folder
 from dataset.prepare import shares, write_parts
 from evaluation.tasks import RECORD_OF, read_task
 from trainer.arguments import Parser, number, stop_at, wrong_values

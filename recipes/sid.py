@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, report_user_errors
-from dataset.formats import is_folder, open_file, read_json
+from dataset.jsonl import is_folder, open_text, read_json
 from dataset.prepare import shares, write_parts
 from trainer.arguments import Parser, number, stop_at, wrong_values
 
@@ -92,6 +92,8 @@ def read_objects(folder, pattern):
         content = read_json(path)
         if not isinstance(content, dict):
             raise UserError(f"{path} is no JSON object: {content!r:.100}")
+        if twice := sorted(set(found) & set(content)):
+            print(f"warning: {len(twice)} items are in several {pattern}; those of {path} count")
         found |= content
     return found
 
@@ -108,6 +110,17 @@ def check(folder, index, items):
             raise UserError(f"--raw {folder}: item {item} has no list of tokens: {tokens!r:.100}")
         if item in items and not isinstance(items[item].get("title"), str):
             raise UserError(f"--raw {folder}: item {item} has no title that is text")
+    by_tokens = {}
+    for item, tokens in index.items():
+        by_tokens.setdefault("".join(tokens), []).append(item)
+    shared = {sid: items for sid, items in by_tokens.items() if len(items) > 1}
+    if shared:
+        sid, example = next(iter(shared.items()))
+        count = sum(map(len, shared.values()))
+        print(
+            f"warning: {count} items have the tokens of another one, e.g. {', '.join(example)} "
+            f"{sid}; no model can tell these apart"
+        )
 
 
 def is_texts(value):
@@ -116,7 +129,7 @@ def is_texts(value):
 
 def read_histories(path):
     """The rows of a CSV file, their list columns as lists. Raises UserError with the line."""
-    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_text(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
             for row in reader:

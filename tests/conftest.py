@@ -158,6 +158,15 @@ def write_jsonl(path, records):
     return path
 
 
+def pack(samples, max_seq_len, count=1):
+    """A batch of packed rows, as the plan and `collate` make it; with a count, as on a GPU."""
+    from dataset.loader import best_fit_decreasing, collate
+
+    rows = best_fit_decreasing([len(input_ids) for input_ids, _ in samples], max_seq_len)
+    rows = [[samples[item] for item in row] for row in rows]
+    return collate(rows, max_seq_len, max_seq_len if count > 1 else 64, count)
+
+
 def chat(*texts):
     roles = ("user", "assistant") * len(texts)
     messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset.loader import pack, pad
+from dataset.loader import pad
 from model import attention
 from model.attention import attend, plain_attention, visible
 from model.causal_lm import CausalLM, ModelConfig
+from tests.conftest import pack
 
 LENGTHS = (1, 2, 63, 127, 128, 129, 200, 256, 257, 400)  # a block of queries on a CPU has 128
 B, H, d = 2, 4, 8

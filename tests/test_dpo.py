@@ -10,7 +10,8 @@ import torch
 from common import IGNORE
 from dataset.chat_template import render
 from dataset.formats import format_of
-from dataset.pairs import PairDataset, pad_pairs, to_pair
+from dataset.loader import collate
+from dataset.pairs import PairDataset, to_pair
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.policy import pair_log_probabilities, preference_loss
@@ -133,13 +134,13 @@ def test_the_log_probabilities_are_those_of_each_answer_alone(pairs):
     policy, _ = models()
     data = PairDataset(pairs, TOKENIZER)
     some = [data[i] for i in range(7)]
-    found = pair_log_probabilities(policy, pad_pairs(some))
+    found = pair_log_probabilities(policy, collate(some))
     for row, pair in zip(found, some, strict=True):
         for value, (input_ids, labels) in zip(row, pair, strict=True):
             logprobs = policy(input_ids[None])[0, :-1].log_softmax(dim=-1)
             chosen = logprobs.gather(1, input_ids[1:, None])[:, 0][labels[1:] != IGNORE]
             assert value.item() == pytest.approx(chosen.sum().item(), abs=1e-3)
-    padded = pad_pairs(some, 300, 9)  # as on a GPU: rows without a pair, of the greatest length
+    padded = collate(some, None, 300, 9)  # as on a GPU: rows without a pair, of the greatest length
     torch.testing.assert_close(pair_log_probabilities(policy, padded), found, atol=1e-3, rtol=1e-4)
 
 
@@ -192,7 +193,7 @@ def test_loss_and_gradients_are_those_of_trl(pairs, tmp_path, sft_weight):
     expected = trainer.compute_loss(trainer.model, inputs)
     expected.backward()
 
-    batch = pad_pairs(some)
+    batch = collate(some)
     found = pair_log_probabilities(policy, batch)
     with torch.no_grad():
         before = pair_log_probabilities(reference, batch)

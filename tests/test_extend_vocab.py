@@ -3,13 +3,14 @@
 import csv
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common import UserError
-from dataset.formats import read_records
+from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
 from dataset.tokenizer import load_tokenizer
 from evaluation import run_eval
@@ -134,8 +135,8 @@ def test_freezing_without_new_tokens_is_refused():
         ("item", b'"Pen 1"', b"7", "item 1"),
         ("item", b'"It writes. 1"', b"[7]", "item 1"),
         ("item", b'{"title": "Pen 1", "description": "It writes. 1"}', b"null", "item 1"),
-        ("item", b"}}", b"}", "Shop.item.json is no JSON"),
-        ("item", b'"Pen 1"', b'"Pen \xe9"', "Shop.item.json is no JSON"),
+        ("item", b"}}", b"}", "Shop.item.json isn't JSON"),
+        ("item", b'"Pen 1"', b'"Pen \xe9"', "Shop.item.json isn't JSON"),
         ("item", None, b"[1]", "Shop.item.json is no JSON object"),
         ("item", None, b"[]", "Shop.item.json is no JSON object"),
         ("index", b'["<a_1>", "<b_0>"]', b"null", "item 1"),
@@ -161,6 +162,22 @@ def test_a_shop_that_cannot_be_read_is_told_in_a_sentence(
 
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_items_with_the_same_tokens_are_told(shop, tmp_path):
+    for path in shop.iterdir():
+        text = path.read_text(encoding="utf-8")
+        text = text.replace('"4": ["<a_1>", "<b_1>"]', '"4": ["<a_0>", "<b_0>"]')
+        (tmp_path / path.name).write_text(text, encoding="utf-8")
+    done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    assert "warning: 2 items have the tokens of another one, e.g. 0, 4 <a_0><b_0>" in done.stdout
+    shutil.copy(tmp_path / "Shop.item.json", tmp_path / "More.item.json")
+    done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert "warning: 5 items are in several *.item.json; those of" in done.stdout
+    assert (
+        "warning" not in run_here("recipes/sid.py", "--raw", shop, "--out", tmp_path / "o").stdout
+    )
 
 
 def test_histories_become_conversations(shop_data):

@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from dataset.chat_template import call_text, list_of, render, tools_text
-from dataset.formats import format_of, read_records, to_conversation
-from dataset.lm_dataset import SFTDataset
+from dataset.formats import format_of, to_conversation, to_text
+from dataset.jsonl import read_records
+from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from tests.conftest import ROOT, write_jsonl
 
@@ -18,6 +19,9 @@ SETS += [f"formats/glaive_toolcall_{language}_demo.json" for language in ("en", 
 SETS += ["formats/reason_tool_use_demo_50.jsonl"]
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 SYSTEM = {"role": "system", "content": "Be kind."}
+CONTEXT = {**ASKED[0], "loss_weight": 0}
+QUESTION = {"role": "user", "content": "2 + 2?"}
+SAID = [{"role": "user", "content": "Say\nhi"}, ASKED[1]]
 CALL = {"name": "add", "arguments": {"a": 1}}
 LLAMA = {"name": "add", "parameters": {"a": 1}}
 
@@ -63,6 +67,25 @@ ORCA = {"question": "Hi", "response": "Hello."}
         ("openorca", {"system_prompt": "", **ORCA}, ASKED),
         ("qa", {"question": "Hi", "answer": "Hello."}, ASKED),
         ("prompt", {"prompt": "Hi", "completion": "Hello."}, ASKED),
+        ("prompt", {"prompt": [ASKED[0]], "completion": [ASKED[1]]}, [CONTEXT, ASKED[1]]),
+        ("input", {"input": "Hi", "output": "Hello."}, ASKED),
+        ("dolly", {"instruction": "Hi", "context": "", "response": "Hello."}, ASKED),
+        (
+            "dolly",
+            {"instruction": "Say", "context": "hi", "response": "Hello.", "category": "qa"},
+            [{"role": "user", "content": "Say\nhi"}, ASKED[1]],
+        ),
+        ("metamath", {"query": "Hi", "response": "Hello.", "type": "x"}, ASKED),
+        ("conversations", {"conversations": ["Hi", "Hello."], "source": "lima"}, ASKED),
+        ("ultrachat", {"id": "0", "data": ["Hi", "Hello.", "Hi"]}, [*ASKED, ASKED[0]]),
+        (
+            "openmath",
+            {"question": "Hi", "expected_answer": "7", "generated_solution": "Hello."},
+            ASKED,
+        ),
+        ("openmath2", {"problem": "Hi", "generated_solution": "Hello."}, ASKED),
+        ("qa", {"question": "2 + 2?", "answer": 4}, [QUESTION, {**ASKED[1], "content": "4"}]),
+        ("qa", {"question": "Say", "context": "hi", "answer": "Hello."}, SAID),
         ("math", {"problem": "Hi", "level": "1", "solution": "Hello."}, ASKED),
     ],
 )
@@ -137,13 +160,100 @@ def test_a_turn_is_learned_by_its_weight(key):
                 render([ASKED[0], {**ASKED[1], key: weight}])
 
 
+MARKS = [("train", False), ("training", False), ("trainable", False), ("loss", False)]
+MARKS += [("loss_mask", 0), ("masked", True), ("weight", 0), ("loss_weight", 0)]
+
+
+@pytest.mark.parametrize("key, value", MARKS)
+def test_a_turn_that_is_marked_not_to_be_trained_is_not(key, value):
+    """By the names of axolotl, LLaMA-Factory, ms-swift, torchtune, verl and OpenAI."""
+    plain = render([*ASKED, *ASKED])
+    half = len(plain[1]) // 2
+    for marks, expected in (
+        ([{key: value}, {}], [0] * half + plain[1][half:]),
+        ([{key: 1 - value}, {key: value}], plain[1][:half] + [0] * half),
+        ([{key: None}, {key: 1 - value}], plain[1]),
+    ):
+        turns = [ASKED[0], {**ASKED[1], **marks[0]}, ASKED[0], {**ASKED[1], **marks[1]}]
+        assert render(converted({"messages": turns})[0]) == (plain[0], expected), marks
+
+
+@pytest.mark.parametrize("flags", [[0, 1, 1, 0], [1, 1, 1, 0], [False, True, None, False]])
+@pytest.mark.parametrize("key", ["loss_mask", "train"])
+def test_a_record_may_have_a_flag_for_each_message(key, flags):
+    plain = render([SYSTEM, *ASKED, *ASKED])
+    end = len(plain[1]) - len(render(ASKED)[1])
+    expected = plain[1][:end] + [0] * (len(plain[1]) - end)
+    for record in (
+        {"messages": [SYSTEM, *ASKED, *ASKED], key: [0, *flags]},
+        {"messages": [*ASKED, *ASKED], "system": "Be kind.", key: flags},
+    ):
+        messages, _, notes = converted(record)
+        assert render(messages) == (plain[0], expected)
+        ours = [flag for flag in flags[::2] if flag]
+        assert sum(notes.values()) == len(ours)  # a user's turn is never supervised: a note says so
+
+
+def test_a_record_that_is_marked_is_marked_as_a_whole():
+    assert not any(render(converted({"messages": ASKED, "train": False})[0])[1])
+    assert any(render(converted({"messages": ASKED, "weight": 1})[0])[1])
+    for record in ({"messages": ASKED, "weight": 0.5}, {"messages": ASKED, "loss_mask": [1]}):
+        with pytest.raises(ValueError, match="the record has (weight 0.5|loss_mask with 1 flags)"):
+            converted(record)
+    with pytest.raises(ValueError, match="leave such a text out"):
+        to_text({"text": "x", "train": False})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["train_detail", "loss_scale", "is_masked", "no_loss", "assistant_masks", "skip_training"],
+)
+def test_another_key_that_speaks_of_the_mask_is_a_bad_record(key):
+    with pytest.raises(ValueError, match=f"message 2 has {key} .*give loss_weight 0 or 1"):
+        converted({"messages": [ASKED[0], {**ASKED[1], key: 1}]})
+    with pytest.raises(ValueError, match=f"the record has {key} .*give loss_weight 0 or 1"):
+        converted({"messages": ASKED, key: 1})
+    for harmless in ("constraint", "glossary", "name", "source"):
+        assert converted({"messages": [ASKED[0], {**ASKED[1], harmless: 1}], harmless: 1})[0]
+    with pytest.raises(ValueError, match="both"):
+        converted({"messages": [ASKED[0], {**ASKED[1], "train": True, "weight": 0}]})
+
+
+def test_a_leading_answer_with_weight_0_is_context():
+    welcome = {"role": "assistant", "content": "Welcome!", "weight": 0}
+    messages, _, notes = converted({"messages": [SYSTEM, welcome, *ASKED]})
+    assert [turn["content"] for turn in messages] == ["Be kind.", "Welcome!", "Hi", "Hello."]
+    assert notes == {} and sum(render(messages)[1]) == sum(render(ASKED)[1])
+
+
+def test_a_list_of_messages_is_a_record(tmp_path):
+    """A conversation a line, as nanochat's files have them; also in one array of conversations."""
+    line = json.dumps(ASKED)
+    for text in (f"{line}\n{line}\n", f"[{line}, {line}]"):
+        (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
+        assert [r for _, r in read_records(tmp_path / "x.jsonl")] == [{"messages": ASKED}] * 2
+
+
+@pytest.mark.parametrize("array", [True, False])
+def test_repeated_keys_are_counted(tmp_path, array):
+    twice = '{"text": "a", "text": "b"}'
+    nested = '{"text": "c", "meta": {"x": 1, "x": 2}, "more": {"x": 1, "x": 2}}'
+    records = [twice, '{"text": "d"}', nested]
+    text = f"[{','.join(records)}]" if array else "\n".join(records)
+    (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
+    for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
+        data = PretrainDataset(tmp_path / "x.jsonl", load_tokenizer(), cache_dir=cache_dir)
+        ((note, count),) = data.files[0].report["notes"].items()
+        assert count == 2 and "repeated key, of which the last value is taken" in note
+
+
 @pytest.mark.parametrize(
     "turn, says",
     [
         ({"role": "narrator", "content": "x"}, "message 2 has role 'narrator'"),
         ({"from": None, "value": "x"}, "message 2 has role None"),
         ({"role": "user", "content": None}, "message 2 has content None"),
-        ({"role": "user", "content": 7}, "message 2 has content 7"),
+        ({"role": "user", "content": True}, "message 2 has content True"),
         ({"role": "user", "content": "\ud83d"}, "message 2 has content with half a character"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url'"),
         ({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, "part of type .'text'."),

@@ -105,6 +105,31 @@ def test_the_logits_are_those_of_transformers(tmp_path, family):
     assert fast == [plain[20:]]
 
 
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_data_is_checked_with_the_tokenizer_of_published_weights(tmp_path, command):
+    """Of a folder, or of a weights file that was made of it: the tokens that a run would take."""
+    published(tmp_path / "qwen", "qwen2")
+    made = ["--save_weight", "qwen", "--save_dir", tmp_path]
+    assert run_here("convert/from_hf.py", tmp_path / "qwen", *made).returncode == 0
+    path = write_jsonl(tmp_path / "x.jsonl", [chat("Where does she live?", "At the mill.")])
+    flags = ["dataset/prepare.py", command, "--data_path", path]
+    own, folder, file = (
+        run_here(*flags, *more).stdout
+        for more in ([], ["--weight", tmp_path / "qwen"], ["--weight", tmp_path / "qwen_64.pth"])
+    )
+    assert folder == file != own
+    _, tokenizer = checkpoint.build_model(checkpoint.load(tmp_path / "qwen"), tmp_path)
+    ids, _ = render(
+        chat("Where does she live?", "At the mill.")["conversations"], tokenizer=tokenizer
+    )
+    says = (
+        f"tokens                    {len(ids)}\n" if command == "check" else f"{len(ids)} tokens;"
+    )
+    assert says in folder and says not in own
+    done = run_here(*flags, "--weight", tmp_path / "none.pth")
+    assert done.returncode == 2 and "give the path of a .pth file or a folder" in done.stderr
+
+
 def test_bf16_in_several_files_is_read(tmp_path):
     theirs = published(tmp_path, "qwen3", dtype=torch.bfloat16, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -262,12 +287,12 @@ def broken(folder, name, change):
 
 MISTAKES = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json isn't JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"12345678x"), "is damaged"),
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
-        "tokenizer.json: No such file or directory",
+        "has no tokenizer.json",
     ),
     "family": (
         lambda f: broken(f, "config.json", lambda c: c.update(model_type="mamba")),
@@ -289,7 +314,7 @@ MISTAKES = {
     ),
     "no spaces": (
         lambda f: broken(f, "tokenizer.json", lambda t: t.update(pre_tokenizer=None)),
-        "is no byte-level BPE",
+        "isn't a byte-level BPE",
     ),
     "no number": (
         lambda f: broken(f, "config.json", lambda c: c.update(num_attention_heads="4")),
@@ -313,7 +338,7 @@ MISTAKES = {
     ),
     "unigram": (
         lambda f: broken(f, "tokenizer.json", lambda t: t["model"].update(type="Unigram")),
-        "is no byte-level BPE",
+        "isn't a byte-level BPE",
     ),
     "other tokenizer": (
         lambda f: broken(

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from common import IGNORE
-from dataset.loader import pack, to_device
-from dataset.pairs import pad_pairs
+from dataset.loader import collate, to_device
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher
@@ -24,7 +23,7 @@ from model.loss import plain_cross_entropy
 from model.policy import pair_log_probabilities
 from model.trace import trace
 from serving.batching import Batcher, Request
-from tests.conftest import ROOT, export, run, write_jsonl
+from tests.conftest import ROOT, export, pack, run, write_jsonl
 from trainer import (
     checkpoint,
     distributed,
@@ -226,7 +225,7 @@ def test_a_micro_batch_waits_for_nothing(learner):
     samples = documents(128, 4)
     batch = pack(samples, 128, 4)
     if learner == "pairs":
-        batch = pad_pairs(list(zip(samples, samples, strict=True)), 512, len(samples) + 1)
+        batch = collate([*zip(samples, samples, strict=True)], None, 512, len(samples) + 1)
     batch = batch if REHEARSAL else [part.pin_memory() for part in batch]
 
     def step():

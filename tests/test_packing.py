@@ -2,17 +2,19 @@
 
 import random
 from itertools import chain
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from common import IGNORE
-from dataset.lm_dataset import SFTDataset
-from dataset.loader import SHORTEST, best_fit_decreasing, pack, pad
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.loader import SHORTEST, batches, best_fit_decreasing, epoch_plan, pad, row_length
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import summed_cross_entropy, supervised_tokens
-from tests.conftest import chat, write_jsonl
+from tests.conftest import chat, pack, write_jsonl
 from tests.test_chat_template import marked
 
 
@@ -124,10 +126,37 @@ def test_a_row_is_never_longer_than_asked_for():
         assert ids.shape[1] <= max_seq_len and positions.max() < max_seq_len
 
 
-def test_short_rows_waste_little_and_are_short():
+@pytest.mark.parametrize(
+    "longest, max_seq_len, expected",
+    [(60, 512, SHORTEST), (150, 768, 192), (193, 768, 256), (400, 768, 768), (60, 500, 500)],
+)
+def test_rows_of_short_samples_are_short_and_waste_little(longest, max_seq_len, expected):
     rng = random.Random(1)
-    ids, *_, documents = pack(random_samples(rng, 64, 60), 512)
-    assert (documents >= 0).float().mean() > 0.9 and ids.shape[1] == SHORTEST
+    lengths = np.array([rng.randrange(1, longest + 1) for _ in range(5000)] + [longest])
+    args = SimpleNamespace(packing=True, max_seq_len=max_seq_len)
+    assert row_length(lengths, args) == expected
+    rows = best_fit_decreasing(lengths.tolist(), expected)
+    assert lengths.sum() / len(rows) / expected > 0.95
+    args.packing = False
+    assert row_length(lengths, args) == longest
+
+
+def test_the_rows_of_a_batch_are_those_of_the_plan(tmp_path):
+    """Samples are packed once: a row of the plan is a row of the batch, with the same tokens."""
+    texts = [{"text": "one two three " * (1 + i % 7)} for i in range(90)]
+    path = write_jsonl(tmp_path / "x.jsonl", texts)
+    data = PretrainDataset(path, load_tokenizer(), 384)
+    args = SimpleNamespace(seed=1, packing=True, max_seq_len=384, batch_size=2, num_workers=0)
+    args.accumulation_steps = 2
+    assert row_length(data.lengths, args) == 128
+    for micro_batches in epoch_plan(data, range(len(data)), args, 0):
+        assert len(micro_batches[0]) <= 2 * 3  # as many tokens as two rows of 384
+        made = list(batches(data, micro_batches, args, torch.device("cpu")))
+        for rows, (ids, _, _, documents) in zip(micro_batches, made, strict=True):
+            assert ids.shape == (len(rows), 128)
+            for row, line, document in zip(rows, ids, documents, strict=True):
+                expected = torch.cat([data[sample][0] for sample in row])
+                assert torch.equal(line[document >= 0], expected)
 
 
 def test_a_packed_document_has_the_losses_that_it_has_alone_and_no_influence_on_others():

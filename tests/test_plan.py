@@ -89,7 +89,8 @@ def orders(dataset, packing):
     )
     for epoch in range(20):
         plan = epoch_plan(dataset, range(len(dataset)), args, epoch)
-        yield [max(dataset.lengths[row] for row in rows) for (rows,) in plan]
+        rows = [row for ((row,),) in plan]
+        yield [max(dataset.lengths[sample] for sample in row) for row in rows]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -111,6 +112,25 @@ def test_the_share_of_a_source_is_drawn_and_not_its_beginning(texts):
     more = round(0.75 * len(rows)) / len(second) - 1  # each once, and some twice
     twice = [{row for row in second if one.count(row) == 2} for one in mixed]
     assert all(set(one) >= set(second) for one in mixed) and evenly(twice, second, more)
+
+
+@pytest.mark.parametrize("split", [0, 0.01])
+def test_shares_of_tiny_files(tmp_path, split):
+    """One record each rounded to none of either; what cannot be trained on is told."""
+    flags = [*TINY, "--from_weight", "none", "--max_seq_len", 64, "--save_dir", tmp_path]
+    flags += ["--val_split", split, "--data_path"]
+    flags += [f"{write_jsonl(tmp_path / f'{n}.jsonl', [chat('Hi', n)])}:0.5" for n in ("a", "b")]
+    done = run_here("trainer/train_full_sft.py", *flags)
+    if split:
+        assert done.returncode == 2 and "a.jsonl:0.5 has no sample to train on" in done.stderr
+    else:
+        assert done.returncode == 0 and "2 samples" in done.stdout, done.stderr
+
+
+def test_each_source_with_a_share_has_at_least_one_sample(texts):
+    sources = [Source("a", 0.001), Source("b", 1.0)]
+    mixed = mix(list(range(len(texts))), texts, sources, 1)
+    assert sum(sample < 50 for sample in mixed) == 1
 
 
 def test_replayed_text_is_drawn_and_not_its_beginning(texts, tmp_path):
@@ -169,8 +189,8 @@ def test_a_worker_that_dies_while_it_sends_is_replaced_by_this_process(texts, mo
             yield self.first
             raise error("a worker is gone")
 
-    wanted = SimpleNamespace(packing=1, max_seq_len=64, num_workers=0)
-    micro_batches = [[0, 1], [2, 3], [4]]
+    wanted = SimpleNamespace(packing=1, max_seq_len=64, num_workers=0, batch_size=2)
+    micro_batches = [[[0, 1], [2]], [[3]], [[4]]]
     expected = list(plan.batches(texts, micro_batches, wanted, CPU))
     monkeypatch.setattr(plan, "DataLoader", Loader)
     with pytest.raises(error):

@@ -1,6 +1,8 @@
 """dataset/prepare.py: what it says of data is what stands in it."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,7 +16,7 @@ import pytest
 
 from dataset import prepare
 from dataset.chat_template import render
-from dataset.formats import read_records
+from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.loader import best_fit_decreasing, epoch_plan
 from dataset.tokenizer import load_tokenizer
@@ -113,20 +115,42 @@ def green(shown):
 def test_show_of_text_leaves_out_the_first_token_and_shows_whole_characters(tmp_path):
     for text in ("one two", "日 🙂 naïve"):
         path = write_jsonl(tmp_path / "x.jsonl", [{"text": text}, {"text": "second"}])
-        done = run_here("dataset/prepare.py", "show", "--data_path", path, "-n", 1)
+        shown = shown_in_a_terminal("--data_path", path, "-n", 1)
         first = load_tokenizer().decode(load_tokenizer().encode(text).ids[:1])
         first = first.strip(
             "\N{REPLACEMENT CHARACTER}"
         )  # a part of a character is shown by its last
-        assert green(done.stdout) == text.removeprefix(first) + "<|endoftext|>"
-        assert "second" not in done.stdout
+        assert green(shown) == text.removeprefix(first) + "<|endoftext|>"
+        assert "second" not in shown
+
+
+def shown_in_a_terminal(*flags):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    with contextlib.redirect_stdout(terminal):
+        assert prepare.main(["show", *map(str, flags)]) == 0
+    return terminal.getvalue()
 
 
 def test_show_colours_what_is_supervised(data):
-    done = run_here("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", "-n", 1)
-    assert green(done.stdout) == "It is a number. <|im_end|>"
-    plain = re.sub(r"\033\[\d+m", "", done.stdout)
+    shown = shown_in_a_terminal("--data_path", data / "sft.jsonl", "-n", 1)
+    assert green(shown) == "It is a number. <|im_end|>"
+    plain = re.sub(r"\033\[\d+m", "", shown)
     assert "<|im_start|>user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n" in plain
+
+
+def test_show_writes_no_escape_codes_into_a_pipe_or_where_no_color_is_set(data, monkeypatch):
+    flags = ["--data_path", data / "sft.jsonl", "-n", 1]
+    piped = run_here("dataset/prepare.py", "show", *flags).stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown_in_a_terminal(*flags) == piped
+    assert "\033" not in piped and "brackets" in piped
+    assert (
+        "user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n[It is a number. <|im_end|>]" in piped
+    )
 
 
 def test_show_writes_a_page_that_is_whole_and_escaped(tmp_path):
@@ -376,8 +400,8 @@ LONG = "x" * 300 + ".jsonl"
         (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios 0:0"),
         (["split", LONG, "--out", "O"], "xx.jsonl: File name too long"),
         (["check", "--data_path", LONG], "xx.jsonl: File name too long"),
-        (["check", "--data_path", ""], "is no file"),
-        (["check", "--data_path", "D"], "is no file"),
+        (["check", "--data_path", ""], "isn't a file"),
+        (["check", "--data_path", "D"], "isn't a file"),
         (["cot", LONG, "--out", "O"], "File name too long"),
         (["gsm8k", "--raw", LONG, "--out", "O"], "there is no such folder"),
         (["sid", "--raw", LONG, "--out", "O"], "there is no *.index.json in it"),
@@ -416,7 +440,7 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path, monkeypatch):
     ):
         done = run_here(*command)
         assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
-        assert "is no file" in done.stderr and "Traceback" not in done.stderr
+        assert "isn't a file" in done.stderr and "Traceback" not in done.stderr
     for kind in ("index.json", "item.json"):
         (tmp_path / f"x.{kind}").symlink_to(pipe)
     done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")

@@ -4,10 +4,14 @@ import json
 import random
 
 import pytest
+from tokenizers import Regex, pre_tokenizers, trainers
 
 from common import UserError
+from dataset import chat_template
+from dataset.chat_template import encode_all
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from tests.conftest import chat, run, run_here, write_jsonl
+from trainer.train_tokenizer import train, without_endless_words
 
 
 def test_control_tokens_have_their_fixed_ids():
@@ -143,3 +147,58 @@ def test_flags_that_cannot_be_meant_are_told_in_a_sentence(tmp_path, data, flags
     done = run_here("trainer/train_tokenizer.py", "--out", out, *files, *flags)
     assert done.returncode == 2 and says in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not out.exists()
+
+
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+LLAMA3 = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+SPLITS = {  # how published tokenizers split a text before they merge bytes
+    "ours": None,
+    "gpt-2": GPT2,
+    "smollm": pre_tokenizers.Sequence([DIGITS, GPT2]),
+    "llama 3": pre_tokenizers.Sequence([pre_tokenizers.Split(LLAMA3, "isolated"), BYTES]),
+    "nothing": BYTES,  # which merges across words
+    "prefix": pre_tokenizers.ByteLevel(add_prefix_space=True),
+}
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "added"])
+def test_a_long_text_in_parts_has_the_ids_of_the_whole(monkeypatch, name):
+    rng, words = random.Random(2), ["It's", "naïve", "日本語", "x²", "12345", "a_b", "don't", "ab"]
+    words += ["e\u0301", "ofNew", "York", "🙂"]
+    marks = [" ", "  ", "\n", "\n\n", ", ", ". ", "。", "，", "", " \t", "\r\n", "_.", "- "]
+    texts = ["".join(rng.choice(words) + rng.choice(marks) for _ in range(80)) for _ in range(50)]
+    tokenizer = train(texts, 700)
+    if SPLITS.get(name):
+        tokenizer.pre_tokenizer = SPLITS[name]
+    if name == "nothing":
+        tokenizer.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=900, show_progress=False)
+        )
+    if name == "added":
+        tokenizer.add_tokens(["New York", "ofNew York"])
+    expected = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in texts}
+    parts, cut = [], chat_template.parts_to_encode
+    count = lambda *given: parts.append(cut(*given)) or parts[-1]  # noqa: E731
+    monkeypatch.setattr(chat_template, "parts_to_encode", count)
+    monkeypatch.setattr(chat_template, "LONG_TEXT", 20)
+    monkeypatch.setattr(chat_template, "AT_ONCE", 1000)
+    assert {text: list(ids) for text, ids in encode_all(texts, tokenizer).items()} == expected
+    assert all("".join(part) == text for part, text in zip(parts, texts, strict=True))
+    is_cut = max(map(len, parts)) > 5
+    assert is_cut == (name not in ("nothing", "prefix", "added"))
+
+
+def test_an_endless_word_is_trained_on_in_pieces():
+    """Its time grew with the square of the length: hours for a megabyte of DNA."""
+    rng = random.Random(0)
+    dna = "".join(rng.choice("ACGT") for _ in range(500_000))
+    for endless in (dna, "_-" * 250_000, "日本" * 250_000):
+        parts = list(without_endless_words([f"a word {endless} and", "short"]))
+        assert "".join(parts) == f"a word {endless} andshort" and "a word " in parts
+        assert max(map(len, parts)) == 1000
+    assert train([dna], 300).get_vocab_size() == 300

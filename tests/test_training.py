@@ -17,7 +17,7 @@ import torch
 
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.loader import Source, batches, epoch_plan, mix, split_samples
+from dataset.loader import Source, batches, epoch_plan, flat, mix, split_samples
 from dataset.tokenizer import load_tokenizer
 from model import causal_lm
 from model import loss as model_loss
@@ -451,9 +451,9 @@ def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(data, world_si
     single = epoch_plan(dataset, rows, args_of(batch_size=12, **shared), 1)
     for steps, (reference,) in zip(zip(*plans, strict=True), single, strict=True):
         assert len({len(micro_batches) for micro_batches in steps}) == 1  # no process waits
-        taken = [row for micro_batches in steps for rows in micro_batches for row in rows]
-        assert sorted(taken) == sorted(reference)
-    assert sorted(row for (step,) in single for row in step) == list(rows)
+        taken = flat(flat(flat(steps)))
+        assert sorted(taken) == sorted(flat(reference))
+    assert sorted(row for (step,) in single for row in flat(step)) == list(rows)
     assert epoch_plan(dataset, rows, args, 2) != epoch_plan(dataset, rows, args, 1)
 
 

@@ -246,7 +246,7 @@ def read_config(path, parser):
     relative to the repository, or to the file's folder if it lies elsewhere.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from None
     flat = {}

@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from common import UserError, load_tensors, patiently, replacing, save_tensors
-from dataset.formats import is_folder
+from dataset.jsonl import is_folder
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import add_projections

@@ -6,15 +6,14 @@ its number, and its rows of the weights, with the token that has this number. So
 that follows works as with weights that were trained here, and a text has the same tokens as before.
 """
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from common import UserError
-from dataset.formats import read_json
-from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from dataset.jsonl import read_json
+from dataset.tokenizer import with_our_ids
 from model.causal_lm import ModelConfig
 
 FAMILIES = {  # model_type: fields of ModelConfig
@@ -80,10 +79,8 @@ def content_of(config, weights, folder):
     """The content of a weights file, of the fields of a config.json and weights that
     transformers names; folder has their tokenizer.
     """
-    written = read_json(folder / "tokenizer.json")
     shape = shape_of(config, weights, folder / "config.json")
-    eos = config.get("eos_token_id")
-    order, new = with_our_ids(written, eos[0] if isinstance(eos, list) else eos, folder)
+    written, order, new = with_our_ids(folder, config.get("eos_token_id"))
     rows = shape["vocab_size"]
     if len(order) - len(new) > rows:
         raise UserError(
@@ -107,7 +104,7 @@ def content_of(config, weights, folder):
     return {
         "stage": "full_sft" if chats else "pretrain",
         "config": shape,
-        "tokenizer": json.dumps(written, ensure_ascii=False),
+        "tokenizer": written,
         "model": weights,
         "training": {},
     }
@@ -164,47 +161,6 @@ def shape_of(config, weights, path):
     return vars(ModelConfig()) | found | FAMILIES[family]
 
 
-def with_our_ids(written, eos, folder):
-    """Gives the control tokens in a tokenizer.json our ids, in place. Returns (order, new): row i
-    of the weights becomes what was row order[i], and the names of tokens that did not exist.
-    Without an <|endoftext|>, the token eos is renamed.
-    """
-    byte_level = "ByteLevel" in json.dumps(written.get("pre_tokenizer"))
-    if not byte_level or written["model"]["type"] != "BPE":
-        raise UserError(f"{folder / 'tokenizer.json'} is no byte-level BPE: not supported")
-    vocab, added = written["model"]["vocab"], {}
-    for token in written.get("added_tokens") or []:
-        added[token["content"]] = token
-        vocab[token["content"]] = token["id"]
-    name_of = {number: token for token, number in vocab.items()}
-    if len(name_of) != len(vocab) or set(name_of) != set(range(len(vocab))):
-        raise UserError(f"{folder / 'tokenizer.json'} has ids that are missing or used twice")
-    if CONTROL_TOKENS[0] not in vocab and name_of.get(eos) in added:
-        token = added.pop(name_of[eos])
-        del vocab[token["content"]]
-        token["content"] = CONTROL_TOKENS[0]
-        added[CONTROL_TOKENS[0]], vocab[CONTROL_TOKENS[0]] = token, eos
-        name_of[eos] = CONTROL_TOKENS[0]
-    new, order = [], list(range(len(vocab)))
-    for number, token in enumerate(CONTROL_TOKENS[:NAMED_CONTROL_TOKENS]):
-        if token not in vocab:
-            new.append(token)
-            vocab[token] = len(order)
-            order.append(len(order))
-        like = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added[token] = like | {"content": token, "special": True}
-        other, before = name_of[number], vocab[token]
-        vocab[other], vocab[token] = before, number
-        name_of[before], name_of[number] = other, token
-        order[number], order[before] = order[before], order[number]
-    for token, entry in added.items():
-        entry["id"] = vocab[token]
-    written["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
-    # A post-processor would add tokens by their old ids.
-    written["truncation"] = written["padding"] = written["post_processor"] = None
-    return order, new
-
-
 def read_weights(folder):
     """{name: tensor} of the safetensors of a folder, mapped into memory."""
     try:
@@ -231,6 +187,6 @@ def template_of(folder):
     """The chat template of a folder, or ""."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     path = folder / "tokenizer_config.json"
     return str(read_json(path).get("chat_template", "")) if path.is_file() else ""

@@ -20,8 +20,8 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 import torch
 from tqdm import tqdm
 
-from dataset.loader import StepPlan, batches, cut, epoch_plan, to_device
-from dataset.pairs import PairDataset, counts, pad_pairs
+from dataset.loader import StepPlan, batches, cut, epoch_plan, flat, to_device
+from dataset.pairs import PairDataset, counts
 from dataset.tiny_world.generate import PAIRS
 from model.generation import eval_mode
 from model.moe import load_balance_loss
@@ -43,12 +43,15 @@ def reference_of(model, dataset, args, compute):
     """The log-probabilities of all pairs of a dataset before the training, (n, 2), on the CPU. Each
     process computes its share.
     """
-    plan = cut(range(len(dataset)), args.batch_size)[compute.rank :: compute.world_size]
+    rows = [[sample] for sample in range(len(dataset))]
+    plan = cut(rows, args.batch_size)[compute.rank :: compute.world_size]
     found = torch.zeros(len(dataset), 2)
-    mine = batches(dataset, plan, args, compute.device, pad_pairs)
+    mine = batches(dataset, plan, args, compute.device)
     with eval_mode(model), compute.autocast:
         for part, batch in zip(plan, mine, strict=True):
-            found[part] = pair_log_probabilities(model, to_device(batch, compute.device)).cpu()
+            found[flat(part)] = pair_log_probabilities(
+                model, to_device(batch, compute.device)
+            ).cpu()
     return torch.tensor(compute.sum(*found.flatten().tolist())).view(-1, 2)
 
 
@@ -59,11 +62,11 @@ def validate(model, dataset, samples, reference, args, compute):
     """
     steps = epoch_plan(dataset, samples, args, 0, compute.rank, compute.world_size)
     plan, sums = [micro_batch for step in steps for micro_batch in step], torch.zeros(len(FIGURES))
-    found = batches(dataset, plan, args, compute.device, pad_pairs)
+    found = batches(dataset, plan, args, compute.device)
     with eval_mode(model), compute.autocast:
         for of_batch, batch in zip(plan, found, strict=True):
             policy = pair_log_probabilities(model, to_device(batch, compute.device))
-            sums += preference_loss(policy, reference[of_batch], args.dpo_beta)[1].cpu()
+            sums += preference_loss(policy, reference[flat(of_batch)], args.dpo_beta)[1].cpu()
     sums = compute.sum(*sums.tolist())
     return {
         f"val_{name}": figure / len(samples) for name, figure in zip(FIGURES, sums, strict=True)
@@ -88,7 +91,7 @@ def main(argv=None):
     lock = lock_run(args, model.config)  # no other run writes the same files
     dataset, train, val_dataset, val = open_data(PairDataset, args, tokenizer, PAIRS)
     describe(dataset, train, val, args)
-    plan = StepPlan(dataset, train, args, compute, pad_pairs)
+    plan = StepPlan(dataset, train, args, compute)
 
     # The reference, the optimizer, and how far the run is.
     run = Run(dataset.content + val_dataset.content, len(train), plan.rows_per_step)

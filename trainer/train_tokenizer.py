@@ -6,6 +6,7 @@
 The same data and vocabulary size give the same file, byte for byte.
 """
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import UserError, replacing, report_user_errors
-from dataset.formats import format_of, read_records, to_conversation, to_text
+from dataset.chat_template import encode_all
+from dataset.formats import format_of, to_conversation, to_text
+from dataset.jsonl import read_records
 from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
 from dataset.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 from trainer.arguments import Parser, number, stop_at, wrong_values
@@ -27,6 +30,7 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+ENDLESS = re.compile(r"([^\W\d_]{1000}|(?:[^\w\s]|_){1000})")
 
 
 def train(texts, vocab_size):
@@ -45,8 +49,16 @@ def train(texts, vocab_size):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # any byte has a token
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(without_endless_words(texts), trainer)
     return tokenizer
+
+
+def without_endless_words(texts):
+    """Yield the texts, cut in words of over 1,000 letters or marks, such as DNA: the time to train
+    grows with the square of a word's length.
+    """
+    for text in texts:
+        yield from ENDLESS.split(text)
 
 
 def texts_of(path):
@@ -86,7 +98,8 @@ def main(argv=None):
     with replacing(args.out) as file:
         file.write(tokenizer.to_str(pretty=True).encode("utf-8"))
     tokenizer = load_tokenizer(args.out)
-    tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts))
+    ids_of = encode_all(set(texts), tokenizer)
+    tokens = sum(len(ids_of[text]) for text in texts)
     characters = sum(map(len, texts))
     ratio = f"{characters / tokens:.2f} characters of the data per token"
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens, {ratio}")

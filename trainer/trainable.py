@@ -84,7 +84,7 @@ def read_tokens(path):
     Raises UserError for a file that is none of these.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             tokens = {}
             for key, value in json.loads(text).items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 words = SimpleNamespace(
-    **tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+    **tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8-sig"))
 )
 SEED = 1
 VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together

@@ -1,0 +1,209 @@
+"""Reading data files: JSONL, JSON arrays, both also packed with gzip, and a sentence for each other
+kind of file that people have.
+"""
+
+import codecs
+import gzip
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from common import UserError
+
+SEPARATOR = re.compile(r"[\s,]*")  # between the items of an array
+MESSAGES = re.compile(rb'\[\s*\{\s*"(role|content|from|value)"\s*:')  # so begins a conversation
+CSV_HEADER = re.compile(r'[\w "]+([,;\t][\w "]+)+')
+TO_JSONL = "convert it, e.g. by pandas.{}(FILE).to_json('x.jsonl', orient='records', lines=True)"
+UNPACK = "unpack it, and give what is in it"
+KINDS = {  # the first bytes of files of another kind: what it is, and the remedy
+    b"PAR1": ("a Parquet file", TO_JSONL.format("read_parquet")),
+    b"ARROW1": ("an Arrow file", TO_JSONL.format("read_feather")),
+    b"PK\x03\x04": ("a zip archive or an Excel sheet", f"{UNPACK}, or save the sheet as CSV"),
+    b"\x28\xb5\x2f\xfd": ("packed with zstd", UNPACK),
+    b"BZh": ("packed with bzip2", UNPACK),
+    b"\xfd7zXZ": ("packed with xz", UNPACK),
+    b"%PDF": ("a PDF file", "write its text as records"),
+    b"GGUF": ("a GGUF file", "give the folder with config.json that it was made of"),
+    b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file", "run: git lfs pull"),
+    b"<!doctype": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
+}
+
+
+def read_records(path, notes=None):
+    """Yield (line number, record) of a JSONL file or of one JSON array, without holding all of it
+    in memory.
+
+    A record is a dict; what is not a JSON object is yielded as a ValueError in its place. Reading
+    ends where an array is broken, and at the first value after an array. The Counter notes counts
+    records in which a key is repeated. Raises UserError for a file that is missing or of another
+    kind.
+    """
+    notes, repeated = Counter() if notes is None else notes, set()
+
+    def to_dict(pairs):
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            repeated.update(record)
+        return record
+
+    with open_text(path) as file:
+        try:
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+            file.seek(0)
+            is_array = start.startswith(b"[") and not MESSAGES.match(start)
+            items, first = (array_items if is_array else lines)(file, to_dict), True
+            for number, item in items:
+                if repeated:
+                    notes["records with a repeated key, of which the last value is taken"] += 1
+                    repeated.clear()
+                if isinstance(item, list) and item and all(map(is_message, item)):
+                    item = {"messages": item}
+                if not isinstance(item, dict | ValueError):
+                    item = ValueError(f"not a record in braces, but {type(item).__name__}")
+                if first and isinstance(item, ValueError) and not is_array:
+                    require_lines(path)
+                first = False
+                yield number, item
+        except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged gzip file
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} cannot be read: {reason}") from None
+
+
+def is_message(value):
+    return isinstance(value, dict) and bool({"role", "from"} & set(value))
+
+
+def open_file(path):
+    """Return the file at path, open to be read as bytes. Raises UserError if there is none."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} isn't a file, and data is read more than once; give a file")
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
+
+
+def open_text(path):
+    """Return a text file, open to be read as bytes; a gzip file is unpacked on the way. Raises
+    UserError, which names the kind, for what its first bytes show to be no text.
+    """
+    file = open_file(path)
+    start = file.read(64)
+    file.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    for magic, (kind, remedy) in KINDS.items():
+        if start.lstrip().lower().startswith(magic.lower()):
+            file.close()
+            raise UserError(f"{path} is {kind}; {remedy}")
+    return file
+
+
+def require_lines(path):
+    """Raise UserError, which names the kind, if a file whose first line isn't JSON is JSON over
+    several lines, CSV or plain text. The first 64 MB are looked at.
+    """
+    with open_text(path) as file:
+        text = file.read(1 << 26).decode("utf-8-sig", "replace").lstrip()
+    head, kind = text.partition("\n")[0].rstrip("\r"), ""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+        if isinstance(value, dict | list) and "\n" in text[:end]:
+            kind = "JSON whose first value is spread over several lines"
+            remedy = "write each record on a line of its own (jq -c), or all in one array"
+            remedy += list_hint(value) if isinstance(value, dict) else ""
+    except (ValueError, RecursionError):
+        if Path(path).suffix in (".csv", ".tsv") or CSV_HEADER.fullmatch(head):
+            kind, remedy = "CSV", TO_JSONL.format("read_csv")
+        elif Path(path).suffix in (".txt", ".md"):
+            kind = "plain text"
+            remedy = 'for pretraining, write each document as a line {"text": "..."}'
+    if kind:
+        raise UserError(f"{path} is {kind}; {remedy}")
+
+
+def list_hint(record):
+    """Return the end of a sentence about a record that can't be used, "" where there is none to
+    give: under which key the record holds a list of records.
+    """
+    for key, items in record.items():
+        if isinstance(items, list) and items and isinstance(items[0], dict):
+            return f'; "{key}" holds a list of records: write that list alone into a file'
+    return ""
+
+
+def read_json(path):
+    """Return the value of a JSON file. Raises UserError if it is not JSON."""
+    with open_text(path) as file:
+        try:
+            return json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} isn't JSON: {error}") from None
+
+
+def is_folder(path):
+    """Whether path is a folder. Path.is_dir would raise OSError for a name that is too long."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def lines(file, to_dict):
+    """Yield (line number, its value or a ValueError) of a JSONL file."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield number, json.loads(text, object_pairs_hook=to_dict)
+        except json.JSONDecodeError as error:
+            yield number, ValueError(f"not JSON: {error.msg}, at character {error.colno}")
+        except (ValueError, RecursionError) as error:  # bad UTF-8, a number of too many digits
+            yield number, ValueError(f"JSON that cannot be read: {error}")
+
+
+def array_items(file, to_dict, piece=1 << 20):
+    """Yield (line number, item or ValueError) of a JSON array, decoded from pieces of the file."""
+    # A byte that is not UTF-8 becomes a lone surrogate, which makes only its own record a bad one.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    text = decode(file.read(piece))
+    at = text.index("[") + 1
+    line = 1 + text.count("\n", 0, at)
+    while True:
+        begin = SEPARATOR.match(text, at).end()
+        line += text.count("\n", at, begin)
+        if text.startswith("]", begin):
+            rest = text[begin + 1 :] + decode(file.read(piece))
+            if rest.strip():
+                line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
+                end = "the JSON array ends before it; give one array, or a record in braces a line"
+                yield line, ValueError(end)
+            return
+        try:
+            item, at = decoded(text, begin, to_dict)
+            yield line, item
+            line += text.count("\n", begin, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            more = file.read(max(piece, len(text) - begin))  # as much again, so retries stay few
+            if not more:
+                yield line, ValueError(f"not JSON, and the array ends there: {error}")
+                return
+            text, at = text[begin:] + decode(more), 0
+
+
+def decoded(text, begin, to_dict):
+    """Return (the JSON value that begins there, where it ends). A value with a number of too many
+    digits is returned as a ValueError.
+    """
+    try:
+        return json.JSONDecoder(object_pairs_hook=to_dict).raw_decode(text, begin)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        problem = ValueError(f"JSON that cannot be read: {error}")
+        return problem, json.JSONDecoder(parse_int=str).raw_decode(text, begin)[1]
