@@ -24,7 +24,8 @@ HELP = """/system TEXT   start a new conversation with this system prompt; witho
 /set NAME VALUE set temperature, top_k, top_p, repetition_penalty, max_new_tokens or seed
 /reset          start a new conversation with the same system prompt
 /save FILE      append the conversation to FILE, JSONL that train_full_sft.py reads
-/quit           or Ctrl-D: end; Ctrl-C stops an answer"""
+/quit           or Ctrl-D: end; Ctrl-C stops an answer
+//TEXT          send /TEXT, which is no command"""
 SAMPLING = {  # name: (type, default, minimum, maximum, meaning)
     "temperature": (float, 0.0, 0, 100, "0: always the most probable token"),
     "top_k": (int, 0, 0, 10**9, "sample from the k most probable tokens; 0: from all"),
@@ -53,13 +54,13 @@ def main(argv=None):
         print("Write something; /help lists the commands, /quit ends.")
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            line = input("> " if terminal else "").strip().removeprefix("\ufeff")
             if line == "/quit":
                 break
-            if line.startswith("/"):
+            if line.startswith("/") and not line.startswith("//"):
                 chat.command(line)
             elif line:
-                chat.answer(line)
+                chat.answer(line[1:] if line.startswith("//") else line)
         except UserError as error:  # in a chat, a mistake is reported and the chat continues
             print(f"[{error}]")
         except KeyboardInterrupt:
@@ -94,7 +95,9 @@ def parse(argv):
               "export": "system use_compile host max_batch serve"}  # fmt: skip
     for flag, unused in others.items():
         ignored = [
-            name for name in unused.split() if getattr(args, name) != parser.get_default(name)
+            name
+            for name in unused.split()
+            if str(getattr(args, name)) != str(parser.get_default(name))
         ]
         if getattr(args, flag) is not None and ignored:
             raise UserError(f"--{flag} makes no use of --{', --'.join(ignored)}; leave that out")

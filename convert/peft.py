@@ -17,6 +17,7 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 from common import ROOT, replacing
+from dataset.jsonl import read_json
 from model.lora import adapter_state, add_lora, merge
 from trainer import checkpoint
 
@@ -45,12 +46,14 @@ def main(argv=None):
         state = adapter_state(model.state_dict())
         more = {"under": base, "training": {}}
     else:
-        found = checkpoint.find(args.save_dir, f"lora_{args.lora}", model.config.hidden_size)
+        lora = checkpoint.adapters_name(args.lora)
+        found = checkpoint.find(args.save_dir, lora, model.config.hidden_size)
         adapters = checkpoint.load_adapters(model, found)
         if args.to_peft:
             write_peft(args.to_peft, model, base)
             return
-        name, stage = args.save_weight or f"{args.lora}_merged", adapters["stage"]
+        merged = f"{Path(lora).stem.removeprefix('lora_')}_merged"
+        name, stage = args.save_weight or merged, adapters["stage"]
         state = merge(model).state_dict()
         more = {"training": adapters["training"]}
     more |= checkpoint.description(model)
@@ -115,7 +118,7 @@ def read_peft(folder, model):
     safetensors = load_safetensors()
     damaged = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
+        config = read_json(folder / CONFIG)
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         rank, alpha, target = (
             int(config["r"]),

@@ -109,12 +109,12 @@ class StepPlan:
     step_began   time.perf_counter() when the latest step's batches were asked for
     wait_s       seconds that the loop has waited for batches in all
     samples      the samples of the latest step, and its epoch
-    row_length   tokens of a row at most
+    row_length   tokens of a packed row at most, or None
     """
 
     def __init__(self, dataset, samples, args, compute):
         self.dataset, self.args, self.device = dataset, args, compute.device
-        self.row_length = row_length(dataset.lengths, args)
+        self.row_length = row_length(dataset.lengths, args) if args.packing else None
         self.rows_per_step = args.batch_size * args.accumulation_steps * compute.world_size
         ranks = {"rank": compute.rank, "world_size": compute.world_size}
         self.of_epoch = lru_cache(1)(partial(epoch_plan, dataset, samples, args, **ranks))

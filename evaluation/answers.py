@@ -91,12 +91,12 @@ class TaskScore:
         self.options = {"num_samples": 1, "batch_size": 50, "seed": 1, "temperature": 0.0}
         self.options["max_new_tokens"] = 120 if tiny else 256
 
-    def score(self, model, tokenizer):
-        """The share of the problems that a model solves."""
+    def count_solved(self, model, tokenizer, rank=0, world_size=1):
+        """Return how many of the problems a model solves, of those that are this process's."""
         options = self.options | {"allowed": allowed_ids(self.task, self.path, tokenizer)}
-        rows = answer_all(self.problems, model, tokenizer, options)
+        rows = answer_all(self.problems[rank::world_size], model, tokenizer, options)
         verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
-        return sum(map(is_right, verdicts)) / len(rows)
+        return sum(map(is_right, verdicts))
 
 
 def read_result(path):

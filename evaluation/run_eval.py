@@ -78,9 +78,14 @@ def options_of(args):
 def open_model(args):
     """(model, tokenizer, {"weights", "weights_sha256"}) of --weight and --lora."""
     model, tokenizer, _, paths = open_trained(args)
-    files = [sorted(path.glob("*.safetensors")) if path.is_dir() else [path] for path in paths]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sum(files, []))).hexdigest()
-    return model, tokenizer, {"weights": " + ".join(map(str, paths)), "weights_sha256": digest}
+    digest = hashlib.sha256()
+    for path in paths:
+        for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            with part.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    weights = " + ".join(map(str, paths))
+    return model, tokenizer, {"weights": weights, "weights_sha256": digest.hexdigest()}
 
 
 def main(argv=None):
@@ -127,7 +132,7 @@ def sha256_of(path):
 
 def run_name(args):
     """That of the weights, with what sets this run apart from the usual one of theirs."""
-    unusual = [f"lora_{args.lora}"] if args.lora else []
+    unusual = [f"lora_{Path(args.lora).stem.removeprefix('lora_')}"] if args.lora else []
     unusual += [args.prompt_style] if args.prompt_style != "zero_shot" else []
     unusual += [f"{args.num_samples}_samples"] if args.num_samples > 1 else []
     unusual += [f"temperature_{args.temperature:g}"] if args.temperature else []

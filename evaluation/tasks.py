@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common import IM_END, UserError
 from dataset.chat_template import pieces
+from dataset.formats import format_of
 from dataset.jsonl import list_hint, read_json, read_records
 from dataset.tiny_world.generate import EVAL, write_missing
 from evaluation import competition_math, gsm8k
@@ -112,10 +113,22 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
             problems.append(problem(task, *parts(record)))
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            if meant := task_of(record, task):
+                reason = f"{reason}; it looks like a record of {meant}: give --task {meant}"
             raise UserError(f"--data_path {path}, {place} {number}: {reason}") from None
     if not problems:
         raise UserError(f"--data_path {path} is empty")
     return problems
+
+
+def task_of(record, task):
+    """Return the task that a record is of, if it is not the given one and the keys say so."""
+    by_keys = {"qa": "gsm8k", "math": "math"}
+    try:
+        name = record.get("source") or by_keys.get(format_of(record))
+    except (ValueError, AttributeError):  # in no known format, or not a record
+        return None
+    return name if name in TASKS and name != task else None
 
 
 def problem(task, prompt, gold, level=None, kind=None):

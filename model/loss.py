@@ -63,8 +63,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, positions, targets, dtype, with_gradients):
         total, matrix = torch.zeros((), device=hidden.device), weight.to(dtype)
-        if with_gradients:
-            hidden_grad = torch.zeros_like(hidden)
+        hidden_grad = torch.zeros_like(hidden) if with_gradients else None
+        weight_grad = None  # a frozen output layer, as under LoRA, needs none
+        if with_gradients and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         # oneDNN caches code for each size of product; with multiples of 64 there are few sizes.
         count, padding = len(positions), (0, -len(positions) % 64)
@@ -84,14 +85,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = grad.to(dtype)
                 x_grad = (grad @ matrix).type_as(hidden)  # (n, V) @ (V, D) -> (n, D)
                 hidden_grad.index_add_(0, chunk, x_grad)
-                weight_grad += grad.T @ x  # (V, n) @ (n, D) -> (V, D)
-        ctx.save_for_backward(*((hidden_grad, weight_grad) if with_gradients else ()))
+                if weight_grad is not None:
+                    weight_grad += grad.T @ x  # (V, n) @ (n, D) -> (V, D)
+        ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad_output, weight_grad * grad_output, None, None, None, None
+        if weight_grad is not None:
+            weight_grad = weight_grad * grad_output
+        return hidden_grad * grad_output, weight_grad, None, None, None, None
 
 
 def supervised_tokens(labels):

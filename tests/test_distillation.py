@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,8 @@ from dataset.loader import split_samples
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import Distillation, Teacher, add_projections
-from tests.conftest import TINY, export, write_jsonl
+from tests.conftest import ROOT, TINY, export, run, torchrun, write_jsonl
+from tests.test_training import assert_like_one
 from trainer import checkpoint, optimizer, train_distillation, train_full_sft, train_tokenizer
 from trainer.teacher import with_teacher
 
@@ -545,3 +547,23 @@ def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, c
     for layers in ("3", "0", "1,x", "-1"):
         with pytest.raises(UserError, match="layers 1 to 2"):
             export(trained, data, tmp_path / "x", "--aux_layers", layers)
+
+
+def test_two_processes_distil_as_one_does(trained, data, tmp_path):
+    for name, launch, batch_size in (("one", run, 4), ("two", partial(torchrun, 2), 2)):
+        flags = [
+            "--save_dir",
+            tmp_path / name,
+            "--data_path",
+            data / "sft.jsonl",
+            "--val_split",
+            0.1,
+        ]
+        flags += ["--teacher_weight", trained / "full_sft_32.pth", "--hidden_weight", 0.5]
+        flags += ["--from_weight", trained / "pretrain_32.pth", "--batch_size", batch_size]
+        flags += ["--max_seq_len", 96, "--log_interval", 1, "--dtype", "fp32", "--device", "cpu"]
+        done = launch(ROOT / "trainer/train_distillation.py", *flags)
+        assert done.returncode == 0, done.stderr
+    assert_like_one(
+        tmp_path, "distilled_32", "loss val_loss grad_norm", trained / "pretrain_32.pth"
+    )

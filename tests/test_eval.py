@@ -1,6 +1,7 @@
 """Evaluation: the same result whatever the batch size and however often it was killed; gold answers
 are all right; the figures against their definitions."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,7 @@ from evaluation.tasks import TASKS, judge, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, run, run_here, write_jsonl
 from tests.solutions import gsm8k_records, math_records
+from trainer import trainer_utils
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -643,3 +646,42 @@ def test_totals_of_several_samples():
     for name in ("accuracy_95", "strict_accuracy_95"):
         assert again[name] == pytest.approx(found[name])
         assert found[name] == pytest.approx(report.wilson(1.5, 3))
+
+
+def test_weights_are_hashed_without_being_held_in_memory_twice(
+    trained, gsm8k, tmp_path, monkeypatch
+):
+    whole = (trained / "full_sft_32.pth").read_bytes()
+    flags = ["--task", "gsm8k", "--data_path", gsm8k / "test.jsonl", "--save_dir", tmp_path]
+    flags += ["--weight", trained / "full_sft_32.pth", "--limit", 1, "--max_new_tokens", 1]
+    read = Path.read_bytes
+    small = lambda path: read(path) if path.suffix != ".pth" else pytest.fail("read whole")  # noqa: E731
+    monkeypatch.setattr(Path, "read_bytes", small)
+    done = run_here("evaluation/run_eval.py", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "eval/gsm8k/full_sft_32_limit_1.json").read_text("utf-8"))
+    assert result["weights_sha256"] == hashlib.sha256(whole).hexdigest()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_each_process_answers_its_share_of_the_problems(gsm8k, monkeypatch, sharded):
+    """A sharded model is gathered for each token, so there all answer everything."""
+    task, asked = answers.TaskScore("gsm8k", gsm8k / "test.jsonl"), []
+
+    def answer_all(problems, *_):
+        asked.append([problem["gold"] for problem in problems])
+        return [{**p, "output": f"#### {p['gold']}", "truncated": False} for p in problems[::2]]
+
+    monkeypatch.setattr(answers, "answer_all", answer_all)
+    monkeypatch.setattr(trainer_utils, "generating", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(answers, "is_right", lambda verdict: True)
+    solved, model = [], SimpleNamespace(**{"reshard": None} if sharded else {})
+    for rank in range(3):
+        keep = lambda value: solved.append(value) or [value]  # noqa: E731
+        compute = SimpleNamespace(rank=rank, world_size=3, sum=keep)
+        trainer_utils.score_of(model, None, task, 0.0, compute)
+    golds = [problem["gold"] for problem in task.problems]
+    assert asked == ([golds] * 3 if sharded else [golds[rank::3] for rank in range(3)])
+    everything = SimpleNamespace(rank=0, world_size=3, sum=lambda _: [sum(solved)])
+    score = trainer_utils.score_of(model, None, task, 0.0, everything)
+    assert score == pytest.approx(sum(solved) / len(golds) / (3 if sharded else 1))

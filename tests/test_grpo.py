@@ -13,7 +13,7 @@ from dataset.tokenizer import load_tokenizer
 from evaluation.rewards import reward_function, rewards_of
 from model.causal_lm import CausalLM, ModelConfig
 from model.policy import advantages_of, policy_loss
-from tests.conftest import ROOT, run, run_here, torchrun, write_jsonl
+from tests.conftest import ROOT, chat, run, run_here, torchrun, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import assert_equal, assert_like_one, log, stopped_and_resumed, weights
 from trainer import checkpoint, train_grpo
@@ -156,10 +156,17 @@ def test_a_reward_that_can_be_earned_grows(trained, files, tmp_path):
     assert trained_length == 768  # up to there, a chat with these weights forgets nothing
 
 
-def test_equal_rewards_change_nothing(trained, files, tmp_path):
+def test_equal_rewards_change_nothing(trained, files, tmp_path, capsys):
     """The control: every group without a signal is counted, and no step is made."""
     train_grpo.main(grpo(trained, files, tmp_path, reward="same"))
-    assert {line["no_signal"] for line in log(tmp_path, "grpo_32")} == {1.0}
+    lines = log(tmp_path, "grpo_32")
+    assert {line["no_signal"] for line in lines} == {1.0}
+    # Nothing was computed: null and not 0, and a sentence says what to do.
+    for name in ("loss", "entropy", "grad_norm"):
+        assert {line[name] for line in lines} == {None}
+    printed = capsys.readouterr().out
+    assert f"in {len(lines)} of {len(lines)} steps no group had a signal: all answers" in printed
+    assert "--temperature" in printed and "loss none" in printed and "loss 0.000" not in printed
     assert_equal(weights(tmp_path, "grpo_32"), weights(trained))
 
 
@@ -231,3 +238,9 @@ def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
     refuses("the longest question and --max_new_tokens", "--max_new_tokens", 5000)
     refuses("finite number", reward="nan")
     refuses("line 1: 'expected' is missing", "--data_path", data / "sft.jsonl")
+    for name, record in (("gsm8k", {"question": "1+1?", "answer": "#### 2"}),
+                         ("math", {"problem": "1+1?", "solution": "$\\boxed{2}$"}),
+                         ("gsm8k", {**chat("1+1?", "2"), "question": "1+1?", "source": "gsm8k"}),
+                         ):  # fmt: skip
+        path = write_jsonl(tmp_path / "x.jsonl", [record])
+        refuses(f"it looks like a record of {name}: give --task {name}", "--data_path", path)

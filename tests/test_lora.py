@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -129,11 +130,59 @@ def test_only_the_adapters_move_and_only_they_are_saved(lora_run):
     saved = checkpoint.load(lora_run / "lora_full_sft_32.pth")
     assert all(name.endswith(("lora_A", "lora_B")) for name in saved["model"])
     assert any(weight.abs().max() > 0 for n, weight in saved["model"].items() if "lora_B" in n)
-    base = checkpoint.load(lora_run / "pretrain_32.pth")["model"]
-    whole = checkpoint.load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")["model"]
-    assert all(torch.equal(weight, whole[name]) for name, weight in base.items())
     attention, mlp = 2 * (32 + 32) + 2 * (32 + 16), 3 * (32 + 96)  # of rank 1, in a layer
     assert sum(weight.numel() for weight in saved["model"].values()) == 2 * 4 * (attention + mlp)
+    # The checkpoint has the adapters twice more, as AdamW's moments, and no other weights.
+    resume = checkpoint.load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")
+    assert resume["model"].keys() == saved["model"].keys() == resume["optimizer"]["state"].keys()
+    # What is trained on fits the weights as they were before: `attach_adapters` compares them.
+    model, _ = checkpoint.build_resumed(resume, lora_run / "checkpoints" / "x")
+    assert len(adapters(model)) == 2 * 7
+
+
+def test_a_checkpoint_of_lora_whose_weights_have_changed_or_gone_is_refused(
+    lora_run, data, tmp_path
+):
+    shutil.copytree(lora_run, tmp_path / "out")
+    base = tmp_path / "out" / "pretrain_32.pth"
+    go_on = ["--from_resume", 1, "--save_dir", tmp_path / "out", "--use_lora", 1, "--epochs", 9]
+    content = checkpoint.load(base)
+    content["model"]["model.norm.weight"][0] += 1
+    checkpoint.save_tensors(base, content)
+    done = run_here("trainer/train_full_sft.py", *go_on)
+    assert done.returncode == 2 and "was trained on other weights than these" in done.stderr
+    base.unlink()
+    done = run_here("trainer/train_full_sft.py", *go_on)
+    assert done.returncode == 2 and "there is no" in done.stderr and "pretrain_32" in done.stderr
+
+
+def test_a_checkpoint_of_lora_with_all_weights_is_resumed(lora_run, tmp_path):
+    """As versions before wrote them."""
+    shutil.copytree(lora_run, tmp_path / "out")
+    path = tmp_path / "out" / "checkpoints" / "lora_full_sft_32_resume.pth"
+    content, base = checkpoint.load(path), checkpoint.load(tmp_path / "out" / "pretrain_32.pth")
+    content["model"] |= base["model"]
+    del content["under"], content["run"]["row_length"]
+    checkpoint.save_tensors(path, content)
+    (tmp_path / "out" / "pretrain_32.pth").unlink()
+    flags = ["--from_resume", 1, "--save_dir", tmp_path / "out", "--use_lora", 1]
+    done = run_here("trainer/train_full_sft.py", *flags)
+    assert done.returncode == 0 and "This run is finished" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["full_sft", "lora_full_sft", "PATH"])
+def test_adapters_are_found_by_each_of_their_names(lora_run, name):
+    name = lora_run / "lora_full_sft_32.pth" if name == "PATH" else name
+    flags = ["--save_dir", lora_run, "--lora", name, "--prompt", "Hi", "--max_new_tokens", 1]
+    done = run_here("eval_llm.py", *flags)
+    assert done.returncode == 0 and "lora_full_sft_32.pth" in done.stdout, done.stderr
+
+
+def test_full_weights_with_a_name_of_adapters_are_told(trained, tmp_path):
+    shutil.copy(trained / "full_sft_32.pth", tmp_path / "lora_x_32.pth")
+    done = run_here("eval_llm.py", "--save_dir", tmp_path, "--lora", "x", "--prompt", "Hi")
+    says = "holds no adapters, but full_sft weights; name it with --weight"
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
 def test_resumed_is_uninterrupted(lora_run, data, tmp_path, capsys):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import attention, loss
 from model.causal_lm import CausalLM, KVCache, ModelConfig
@@ -250,3 +251,35 @@ def test_the_first_loss_is_near_that_of_guessing(input_ids):
 def test_impossible_shapes_are_refused_with_their_values(wrong):
     with pytest.raises(ValueError, match=r"\(\d+\)"):
         ModelConfig(**{**SHAPE, **wrong})
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps the shape of each tensor that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.append((str(function), tuple(result.shape)))
+        return result
+
+
+def test_a_frozen_output_layer_gets_no_gradient_and_costs_none():
+    """Under LoRA: 620 MB and a product for each chunk, at the size of Qwen3-0.6B."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(2, 30, 16, requires_grad=True), torch.randint(3, 50, (2, 30))
+    weight = torch.randn(50, 16)
+    expected = torch.autograd.grad(loss.plain_cross_entropy(hidden, weight, labels), hidden)[0]
+    for is_trained in (True, False):
+        weight.requires_grad_(is_trained)
+        with Sizes() as sizes:
+            loss.summed_cross_entropy(hidden, weight, labels).backward()
+        of_weight = [
+            name for name, shape in sizes.seen if shape == (50, 16) and "detach" not in name
+        ]
+        assert bool(of_weight) == is_trained, of_weight
+        torch.testing.assert_close(hidden.grad, expected, atol=1e-5, rtol=1e-4)
+        hidden.grad = None

@@ -33,17 +33,18 @@ class Problem(str):
     """What is wrong with a flag's value. It stands in the value's place until all are reported."""
 
 
-def number(kind, low, high=LARGEST):
-    """An argparse type: an int or float from low to high."""
+def number(kind, low, high=LARGEST, above=False):
+    """Return an argparse type: an int or float from low to high; with above, not low itself."""
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not low <= value <= high or (above and value == low):
+            limits = f"above {low}" if above else f"from {low} to {high}"
             whole = "a whole" if kind is int else "a"
-            return Problem(f"{text:.40}: give {whole} number from {low} to {high}")
+            return Problem(f"{text:.40}: give {whole} number {limits}")
         return value
 
     return convert
@@ -116,7 +117,8 @@ def training_parser(doc, **defaults):
     add("epochs", None, "passes over the data", positive)
     add("batch_size", None, "rows per forward pass and process", positive)
     add("max_seq_len", None, "maximum length of a row, in tokens", number(int, 2))
-    add("learning_rate", None, "maximum learning rate of the schedule", number(float, 0))
+    above = number(float, 0, above=True)
+    add("learning_rate", None, "maximum learning rate of the schedule", above)
     add("hidden_size", None, "width of the model; default: 256, or that of the weights", positive)
     add("num_hidden_layers", None, "layers; default: 3, or those of the weights", positive)
 
@@ -147,7 +149,8 @@ def training_parser(doc, **defaults):
 
     add = parser.group("optimisation")
     add("accumulation_steps", 1, "forward passes per optimizer step", positive)
-    optimizer = "muon for the matrices of the layers; or adamw alone, with a quarter of the rate"
+    optimizer = "muon (matrices of the layers; AdamW for the rest), or adamw for all, which needs "
+    optimizer += "about a quarter of --learning_rate: give that too"
     add("optimizer", "muon", optimizer, one_of("muon", "adamw"))
     add("warmup_steps", 50, "steps of linear warm-up", count)
     add("min_lr_ratio", 0.1, "final learning rate, as a fraction of the maximum", share)
@@ -176,7 +179,7 @@ def training_parser(doc, **defaults):
     add = parser.group("fine-tuning")
     add("use_lora", 0, "1: train LoRA adapters; the weights stay as they are", switch)
     add("lora_rank", 16, "rank of the adapters", positive)
-    add("lora_alpha", 32.0, "scale of the adapters, times the rank", number(float, 0))
+    add("lora_alpha", 32.0, "scale of the adapters, times the rank", above)
     add("lora_dropout", 0.0, "dropout of their input", number(float, 0, 0.9))
     targets = "matrices with an adapter, as q_proj,v_proj; all-linear: all of the layers'"
     add("lora_target", "all-linear", targets)
@@ -289,6 +292,8 @@ def contradictions(args, parser):
         problems.append("--hidden_weight: needs --teacher_weight or --offline_dir to compare with")
     if args.aux_layers and not args.hidden_weight:
         problems.append("--aux_layers: needs --hidden_weight above 0")
+    if args.from_weight and Path(args.from_weight).suffix == ".pth":
+        args.from_weight = os.path.abspath(args.from_weight)  # noqa: PTH100  as for the data
     if args.from_weight in (None, "none") and not args.from_resume:
         for name in ("use_lora", "extend_tokens", "freeze_base", "freeze"):
             if getattr(args, name):

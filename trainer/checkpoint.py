@@ -4,7 +4,7 @@ out/NAME.pth                         weights {"format", "stage", "config", "toke
                                      "training"}
 out/lora_NAME.pth                    adapters alone in "model", and their description in "lora"
 out/checkpoints/NAME_resume.pth      the latest checkpoint: "optimizer", "scaler", "run" and
-                                     "arguments" instead of "training"
+                                     "arguments" instead of "training"; of LoRA with adapters alone
 out/checkpoints/NAME_step000500.pth  an earlier one
 out/checkpoints/NAME_best.pth        the weights that did best in validation
 """
@@ -12,13 +12,12 @@ out/checkpoints/NAME_best.pth        the weights that did best in validation
 import dataclasses
 import math
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common import UserError, load_tensors, patiently, replacing, save_tensors
+from common import UserError, load_tensors, patiently, save_tensors
 from dataset.jsonl import is_folder
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
@@ -113,12 +112,21 @@ def load_latest(args):
     line that says so, if there is no checkpoint. Raises UserError if all are damaged.
     """
     folder, name = args.save_dir / "checkpoints", args.save_weight
-    found = matching(folder, name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
+
+    def checkpoints(name):
+        return matching(folder, name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
+
+    plain = name.removeprefix("lora_")
+    found = checkpoints(name) or (checkpoints(f"lora_{name}") if name == plain else [])
     if not found:
         latest = folder / f"{name}_{args.hidden_size or '*'}_resume.pth"
+        names = [f"{name}_previous", f"lora_{plain}_previous", *([plain] if name != plain else [])]
+        if others := [earlier for earlier in names if checkpoints(earlier)]:
+            raise UserError(
+                f"there is no {latest}, but a checkpoint of the run {others[0]}; to resume that, "
+                f"give --save_weight {others[0]}; to start again, leave --from_resume out"
+            )
         print(f"there is no {latest} yet: the run starts from its beginning")
-        if matching(folder, f"{name}_previous", ending=EARLIER_OR_LATEST):
-            print(f"to resume the earlier run instead: --save_weight {name}_previous")
         return None
     # Of several models under one name the newest; of its checkpoints the latest, then backwards.
     newest = max(found, key=lambda path: path.stat().st_mtime)
@@ -149,9 +157,24 @@ def require_checkpoint(content, path):
 
 def weights_to_start_from(args):
     """--weight; without it what the adapters of --lora were trained on, or full_sft."""
-    if args.from_weight:
-        return args.from_weight
-    return load(find(args.save_dir, f"lora_{args.lora}"))["under"] if args.lora else "full_sft"
+    if args.from_weight or not args.lora:
+        return args.from_weight or "full_sft"
+    path = find(args.save_dir, adapters_name(args.lora))
+    content = load(path)
+    require_adapters(content, path)
+    return content["under"]
+
+
+def adapters_name(name):
+    """Return the name of a file of adapters, lora_x, or its path: x and lora_x are the same."""
+    return name if Path(name).suffix == ".pth" else f"lora_{name.removeprefix('lora_')}"
+
+
+def require_adapters(content, path):
+    """Raise UserError unless a loaded file holds adapters without their weights."""
+    if "lora" not in content or "under" not in content:
+        stage = content["stage"]
+        raise UserError(f"{path} holds no adapters, but {stage} weights; name it with --weight")
 
 
 def require_plain(config, content):
@@ -198,7 +221,7 @@ def build_model(content, path, dropout=0.0):
     Raises UserError if a weight is missing or of another shape, or if the file does not say what
     it holds.
     """
-    if "lora" in content and "run" not in content:
+    if "under" in content:
         raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
     try:
         tokenizer = load_tokenizer(json_text=str(content["tokenizer"]))
@@ -234,15 +257,33 @@ def build_model(content, path, dropout=0.0):
     return model, tokenizer
 
 
+def build_resumed(content, path, dropout=0.0):
+    """Return the (model, tokenizer) of a checkpoint. One of LoRA holds adapters alone: the weights
+    under them come from their own file. Errors are those of `find` and `load_adapters`.
+    """
+    if "under" not in content:
+        return build_model(content, path, dropout)
+    config, name = content["config"], content["under"]
+    base = find(path.parents[1], name, config["hidden_size"], config["use_moe"])
+    model, tokenizer = build_model(load(base), base, dropout)
+    attach_adapters(model, content, path)
+    return model, tokenizer
+
+
 def load_adapters(model, path):
     """Adds the adapters of a file to the weights that they were trained on; returns its content.
 
     Raises UserError if these are other weights, or if the adapters do not fit.
     """
     content = load(path)
-    lora = content.get("lora")
-    if lora is None:
-        raise UserError(f"{path} holds no adapters, but {content['stage']} weights")
+    attach_adapters(model, content, path)
+    return content
+
+
+def attach_adapters(model, content, path):
+    """Adds the adapters of a loaded file to a model; errors are those of `load_adapters`."""
+    require_adapters(content, path)
+    lora = content["lora"]
     if lora["base"] != hash_of(model):
         raise UserError(
             f"{path} was trained on other weights than these, and fits only those: "
@@ -253,13 +294,12 @@ def load_adapters(model, path):
     if expected != {name: weight.shape for name, weight in content["model"].items()}:
         raise UserError(f"{path} is damaged: its adapters do not fit their own description")
     model.load_state_dict(content["model"], strict=False)
-    return content
 
 
 def merge_adapters(model, args):
     """Merges the adapters that --lora names into the model's weights; returns their file's path."""
     config = model.config
-    path = find(args.save_dir, f"lora_{args.lora}", config.hidden_size, config.use_moe)
+    path = find(args.save_dir, adapters_name(args.lora), config.hidden_size, config.use_moe)
     load_adapters(model, path)
     merge(model)
     print(f"with the adapters {path}")
@@ -325,6 +365,8 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
         return
     more = {"optimizer": optimizer_state, "scaler": scaler.state_dict()}
     more |= {"run": dataclasses.asdict(run), "arguments": flags_of(args), **description(model)}
+    if "lora" in more:  # the weights under the adapters have not changed
+        state, more["under"] = adapter_state(state), str(args.from_weight)
     new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
     save(new, state, model.config, tokenizer, stage, **more)
     place = folder / f"{name}_step{before or 0:06d}.pth"
@@ -340,7 +382,5 @@ def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
 
 def put_best_in_place(args, name):
     """Makes the weights that did best in validation those of the run."""
-    best = args.save_dir / "checkpoints" / f"{name}_best.pth"
-    load(best)  # raises an error if it is damaged
-    with best.open("rb") as source, replacing(args.save_dir / f"{name}.pth") as file:
-        shutil.copyfileobj(source, file)
+    best = load(args.save_dir / "checkpoints" / f"{name}_best.pth")  # an error names this file
+    save_tensors(args.save_dir / f"{name}.pth", best)

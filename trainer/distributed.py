@@ -220,7 +220,7 @@ def parallelise(model, mode, dtype):
     """
     if not dist.is_initialized():
         return model
-    device = model.lm_head.weight.device.type
+    device = next(model.parameters()).device.type
     # When a process is lost, nccl ends the others after this limit. Processes start each step
     # together, so no gradient waits that long.
     backend = "nccl" if device == "cuda" and dist.is_nccl_available() else "gloo"

@@ -48,10 +48,11 @@ class MetricsLog:
     def write(self, run, *, epoch, loss, lr, grad_norm, data_wait_s, val_loss=None, **more):
         """Adds a line to the log; prints those of the first step and of validations."""
         speed = self.tokens / max(self.seconds, 1e-9)
-        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
+        loss_text = "none" if loss is None else f"{loss:.3f}"
+        self.bar.set_postfix(loss=loss_text, tokens_per_s=f"{speed:.0f}")
         if val_loss is not None or run.step == 1:
             validation = "" if val_loss is None else f"validation {val_loss:.3f}, "
-            progress = f"step {run.step} of {self.total_steps}: loss {loss:.3f}"
+            progress = f"step {run.step} of {self.total_steps}: loss {loss_text}"
             tqdm.write(f"{progress}, {validation}{speed:,.0f} tokens/s")
         line = {"step": run.step, "epoch": epoch, "tokens": run.tokens, "loss": loss}
         line |= {"val_loss": val_loss, **more, "lr": lr, "grad_norm": grad_norm}

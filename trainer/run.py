@@ -3,15 +3,18 @@
 import dataclasses
 import itertools
 import math
+import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from common import UserError
+from common import ROOT, UserError
 from trainer import checkpoint, distributed
 from trainer.arguments import parse_args
 from trainer.metrics import MetricsLog
-from trainer.optimizer import load_full_state
+from trainer.optimizer import learning_rate, load_full_state
 from trainer.signals import RunLock
 
 # Flags that a resumed run may change: the weights come out the same, or, with another device,
@@ -34,6 +37,7 @@ class Run:
     rows: int  # samples to train on
     rows_per_step: int
     processes: int = 1
+    row_length: int | None = None  # of packed rows: see `loader.row_length`
     teacher: str | None = None  # the hash of its weights
     step: int = 0
     tokens: int = 0  # trained on
@@ -71,10 +75,35 @@ def parse_run(parser, argv):
     return parse_args(parser, argv, saved["arguments"]) if saved else args, saved
 
 
-def flag_of(args):
-    """How the chat loads what a run has written."""
-    name = args.save_weight
-    return f"--lora {name.removeprefix('lora_')}" if args.use_lora else f"--weight {name}"
+def next_command(args, script="eval_llm.py"):
+    """Return the command that opens what a run has written: a chat, or the script of a stage."""
+    name, flags = args.save_weight, []
+    if args.use_lora:
+        flags = ["--lora", name.removeprefix("lora_")]
+        script = "eval_llm.py"  # adapters are merged before another stage
+    elif script != "eval_llm.py":
+        flags = ["--from_weight", name]
+    elif name != "full_sft":  # the default
+        flags = ["--weight", name]
+    try:
+        path = os.path.relpath(ROOT / script)
+    except ValueError:  # on another drive of Windows
+        path = str(ROOT / script)
+    return shlex.join(["python", path, *flags, *save_dir_flag(args)])
+
+
+def resume_command(args, stage, processes):
+    """Return the command that resumes a run; its other flags are in the checkpoint."""
+    script = Path(sys.argv[0])
+    if script.resolve().parent != ROOT / "trainer":  # called from other code
+        script = Path(os.path.relpath(ROOT / "trainer" / f"train_{stage}.py"))
+    words = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    flags = ["--from_resume", "1", "--save_weight", args.save_weight]
+    return shlex.join([*words, str(script), *flags, *save_dir_flag(args)])
+
+
+def save_dir_flag(args):
+    return [] if args.save_dir == ROOT / "out" else ["--save_dir", str(args.save_dir)]
 
 
 def refuse(args, parser, names):
@@ -99,6 +128,14 @@ def begin_run(run, args, model, optimizer, compute, total_steps, saved):
     name = checkpoint.file_name(args.save_weight, model.config)
     if saved:
         run = resume(run, saved, args, model, optimizer, compute.scaler)
+        earlier = saved["arguments"]["epochs"]
+        if args.epochs > earlier:
+            before = learning_rate(max(0, run.step - 1), total_steps * earlier // args.epochs, args)
+            lr = learning_rate(run.step, total_steps, args)
+            print(
+                f"the schedule now ends after {args.epochs} epochs instead of {earlier}:", end=" "
+            )
+            print(f"the learning rate was {before:.3g} and goes on from {lr:.3g}")
     if compute.rank == 0:
         keep_previous(args, name, saved)
     path = args.save_dir / "logs" / f"{name}.jsonl"
@@ -131,6 +168,8 @@ def resume(run, saved, args, model, optimizer, scaler):
         harm.append("the data is not what it was when the run began")
     if shares_of(now) != shares_of(before):
         harm.append("--data_path gives other shares or copies than when the run began")
+    if run.row_length not in (None, then.row_length or args.max_seq_len):  # earlier: always that
+        harm.append("samples are packed into other rows than by the version that began the run")
     if run.teacher != then.teacher and then.teacher:
         harm.append("the teacher has other weights than when the run began")
     if run.rows_per_step != then.rows_per_step:
@@ -160,7 +199,7 @@ def resume(run, saved, args, model, optimizer, scaler):
             f"1 cannot change what is trained or --optimizer, which was {before.get('optimizer')}; "
             f"start a new run from the weights: --from_weight {args.save_weight} --save_weight NAME"
         ) from None
-    known = ("data", "rows", "rows_per_step", "processes", "teacher")
+    known = ("data", "rows", "rows_per_step", "processes", "row_length", "teacher")
     return dataclasses.replace(then, **{name: getattr(run, name) for name in known})
 
 
@@ -233,16 +272,18 @@ def finish(run, args, model, tokenizer, stage, log, lock, where):
         raise UserError(
             f"{run.bad_steps} steps in a row had no finite gradient; saved at step {run.step}. The "
             f"last one was trained on {where}. Look at these, or lower --learning_rate and start "
-            "anew; --from_resume 1 resumes it"
+            f"again; to resume it: {resume_command(args, stage, run.processes)}"
         )
     total, patience = log.total_steps, args.early_stop_patience
     if not finished:
-        print(f"Stopped at step {run.step} of {total}, saved. Go on with --from_resume 1.")
+        print(f"Stopped at step {run.step} of {total}, saved. Go on with:")
+        print(resume_command(args, stage, run.processes))
         sys.exit(130)
     if log.steps == 0:
         print(f"This run is finished: {run.step} of {total} steps.")
     elif run.step < total:
-        print(f"Stopped at step {run.step} of {total}: {patience} validations without a better")
+        reason = f"{patience} validations in a row without a better result"
+        print(f"Stopped at step {run.step} of {total}: {reason}")
     print(f"weights: {place}\nloss curve: {log.draw(args.loss_curve)}")
 
 

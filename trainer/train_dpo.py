@@ -29,7 +29,7 @@ from model.policy import pair_log_probabilities, preference_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import number, training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
-from trainer.run import Run, begin_run, finish, flag_of, lock_run, parse_run, refuse
+from trainer.run import Run, begin_run, finish, lock_run, next_command, parse_run, refuse
 from trainer.signals import StopSignal
 from trainer.trainable import choose_trainable
 from trainer.trainer_utils import describe, init_model, open_data, seed_step, show_sample
@@ -78,7 +78,8 @@ def main(argv=None):
     parser.set_defaults(batch_size=8, max_seq_len=768, warmup_steps=10, learning_rate=2e-4)
     parser.set_defaults(packing=False, val_split=0.1, val_interval=20, sample_prompt="Who are you?")
     add = parser.group("preferences")
-    add("dpo_beta", 0.1, "how much the model may change: less with a larger one", number(float, 0))
+    beta = "how much the model may change: less with a larger one"
+    add("dpo_beta", 0.1, beta, number(float, 0, above=True))
     sft = "weight of the SFT loss of the chosen answers, against both becoming improbable"
     add("sft_weight", 0.0, sft, number(float, 0))
     args, saved = parse_run(parser, argv)
@@ -165,7 +166,7 @@ def main(argv=None):
         if stop:
             break
     finish(run, args, model, tokenizer, STAGE, log, lock, dataset.where(plan.samples))
-    print(f"next: python eval_llm.py {flag_of(args)}")
+    print(f"next: {next_command(args)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from model.moe import load_balance_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import conversation_flags, training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
-from trainer.run import Run, begin_run, finish, lock_run, parse_run
+from trainer.run import Run, begin_run, finish, lock_run, next_command, parse_run
 from trainer.signals import StopSignal
 from trainer.teacher import with_teacher
 from trainer.trainable import choose_trainable
@@ -74,7 +74,8 @@ def main(argv=None, **defaults):
     learner = distributed.parallelise(taught, args.parallel, compute.dtype)
     optimizer = make_optimizer(model, args)
     run = Run(dataset.content + val_dataset.content, len(train), plan.rows_per_step)
-    run.processes, run.teacher = compute.world_size, getattr(taught, "teacher_hash", None)
+    run.processes, run.row_length = compute.world_size, plan.row_length
+    run.teacher = getattr(taught, "teacher_hash", None)
     run, log = begin_run(run, args, model, optimizer, compute, len(plan), saved)
     stop = run.finished(len(plan), args.early_stop_patience)
     signal = StopSignal()
@@ -127,7 +128,7 @@ def main(argv=None, **defaults):
         if stop:
             break
     finish(run, args, model, tokenizer, STAGE, log, lock, dataset.where(plan.samples))
-    print("next: python eval_llm.py")
+    print(f"next: {next_command(args)}")
 
 
 if __name__ == "__main__":

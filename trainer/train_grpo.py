@@ -39,12 +39,15 @@ from model.policy import advantages_of, policy_loss
 from trainer import checkpoint, distributed
 from trainer.arguments import number, one_of, training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
-from trainer.run import Run, begin_run, finish, flag_of, lock_run, parse_run, refuse
+from trainer.run import Run, begin_run, finish, lock_run, next_command, parse_run, refuse
 from trainer.signals import StopSignal
 from trainer.trainable import choose_trainable
 from trainer.trainer_utils import generating, init_model, seed_step
 
 STAGE = "grpo"
+NO_SIGNAL = """all answers to a question got the same reward, so nothing was learned.
+If the rewards are low, begin with weights that solve some of the questions (train_full_sft.py),
+take easier ones, or raise --temperature or --group_size; if they are high, take harder questions"""
 
 
 def answers_of(model, prompts, args, seed):
@@ -153,7 +156,7 @@ def main(argv=None):
     run, log = begin_run(run, args, model, optimizer, compute, total, saved)
     log.curves = {name: (name, 1) for name in ("reward", "pass_at_1", "pass_at_k")}
     log.unit = "mean reward"
-    stop = run.finished(total, args.early_stop_patience)
+    stop, idle_steps = run.finished(total, args.early_stop_patience), 0
     signal = StopSignal()
     model.train()
 
@@ -198,6 +201,8 @@ def main(argv=None):
             loss, entropy = loss + partial.item() / supervised, entropy + spread
         if supervised:
             grad_norm = clip_and_step(model, optimizer, compute.scaler, args.grad_clip)
+        else:
+            idle_steps += 1
         run.advance(generated, grad_norm)
         log.count(generated, began)
 
@@ -209,6 +214,8 @@ def main(argv=None):
             entry = {"reward": sums[0] / counted, "no_signal": 1 - sums[1] / counted}
             entry["answer_tokens"], entropy, loss = generated / counted, *sums[2:]
             entry |= {"entropy": entropy / max(1, supervised), "lr": lr, "grad_norm": grad_norm}
+            if not supervised:  # nothing was computed
+                loss = entry["entropy"] = entry["grad_norm"] = None
             if validates:
                 entry |= validate(model, held_out, val_prompts, reward, tokenizer, args, compute)
                 held = [f"{name} {entry[name]:.3f}" for name in ("pass_at_1", "pass_at_k")]
@@ -225,8 +232,10 @@ def main(argv=None):
         stop = stop or compute.sum(signal.received)[0] > 0
         if stop or run.step % args.save_interval == 0:
             checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
+    if idle_steps * 2 > log.steps:
+        print(f"in {idle_steps} of {log.steps} steps no group had a signal: {NO_SIGNAL}")
     finish(run, args, model, tokenizer, STAGE, log, lock, "the latest answers")
-    print(f"next: python eval_llm.py {flag_of(args)}")
+    print(f"next: {next_command(args)}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def init_model(args, device="cpu", saved=None):
         content = checkpoint.load(path) | {"path": path}
         origin = f"starting from the {content['stage']} weights {path}"
     if content:
-        model, tokenizer = checkpoint.build_model(content, path, dropout)
+        build = checkpoint.build_resumed if saved else checkpoint.build_model
+        model, tokenizer = build(content, path, dropout=dropout)
         require_same_shape(args, model.config, tokenizer, path)
         del content["model"]  # not kept in memory
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -243,11 +244,15 @@ def show_sample(model, tokenizer, args, compute, chat):
 
 
 def score_of(model, tokenizer, task, val_loss, compute):
-    """What makes weights the best, the same on all processes: the share of a task's problems that
-    they solve, or minus the validation loss where there is no task.
+    """Return what makes weights the best, the same on all processes: the share of a task's problems
+    that they solve, or minus the validation loss where there is no task. Each process answers its
+    share of the problems; where a model is sharded, all generate the same number of tokens, so each
+    answers all.
     """
-    score = -val_loss
-    if task:
-        with generating(model, compute):
-            score = task.score(model, tokenizer)
-    return compute.sum(score)[0] / compute.world_size
+    if not task:
+        return compute.sum(-val_loss)[0] / compute.world_size
+    sharded = hasattr(model, "reshard")
+    share = (0, 1) if sharded else (compute.rank, compute.world_size)
+    with generating(model, compute):
+        solved = compute.sum(task.count_solved(model, tokenizer, *share))[0]
+    return solved / len(task.problems) / (compute.world_size if sharded else 1)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import replacing
+from common import replacing, report_user_errors
 from dataset.tiny_world.chat import Pool, calculation, conversations, preferences, questions
 from dataset.tiny_world.text import World, pretraining_text
 
@@ -103,4 +103,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors():
+        main()
