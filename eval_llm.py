@@ -130,7 +130,7 @@ class Chat:
         self.model, self.tokenizer, content, _ = open_trained(args)
         self.trained_length = content["training"].get("max_seq_len", 10**9)
         self.generate = partial(generate, self.model, use_compile=bool(args.use_compile))
-        self.continues = content["stage"] == "pretrain" and not args.lora
+        self.continues = not content["chats"]
         self.start(args.system)
 
     def start(self, system):

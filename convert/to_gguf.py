@@ -21,7 +21,8 @@ import torch
 
 from common import END_OF_TEXT, IM_END, replacing
 from convert.to_hf import TEMPLATE, export_parser
-from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS, load_tokenizer
+from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from trainer.train_tokenizer import QWEN2
 from trainer.trainer_utils import open_trained
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -44,12 +45,21 @@ INSIDE = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# How tokenizers split a text before they merge bytes: llama.cpp's name for it. A split is the
+# expressions of its steps; GPT-2's is that of ByteLevel itself.
+SPLITS = {
+    (QWEN2,): "qwen2",
+    (QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),): "llama-bpe",
+    ("gpt-2",): "gpt-2",
+    ("digits", "gpt-2"): "smollm",
+}
 # Ollama does not run Jinja: this is the template without tools, in Go's form.
-MODELFILE = '''FROM ./{name}
-TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
-{{{{ .Content }}}}<|im_end|>
-{{{{ end }}}}<|im_start|>assistant
+CHAT = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
 """
+MODELFILE = '''FROM ./{name}
+TEMPLATE """{template}"""
 PARAMETER stop "<|im_end|>"
 PARAMETER stop "<|endoftext|>"
 PARAMETER temperature 0
@@ -96,17 +106,36 @@ def describe(writer, config, name):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
-def add_tokenizer(writer, tokenizer, rows, kinds):
-    """Writes the tokenizer: its pre-tokenizer expression is exactly that of qwen2. Raises UserError
-    for a tokenizer that cuts text in another way. rows: of the embeddings.
+def split_of(written):
+    """Return llama.cpp's name for the way in which a tokenizer.json splits a text. Raises UserError
+    where there is none.
     """
-    written, shipped = (json.loads(t.to_str()) for t in (tokenizer, load_tokenizer()))
-    splits = (written["pre_tokenizer"] or {}).get("pretokenizers", [{}])
-    if splits[0].get("pattern") != shipped["pre_tokenizer"]["pretokenizers"][0]["pattern"]:
+    parts = (written["pre_tokenizer"] or {}).get("pretokenizers", [written["pre_tokenizer"]])
+    steps = []
+    for part in parts:
+        part = part or {}
+        if part.get("type") == "Split":
+            steps.append(part["pattern"].get("Regex"))
+        elif part.get("type") == "Digits" and part["individual_digits"]:
+            steps.append("digits")
+        elif part.get("type") != "ByteLevel" or part["add_prefix_space"]:
+            steps.append("unknown")
+        elif part.get("use_regex", True):
+            steps.append("gpt-2")
+    if tuple(steps) not in SPLITS:
         raise UserError(
-            "the tokenizer of these weights does not split text as Qwen2's does; convert the "
-            "folder that they come from with llama.cpp's convert_hf_to_gguf.py"
+            "the tokenizer of these weights splits text in none of the ways of "
+            f"{', '.join(SPLITS.values())}; convert the folder that they come from with "
+            "llama.cpp's convert_hf_to_gguf.py"
         )
+    return SPLITS[tuple(steps)]
+
+
+def add_tokenizer(writer, tokenizer, rows, kinds, chats):
+    """Writes the tokenizer, with the chat template if the model chats. Raises UserError as
+    `split_of` does. rows: of the embeddings.
+    """
+    written = json.loads(tokenizer.to_str())
     tokens = [tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size())]
     control = {token["id"]: token["special"] for token in written["added_tokens"]}
     types = [kinds.CONTROL if control.get(i) else kinds.NORMAL for i in range(len(tokens))]
@@ -119,14 +148,15 @@ def add_tokenizer(writer, tokenizer, rows, kinds):
     tokens += [f"[unused {row}]" for row in range(len(tokens), rows)]
     types += [kinds.UNUSED] * (rows - len(types))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(split_of(written))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
-    writer.add_eos_token_id(IM_END)
+    writer.add_eos_token_id(IM_END if chats else END_OF_TEXT)
     writer.add_pad_token_id(END_OF_TEXT)
     writer.add_add_bos_token(False)  # the default would add token 11
-    writer.add_chat_template(TEMPLATE.read_text(encoding="utf-8"))
+    if chats:
+        writer.add_chat_template(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def parse(argv):
@@ -145,7 +175,7 @@ def main(argv=None):
         import gguf
     except ImportError:
         raise UserError("writing GGUF needs: pip install gguf") from None
-    model, tokenizer, _, paths = open_trained(args)
+    model, tokenizer, content, paths = open_trained(args)
     config = model.config
     if config.use_moe and not (config.qk_norm and config.norm_topk_prob):
         raise UserError("llama.cpp has no mixture of experts without QK norm or norm_topk_prob")
@@ -163,7 +193,7 @@ def main(argv=None):
     with replacing(args.out) as file:
         writer = gguf.GGUFWriter(file.name, arch)
         describe(writer, config, paths[-1].stem)
-        add_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType)
+        add_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType, content["chats"])
         of_file = f"ALL_{TYPES[args.type]}" if args.type == "f32" else f"MOSTLY_{TYPES[args.type]}"
         writer.add_file_type(getattr(gguf.LlamaFileType, of_file))
         for name, tensor in tensors.items():
@@ -176,7 +206,9 @@ def main(argv=None):
         writer.write_tensors_to_file()
         writer.close()
     with replacing(args.out.with_name("Modelfile")) as file:
-        text = MODELFILE.format(name=args.out.name, context=config.max_position_embeddings)
+        template = CHAT if content["chats"] else "{{ .Prompt }}"
+        context = config.max_position_embeddings
+        text = MODELFILE.format(name=args.out.name, context=context, template=template)
         file.write(text.encode("utf-8"))
     print(f"written: {args.out} ({arch}), and Modelfile: ollama create NAME -f Modelfile")
 

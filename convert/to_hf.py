@@ -27,8 +27,10 @@ TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def config_of(config, dtype):
-    """The content of config.json. Raises UserError for a model of no published family."""
+def config_of(config, dtype, eos):
+    """Return the content of config.json; eos is the id that ends an answer. Raises UserError for a
+    model of no published family.
+    """
     if config.use_moe and not config.qk_norm:
         raise UserError("a mixture of experts without QK norm is of no published family")
     family, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
@@ -46,7 +48,7 @@ def config_of(config, dtype):
         "rope_parameters": rope,
         "rope_theta": config.rope_theta,
         "bos_token_id": None,
-        "eos_token_id": IM_END,
+        "eos_token_id": eos,
         "pad_token_id": END_OF_TEXT,
         "dtype": DTYPES[dtype],
     }
@@ -76,10 +78,12 @@ def model_card(name, model, content):
     wanted = ("tokens", "epochs", "max_seq_len", "learning_rate", "optimizer", "seed")
     facts |= {key: training[key] for key in wanted if training.get(key) is not None}
     rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    how = "It continues text.\n"
+    if content["chats"]:
+        how = "Chats are written in ChatML; the template is in\nthis folder.\n"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-        "A language model trained with Seedling. Chats are written in ChatML; the template is in\n"
-        f"this folder.\n\n| training | |\n|---|---|\n{rows}"
+        f"A language model trained with Seedling. {how}\n| training | |\n|---|---|\n{rows}"
     )
 
 
@@ -127,7 +131,8 @@ def main(argv=None):
     except ImportError:
         raise UserError("writing this folder needs: pip install safetensors") from None
     model, tokenizer, content, paths = open_trained(args)
-    config, tensors = config_of(model.config, args.dtype), model.state_dict()
+    stop = [IM_END, END_OF_TEXT] if content["chats"] else [END_OF_TEXT]
+    config, tensors = config_of(model.config, args.dtype, stop[0]), model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     shards = shards_of(tensors, args.max_shard_gb * 1e9)
@@ -153,20 +158,20 @@ def main(argv=None):
                 {"metadata": {"total_size": size}, "weight_map": where},
             )
         write("tokenizer.json", tokenizer.to_str(pretty=True))
-        write("chat_template.jinja", TEMPLATE.read_text(encoding="utf-8"))
+        if content["chats"]:
+            write("chat_template.jinja", TEMPLATE.read_text(encoding="utf-8"))
         write(
             "tokenizer_config.json",
             {
                 # Without it, transformers 5 builds the tokenizer of the model's family instead.
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": None,
-                "eos_token": tokenizer.id_to_token(IM_END),
+                "eos_token": tokenizer.id_to_token(stop[0]),
                 "pad_token": tokenizer.id_to_token(END_OF_TEXT),
                 "model_max_length": model.config.max_position_embeddings,
                 "clean_up_tokenization_spaces": False,
             },
         )
-        stop = [IM_END, END_OF_TEXT]
         write("generation_config.json", {"eos_token_id": stop, "pad_token_id": END_OF_TEXT})
         write("README.md", model_card(paths[-1].stem, model, content))
         write("config.json", config)  # last: a folder without it is not read

@@ -43,7 +43,7 @@ def opened(args):
         else:
             args.from_weight = name
             model, tokenizer, content, paths = open_trained(copy.copy(args))
-            chats = content["stage"] != "pretrain" or args.lora is not None
+            chats = content["chats"]
             length = content["training"].get("max_seq_len", 10**9)
             name = paths[-1].stem if paths[-1].stem not in found else str(paths[-1])
         found[name] = Served(name, model.eval(), tokenizer, chats, length)

@@ -174,3 +174,17 @@ def test_a_disk_that_is_full_half_way_leaves_nothing(tmp_path, monkeypatch, file
     )  # fmt: skip
     assert done.returncode == 2 and "cannot be written: No space" in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_were_only_pretrained_are_exported_to_continue_text(tmp_path):
+    model, folder = exported(tmp_path, {})
+    path, out = tmp_path / "text_48.pth", tmp_path / "text"
+    tokenizer = load_tokenizer()
+    checkpoint.save(path, model.state_dict(), model.config, tokenizer, "pretrain", training={})
+    to_hf.main(["--weight", str(path), "--out", str(out)])
+    chat, text = (transformers.AutoTokenizer.from_pretrained(place) for place in (folder, out))
+    assert chat.chat_template and not text.chat_template
+    assert (chat.eos_token, text.eos_token) == ("<|im_end|>", "<|endoftext|>")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert theirs.config.eos_token_id == 0 and theirs.generation_config.eos_token_id == [0]
+    assert "ChatML" not in (out / "README.md").read_text(encoding="utf-8")

@@ -285,6 +285,8 @@ def broken(folder, name, change):
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 MISTAKES = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json isn't JSON"),
@@ -294,6 +296,23 @@ MISTAKES = {
         lambda f: (f / "tokenizer.json").unlink(),
         "has no tokenizer.json",
     ),
+    "pickled": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "as pytorch_model.bin only, which could run any code",
+    ),
+    "pointer of weights": (
+        lambda f: (f / "model.safetensors").write_bytes(POINTER),
+        "model.safetensors is a pointer of Git LFS, not the file; run: git lfs pull",
+    ),
+    "pointer of a tokenizer": (
+        lambda f: (f / "tokenizer.json").write_bytes(POINTER),
+        "tokenizer.json is a pointer of Git LFS, not the file; run: git lfs pull",
+    ),
+    "adapters": (
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+        "it holds adapters of PEFT: python convert/peft.py --from_peft",
+    ),
+    "GGUF": (lambda f: (f / "config.json").rename(f / "x.gguf"), "GGUF isn't read"),
     "family": (
         lambda f: broken(f, "config.json", lambda c: c.update(model_type="mamba")),
         "model_type 'mamba' is not supported; there is qwen3, qwen3_moe, qwen2, llama",
@@ -395,11 +414,41 @@ def test_without_safetensors_the_sentence_names_it(good_folder, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "family, sentence", [("llama 3", "has no RoPE scaling"), ("qwen3", "does not split text")]
+    "family, sentence",
+    [
+        ("llama 3", "has no RoPE scaling"),
+        ("split", "splits text in none of the ways of qwen2, llama"),
+    ],
 )
 def test_what_llama_cpp_would_read_in_another_way_is_refused(tmp_path, family, sentence):
     pytest.importorskip("gguf")
-    published(tmp_path / "hf", family)
+    published(tmp_path / "hf", "qwen3" if family == "split" else family)
+    if family == "split":
+        vowels = {"type": "Split", "pattern": {"Regex": "[aeiou]"}, "behavior": "Isolated"}
+        steps = [vowels | {"invert": False}, BYTES]
+        split = {"type": "Sequence", "pretokenizers": steps}
+        broken(tmp_path / "hf", "tokenizer.json", lambda t: t.update(pre_tokenizer=split))
     out = tmp_path / "x.gguf"
     done = run_here("convert/to_gguf.py", "--weight", tmp_path / "hf", "--out", out)
     assert done.returncode == 2 and sentence in done.stderr and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir FOLDER"),
+        ("x.gguf", "GGUF isn't read"),
+        ("model.safetensors", "the folder of a published model that the file is in"),
+        ("nothing", "name other weights, or give the path of a .pth file or a folder"),
+    ],
+)
+def test_a_name_of_no_weights_leads_on(tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    for file in ("x.gguf", "model.safetensors"):
+        (tmp_path / file).write_bytes(b"GGUF")
+    done = run_here("eval_llm.py", "--weight", name, "--prompt", "x", "--save_dir", tmp_path)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    if name != "nothing":
+        made = ["--save_weight", "x", "--save_dir", tmp_path]
+        done = run_here("convert/from_hf.py", name, *made)
+        assert done.returncode == 2 and says in done.stderr, done.stderr

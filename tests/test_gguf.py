@@ -17,7 +17,9 @@ from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from tests.conftest import run_here
+from tests.test_tokenizer import SPLITS
 from trainer import checkpoint
+from trainer.train_tokenizer import train
 
 gguf = pytest.importorskip("gguf")
 llama = pytest.importorskip("xllamacpp")
@@ -67,15 +69,15 @@ def served(path):
     del server
 
 
-def difference(model, ask, length):
+def difference(model, ask, length, tokenizer=None):
     """The largest difference of the 20 highest log-probabilities after random ids."""
     rng = random.Random(length)
     while True:
-        ids = [rng.randrange(16, 2048) for _ in range(length)]
+        ids = [rng.randrange(16, model.config.vocab_size) for _ in range(length)]
         with torch.inference_mode():
             ours = model(torch.tensor([ids]))[0, -1].log_softmax(dim=-1)
         # The server leaves out tokens that are a part of a character.
-        if "\ufffd" not in load_tokenizer().decode([int(ours.argmax())]):
+        if "\ufffd" not in (tokenizer or load_tokenizer()).decode([int(ours.argmax())]):
             break
     found = ask("completion", prompt=ids, n_predict=4, n_probs=20, temperature=0, ignore_eos=True)
     first = found["completion_probabilities"][0]["top_logprobs"]
@@ -146,6 +148,39 @@ def test_llama_cpp_cuts_every_text_as_we_do(mine):
         ):
             wrong.append(text)
     assert wrong == []
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "llama 3"])
+def test_published_ways_to_split_a_text_are_known_to_llama_cpp(tmp_path, split):
+    """Tokens of 405 texts, and log-probabilities of the model."""
+    rng, every = random.Random(4), texts()
+    some = rng.sample(every, 400) + ["1234567", "a 12 b", "I'LL don't", "x  \n\n y", "²½ 日本"]
+    tokenizer = train(every[:300] + every[-300:], 900)
+    tokenizer.pre_tokenizer = SPLITS[split]
+    torch.manual_seed(1)
+    model = CausalLM(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **SMALL)).eval()
+    path, out = tmp_path / "x_64.pth", tmp_path / "x.gguf"
+    checkpoint.save(path, model.state_dict(), model.config, tokenizer, "full_sft", training={})
+    to_gguf.main(["--weight", str(path), "--out", str(out)])
+    tokenizer.encode_special_tokens = True
+    with served(out) as ask:
+        for text in some:
+            found = ask("tokenize", content=text, parse_special=False)["tokens"]
+            assert found == tokenizer.encode(text).ids, text
+        assert difference(model, ask, 30, tokenizer) < 1e-4
+
+
+def test_weights_that_were_only_pretrained_have_no_template_and_end_with_their_document(tmp_path):
+    model, _ = exported(tmp_path, {})
+    path, out = tmp_path / "text_64.pth", tmp_path / "text.gguf"
+    tokenizer = load_tokenizer()
+    checkpoint.save(path, model.state_dict(), model.config, tokenizer, "pretrain", training={})
+    to_gguf.main(["--weight", str(path), "--out", str(out)])
+    chat, text = (gguf.GGUFReader(file).fields for file in (tmp_path / "mine.gguf", out))
+    assert "tokenizer.chat_template" in chat and "tokenizer.chat_template" not in text
+    ends = [fields["tokenizer.ggml.eos_token_id"].contents() for fields in (chat, text)]
+    assert ends == [2, 0]
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "Modelfile").read_text(encoding="utf-8")
 
 
 def test_control_tokens_are_known_as_such(mine):

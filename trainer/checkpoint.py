@@ -25,7 +25,7 @@ from model.distillation import add_projections
 from model.lora import adapter_state, add_lora, hash_of, merge
 from trainer.arguments import RENAMED
 from trainer.distributed import is_first
-from trainer.hf_folder import read_folder
+from trainer.hf_folder import read_folder, remedy_for
 from trainer.optimizer import full_state
 
 FORMAT = 1
@@ -80,7 +80,8 @@ def find(folder, name, hidden_size=None, use_moe=None):
         return Path(name)
     if not found:
         wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
-        remedy = MAKE.get(name, "name other weights, or give the path of a .pth file or a folder")
+        remedy = MAKE.get(name) or remedy_for(name)
+        remedy = remedy or "name other weights, or give the path of a .pth file or a folder"
         if matching(folder, f"{name}_previous", hidden_size, use_moe):
             remedy = f"those of an earlier run are {name}_previous"
         raise UserError(f"there is no {wanted}; {remedy}")

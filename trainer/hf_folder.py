@@ -6,13 +6,14 @@ its number, and its rows of the weights, with the token that has this number. So
 that follows works as with weights that were trained here, and a text has the same tokens as before.
 """
 
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from common import UserError
-from dataset.jsonl import read_json
+from dataset.jsonl import open_text, read_json
 from dataset.tokenizer import with_our_ids
 from model.causal_lm import ModelConfig
 
@@ -59,9 +60,28 @@ def read_folder(folder):
     the file, for what is missing, damaged or not supported.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is not the folder of a published model")
+        remedy = remedy_for(folder) or "it is not the folder of a published model"
+        raise UserError(f"{folder} has no config.json; {remedy}")
     with wrong_values(folder):
         return content_of(read_json(folder / "config.json"), read_weights(folder), folder)
+
+
+def remedy_for(name):
+    """Return what to do about a name or path that leads to nothing that can be read, or None."""
+    path = Path(name)
+    with suppress(OSError):  # of a name that is too long for a path
+        if (path / "adapter_config.json").is_file():
+            return (
+                "it holds adapters of PEFT: python convert/peft.py --from_peft FOLDER "
+                "--weight BASE --save_weight NAME, then --lora NAME"
+            )
+        if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+            return "GGUF isn't read; give the folder with *.safetensors that the file was made of"
+        if path.is_file():
+            return "give a .pth file, or the folder of a published model that the file is in"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.is_dir():
+            return f"for a model of the hub: hf download {name} --local-dir FOLDER, and give FOLDER"
+    return None
 
 
 @contextmanager
@@ -173,12 +193,19 @@ def read_weights(folder):
         names = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
     weights = {}
     for path in (folder / name for name in names):
+        if not path.is_file() and any(folder.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{folder} has its weights as pytorch_model.bin only, which could run any code; "
+                "write them anew with transformers: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
         if not path.is_file():
             raise UserError(f"{path} is missing; download the folder again")
         try:
             with safe_open(path, "pt") as file:
                 weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
+            open_text(path).close()  # raises an error for a pointer of Git LFS
             raise UserError(f"{path} is damaged ({error}); download it again") from None
     return {name: weight for name, weight in weights.items() if not name.endswith("inv_freq")}
 

@@ -61,8 +61,10 @@ def init_model(args, device="cpu", saved=None):
 
 
 def open_trained(args):
-    """(model, tokenizer, the rest of its file, the paths of its files): the weights of --weight
-    with the adapters of --lora, on --device and in --dtype. Raises UserError if there are none.
+    """Return (model, tokenizer, the rest of its file, the paths of its files): the weights of
+    --weight with the adapters of --lora, on --device and in --dtype. "chats" of the rest says
+    whether they answer; weights that were only pretrained continue a text. Raises UserError if
+    there are none.
     """
     device = pick_device(args.device)
     if args.use_compile:
@@ -71,7 +73,7 @@ def open_trained(args):
     if args.from_weight == "none":
         raise UserError("--weight none: only trained weights can answer; give a name or a path")
     model, tokenizer, content = init_model(args, device)
-    paths = [content["path"]]
+    paths, content["chats"] = [content["path"]], content["stage"] != "pretrain" or bool(args.lora)
     if args.lora:
         paths.append(checkpoint.merge_adapters(model, args))
     return model.to(pick_dtype(args.dtype, device)), tokenizer, content, paths
