@@ -86,13 +86,15 @@ def parse(argv):
     add("--use_compile", type=int, choices=[0, 1], default=0, help="1: needs a compiler")
     add("--serve", type=int, metavar="PORT", help="serve a page and OpenAI's API at this port")
     add("--host", default="127.0.0.1", help="of --serve; 0.0.0.0: for other machines, too")
+    allowed = "of --serve: further names of this machine, as that of a tunnel: NAME,NAME"
+    add("--allowed_hosts", default="", metavar="NAMES", help=allowed)
     add("--max_batch", type=int, default=16, help="of --serve: answers computed at once")
     add("--export", type=Path, metavar="FILE.html", help="write the page of --serve, for --prompt")
     for name, (_, default, *_, meaning) in SAMPLING.items():
         add(f"--{name}", default=default, help=meaning)
     args = parser.parse_args(argv)
     others = {"serve": "prompt system seed use_compile repetition_penalty export",
-              "export": "system use_compile host max_batch serve"}  # fmt: skip
+              "export": "system use_compile host allowed_hosts max_batch serve"}  # fmt: skip
     for flag, unused in others.items():
         ignored = [
             name

@@ -87,18 +87,43 @@ def attend_in_blocks(q, k, v, mask):
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
             t, seen = end - start, S - T + end  # queries of the block, keys up to its last one
-            block = q[:, :, :, start:end].reshape(B, K, -1, d)  # -> (B, K, G * t, d)
-            scores = block @ k[:, :, :seen].transpose(-1, -2)  # (B, K, G * t, seen)
-            scores = scores.view(B, K, -1, t, seen)  # -> (B, K, G, t, seen)
-            if mask is not None:
+            if mask is None:
+                future = torch.ones(t, seen, dtype=torch.bool, device=q.device)
+                hidden = future.triu(1 + seen - t)  # (t, seen)
+            else:
                 hidden = ~mask[:, :, None, start:end, :seen]  # (1 or B, 1, 1, t, seen)
-                scores = scores.masked_fill(hidden, -torch.inf)
-            elif t > 1:
-                future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-                scores[..., seen - t :].masked_fill_(future, -torch.inf)
-            weights = scores.softmax(dim=-1).view(B, K, -1, seen)  # -> (B, K, G * t, seen)
+            weights = AttentionWeights.apply(q[:, :, :, start:end], k[:, :, :seen], hidden)
+            weights = weights.view(B, K, -1, seen)  # (B, K, G, t, seen) -> (B, K, G * t, seen)
             results.append((weights @ v[:, :, :seen]).view(B, K, -1, t, d))
     return torch.cat(results, dim=3).reshape(B, H, T, d).to(dtype)  # from (B, K, G, T, d)
+
+
+class AttentionWeights(torch.autograd.Function):
+    """softmax(Q K^T) of scaled queries: in half precision rounded once, as in torch's kernels,
+    because scores are kept in fp32. The backward pass needs the weights only, not the scores.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, hidden):
+        """q (B, K, G, t, d), k (B, K, seen, d), hidden True where a query does not see a key.
+        Returns (B, K, G, t, seen).
+        """
+        B, K, G, t, d = q.shape
+        scores = q.reshape(B, K, G * t, d).float() @ k.float().transpose(-1, -2)
+        scores = scores.view(B, K, G, t, -1).masked_fill_(hidden, -torch.inf)
+        weights = scores.softmax(dim=-1).to(q.dtype)
+        ctx.save_for_backward(q, k, weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, weights = ctx.saved_tensors
+        B, K, G, t, d = q.shape
+        # weights * (grad - sum(grad * weights)), the gradient of the scores
+        grad = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+        grad = grad.view(B, K, G * t, -1)
+        q_grad = (grad @ k).view(B, K, G, t, d)  # (B, K, G * t, seen) @ (B, K, seen, d)
+        return q_grad, grad.transpose(-1, -2) @ q.reshape(B, K, G * t, d), None
 
 
 def blocks_available(device, head_dim):

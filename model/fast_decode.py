@@ -8,29 +8,40 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 
 COMPILED = WeakKeyDictionary()  # model: (key, its compiled copy)
 
 
 @contextmanager
 def weights_laid_out(model, batch_size):
-    """Inside, the linear layers of a model on a CPU with oneDNN compute with copies of their
-    weights in oneDNN's own order, which is faster to read. Elsewhere it changes nothing.
+    """Context manager: the linear layers of a model on a CPU with oneDNN compute with copies of
+    their weights in oneDNN's own order, which is faster to read. In half precision the output layer
+    computes in fp32, with a copy of its weights: rounded to bf16, the logits of the two likeliest
+    tokens are the same in one position of 40.
     """
     lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    weight, linears = model.lm_head.weight, []
-    whole = weight.device.type == "cpu" and not hasattr(model, "reshard")  # fsdp shards them
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype)
+    head, linears = model.lm_head, []
+    whole = not hasattr(model, "reshard")  # fsdp shards the weights
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(head.weight.dtype)
     able = half is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)()
-    if lay_out and whole and able and not model.config.use_moe:
+    on_cpu = head.weight.device.type == "cpu"
+    if lay_out and whole and on_cpu and able and not model.config.use_moe:
         linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     try:
         for linear in linears:
-            laid_out = lay_out(linear.weight.detach(), batch_size)
-            linear.forward = partial(multiply, laid_out, linear.bias)
+            if linear is not head or half is None:
+                laid_out = lay_out(linear.weight.detach(), batch_size)
+                linear.forward = partial(multiply, laid_out, linear.bias)
+        if half and whole:
+            weight = head.weight.detach().float()
+            product = partial(F.linear, weight=weight)
+            if head in linears:
+                product = partial(multiply, lay_out(weight, batch_size), None)
+            head.forward = lambda x: product(x.float())
         yield
     finally:
-        for linear in linears:
+        for linear in [*linears, head]:
             linear.__dict__.pop("forward", None)
 
 
@@ -56,6 +67,10 @@ def compiled_step(model, batch_size):
         for module in twin.modules():
             if type(module) is torch.nn.Linear and on_cpu and batch_size == 1:
                 module.__class__ = OneRow
+        if weights[0].dtype != torch.float32:  # logits in fp32: see `weights_laid_out`
+            twin.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            if type(twin.lm_head) is not OneRow:  # which computes in fp32
+                twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().float())
         freeze = compiler.patch(freezing=on_cpu and batch_size > 1)
         COMPILED[model] = key, freeze(torch.compile(twin, dynamic=True))
     return COMPILED[model][1]

@@ -21,6 +21,12 @@ class JsonHandler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # head and body of an answer are two writes: 40 ms apart else
     streaming, path = False, ""  # whether an answer has begun; what is asked for
 
+    def do_OPTIONS(self):
+        self.respond(lambda: self.send_data(b"", "text/plain"))
+
+    def do_HEAD(self):
+        self.do_GET()
+
     def do_GET(self):
         self.respond(lambda: self.get(self.path.partition("?")[0]))
 
@@ -54,29 +60,57 @@ class JsonHandler(BaseHTTPRequestHandler):
             ipaddress.ip_address(name.strip("[]"))
         except ValueError:
             if name.lower() not in self.server.host_names:
-                raise ApiError(403, f"Host {name:.100} is not of this server; see --host") from None
+                allow = f"if it is, start it with --allowed_hosts {name:.100}"
+                raise ApiError(403, f"Host {name:.100} is not of this server; {allow}") from None
         origin = self.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, f"a page of {origin:.100} may not use this server")
 
     def body(self):
-        """The object in the body of a request."""
+        """Return the object in the body of a request."""
+        encoding = self.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise ApiError(415, f"Content-Encoding {encoding:.100} is not read; send plain JSON")
         try:
-            length = int(self.headers["Content-Length"])
-        except (TypeError, ValueError):
-            raise ApiError(411, "the request needs a header Content-Length") from None
-        try:
-            text = self.rfile.read(max(0, min(length, 16 * MAX_BODY)))
-            if not 0 <= length <= MAX_BODY:
-                raise ApiError(413, f"the body has {length} bytes; the limit is {MAX_BODY}")
+            if "Transfer-Encoding" in self.headers:
+                text = self.chunks()
+            else:
+                text = self.sized_body()
             body = json.loads(text)
         except TimeoutError:
-            raise ApiError(408, f"the body has fewer bytes than {length}") from None
+            raise ApiError(408, "the body has fewer bytes than were announced") from None
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
             raise ApiError(400, "the body is not a JSON object")
         return body
+
+    def sized_body(self):
+        """Return the bytes of a body whose length stands in a header."""
+        try:
+            length = int(self.headers["Content-Length"])
+        except (TypeError, ValueError):
+            raise ApiError(411, "the request needs Content-Length, or a chunked body") from None
+        text = self.rfile.read(max(0, min(length, 16 * MAX_BODY)))
+        if not 0 <= length <= MAX_BODY:
+            raise ApiError(413, f"the body has {length} bytes; the limit is {MAX_BODY}")
+        return text
+
+    def chunks(self):
+        """Return the bytes of a chunked body (RFC 9112, section 7.1)."""
+        if self.headers["Transfer-Encoding"].lower() != "chunked":
+            raise ApiError(501, "Transfer-Encoding other than chunked is not read")
+        text = b""
+        while True:
+            size = int(self.rfile.readline(100).partition(b";")[0], 16)
+            if not 0 <= size <= MAX_BODY - len(text):
+                raise ApiError(413, f"the body is longer than the limit, {MAX_BODY} bytes")
+            text += self.rfile.read(size)
+            end = self.rfile.readline(MAX_BODY)
+            while size == 0 and end not in (b"\r\n", b"\n", b""):  # fields after the last chunk
+                end = self.rfile.readline(MAX_BODY)
+            if size == 0:
+                return text
 
     def send(self, value, status=200):
         self.send_data(json.dumps(value).encode(), "application/json", status)
@@ -84,7 +118,8 @@ class JsonHandler(BaseHTTPRequestHandler):
     def send_data(self, data, kind, status=200):
         connection = "close" if self.close_connection else "keep-alive"
         self.send_head(status, kind, connection, str(len(data)))
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def send_head(self, status, kind, connection, length=None):
         self.send_response(status)
@@ -92,6 +127,7 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("X-Frame-Options", "DENY")
         self.send_header("Cache-Control", "no-store")
+        self.send_header("Allow", "GET, HEAD, OPTIONS, POST")
         self.send_header("Connection", connection)
         if length is not None:
             self.send_header("Content-Length", length)

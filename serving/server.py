@@ -9,6 +9,7 @@ Routes: / with /views/NAME and /docs/NAME.md; /v1/chat/completions, /v1/completi
 what arrives.
 """
 
+import difflib
 import json
 import math
 import queue
@@ -18,17 +19,25 @@ import time
 import uuid
 from contextlib import suppress
 from http.server import ThreadingHTTPServer
+from urllib.parse import unquote
 
-from common import END_OF_TEXT, END_THINK, ROOT, STOP, THINK, TOOL_CALL, UserError
+from common import END_OF_TEXT, ROOT, STOP, UserError
 from dataset import formats
 from dataset.chat_template import parse_answer, render, text_of
 from serving import views
 from serving.batching import Batcher, Request
 from serving.handler import ApiError, JsonHandler
 from serving.page import page
+from serving.streaming import Draft
 
 MAX_MESSAGES, MAX_WAITING = 1000, 64  # of a chat; requests
 ROUTES = {"/v1/chat/completions": True, "/v1/completions": False}  # is it a chat?
+# Options that are read, and those that change no answer.
+READ = """model messages prompt stream stream_options stop max_tokens max_completion_tokens
+    temperature top_p top_k seed logprobs top_logprobs tools tool_choice parallel_tool_calls
+    return_token_ids""".split()
+WITHOUT_EFFECT = """user metadata store service_tier safety_identifier prompt_cache_key
+    prompt_cache_retention cache_prompt""".split()
 ONLY = {  # options that change an answer, and the one value that is supported
     **{"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
     **{"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0},
@@ -40,20 +49,23 @@ ONLY = {  # options that change an answer, and the one value that is supported
 class Server(ThreadingHTTPServer):
     """models: {name: Served}, the first one for requests that name none of them. defaults: of
     temperature, top_p, top_k, max_new_tokens. logs: the folder of the logs of training.
+    allowed_hosts: further names by which it is reached, as that of a tunnel.
     Raises UserError if the port is taken, or for a max_batch below 1.
     """
 
     daemon_threads, request_queue_size = True, 128
     allow_reuse_address = sys.platform != "win32"  # there it would share a port that is taken
 
-    def __init__(self, models, host, port, max_batch, defaults, logs):
+    def __init__(self, models, host, port, max_batch, defaults, logs, allowed_hosts=()):
         if max_batch < 1:
             raise UserError(f"--max_batch {max_batch}: give a number above 0")
         self.models, self.defaults, self.logs = models, defaults, logs
         self.batchers = {
             name: Batcher(served.model, max_batch, MAX_WAITING) for name, served in models.items()
         }
-        self.host_names = {"localhost", host.lower(), socket.gethostname().lower()}
+        own = socket.gethostname().lower()
+        self.host_names = {"localhost", host.lower(), own, f"{own}.local", "host.docker.internal"}
+        self.host_names |= {name.lower() for name in allowed_hosts}
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
@@ -80,12 +92,18 @@ class Handler(JsonHandler):
     def get(self, path):
         alive = all(batcher.is_alive() for batcher in self.server.batchers.values())
         about = {"object": "model", "created": 0, "owned_by": "seedling"}
-        models = [{"id": name} | about for name in self.server.models]
+        names = list(self.server.models)
+        models = [{"id": name} | about for name in names]
         health = {"status": "ok" if alive else "no answers can be computed; see the output"}
         if path == "/health":
             self.send(health, 200 if alive else 503)
         elif path == "/v1/models":
             self.send({"object": "list", "data": models})
+        elif path.startswith("/v1/models/"):
+            name = unquote(path.removeprefix("/v1/models/"))
+            if name not in names:
+                raise ApiError(404, f"there is no model {name:.100}; there is {', '.join(names)}")
+            self.send({"id": name} | about)
         elif path == "/":
             self.send_data(
                 page(self.server.models, self.server.defaults, docs="docs"),
@@ -116,6 +134,16 @@ class Handler(JsonHandler):
         for name, supported in ONLY.items():
             if body.get(name) not in (supported, None):
                 raise ApiError(400, f"{name} = {body[name]!r:.100} is not supported")
+        for name, value in body.items():
+            is_off = value is None or value is False or value in ("", [], {})
+            if not is_off and name not in (*READ, *WITHOUT_EFFECT, *ONLY):
+                near = difflib.get_close_matches(name, READ, 1)
+                hint = f"; is {near[0]} meant?" if near else ""
+                raise ApiError(400, f"the option {name:.100} is not supported{hint}")
+        if body.get("top_logprobs") and not body.get("logprobs"):
+            raise ApiError(400, "top_logprobs needs logprobs = true")
+        if not isinstance(body.get("stream_options") or {}, dict):
+            raise ApiError(400, "stream_options is not an object")
         stops, defaults = body.get("stop") or [], self.server.defaults
         stops = [stops] if isinstance(stops, str) else stops
         short = isinstance(stops, list) and len(stops) <= 16
@@ -160,7 +188,7 @@ class Handler(JsonHandler):
 
     def prompt_ids(self, prompt):
         """The ids of a text to continue. Raises ValueError."""
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         known = range(self.served.model.config.vocab_size)
         if isinstance(prompt, str):
@@ -176,6 +204,7 @@ class Handler(JsonHandler):
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": self.served.name}
         head |= {"object": kind + ".chunk" * (chat and stream), "created": int(time.time())}
         message, tokens = {"role": "assistant", "content": ""}, []
+        self.most_calls = 1 if body.get("parallel_tool_calls") is False else None
 
         def part(key, message, tokens=(), reason=None):
             found = self.choices(chat, key, message, tokens, reason)
@@ -203,42 +232,42 @@ class Handler(JsonHandler):
         usage["total_tokens"] = sum(usage.values())
         if not stream:
             return self.send(part("message", message, tokens, reason) | {"usage": usage})
-        if body.get("stream_options") == {"include_usage": True}:
+        if (body.get("stream_options") or {}).get("include_usage"):
             self.send_event(head | {"choices": [], "usage": usage})
         self.send_event("[DONE]")
 
     def growth(self, request, chat, stops, grows):
-        """Yields (the new text of each field of the message, its tokens, why the answer ends or
+        """Yield (the new text of each field of the message, its tokens, why the answer ends or
         None): once at the end, or whenever there is new text.
         """
-        tokens, reported, sent, reason = [], 0, {}, None
+        tokens, reported, reason = [], 0, None
+        draft = Draft(self.text, chat, stops)
         while not reason:
             item = self.arrival(request)
             if isinstance(item, str):
                 reason = item
             else:
                 tokens.append(item)
+                draft.add(item[0])
             if not reason and (not grows or request.answer.qsize()):
                 continue
-            ids = [token for token, *_ in tokens]
-            reasons = ids[:1] == [THINK] and END_THINK not in ids
-            if chat and not reason and not reasons and TOOL_CALL in ids:
-                ids = ids[: ids.index(TOOL_CALL)]  # a call is written when it is complete
-            message = self.message(ids, chat)
-            calls, content = message.pop("tool_calls", None), message["content"]
-            places = [content.index(stop) for stop in stops if stop in content]
-            if places:
-                message["content"], reason = content[: min(places)], "stop"
-            if not reason:
-                ends = {"content": stops}
-                message = {name: certain(text, ends.get(name)) for name, text in message.items()}
-            new = {name: text[len(sent.get(name, "")) :] for name, text in message.items()}
-            new = {name: text for name, text in new.items() if text}
+            new, calls = draft.take(), None
+            if draft.stopped:
+                reason = "stop"
+            elif reason:
+                message = self.message([token for token, *_ in tokens], chat)
+                calls, content = message.pop("tool_calls", None), message["content"]
+                places = [content.index(stop) for stop in stops if stop in content]
+                if places:
+                    message["content"], reason = content[: min(places)], "stop"
+                for name, text in message.items():
+                    end = text[draft.sent.get(name, 0) :]
+                    new |= {name: new.get(name, "") + end} if end else {}
             if reason and calls:
-                new["tool_calls"], reason = calls, "tool_calls"
+                new["tool_calls"], reason = calls[: self.most_calls], "tool_calls"
             if new or reason:
                 yield new, tokens[reported:], reason
-                sent, reported = message, len(tokens)
+                reported = len(tokens)
 
     def arrival(self, request):
         """The next token of an answer, or the reason of its end. Raises ConnectionError if the
@@ -296,18 +325,6 @@ class Handler(JsonHandler):
 def score(text, value):
     half = "\ufffd" in text  # a part of a character
     return {"token": text, "logprob": value, "bytes": None if half else list(text.encode())}
-
-
-def certain(text, stops):
-    """The part of a text that stays whatever follows: without the part of a character at its end,
-    and without what may be the beginning of a stop string.
-    """
-    text = text.rstrip("\ufffd")
-    longest = max(map(len, stops or [""])) - 1
-    for length in range(min(len(text), longest), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return text[:-length]
-    return text
 
 
 def number(body, name, default, low, high, kind=int):

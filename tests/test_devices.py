@@ -440,7 +440,7 @@ def test_gradients_have_a_group_of_their_own_that_gives_up_soon(monkeypatch, dev
     monkeypatch.setattr(dist, "new_group", lambda **how: how)
     monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **how: how)
     weight = SimpleNamespace(device=torch.device(device))
-    model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
     found = distributed.parallelise(model, "ddp", torch.bfloat16)
     limit = timedelta(minutes=10)
     assert found["process_group"] == {"backend": backend, "timeout": limit}

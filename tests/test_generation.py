@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from model import generation
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete, generate, penalise, sample
 from tests.test_model import SHAPE, pair, randomised
@@ -180,3 +181,26 @@ def test_generating_leaves_the_model_training_if_it_was():
     model = randomised(CausalLM(ModelConfig(**SHAPE))).train()
     complete(model, [[3]], max_new_tokens=2)
     assert model.training
+
+
+@pytest.mark.parametrize("use_compile", [False, True])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+@pytest.mark.parametrize("shape", [{}, {"use_moe": True}])
+def test_logits_of_half_precision_weights_are_not_rounded(prompts, use_compile, shape, monkeypatch):
+    """Rounded to bf16, the two likeliest of many tokens are often equal."""
+    if use_compile and (shape or not shutil.which("g++")):
+        pytest.skip("torch.compile needs a compiler; experts are not compiled here")
+    torch.manual_seed(0)
+    config = ModelConfig(**{**SHAPE, "vocab_size": 3000}, **shape)
+    model, seen, plain = CausalLM(config).bfloat16().eval(), [], generation.sample
+
+    def keep(logits, *how):
+        seen.append(logits)
+        return plain(logits, *how)
+
+    monkeypatch.setattr(generation, "sample", keep)
+    list(generate(model, prompts, max_new_tokens=4, temperature=0, use_compile=use_compile))
+    logits = torch.cat(seen)
+    # A number in bf16 has 8 bits; of 3,000 different ones most need more.
+    assert (logits != logits.bfloat16().float()).float().mean() > 0.9
+    assert model.lm_head(torch.zeros(1, 64).bfloat16()).dtype == torch.bfloat16  # as before

@@ -3,6 +3,7 @@
 import base64
 import json
 import queue
+import random
 import re
 import socket
 import threading
@@ -10,19 +11,22 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 
 from common import END_THINK, END_TOOL_CALL, IM_END, THINK, TOOL_CALL
-from dataset.chat_template import render
+from dataset.chat_template import parse_answer, render
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from serving import server as serving
-from serving import views
+from serving import start, views
 from serving.batching import Batcher, Request
+from serving.streaming import Draft
 from serving.views import Served
 from tests.conftest import ROOT, run_here, write_jsonl
 
@@ -38,10 +42,10 @@ def model():
 
 
 @contextmanager
-def serve(model, chats=True, max_batch=4, start=True, logs=ROOT):
+def serve(model, chats=True, max_batch=4, start=True, logs=ROOT, hosts=()):
     """A server in a thread, at a free port."""
     models = {"tiny": Served("tiny", model, TOKENIZER, chats, 200)}
-    server = serving.Server(models, "127.0.0.1", 0, max_batch, DEFAULTS, logs)
+    server = serving.Server(models, "127.0.0.1", 0, max_batch, DEFAULTS, logs, hosts)
     server.batcher = server.batchers["tiny"]
     if start:
         server.batcher.start()
@@ -339,7 +343,7 @@ def test_a_header_that_lies_is_an_error_of_the_api(running, monkeypatch):
     monkeypatch.setattr(serving.Handler, "timeout", 0.3)
     head = f"POST {CHAT} HTTP/1.1\r\n".encode()
     short = raw(running, head + b"Content-Length: 999\r\n\r\n{}")
-    assert short.startswith(b"HTTP/1.1 408") and b"fewer bytes than 999" in short
+    assert short.startswith(b"HTTP/1.1 408") and b"fewer bytes than were announced" in short
     for length in (b"", b"Content-Length: x\r\n"):
         assert raw(running, head + length + b"\r\n{}").startswith(b"HTTP/1.1 411")
     negative = raw(running, head + b"Content-Length: -5\r\n\r\n{}")
@@ -571,3 +575,215 @@ def test_a_log_is_read_again_when_it_has_grown(tmp_path):
         and {1, 1999, 3998, 5997, 7996, 8000} <= {*steps}
         and steps == sorted(steps)
     )
+
+
+def test_a_machine_is_reached_by_its_names_and_by_those_that_are_given(model):
+    own = socket.gethostname()
+    with serve(model, start=False, hosts=["My.Tunnel.example"]) as server:
+        for name in ("host.docker.internal", f"{own}.local", own, "my.tunnel.example:443"):
+            assert head_of(server, Host=name) == b"HTTP/1.1 200 OK", name
+        status, found = post(server, CHAT, {"messages": HI}, Host="other.example")
+    says = "Host other.example is not of this server; if it is, start it with --allowed_hosts"
+    assert status == 403 and says in found["error"]["message"]
+
+
+def test_the_flag_names_hosts(trained, monkeypatch):
+    given, idle = [], SimpleNamespace(run=lambda: None)
+    monkeypatch.setattr(start, "Server", lambda *how: given.append(how) or idle)
+    flags = ["--save_dir", trained, "--serve", 0, "--allowed_hosts", "a.example,b.example"]
+    assert run_here("eval_llm.py", *flags).returncode == 0
+    assert given[0][-1] == ["a.example", "b.example"]
+
+
+def request_bytes(method, route, body=b"", **headers):
+    headers = {"Host": "localhost", "Connection": "close", **headers}
+    lines = [f"{method} {route} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chunked(body, size):
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%x;note=1\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n"
+
+
+def test_a_chunked_body_is_read(running):
+    """As Roo Code and Spring AI send it."""
+    body = json.dumps({"messages": HI, "max_tokens": 3}).encode()
+    _, expected = post(running, CHAT, body)
+    for end in (b"\r\n", b"Field: 1\r\n\r\n"):
+        sent = request_bytes(
+            "POST", CHAT, chunked(body, 7) + end, **{"Transfer-Encoding": "chunked"}
+        )
+        head, _, answer = raw(running, sent).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert json.loads(answer)["choices"] == expected["choices"]
+    for wrong, status in (
+        (b"zz\r\n{}\r\n0\r\n\r\n", b"400"),
+        (b"-1\r\n{}\r\n0\r\n\r\n", b"413"),
+        (chunked(b" " * (1 << 20) + body, 1 << 16) + b"\r\n", b"413"),
+    ):
+        sent = request_bytes("POST", CHAT, wrong, **{"Transfer-Encoding": "chunked"})
+        assert raw(running, sent).startswith(b"HTTP/1.1 " + status)
+
+
+def test_two_chunked_requests_of_one_connection(running):
+    body = json.dumps({"prompt": [20], "max_tokens": 1}).encode()
+    head = {"Transfer-Encoding": "chunked"}
+    first = request_bytes("POST", "/v1/completions", chunked(body, 9) + b"\r\n", **head)
+    both = first.replace(b"close", b"keep-alive") + first
+    assert raw(running, both).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_a_packed_body_is_refused_by_its_name(running):
+    status, found = post(running, CHAT, b"\x1f\x8b", **{"Content-Encoding": "gzip"})
+    assert status == 415 and "Content-Encoding gzip is not read" in found["error"]["message"]
+
+
+@pytest.mark.parametrize("route", ["/", "/health", "/v1/models"])
+def test_head_and_options(running, route):
+    whole = raw(running, request_bytes("GET", route))
+    head = raw(running, request_bytes("HEAD", route))
+    same = [line for line in whole.split(b"\r\n\r\n")[0].splitlines() if b"Date" not in line]
+    assert [line for line in head.splitlines() if line and b"Date" not in line] == same
+    assert head.endswith(b"\r\n\r\n")
+    options = raw(running, request_bytes("OPTIONS", route))
+    assert options.startswith(b"HTTP/1.1 200") and b"Allow: GET, HEAD, OPTIONS, POST" in options
+
+
+def test_the_client_of_openai_retrieves_a_model(running):
+    openai = pytest.importorskip("openai")
+    url = f"http://127.0.0.1:{running.server_port}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="there is no model other/x; there is tiny"):
+        client.models.retrieve("other/x")
+
+
+def test_a_prompt_of_one_list_in_a_list_is_read(running):
+    """As lm-eval sends it."""
+    plain, nested = (
+        post(running, "/v1/completions", {"prompt": prompt, "max_tokens": 4})[1]["choices"]
+        for prompt in ([20, 21], [[20, 21]])
+    )
+    assert plain == nested
+    for several in ([[20], [21]], [[]], [[20, "x"]], [[[20]]]):
+        status, _ = post(running, "/v1/completions", {"prompt": several, "max_tokens": 1})
+        assert status == (200 if several == [[]] else 400), several
+
+
+def test_stream_options_may_have_more_keys(running):
+    body = {"messages": HI, "max_tokens": 2, "stream": True}
+    body["stream_options"] = {"include_usage": True, "include_obfuscation": False}
+    data = json.dumps(body).encode()
+    sent = request_bytes("POST", CHAT, data, **{"Content-Length": len(data)})
+    assert b'"completion_tokens": 2' in raw(running, sent)
+    status, _ = post(running, CHAT, {"messages": HI, "stream_options": 7})
+    assert status == 400
+
+
+UNKNOWN = {"grammar": "root", "guided_json": {"a": 1}, "structured_outputs": {"a": 1}}
+UNKNOWN |= {"json_schema": {"a": 1}, "stop_sequences": ["x"], "max_new_tokens": 3, "temprature": 0}
+UNKNOWN |= {"num_predict": 5, "chat_template_kwargs": {"a": 1}, "typical_p": 0.5, "top_a": 0.1}
+UNKNOWN |= {"repeat_penalty": 1.1, "mirostat": 2, "reasoning_effort": "low", "options": {"x": 1}}
+MEANT = {"temprature": "temperature", "max_new_tokens": "max_tokens"}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_option_that_is_not_known_is_refused_by_name(running, name):
+    status, found = post(running, CHAT, {"messages": HI, "max_tokens": 1, name: UNKNOWN[name]})
+    says = f"the option {name} is not supported"
+    assert status == 400 and says in found["error"]["message"]
+    if name in MEANT:
+        assert f"is {MEANT[name]} meant?" in found["error"]["message"]
+    off = {"messages": HI, "max_tokens": 1, name: None, "user": "x", "metadata": {"a": 1}}
+    assert post(running, CHAT, off)[0] == 200
+
+
+def test_top_logprobs_alone_are_refused(running):
+    for more in ({}, {"logprobs": False}):
+        status, found = post(running, CHAT, {"messages": HI, "top_logprobs": 3, **more})
+        assert status == 400 and "top_logprobs needs logprobs" in found["error"]["message"]
+
+
+@pytest.mark.parametrize("parallel, count", [(None, 2), (True, 2), (False, 1)])
+def test_one_call_where_only_one_is_asked_for(running, monkeypatch, parallel, count):
+    call = TOKENIZER.encode('{"name": "f", "arguments": {}}').ids
+    ids = [TOOL_CALL, *call, END_TOOL_CALL] * 2
+    answers_with(monkeypatch, running, ids)
+    body = {"messages": HI, "max_tokens": 99, "parallel_tool_calls": parallel}
+    _, found = post(running, CHAT, body)
+    assert len(found["choices"][0]["message"]["tool_calls"]) == count
+
+
+def answers_with(monkeypatch, server, ids):
+    """Lets the server answer with these ids."""
+
+    def submit(request):
+        for token in ids:
+            request.answer.put((token, None, []))
+        request.answer.put("stop")
+
+    monkeypatch.setattr(server.batcher, "submit", submit)
+
+
+def test_each_token_of_a_stream_is_decoded_about_once(running, monkeypatch):
+    """The whole answer was decoded anew for each token."""
+    decoded, decode = [], TOKENIZER.decode
+
+    class Counting:
+        def decode(self, ids, **how):
+            decoded.append(len(ids))
+            return decode(ids, **how)
+
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+    ids = [THINK, *TOKENIZER.encode("hm, é 🙂 " * 60).ids, END_THINK]
+    ids += TOKENIZER.encode("\n\nLong naïve 日本 answers. " * 60).ids
+    monkeypatch.setattr(running.models["tiny"], "tokenizer", Counting(), raising=False)
+    arrived = iter([*[(token, None, []) for token in ids], "stop"])
+    monkeypatch.setattr(serving.Handler, "arrival", lambda self, request: next(arrived))
+    monkeypatch.setattr(running.batcher, "submit", lambda request: None)
+    data = json.dumps({"messages": HI, "stream": True, "stop": ["#"]}).encode()
+    sent = request_bytes("POST", CHAT, data, **{"Content-Length": len(data)})
+    answer = raw(running, sent)
+    parts = [json.loads(part[6:]) for part in answer.split(b"\n\n") if part.startswith(b"data: {")]
+    deltas = [part["choices"][0]["delta"] for part in parts]
+    expected = parse_answer(ids, TOKENIZER)
+    for field in ("reasoning_content", "content"):
+        assert "".join(delta.get(field) or "" for delta in deltas) == expected[field]
+    assert len(deltas) > 300 and sum(decoded) < 4 * len(ids)
+
+
+def test_a_draft_is_always_the_beginning_of_the_answer():
+    rng, words = (
+        random.Random(3),
+        ["\n", "\n\n", "a", "ab", " b", "é", "🙂", "日", "stop", "st", "#"],
+    )
+    control = [THINK, END_THINK, TOOL_CALL, END_TOOL_CALL]
+    pieces = [[token] for token in control] + [TOKENIZER.encode(word).ids for word in words]
+    pieces += [[token] for token in TOKENIZER.encode("🙂é日").ids]  # parts of characters
+    decode = partial(TOKENIZER.decode, skip_special_tokens=False)
+    seen = set()
+    for _ in range(3000):
+        ids = sum((rng.choice(pieces) for _ in range(rng.randrange(1, 12))), [])
+        ids = [THINK, *ids] if rng.random() < 0.5 else ids
+        stops = rng.choice([[], ["stop", "#"], ["b"]])
+        draft, text = Draft(decode, True, stops), {}
+        whole = parse_answer(ids, TOKENIZER)
+        content = whole["content"]
+        cut = min([content.index(stop) for stop in stops if stop in content], default=len(content))
+        expected = {**whole, "content": content[:cut]}
+        for token in ids:
+            draft.add(token)
+            if rng.random() < 0.7:
+                for field, new in draft.take().items():
+                    text[field] = text.get(field, "") + new
+            for field, part in text.items():
+                assert expected[field].startswith(part), (ids, stops, field)
+                assert draft.sent[field] >= len(part)
+            if draft.stopped:
+                assert text.get("content", "") + draft.ready.get("content", "") == content[:cut]
+                break
+        seen |= {(draft.stopped, *text)}
+    assert len(seen) >= 5
