@@ -16,6 +16,8 @@ from evaluation.gsm8k import NUMBER, after_mark, after_words
 LONGEST, LONGEST_ANSWER = 20_000, 300  # characters of a solution, from its end, and of an answer
 SECONDS = 5  # of a lenient comparison
 LARGEST_POWER = 10_000
+TINY = 1e-3  # below, decimals that were rounded are compared by their relative difference
+BASE = re.compile(r"\d[0-9A-Z]*_\{?\d")  # a number in another base, as 2516_8
 # Towers of powers and factorials of large numbers, which no library ends to compute.
 TOWER = r"\^\s*(?:\{[^{}]*\^|\{[^{}]*\}\s*\^|\d+\s*\^)"
 ENDLESS = re.compile(rf"{TOWER}|\d{{4,}}\s*!|[)}}!\]]\s*!|[eE]\d{{4,}}")
@@ -86,8 +88,20 @@ def same_mathematics(a, b):
     # Its time limit is a signal: it works on POSIX, in the main thread.
     timed = os.name == "posix" and threading.current_thread() is threading.main_thread()
     seconds = SECONDS if timed else None
+    if BASE.search(a) or BASE.search(b):  # math-verify drops the base
+        return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
     a, b = (parse(f"\\boxed{{{text}}}", parsing_timeout=seconds) for text in (a, b))
-    return bool(a and b and verify(a, b, timeout_seconds=seconds))
+    return bool(a and b and verify(a, b, timeout_seconds=seconds) and not are_tiny(a[0], b[0]))
+
+
+def are_tiny(a, b):
+    """Whether two expressions are different numbers so small that math-verify rounds both to 0."""
+    if not (getattr(a, "is_real", False) and getattr(b, "is_real", False)):
+        return False
+    if not (a.is_number and b.is_number):
+        return False
+    size = max(abs(a.evalf()), abs(b.evalf()))
+    return bool(size < TINY and abs((a - b).evalf()) > TINY * size)
 
 
 def is_bounded(text):

@@ -18,6 +18,13 @@ ANSWER = re.compile(
 )
 SPELLINGS = (
     (r"\{,\}", ","),
+    (  # 1 000 000, also with the spaces of typographers, and 1'000'000
+        r"(?<![\d.,/])(\d{1,3})((?:[ \u00a0\u2009\u202f'’]\d{3})+)(?![\d/-])",
+        lambda groups: groups[1] + re.sub(r"\D", "", groups[2]),
+    ),
+    (r"(?<=\d)\s?thousand\b|(?<=\d)[kK]\b", "e+3"),
+    (r"(?<=\d)\s?million\b", "e+6"),
+    (r"(?<=\d)\s?billion\b", "e+9"),
     (r"\\[,!;]|\*\*", ""),
     (r"\\[dt]?frac\{(-?\d{1,20})\}\{(\d{1,20})\}", r"\1/\2"),
     (r"\s?(?:\\times|×|\*|x)\s?10\s?\^\s?\{?(-?\d{1,3})\}?", r"e\1"),
@@ -56,8 +63,10 @@ def is_correct(answer, gold, strict=False):
         return False
     if strict or given == expected or max(len(given), len(expected)) > LONGEST_NUMBER:
         return given == expected
+    # "4 million" is 4000000, or 4 where the question asks for millions.
+    readings = (given, given.partition("e+")[0])
     try:
-        return Fraction(given) == Fraction(expected)  # exact: 0.5 is 1/2
+        return Fraction(expected) in map(Fraction, readings)  # exact: 0.5 is 1/2
     except ZeroDivisionError:
         return False
 

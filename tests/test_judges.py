@@ -100,6 +100,19 @@ def test_the_strict_judge_forgives_no_other_spelling():
         ("about 1.5e3", "1.5e3"),
         (r"1.5 \times 10^{3}", "1.5e3"),
         ("it costs .75", ".75"),
+        ("The answer is 1 000 000 people.", "1000000"),
+        ("The answer is 1\u202f000\u202f000", "1000000"),
+        ("The answer is 12\u00a0345.5", "12345.5"),
+        ("The answer is 1'234'567", "1234567"),
+        ("The answer is 1’234", "1234"),
+        ("The answer is 2.5 million dollars.", "2.5e+6"),
+        ("The answer is $70k", "70e+3"),
+        ("#### 3 thousand", "3e+3"),
+        ("#### 1.2 billion", "1.2e+9"),
+        ("in 12 100-gram packs", "100"),
+        ("5 km", "5"),
+        ("7 1000", "1000"),
+        ("12 34", "34"),
         ("I do not know", None),
         ("", None),
     ],
@@ -120,6 +133,12 @@ def test_what_models_write_of_gsm8k(text, answer):
         ("1000001", "1000000", False),  # a whole number is exact
         ("18", "180", False),
         ("none", "18", False),
+        ("2.5 million", "2,500,000", True),
+        ("$70k", "70000", True),
+        ("1 000 000", "1000000", True),
+        ("4 million", "4", True),  # of a question that asks for millions
+        ("70k", "7000", False),
+        (r"7 \times 10^3", "7", False),
     ],
 )
 def test_is_correct(answer, gold, right):
@@ -274,6 +293,10 @@ EQUAL = [
     (r"\binom{5}{2}", "10"),
     (r"|{-3}|", "3"),
     ("1.41421356", r"\sqrt{2}"),
+    ("11_2", "11_{2}"),
+    ("1/2^{99}", r"\frac{1}{2^{99}}"),
+    ("0.000123", r"\frac{123}{1000000}"),
+    (r"\sqrt{2}/2^{40}", r"\frac{1}{2^{39.5}}"),
 ]
 DIFFERENT = [
     ("-1/2", "1/2"),
@@ -300,6 +323,13 @@ DIFFERENT = [
     ("inf", "nan"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
     ("x+10^{12}", "2x+10^{12}"),
+    ("11_2", "11_3"),
+    ("11_2", "11"),
+    ("11_{2}", "3"),
+    ("1/2^{99}", "1/2^{98}"),
+    (r"\frac{1}{2^{99}}", "0"),
+    ("0.0000001", "0.0000002"),
+    ("10^{-9}", "3 \\cdot 10^{-9}"),
 ]
 
 
