@@ -306,7 +306,7 @@ CHANGES = """--device cpu --grad_checkpoint 1 --deterministic 0 --log_interval 3
     --early_stop_patience 50 --max_bad_steps 3 --from_weight x --parallel fsdp"""
 # Tested where these flags are, or not part of the result.
 ELSEWHERE = """from_resume force_resume save_dir save_weight config save_best_at_end batch_size
-    profile
+
     accumulation_steps num_workers use_compile data_path val_data_path replay_path offline_dir
     extend_tokens cache_dir loss_curve""".split()
 

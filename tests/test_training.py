@@ -217,7 +217,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"Go on with:\npython {ROOT / 'trainer/train_full_sft.py'} --from_resume 1" in printed
+    assert "Go on with:\npython trainer/train_full_sft.py --from_resume 1 --save_weight" in printed
     resume = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
     assert 0 < resume["run"]["step"] < 2000 * 5
 
@@ -399,14 +399,6 @@ def test_computing_layers_twice_to_save_memory_changes_no_bit(data, tmp_path, us
         train_full_sft.main(flags(data, tmp_path / str(checkpointed), **more))
     name = f"full_sft_32{'_moe' if use_moe else ''}"
     assert_equal(weights(tmp_path / "0", name), weights(tmp_path / "1", name))
-
-
-def test_the_profile_names_what_took_longest_and_changes_no_bit(data, tmp_path, capsys):
-    for profile in (0, 1):
-        train_full_sft.main(flags(data, tmp_path / str(profile), profile=profile, epochs=2))
-    assert re.search(r"aten::\w*mm .*%", capsys.readouterr().out)
-    assert json.loads((tmp_path / "1/logs/full_sft_32_trace.json").read_text(encoding="utf-8"))
-    assert_equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
 
 
 def test_metrics_have_their_documented_keys_and_the_loss_falls(trained):

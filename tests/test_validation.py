@@ -18,8 +18,8 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path):
         tmp_path / "other.jsonl", [chat("Hello?", f"Hello, {i}!") for i in range(30)]
     )
     files, out = [data / "sft.jsonl", other], tmp_path / "out"
-    # The rate is zero: what the log says is true of the weights that are saved.
-    how = ["--from_weight", "none", *TINY, "--val_split", 0.2, "--learning_rate", 0]
+    # The rate moves no weight: what the log says is true of the weights that are saved.
+    how = ["--from_weight", "none", *TINY, "--val_split", 0.2, "--learning_rate", 1e-12]
     sft(out, "--data_path", *files, *how, "--loss_curve", tmp_path / "curve.svg")
     log = (out / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
     line = json.loads(log[-1])

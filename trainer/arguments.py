@@ -164,7 +164,6 @@ def training_parser(doc, **defaults):
     add("grad_checkpoint", 0, "1: less memory: recompute each layer in the backward pass", switch)
     add("parallel", "ddp", "ddp, or fsdp, which shards the model", one_of("ddp", "fsdp"))
     add("deterministic", 0, "1: bit-identical runs on a GPU too, slower", switch)
-    add("profile", 0, "1: profile a few steps", switch)
 
     add = parser.group("logging and checkpoints")
     add("log_interval", 10, "steps between lines of the log", positive)

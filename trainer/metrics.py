@@ -5,9 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
 from tqdm import tqdm
 
 from common import UserError, replacing
@@ -20,12 +18,11 @@ class MetricsLog:
     count once there is a second: it compiles and allocates.
     """
 
-    def __init__(self, path, run, total_steps, silent=False, profile=False):
+    def __init__(self, path, run, total_steps, silent=False):
         self.path, self.silent, self.total_steps = Path(path), silent, total_steps
         self.steps, self.tokens, self.seconds = 0, 0, 0.0  # of this process
         self.curves, self.unit = {}, "nats per token"  # drawn instead: {label: (key, factor)}
         self.bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=silent or None)
-        self.profiler = step_profiler(self.path, profile and not silent)
         if silent:
             return
         try:
@@ -43,7 +40,6 @@ class MetricsLog:
         self.tokens += tokens
         self.seconds += time.perf_counter() - began
         self.bar.update()
-        self.profiler.step()
 
     def write(self, run, *, epoch, loss, lr, grad_norm, data_wait_s, val_loss=None, **more):
         """Adds a line to the log; prints those of the first step and of validations."""
@@ -130,24 +126,3 @@ def curves_as_svg(curves, title, unit="nats per token", clip=True):
         legend = f'x="{right - 8}" y="{above + 20 * (index + 1)}" text-anchor="end"'
         parts.append(f'<text {legend} fill="{colour}">{html.escape(label)}</text>')
     return "\n".join([*parts, "</svg>\n"])
-
-
-def step_profiler(log_path, enabled):
-    """An object whose step() is called after each training step: a torch profiler that leaves out
-    four steps, records three, prints what took longest, and writes a trace for chrome://tracing
-    beside the log.
-    """
-    if not enabled:
-        return SimpleNamespace(step=lambda: None)
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    kinds = kinds[: 1 + torch.cuda.is_available()]
-    path = log_path.with_name(f"{log_path.stem}_trace.json")
-
-    def report(profiler):
-        order = "self_cuda_time_total" if len(kinds) > 1 else "self_cpu_time_total"
-        tqdm.write(profiler.key_averages().table(sort_by=order, row_limit=15))
-        profiler.export_chrome_trace(str(path))
-        tqdm.write(f"trace: {path}")
-
-    when = torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1)
-    return torch.profiler.profile(activities=kinds, schedule=when, on_trace_ready=report)

@@ -20,7 +20,7 @@ from trainer.signals import RunLock
 # Flags that a resumed run may change: the weights come out the same, or, with another device,
 # nearly the same.
 FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir
-    device num_workers use_compile grad_checkpoint profile parallel deterministic log_interval
+    device num_workers use_compile grad_checkpoint parallel deterministic log_interval
     save_interval val_interval sample_interval sample_prompt strict_data keep_checkpoints
     early_stop_patience save_best_at_end max_bad_steps loss_curve offline_dir""".split()
 FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
@@ -77,33 +77,32 @@ def parse_run(parser, argv):
 
 def next_command(args, script="eval_llm.py"):
     """Return the command that opens what a run has written: a chat, or the script of a stage."""
-    name, flags = args.save_weight, []
-    if args.use_lora:
-        flags = ["--lora", name.removeprefix("lora_")]
-        script = "eval_llm.py"  # adapters are merged before another stage
+    flags, name = [], args.save_weight
+    if args.use_lora:  # adapters are merged before another stage
+        script, flags = "eval_llm.py", ["--lora", name.removeprefix("lora_")]
     elif script != "eval_llm.py":
         flags = ["--from_weight", name]
     elif name != "full_sft":  # the default
         flags = ["--weight", name]
-    try:
-        path = os.path.relpath(ROOT / script)
-    except ValueError:  # on another drive of Windows
-        path = str(ROOT / script)
-    return shlex.join(["python", path, *flags, *save_dir_flag(args)])
+    return command("python", script, args, *flags)
 
 
 def resume_command(args, stage, processes):
     """Return the command that resumes a run; its other flags are in the checkpoint."""
-    script = Path(sys.argv[0])
-    if script.resolve().parent != ROOT / "trainer":  # called from other code
-        script = Path(os.path.relpath(ROOT / "trainer" / f"train_{stage}.py"))
-    words = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    is_ours = Path(sys.argv[0]).resolve().parent == ROOT / "trainer"  # else called from other code
+    name = Path(sys.argv[0]).name if is_ours else f"train_{stage}.py"
+    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
     flags = ["--from_resume", "1", "--save_weight", args.save_weight]
-    return shlex.join([*words, str(script), *flags, *save_dir_flag(args)])
+    return command(launcher, f"trainer/{name}", args, *flags)
 
 
-def save_dir_flag(args):
-    return [] if args.save_dir == ROOT / "out" else ["--save_dir", str(args.save_dir)]
+def command(launcher, script, args, *flags):
+    """Return a command line that works from where the user is."""
+    folder = [] if args.save_dir == ROOT / "out" else ["--save_dir", str(args.save_dir)]
+    path = ROOT / script
+    if Path.cwd().is_relative_to(ROOT):
+        path = Path(os.path.relpath(path))
+    return f"{launcher} {shlex.join([str(path), *flags, *folder])}"
 
 
 def refuse(args, parser, names):
@@ -139,7 +138,7 @@ def begin_run(run, args, model, optimizer, compute, total_steps, saved):
     if compute.rank == 0:
         keep_previous(args, name, saved)
     path = args.save_dir / "logs" / f"{name}.jsonl"
-    return run, MetricsLog(path, run, total_steps, silent=compute.rank > 0, profile=args.profile)
+    return run, MetricsLog(path, run, total_steps, silent=compute.rank > 0)
 
 
 def resume(run, saved, args, model, optimizer, scaler):
