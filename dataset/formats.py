@@ -54,7 +54,12 @@ KEYS = {  # format: the keys that every record of it has; the first format that 
 # Keys by which axolotl, LLaMA-Factory, ms-swift, torchtune and verl say whether a message, or a
 # record, is trained on.
 WEIGHTS = ("loss_weight", "weight", "loss_mask", "loss", "train", "training", "trainable")
-MASK_LIKE = re.compile(r"(^|_|is|no|un|skip)(mask|loss|train|weight|supervis)", re.IGNORECASE)
+MASK_LIKE = re.compile(  # what seems to be such a key: train_detail and isMasked, not weight_kg
+    r"((is|no|un|not|skip|assistant|token|turn|message)_?)?"
+    r"(mask(s|ed)?|loss|train(ed|ing|able)?|weights?|supervised?)"
+    r"(_?(masks?|masked|weights?|scale|detail|flags?|turns?))?",
+    re.IGNORECASE,
+)
 
 
 def format_of(record):
@@ -121,7 +126,8 @@ def weights_of(record, name, weights):
     """
     system = record.get("system") or record.get("system_prompt")
     for key, value in record.items():
-        if value is None or isinstance(value, str) or not MASK_LIKE.search(key):
+        is_text = isinstance(value, str) and value.lower() not in ("true", "false", "0", "1")
+        if value is None or is_text or not MASK_LIKE.fullmatch(key):
             continue
         flags = value if isinstance(value, list) else [value] * len(weights)
         if system and len(flags) == len(weights) - 1:
@@ -143,7 +149,7 @@ def loss_weight(turn, name):
     """
     weights = set()
     for key, value in turn.items():
-        if value is None or not MASK_LIKE.search(key):
+        if value is None or not MASK_LIKE.fullmatch(key):
             continue
         if key not in (*WEIGHTS, "masked") or value not in (0, 1):
             known = (

@@ -120,6 +120,8 @@ def require_lines(path):
             remedy = "write each record on a line of its own (jq -c), or all in one array"
             remedy += list_hint(value) if isinstance(value, dict) else ""
     except (ValueError, RecursionError):
+        if "\n{" in text:
+            return  # other lines may be records
         if Path(path).suffix in (".csv", ".tsv") or CSV_HEADER.fullmatch(head):
             kind, remedy = "CSV", TO_JSONL.format("read_csv")
         elif Path(path).suffix in (".txt", ".md"):

@@ -21,12 +21,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+import serving.start  # noqa: F401  the package, before a script of bench/ puts its own on the path
 from convert import peft as merge_lora
 from dataset.tiny_world import generate as tiny_world
 from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from recipes import misconceptions
-from serving import start as _  # noqa: F401  the package, before bench/serving.py can be found
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
 from trainer import checkpoint
 

@@ -59,9 +59,10 @@ def test_a_file_of_another_kind_is_named_by_each_reader(tmp_path, name):
 
 
 def test_one_bad_line_is_still_only_a_bad_line(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "a"\n{"text": "b"}\nc, d\n', encoding="utf-8")
-    assert [type(record) for _, record in read_records(path)] == [ValueError, dict, ValueError]
+    for name, first in (("x.jsonl", '{"text": "a"'), ("x.jsonl", "c, d"), ("x.txt", "c")):
+        path = tmp_path / name
+        path.write_text(f'{first}\n{{"text": "b"}}\nc, d\n', encoding="utf-8")
+        assert [type(record) for _, record in read_records(path)] == [ValueError, dict, ValueError]
 
 
 def test_a_file_packed_with_gzip_is_read(tmp_path, data):

@@ -197,9 +197,10 @@ def test_a_record_may_have_a_flag_for_each_message(key, flags):
 def test_a_record_that_is_marked_is_marked_as_a_whole():
     assert not any(render(converted({"messages": ASKED, "train": False})[0])[1])
     assert any(render(converted({"messages": ASKED, "weight": 1})[0])[1])
-    for record in ({"messages": ASKED, "weight": 0.5}, {"messages": ASKED, "loss_mask": [1]}):
-        with pytest.raises(ValueError, match="the record has (weight 0.5|loss_mask with 1 flags)"):
-            converted(record)
+    for key, value in (("weight", 0.5), ("loss_mask", [1]), ("train", "false"), ("loss", [2, 0])):
+        with pytest.raises(ValueError, match=f"the record has {key} "):
+            converted({"messages": ASKED, key: value})
+    assert converted({"messages": ASKED, "train": "the first half"})[2] == {}  # a name, not a mark
     with pytest.raises(ValueError, match="leave such a text out"):
         to_text({"text": "x", "train": False})
 
@@ -213,7 +214,15 @@ def test_another_key_that_speaks_of_the_mask_is_a_bad_record(key):
         converted({"messages": [ASKED[0], {**ASKED[1], key: 1}]})
     with pytest.raises(ValueError, match=f"the record has {key} .*give loss_weight 0 or 1"):
         converted({"messages": ASKED, key: 1})
-    for harmless in ("constraint", "glossary", "name", "source"):
+    for harmless in (
+        "constraint",
+        "glossary",
+        "name",
+        "weight_kg",
+        "lossless",
+        "train_id",
+        "losses",
+    ):
         assert converted({"messages": [ASKED[0], {**ASKED[1], harmless: 1}], harmless: 1})[0]
     with pytest.raises(ValueError, match="both"):
         converted({"messages": [ASKED[0], {**ASKED[1], "train": True, "weight": 0}]})
