@@ -48,8 +48,8 @@ INSIDE = {
 # How tokenizers split a text before they merge bytes: llama.cpp's name for it. A split is the
 # expressions of its steps; GPT-2's is that of ByteLevel itself.
 SPLITS = {
-    (QWEN2,): "qwen2",
-    (QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),): "llama-bpe",
+    (QWEN2, "bytes"): "qwen2",
+    (QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|"), "bytes"): "llama-bpe",
     ("gpt-2",): "gpt-2",
     ("digits", "gpt-2"): "smollm",
 }
@@ -110,18 +110,14 @@ def split_of(written):
     """Return llama.cpp's name for the way in which a tokenizer.json splits a text. Raises UserError
     where there is none.
     """
-    parts = (written["pre_tokenizer"] or {}).get("pretokenizers", [written["pre_tokenizer"]])
+    first = written["pre_tokenizer"] or {}
     steps = []
-    for part in parts:
-        part = part or {}
-        if part.get("type") == "Split":
-            steps.append(part["pattern"].get("Regex"))
-        elif part.get("type") == "Digits" and part["individual_digits"]:
-            steps.append("digits")
-        elif part.get("type") != "ByteLevel" or part["add_prefix_space"]:
-            steps.append("unknown")
-        elif part.get("use_regex", True):
-            steps.append("gpt-2")
+    for part in first.get("pretokenizers", [first]):
+        steps.append(part.get("pattern", {}).get("Regex"))
+        if part.get("individual_digits"):
+            steps[-1] = "digits"
+        if part.get("type") == "ByteLevel" and not part["add_prefix_space"]:
+            steps[-1] = "gpt-2" if part.get("use_regex", True) else "bytes"
     if tuple(steps) not in SPLITS:
         raise UserError(
             "the tokenizer of these weights splits text in none of the ways of "

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+import cli
 from common import UserError, load_tensors, replacing, report_user_errors
 from dataset import formats
 from dataset.jsonl import is_folder, read_records
@@ -29,7 +30,6 @@ from dataset.loader import best_fit_decreasing, flat, row_length
 from dataset.pairs import PairDataset
 from dataset.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
-LARGEST = 10**9  # value of a flag; a larger one is a mistake
 STYLES = {  # how the terminal shows each kind of token: (before, after); colour, underlined
     "supervised": ("\033[32m", "\033[0m"),
     "other": ("\033[90m", "\033[0m"),
@@ -139,6 +139,11 @@ def as_text(table):
     return "\n".join(lines)
 
 
+def has_colours():
+    """Whether the output is a terminal that shows colours, which NO_COLOR says it does not."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def show(args):
     """Prints tokens in colour, or writes them as a page; returns 0."""
     tokenizer, rows = tokenizer_of(args), []
@@ -158,10 +163,9 @@ def show(args):
             file.write(page.replace("<!-- rows -->", as_html(rows)).encode("utf-8"))
         print(f"page: {args.html}")
         return 0
-    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    styles = STYLES if has_colours else PLAIN
+    styles = STYLES if has_colours() else PLAIN
     for title, samples in rows:
-        print(f"\n{title}" + ("" if has_colours else "; supervised tokens are in [brackets]"))
+        print(f"\n{title}" + ("" if has_colours() else "; supervised tokens are in [brackets]"))
         for tokens in samples:
             for (before, after), run in groupby(tokens, lambda token: styles[token[0]]):
                 print(before + "".join(text for _, text in run) + after, end="")
@@ -281,31 +285,15 @@ def write_parts(folder, parts, manifest, sources=(), texts=None):
         print(f"{folder / name}: {file['records']} records")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def whole_number(low):
-    """An argparse type: a whole number from low to LARGEST."""
-
-    def convert(text):
-        if text.isdecimal() and low <= int(text) <= LARGEST:
-            return int(text)
-        message = f"give a whole number from {low} to {LARGEST}, not {text:.40}"
-        raise argparse.ArgumentTypeError(message)
-
-    return convert
-
-
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__, formatter_class=argparse.HelpFormatter)
     commands = parser.add_subparsers(required=True)
 
     def command(run, text):
-        added = commands.add_parser(run.__name__, help=text, description=text)
+        plain = argparse.HelpFormatter
+        added = commands.add_parser(
+            run.__name__, help=text, description=text, formatter_class=plain
+        )
         added.set_defaults(run=run)
         return added.add_argument
 
@@ -315,26 +303,27 @@ def main(argv=None):
         add("--tokenizer_path", type=Path, default=SHIPPED_TOKENIZER)
         weight = "take the tokenizer of these weights: a .pth file, or a published model's folder"
         add("--weight", type=Path, help=weight)
-        add("--max_seq_len", type=whole_number(2), default=512, help="of a row (%(default)s)")
+        add("--max_seq_len", type=cli.number(int, 2), default=512, help="of a row (%(default)s)")
         long = "how a conversation is cut that is longer (%(default)s)"
         add("--overlong", choices=["truncate", "drop", "split"], default="truncate", help=long)
         return add
 
     add = reader(check, "reads everything and reports; exit code 1 if a record is bad")
-    add("--batch_size", type=whole_number(1), default=16, help="rows of a step (%(default)s)")
+    add("--batch_size", type=cli.number(int, 1), default=16, help="rows of a step (%(default)s)")
     add("--json", action="store_true", help="the report as JSON")
     add = reader(show, "shows tokens in colour: supervised, not supervised, control")
-    add("-n", "--n", type=whole_number(1), default=3, help="samples or rows (%(default)s)")
+    add("-n", "--n", type=cli.number(int, 1), default=3, help="samples or rows (%(default)s)")
     add("--packing", type=int, choices=[0, 1], default=0, help="1: packed rows")
     add("--ids", action="store_true", help="with the id of each token")
     add("--html", type=Path, metavar="FILE", help="writes a page instead")
     add = command(split, "writes train, valid and test files with a manifest")
     add("file", type=Path)
     add("--ratios", default="8:1:1", help="sizes of the parts (%(default)s)")
-    add("--seed", type=whole_number(0), default=1)
+    add("--seed", type=cli.number(int, 0), default=1)
     add("--stratify", metavar="FIELD", help="keeps the shares of this field's values")
     add("--out", type=Path, required=True, help="folder")
     args = parser.parse_args(argv)
+    cli.stop_at(cli.wrong_values(args))
     return args.run(args)
 
 

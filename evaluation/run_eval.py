@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
+from cli import Parser, number, one_of, stop_at, switch, wrong_values
 from dataset.tiny_world.generate import EVAL
 from evaluation import competition_math, report
 from evaluation.answers import Part, answer_all, keep_previous, read_result, require_same_run
 from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer
-from trainer.arguments import Parser, number, one_of, stop_at, switch, wrong_values
 from trainer.trainer_utils import open_trained
 
 

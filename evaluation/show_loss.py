@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import number, stop_at, wrong_values
 from common import IGNORE, ROOT, UserError, report_user_errors
 
 # isort: split
 import torch
 
-from dataset.prepare import STYLES, open_data, whole_number
+from dataset.prepare import STYLES, has_colours, open_data
 from dataset.tiny_world.generate import SFT, write_missing
 from trainer import checkpoint
 
@@ -45,8 +46,8 @@ def table(names, columns, input_ids, labels, tokenizer, coloured):
         cells = "".join(f"{column[place]:12.3f}" for column in columns)
         shown = "-" if label == IGNORE else label
         line = f"{text(token):20}{text(following):20}{shown:>6}{cells}"
-        style = STYLES["other" if label == IGNORE else "supervised"]
-        lines.append(f"{style}{line}\033[0m" if coloured else line)
+        before, after = STYLES["other" if label == IGNORE else "supervised"]
+        lines.append(f"{before}{line}{after}" if coloured else line)
     return lines
 
 
@@ -54,11 +55,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
     add("--data_path", type=Path, default=SFT, help="text or conversations; default: Tiny World's")
-    add("--record", type=whole_number(1), default=1, help="which sample of the file (%(default)s)")
+    add("--record", type=number(int, 1), default=1, help="which sample of the file (%(default)s)")
     weights = "names in --save_dir, or paths (pretrain full_sft)"
     add("--weight", nargs="+", default=["pretrain", "full_sft"], metavar="NAME", help=weights)
     add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     args = parser.parse_args(argv)
+    stop_at(wrong_values(args))
     paths = [checkpoint.find(args.save_dir, name) for name in args.weight]
     opened = [checkpoint.build_model(checkpoint.load(path), path) for path in paths]
     tokenizer = opened[0][1]
@@ -71,7 +73,7 @@ def main(argv=None):
         raise UserError(f"--record {args.record}: {args.data_path} has {len(data)} samples")
     input_ids, labels = data[args.record - 1]
     columns = [probabilities(model.eval(), input_ids) for model, _ in opened]
-    print("\n".join(table(args.weight, columns, input_ids, labels, tokenizer, sys.stdout.isatty())))
+    print("\n".join(table(args.weight, columns, input_ids, labels, tokenizer, has_colours())))
     supervised = labels[1:] != IGNORE
     for name, column in zip(args.weight, columns, strict=True):
         loss = -column[supervised].log().mean().item()

@@ -22,6 +22,7 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 import torch
 from tqdm import tqdm
 
+from cli import Parser, number, one_of, stop_at, wrong_values
 from common import IGNORE, ROOT, replacing, save_tensors
 from dataset import offline
 from dataset.lm_dataset import SFTDataset
@@ -30,15 +31,7 @@ from dataset.tiny_world.generate import SFT
 from model.distillation import Teacher
 from model.lora import hash_of
 from trainer import checkpoint
-from trainer.arguments import (
-    Parser,
-    conversation_flags,
-    number,
-    one_of,
-    source,
-    stop_at,
-    wrong_values,
-)
+from trainer.arguments import conversation_flags, source
 from trainer.distributed import DTYPES, autocast_to, pick_device, pick_dtype
 from trainer.teacher import layers_of
 from trainer.trainer_utils import conversation_options, open_data, replay

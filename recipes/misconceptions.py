@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import Parser, number, stop_at, wrong_values
 from common import UserError, report_user_errors
 from dataset.jsonl import read_records
 from dataset.prepare import shares, write_parts
-from trainer.arguments import Parser, number, stop_at, wrong_values
 
 MARKS = ("<COT_START>", "<COT_END>")
 FIELDS = ("question", "correct", "incorrect", "cot", "misconception")

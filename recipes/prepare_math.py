@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import Parser, number, stop_at, wrong_values
 from common import UserError, report_user_errors
 from dataset.jsonl import is_folder
 from dataset.prepare import shares, write_parts
 from evaluation.tasks import RECORD_OF, read_task
-from trainer.arguments import Parser, number, stop_at, wrong_values
 
 
 def official_files(folder):

@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import Parser, number, one_of, stop_at, wrong_values
 from common import ROOT, UserError, replacing, report_user_errors
 from evaluation.answers import Part, answer_all, require_same_run
 from evaluation.run_eval import answering_flags, open_model, options_of, sha256_of
 from evaluation.tasks import is_right, judge, read_problems
-from trainer.arguments import Parser, number, one_of, stop_at, wrong_values
 
 SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit keep dtype
     use_compile""".split()  # with another one it is another run

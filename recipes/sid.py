@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import Parser, number, stop_at, wrong_values
 from common import UserError, report_user_errors
 from dataset.jsonl import is_folder, open_text, read_json
 from dataset.prepare import shares, write_parts
-from trainer.arguments import Parser, number, stop_at, wrong_values
 
 ASK = {  # task: the question; {0} is the history, the title or the id
     "next_id": "A customer bought, one after the other: {0}. Which item is next?",

@@ -72,10 +72,7 @@ class JsonHandler(BaseHTTPRequestHandler):
         if encoding != "identity":
             raise ApiError(415, f"Content-Encoding {encoding:.100} is not read; send plain JSON")
         try:
-            if "Transfer-Encoding" in self.headers:
-                text = self.chunks()
-            else:
-                text = self.sized_body()
+            text = self.chunks() if "Transfer-Encoding" in self.headers else self.sized_body()
             body = json.loads(text)
         except TimeoutError:
             raise ApiError(408, "the body has fewer bytes than were announced") from None

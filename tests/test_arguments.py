@@ -4,18 +4,11 @@ import re
 
 import pytest
 
+from cli import Problem, number, one_of, switch
 from dataset.loader import Source
 from tests.conftest import ROOT, TINY, run_here
 from trainer import train_full_sft
-from trainer.arguments import (
-    Problem,
-    conversation_flags,
-    number,
-    one_of,
-    parse_args,
-    switch,
-    training_parser,
-)
+from trainer.arguments import conversation_flags, parse_args, training_parser
 
 
 @pytest.mark.parametrize("kind", [int, float])

@@ -3,13 +3,13 @@
 Defaults < the flags of the run that is resumed < the TOML file of --config < the command line.
 """
 
-import argparse
 import os
 import re
 import sys
 import tomllib
 from pathlib import Path
 
+from cli import Parser, Problem, number, one_of, stop_at, switch, wrong_values
 from common import ROOT, UserError
 from dataset.formats import KEYS
 from dataset.loader import Source
@@ -26,38 +26,6 @@ RENAMED |= {"eval_interval": "val_interval", "student": "from_weight"}
 OF_THE_COMMAND = "from_resume force_resume config save_dir save_weight".split()
 # Flags that need a validation, with the value that needs none.
 VALIDATED = {"early_stop_patience": 0, "save_best_at_end": False, "best_metric": "val_loss"}
-LARGEST = 2**53  # floats hold all whole numbers up to here; a larger one is a mistake
-
-
-class Problem(str):
-    """What is wrong with a flag's value. It stands in the value's place until all are reported."""
-
-
-def number(kind, low, high=LARGEST, above=False):
-    """Return an argparse type: an int or float from low to high; with above, not low itself."""
-
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high or (above and value == low):
-            limits = f"above {low}" if above else f"from {low} to {high}"
-            whole = "a whole" if kind is int else "a"
-            return Problem(f"{text:.40}: give {whole} number {limits}")
-        return value
-
-    return convert
-
-
-def one_of(*choices):
-    """An argparse type: one of some words."""
-    return lambda text: text if text in choices else Problem(f"{text}: give {'|'.join(choices)}")
-
-
-def switch(text):
-    """An argparse type: 0 or 1."""
-    return bool(int(text)) if text in ("0", "1") else Problem(f"{text}: give 0 or 1")
 
 
 def source(text):
@@ -68,45 +36,9 @@ def source(text):
         return Problem(str(error))
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        if action.default is None:
-            return action.help
-        text = super()._get_help_string(action)
-        return text.replace("%(default)s", "%(default)d") if action.type is switch else text
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a sentence and exit code 2; abbreviated flags are errors, too."""
-
-    def __init__(self, description="", **more):
-        how = {"allow_abbrev": False, "formatter_class": Help}
-        super().__init__(description=description.partition("\n\n")[0], **(how | more))
-
-    def error(self, message):
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-
-    def group(self, title):
-        """A function add(name, default, help, kind) that adds a flag to a group of --help."""
-        group = self.add_argument_group(title)
-
-        def add(name, default, help, kind=str, **more):
-            if kind is switch and default is not None:
-                default = bool(default)
-            more = {"metavar": "0|1" if kind is switch else "VALUE"} | more
-            group.add_argument(f"--{name}", default=default, help=help, type=kind, **more)
-            for earlier, new in RENAMED.items():
-                if new == name:
-                    hidden = argparse.SUPPRESS
-                    self.add_argument(f"--{earlier}", dest=name, type=kind, help=hidden)
-
-        return add
-
-
 def training_parser(doc, **defaults):
     """The parser of a train script; defaults are those that differ from stage to stage."""
-    parser = Parser(doc, usage="%(prog)s [--FLAG VALUE ...]")
+    parser = Parser(doc, RENAMED, usage="%(prog)s [--FLAG VALUE ...]")
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.group("the flags that most people need")
     files = "files to train on, each with :0.7 for its share or *3 for copies; default: Tiny World"
@@ -336,19 +268,3 @@ def use_recording(args, parser):
     if not (folder / "manifest.json").is_file():
         problems.append(f"--offline_dir {folder}: export_hidden_states.py has written none there")
     return problems
-
-
-def wrong_values(args):
-    """A sentence for each value that `number` and its like could not read."""
-    problems = []
-    for name, value in vars(args).items():
-        values = value if isinstance(value, list) else [value]
-        problems += [f"--{name} {each}" for each in values if isinstance(each, Problem)]
-    return problems
-
-
-def stop_at(problems):
-    """Prints them, one a line, and ends with code 2, if there are any."""
-    if problems:
-        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
-        sys.exit(2)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import number
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
@@ -27,7 +28,7 @@ from model.generation import eval_mode
 from model.moe import load_balance_loss
 from model.policy import pair_log_probabilities, preference_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import number, training_parser
+from trainer.arguments import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.run import Run, begin_run, finish, lock_run, next_command, parse_run, refuse
 from trainer.signals import StopSignal

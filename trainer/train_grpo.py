@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import number, one_of
 from common import IGNORE, UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
@@ -37,7 +38,7 @@ from model.generation import generate
 from model.moe import load_balance_loss
 from model.policy import advantages_of, policy_loss
 from trainer import checkpoint, distributed
-from trainer.arguments import number, one_of, training_parser
+from trainer.arguments import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.run import Run, begin_run, finish, lock_run, next_command, parse_run, refuse
 from trainer.signals import StopSignal
