@@ -42,7 +42,7 @@ def main(argv=None):
     model, tokenizer = checkpoint.build_model(content, path)
     if args.from_peft:
         read_peft(args.from_peft, model)
-        name, stage = f"lora_{args.save_weight}", content["stage"]
+        name, stage = f"lora_{args.save_weight}", "full_sft"  # what it nearly always is
         state = adapter_state(model.state_dict())
         more = {"under": base, "training": {}}
     else:

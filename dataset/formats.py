@@ -38,7 +38,6 @@ KEYS = {  # format: the keys that every record of it has; the first format that 
     "conversations": ("conversations",),
     "sharegpt": ("conversations",),
     "openai": ("messages",),
-    "ultrachat": ("data",),
     "alpaca": ("instruction", "output"),
     "dolly": ("instruction", "response"),
     "openorca": ("question", "response"),
@@ -50,21 +49,26 @@ KEYS = {  # format: the keys that every record of it has; the first format that 
     "prompt": ("prompt", "completion"),
     "input": ("input", "output"),
     "text": ("text",),
+    "ultrachat": ("data",),
 }
 # Keys by which axolotl, LLaMA-Factory, ms-swift, torchtune and verl say whether a message, or a
 # record, is trained on.
 WEIGHTS = ("loss_weight", "weight", "loss_mask", "loss", "train", "training", "trainable")
 MASK_LIKE = re.compile(  # what seems to be such a key: train_detail and isMasked, not weight_kg
-    r"((is|no|un|not|skip|assistant|token|turn|message)_?)?"
+    r"((is|no|un|do|dont|not|use|should|skip|ignore|compute|exclude|from|assistant|turn)[_-]?)*"
     r"(mask(s|ed)?|loss|train(ed|ing|able)?|weights?|supervised?)"
-    r"(_?(masks?|masked|weights?|scale|detail|flags?|turns?))?",
+    r"([_-]?(masks?|masked|loss|weights?|scale|detail|flags?|turns?|on))?",
     re.IGNORECASE,
 )
 
 
 def format_of(record):
     """The name of a record's format. Raises ValueError with the record's keys if it has none."""
-    fitting = (name for name, keys in KEYS.items() if all(key in record for key in keys))
+    fitting = (
+        name
+        for name, keys in KEYS.items()
+        if all(key in record for key in keys) and (name != "ultrachat" or is_texts(record["data"]))
+    )
     name = next(fitting, None)
     if name is None:
         keys = ", ".join(map(repr, record)) or "(none)"
@@ -74,6 +78,10 @@ def format_of(record):
     if name == "conversations" and isinstance(turns, list) and turns:
         return "sharegpt" if isinstance(turns[0], dict) and "from" in turns[0] else name
     return name
+
+
+def is_texts(value):
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def to_text(record):
@@ -126,7 +134,7 @@ def weights_of(record, name, weights):
     """
     system = record.get("system") or record.get("system_prompt")
     for key, value in record.items():
-        is_text = isinstance(value, str) and value.lower() not in ("true", "false", "0", "1")
+        is_text = isinstance(value, str) and value.lower() not in "true false yes no 0 1".split()
         if value is None or is_text or not MASK_LIKE.fullmatch(key):
             continue
         flags = value if isinstance(value, list) else [value] * len(weights)
@@ -138,7 +146,7 @@ def weights_of(record, name, weights):
             )
         for number, flag in enumerate(flags):
             weight = loss_weight({key: flag}, name)
-            if weight is not None and weights[number] != 0:
+            if weight == 0 or (weight == 1 and isinstance(value, list) and weights[number] != 0):
                 weights[number] = weight
     return weights
 
@@ -170,13 +178,13 @@ def turns(record, name):
         conversation = record[KEYS[name][0]]
         if not isinstance(conversation, list) or not conversation:
             raise ValueError(f"a conversation is a list of messages, not {conversation!r}")
-        if all(isinstance(text, str) for text in conversation):
+        if is_texts(conversation):
             roles = ("user", "assistant") * len(conversation)
             conversation = [turn_of(*pair) for pair in zip(roles, conversation, strict=False)]
         return listed + conversation
     question, answer = (record[key] for key in KEYS[name])
     if isinstance(question, list):  # trl supervises the completion only
-        question = [{"loss_weight": 0, **turn} for turn in question if isinstance(turn, dict)]
+        question = [as_context(turn) for turn in question]
     for key in ("input", "context"):
         if record.get(key) and key not in KEYS[name]:
             question = (
@@ -191,6 +199,14 @@ def turns(record, name):
         for role, text in zip(("user", "assistant"), pair, strict=True):
             listed += text if isinstance(text, list) else [turn_of(role, text)]
     return listed
+
+
+def as_context(turn):
+    """Return a turn without a mask of its own, marked not to be supervised."""
+    if not isinstance(turn, dict):
+        return turn  # `message` names it
+    turn = {key: value for key, value in turn.items() if not MASK_LIKE.fullmatch(key)}
+    return turn | {"loss_weight": 0}
 
 
 def turn_of(role, content):

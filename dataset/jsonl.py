@@ -14,7 +14,7 @@ from pathlib import Path
 from common import UserError
 
 SEPARATOR = re.compile(r"[\s,]*")  # between the items of an array
-MESSAGES = re.compile(rb'\[\s*\{\s*"(role|content|from|value)"\s*:')  # so begins a conversation
+MESSAGES = re.compile(r'\[\s*\{\s*"(role|from)"\s*:')  # so begins a conversation that is long
 CSV_HEADER = re.compile(r'[\w "]+([,;\t][\w "]+)+')
 TO_JSONL = "convert it, e.g. by pandas.{}(FILE).to_json('x.jsonl', orient='records', lines=True)"
 UNPACK = "unpack it, and give what is in it"
@@ -54,9 +54,9 @@ def read_records(path, notes=None):
 
     with open_text(path) as file:
         try:
-            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+            start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
             file.seek(0)
-            is_array = start.startswith(b"[") and not MESSAGES.match(start)
+            is_array = start.startswith(b"[") and not begins_messages(start)
             items, first = (array_items if is_array else lines)(file, to_dict), True
             for number, item in items:
                 if repeated:
@@ -77,6 +77,16 @@ def read_records(path, notes=None):
 
 def is_message(value):
     return isinstance(value, dict) and bool({"role", "from"} & set(value))
+
+
+def begins_messages(start):
+    """Whether the first bytes of a JSON array show that it holds messages, not records."""
+    text = start.decode("utf-8", "replace")
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text, SEPARATOR.match(text, 1).end())
+    except (ValueError, RecursionError):  # it is longer than that
+        return bool(MESSAGES.match(text))
+    return is_message(first) and bool({"content", "value", "tool_calls"} & set(first))
 
 
 def open_file(path):
@@ -115,18 +125,20 @@ def require_lines(path):
     head, kind = text.partition("\n")[0].rstrip("\r"), ""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
-        if isinstance(value, dict | list) and "\n" in text[:end]:
-            kind = "JSON whose first value is spread over several lines"
-            remedy = "write each record on a line of its own (jq -c), or all in one array"
-            remedy += list_hint(value) if isinstance(value, dict) else ""
     except (ValueError, RecursionError):
-        if "\n{" in text:
-            return  # other lines may be records
-        if Path(path).suffix in (".csv", ".tsv") or CSV_HEADER.fullmatch(head):
-            kind, remedy = "CSV", TO_JSONL.format("read_csv")
-        elif Path(path).suffix in (".txt", ".md"):
-            kind = "plain text"
-            remedy = 'for pretraining, write each document as a line {"text": "..."}'
+        value, end = None, 0
+    if isinstance(value, dict | list) and "\n" in text[:end]:
+        kind = "JSON whose first value is spread over several lines"
+        remedy = "write each record on a line of its own (jq -c), or all in one array"
+        remedy += list_hint(value) if isinstance(value, dict) else ""
+    elif "\n{" in text:
+        return  # other lines may be records
+    elif Path(path).suffix in (".csv", ".tsv") or CSV_HEADER.fullmatch(head):
+        kind = "CSV"
+        remedy = TO_JSONL.format("read_table" if "\t" in head else "read_csv")
+    elif Path(path).suffix in (".txt", ".md"):
+        kind = "plain text"
+        remedy = 'for pretraining, write each document as a line {"text": "..."}'
     if kind:
         raise UserError(f"{path} is {kind}; {remedy}")
 
@@ -136,7 +148,8 @@ def list_hint(record):
     give: under which key the record holds a list of records.
     """
     for key, items in record.items():
-        if isinstance(items, list) and items and isinstance(items[0], dict):
+        are_records = isinstance(items, list) and items and isinstance(items[0], dict)
+        if are_records and not is_message(items[0]):
             return f'; "{key}" holds a list of records: write that list alone into a file'
     return ""
 

@@ -65,17 +65,25 @@ def to_pair(record):
         if record.get("system") and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": record["system"]})
     pairs = zip(chosen, rejected, strict=False)
-    same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
-    if same is None or chosen[same:] == rejected[same:]:
+    same = next(
+        (i for i, (one, other) in enumerate(pairs) if text_only(one) != text_only(other)), None
+    )
+    if same is None:
         raise ValueError("chosen equals rejected, or is its beginning")
     for conversation, key in ((chosen, "chosen"), (rejected, "rejected")):
         for turn in conversation[:same]:
             turn["loss_weight"] = 0
         if conversation[same : same + 1] and conversation[same]["role"] != "assistant":
             raise ValueError(f"{key} differs before the answer: in message {same + 1}")
-        if not conversation[same:]:
-            raise ValueError(f"{key} has no answer of its own")
+        own = [turn for turn in conversation[same:] if turn["role"] == "assistant"]
+        if all(turn.get("loss_weight") == 0 for turn in own):
+            raise ValueError(f"{key} has no answer of its own to be trained on")
     return chosen, rejected, record.get("tools")
+
+
+def text_only(turn):
+    """Return a message without its mask."""
+    return {key: value for key, value in turn.items() if key != "loss_weight"}
 
 
 def answered(shared, answer, key):

@@ -57,7 +57,9 @@ def tokenizer_of(args):
     if args.weight is None or is_folder(args.weight):
         return load_tokenizer(args.weight or args.tokenizer_path)
     weights = load_tensors(args.weight, remedy="give the path of a .pth file or a folder")
-    return load_tokenizer(json_text=str(weights.get("tokenizer")))
+    if not isinstance(weights, dict) or "tokenizer" not in weights:
+        raise UserError(f"{args.weight} is not a weights file of this program")
+    return load_tokenizer(json_text=str(weights["tokenizer"]))
 
 
 def check(args):

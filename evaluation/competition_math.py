@@ -16,7 +16,7 @@ from evaluation.gsm8k import NUMBER, after_mark, after_words
 LONGEST, LONGEST_ANSWER = 20_000, 300  # characters of a solution, from its end, and of an answer
 SECONDS = 5  # of a lenient comparison
 LARGEST_POWER = 10_000
-TINY = 1e-3  # below, decimals that were rounded are compared by their relative difference
+TINY, ZERO = 1e-3, 1e-90  # below TINY, decimals are compared by their relative difference
 BASE = re.compile(r"\d[0-9A-Z]*_\{?\d")  # a number in another base, as 2516_8
 # Towers of powers and factorials of large numbers, which no library ends to compute.
 TOWER = r"\^\s*(?:\{[^{}]*\^|\{[^{}]*\}\s*\^|\d+\s*\^)"
@@ -91,17 +91,21 @@ def same_mathematics(a, b):
     if BASE.search(a) or BASE.search(b):  # math-verify drops the base
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
     a, b = (parse(f"\\boxed{{{text}}}", parsing_timeout=seconds) for text in (a, b))
-    return bool(a and b and verify(a, b, timeout_seconds=seconds) and not are_tiny(a[0], b[0]))
+    return bool(
+        a and b and verify(a, b, timeout_seconds=seconds) and not differ_though_tiny(a[0], b[0])
+    )
 
 
-def are_tiny(a, b):
-    """Whether two expressions are different numbers so small that math-verify rounds both to 0."""
-    if not (getattr(a, "is_real", False) and getattr(b, "is_real", False)):
-        return False
-    if not (a.is_number and b.is_number):
-        return False
-    size = max(abs(a.evalf()), abs(b.evalf()))
-    return bool(size < TINY and abs((a - b).evalf()) > TINY * size)
+def differ_though_tiny(a, b):
+    """Whether two expressions that math-verify finds equal differ in a number so small that it was
+    rounded to 0; they may be lists of numbers. 100 digits tell such a number from 0.
+    """
+    is_number = [getattr(x, "is_number", False) and x.is_real for x in (a, b)]
+    if not all(is_number):
+        parts = [getattr(x, "args", ()) for x in (a, b)]
+        return len(parts[0]) == len(parts[1]) and any(map(differ_though_tiny, *parts))
+    size = max(abs(a.evalf(100)), abs(b.evalf(100)))
+    return bool(ZERO < size < TINY and abs((a - b).evalf(100)) > TINY * size)
 
 
 def is_bounded(text):

@@ -18,13 +18,15 @@ ANSWER = re.compile(
 )
 SPELLINGS = (
     (r"\{,\}", ","),
-    (  # 1 000 000, also with the spaces of typographers, and 1'000'000
-        r"(?<![\d.,/])(\d{1,3})((?:[ \u00a0\u2009\u202f'’]\d{3})+)(?![\d/-])",
+    (  # 1'000'000 and 1 000 000; but 3 100 is two numbers in "3 100 dollar bills"
+        r"(?<![\d.,/])(\d{1,3})((?:[\u00a0\u2009\u202f'’]\d{3})+"
+        r"|(?: \d{3}){2,}| 000| \d{3}(?! [a-zA-Z]))(?![\d/-])",
         lambda groups: groups[1] + re.sub(r"\D", "", groups[2]),
     ),
-    (r"(?<=\d)\s?thousand\b|(?<=\d)[kK]\b", "e+3"),
-    (r"(?<=\d)\s?million\b", "e+6"),
-    (r"(?<=\d)\s?billion\b", "e+9"),
+    (r"(?<=\d)[kK]\b", "e3"),
+    (r"(?<=\d)\s?thousand\b", "e+03"),
+    (r"(?<=\d)\s?million\b", "e+06"),
+    (r"(?<=\d)\s?billion\b", "e+09"),
     (r"\\[,!;]|\*\*", ""),
     (r"\\[dt]?frac\{(-?\d{1,20})\}\{(\d{1,20})\}", r"\1/\2"),
     (r"\s?(?:\\times|×|\*|x)\s?10\s?\^\s?\{?(-?\d{1,3})\}?", r"e\1"),
@@ -63,12 +65,18 @@ def is_correct(answer, gold, strict=False):
         return False
     if strict or given == expected or max(len(given), len(expected)) > LONGEST_NUMBER:
         return given == expected
-    # "4 million" is 4000000, or 4 where the question asks for millions.
-    readings = (given, given.partition("e+")[0])
+    # "4 million", 4e+06, is 4000000, or 4 where the question asks for millions.
+    readings = (given, given.partition("e+0")[0])
     try:
-        return Fraction(expected) in map(Fraction, readings)  # exact: 0.5 is 1/2
+        return value_of(expected) in map(value_of, readings)
     except ZeroDivisionError:
         return False
+
+
+def value_of(number):
+    """Return the exact value of a number or fraction, as `extract_answer` writes it: 0.5 is 1/2."""
+    number, _, over = number.partition("/")
+    return Fraction(number) / Fraction(over or 1)
 
 
 def places(text):

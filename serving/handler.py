@@ -35,6 +35,8 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     def respond(self, answer):
         self.streaming = False
+        if self.command != "POST" and {"Content-Length", "Transfer-Encoding"} & {*self.headers}:
+            self.close_connection = True  # a body that is not read is no request
         try:
             self.require_same_site()
             answer()
@@ -99,7 +101,7 @@ class JsonHandler(BaseHTTPRequestHandler):
             raise ApiError(501, "Transfer-Encoding other than chunked is not read")
         text = b""
         while True:
-            size = int(self.rfile.readline(100).partition(b";")[0], 16)
+            size = int(self.rfile.readline(MAX_BODY).partition(b";")[0], 16)
             if not 0 <= size <= MAX_BODY - len(text):
                 raise ApiError(413, f"the body is longer than the limit, {MAX_BODY} bytes")
             text += self.rfile.read(size)

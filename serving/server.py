@@ -42,6 +42,8 @@ ONLY = {  # options that change an answer, and the one value that is supported
     **{"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
     **{"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0},
     **{"min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "functions": []},
+    **{"add_generation_prompt": True, "enable_thinking": True, "skip_special_tokens": True},
+    **{"typical_p": 1, "mirostat": 0, "modalities": ["text"]},
     "response_format": {"type": "text"},
 }
 
@@ -134,11 +136,13 @@ class Handler(JsonHandler):
         for name, supported in ONLY.items():
             if body.get(name) not in (supported, None):
                 raise ApiError(400, f"{name} = {body[name]!r:.100} is not supported")
+        of_other_route = ("prompt",) if chat else ("messages", "tools", "tool_choice")
         for name, value in body.items():
             is_off = value is None or value is False or value in ("", [], {})
-            if not is_off and name not in (*READ, *WITHOUT_EFFECT, *ONLY):
-                near = difflib.get_close_matches(name, READ, 1)
-                hint = f"; is {near[0]} meant?" if near else ""
+            known = name in (*READ, *WITHOUT_EFFECT, *ONLY) and name not in of_other_route
+            if not is_off and not known:
+                near = difflib.get_close_matches(name, [*READ, *ONLY], 1)
+                hint = f"; is {near[0]} meant?" if near and near[0] != name else ""
                 raise ApiError(400, f"the option {name:.100} is not supported{hint}")
         if body.get("top_logprobs") and not body.get("logprobs"):
             raise ApiError(400, "top_logprobs needs logprobs = true")

@@ -18,7 +18,7 @@ def start(args, settings):
     """Does what the flags of eval_llm.py say; settings are those of the sampling."""
     models, logs = opened(args), args.save_dir / "logs"
     if args.export is None:
-        names = [name for name in args.allowed_hosts.split(",") if name]
+        names = [name.strip().partition(":")[0] for name in args.allowed_hosts.split(",")]
         Server(models, args.host, args.serve, args.max_batch, settings, logs, names).run()
         return
     export(models, args.export, args.prompt, settings, logs)

@@ -1,6 +1,7 @@
 """Folders for Hugging Face, judged by transformers."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -188,3 +189,22 @@ def test_weights_that_were_only_pretrained_are_exported_to_continue_text(tmp_pat
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert theirs.config.eos_token_id == 0 and theirs.generation_config.eos_token_id == [0]
     assert "ChatML" not in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_adapters_of_pretraining_are_exported_to_continue_text(trained, data, tmp_path):
+    shutil.copy(trained / "pretrain_32.pth", tmp_path / "pretrain_32.pth")
+    flags = [
+        "--from_weight",
+        "pretrain",
+        "--use_lora",
+        1,
+        "--save_weight",
+        "more",
+        "--device",
+        "cpu",
+    ]
+    flags += ["--data_path", data / "pretrain.jsonl", "--save_dir", tmp_path, "--max_seq_len", 96]
+    assert run_here("trainer/train_pretrain.py", *flags).returncode == 0
+    export = ["--lora", "more", "--save_dir", tmp_path, "--out", tmp_path / "hf"]
+    assert run_here("convert/to_hf.py", *export).returncode == 0
+    assert not (tmp_path / "hf" / "chat_template.jinja").exists()

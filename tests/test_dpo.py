@@ -281,3 +281,14 @@ def test_prepare_knows_pairs(pairs, capsys):
     done = run_here("dataset/prepare.py", "show", "--data_path", pairs, "--n", 1)
     shown = re.sub(r"\x1b\[\d+m", "", done.stdout)
     assert "It is 0.<|im_end|>" in shown and "I do not know. <|im_end|>" in shown
+
+
+def test_a_pair_of_which_an_answer_is_masked_is_a_bad_record():
+    """Its marks are not what two answers may differ in."""
+    pair = [[*ASKED, {**assistant(text), "weight": 0}] for text in (GOOD, BAD)]
+    with pytest.raises(ValueError, match="rejected has no answer of its own to be trained on"):
+        to_pair({"chosen": [*ASKED, assistant(GOOD)], "rejected": pair[1]})
+    with pytest.raises(ValueError, match="chosen equals rejected"):
+        to_pair({"chosen": [*ASKED, assistant(GOOD)], "rejected": pair[0]})
+    with pytest.raises(ValueError, match="supervised where its answers differ"):
+        to_pair({"prompt": "Hi", "chosen": GOOD, "rejected": BAD, "train": False})

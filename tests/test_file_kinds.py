@@ -30,6 +30,8 @@ FILES = {  # name: (content, what the sentence says)
     "page.jsonl": (b"\n<!DOCTYPE html>\n<html>", "a web page"),
     "x.csv": (CSV.encode(), "CSV; convert it, e.g. by pandas.read_csv"),
     "csv.jsonl": (CSV.encode(), "CSV"),
+    "quoted.csv": (b'"prompt","completion"\n"a","b"\n', "CSV"),
+    "x.tsv": (b"prompt\tcompletion\na\tb\n", "CSV; convert it, e.g. by pandas.read_table"),
     "x.txt": (b"Once upon a time\nthere was", "plain text; for pretraining, write each document"),
     "pretty.json": (json.dumps(RECORD, indent=2).encode(), "spread over several lines"),
     "inside.json": (

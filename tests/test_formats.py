@@ -201,13 +201,39 @@ def test_a_record_that_is_marked_is_marked_as_a_whole():
         with pytest.raises(ValueError, match=f"the record has {key} "):
             converted({"messages": ASKED, key: value})
     assert converted({"messages": ASKED, "train": "the first half"})[2] == {}  # a name, not a mark
+    assert converted({"messages": ASKED, "train": True})[2] == {}  # and no note of the user's turn
+
+
+def test_a_key_of_another_meaning_does_not_decide_the_format():
+    for data in ("2024-01-01", {"set": 1}, [1]):
+        assert converted({"data": data, "question": "Hi", "answer": "Hello."})[0] == ASKED
+        assert format_of({"data": data, "text": "x"}) == "text"
+    with pytest.raises(ValueError, match='"data" holds a list of records: write that list alone'):
+        format_of({"data": [{"text": "x"}]})
+
+
+def test_what_stands_in_a_prompt_is_not_dropped():
+    answer = [ASKED[1]]
+    with pytest.raises(ValueError, match="message 1 is not"):
+        converted({"prompt": ["Answer in French.", ASKED[0]], "completion": answer})
+    marked = [{**ASKED[0], "train": True}, {**ASKED[1], "weight": 1}, ASKED[0]]
+    messages, _, notes = converted({"prompt": marked, "completion": answer})
+    assert [turn.get("loss_weight") for turn in messages] == [0, 0, 0, None] and notes == {}
     with pytest.raises(ValueError, match="leave such a text out"):
         to_text({"text": "x", "train": False})
 
 
 @pytest.mark.parametrize(
     "key",
-    ["train_detail", "loss_scale", "is_masked", "no_loss", "assistant_masks", "skip_training"],
+    ["train_detail", "loss_scale", "is_masked", "no_loss", "assistant_masks", "skip_training"]
+    + [
+        "do_train",
+        "train_on",
+        "compute_loss",
+        "shouldTrain",
+        "exclude_from_training",
+        "loss-weight",
+    ],
 )
 def test_another_key_that_speaks_of_the_mask_is_a_bad_record(key):
     with pytest.raises(ValueError, match=f"message 2 has {key} .*give loss_weight 0 or 1"):
@@ -237,10 +263,23 @@ def test_a_leading_answer_with_weight_0_is_context():
 
 def test_a_list_of_messages_is_a_record(tmp_path):
     """A conversation a line, as nanochat's files have them; also in one array of conversations."""
-    line = json.dumps(ASKED)
-    for text in (f"{line}\n{line}\n", f"[{line}, {line}]"):
-        (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
-        assert [r for _, r in read_records(tmp_path / "x.jsonl")] == [{"messages": ASKED}] * 2
+    path = tmp_path / "x.jsonl"
+    for first in (
+        {"role": "user", "content": "Hi"},
+        {"id": 1, "content": "x" * 99, "role": "user"},
+    ):
+        talk = [first, ASKED[1]]
+        line = json.dumps(talk)
+        for text in (f"{line}\n{line}\n", f"[{line}, {line}]"):
+            path.write_text(text, encoding="utf-8")
+            assert [r for _, r in read_records(path)] == [{"messages": talk}] * 2
+    long = json.dumps([{"role": "user", "content": "x" * 10**5}, ASKED[1]])
+    path.write_text(f"{long}\n{long}\n", encoding="utf-8")
+    assert len([r["messages"] for _, r in read_records(path)]) == 2
+    records = [{"from": "wiki", "text": "a"}, {"value": 3, "text": "b"}]  # records, not messages
+    for indent in (None, 1):
+        path.write_text(json.dumps(records, indent=indent), encoding="utf-8")
+        assert [r for _, r in read_records(path)] == records
 
 
 @pytest.mark.parametrize("array", [True, False])

@@ -193,3 +193,17 @@ def test_an_error_of_reading_does_not_blame_the_target(base, data, monkeypatch):
     args = type("Args", (), {"save_dir": base})
     with pytest.raises(UserError, match="full_sft_32_best.pth cannot be read"):
         checkpoint.put_best_in_place(args, "full_sft_32")
+
+
+def test_a_run_that_began_with_a_relative_path_is_resumed_from_elsewhere(
+    base, data, monkeypatch, capsys
+):
+    for folder in ("here", "there/deep"):
+        (base / folder).mkdir(parents=True)
+    more = ["--from_weight", "../pretrain_32.pth", *LORA, "--save_weight", "b"]
+    monkeypatch.chdir(base / "here")
+    stopped(train_full_sft, flags(data, base / "out", *more), monkeypatch, capsys)
+    monkeypatch.chdir(base / "there" / "deep")
+    resume = ["--from_resume", 1, "--save_weight", "b", "--save_dir", base / "out"]
+    done = run_here(SFT, *resume)
+    assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr

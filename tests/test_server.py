@@ -315,7 +315,7 @@ BAD = {
     "no messages": ({}, 400, "a conversation is a list of messages"),
     "role": ({"messages": [{"role": "x", "content": "y"}]}, 400, "message 1 has role 'x'"),
     "half a character": (b'{"messages":[{"role":"user","content":"\\ud800"}]}', 400, "surrogate"),
-    "half a prompt": (b'{"messages":[],"prompt":"\\ud800"}', 400, "a conversation is a list"),
+    "half a prompt": (b'{"messages":[],"prompt":"\\ud800"}', 400, "option prompt is not supported"),
     "stream": ({"messages": HI, "stream": "false"}, 400, "stream is not true or false"),
     "stops": ({"messages": HI, "stop": ["x"] * 17}, 400, "up to 16"),
     "penalty": ({"messages": HI, "repetition_penalty": 1.5}, 400, "repetition_penalty = 1.5"),
@@ -590,7 +590,7 @@ def test_a_machine_is_reached_by_its_names_and_by_those_that_are_given(model):
 def test_the_flag_names_hosts(trained, monkeypatch):
     given, idle = [], SimpleNamespace(run=lambda: None)
     monkeypatch.setattr(start, "Server", lambda *how: given.append(how) or idle)
-    flags = ["--save_dir", trained, "--serve", 0, "--allowed_hosts", "a.example,b.example"]
+    flags = ["--save_dir", trained, "--serve", 0, "--allowed_hosts", "a.example, b.example:443"]
     assert run_here("eval_llm.py", *flags).returncode == 0
     assert given[0][-1] == ["a.example", "b.example"]
 
@@ -691,12 +691,35 @@ MEANT = {"temprature": "temperature", "max_new_tokens": "max_tokens"}
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_option_that_is_not_known_is_refused_by_name(running, name):
     status, found = post(running, CHAT, {"messages": HI, "max_tokens": 1, name: UNKNOWN[name]})
-    says = f"the option {name} is not supported"
-    assert status == 400 and says in found["error"]["message"]
+    message = found["error"]["message"]
+    assert status == 400 and name in message and "is not supported" in message
     if name in MEANT:
         assert f"is {MEANT[name]} meant?" in found["error"]["message"]
     off = {"messages": HI, "max_tokens": 1, name: None, "user": "x", "metadata": {"a": 1}}
     assert post(running, CHAT, off)[0] == 200
+
+
+def test_options_of_the_other_route_and_off_values_that_change_an_answer_are_refused(running):
+    for route, body, name in (
+        ("/v1/completions", {"prompt": "x", "messages": HI}, "messages"),
+        ("/v1/completions", {"prompt": "x", "tools": [{"a": 1}]}, "tools"),
+        (CHAT, {"messages": HI, "prompt": "x"}, "prompt"),
+        (CHAT, {"messages": HI, "add_generation_prompt": False}, "add_generation_prompt"),
+        (CHAT, {"messages": HI, "enable_thinking": False}, "enable_thinking"),
+    ):
+        status, found = post(running, route, body | {"max_tokens": 1})
+        assert status == 400 and name in found["error"]["message"], name
+    status, found = post(running, CHAT, {"messages": HI, "frequency_penality": 1})
+    assert status == 400 and "is frequency_penalty meant?" in found["error"]["message"]
+    neutral = {"typical_p": 1, "mirostat": 0, "skip_special_tokens": True, "modalities": ["text"]}
+    assert post(running, CHAT, {"messages": HI, "max_tokens": 1, **neutral})[0] == 200
+
+
+def test_a_body_that_is_not_read_is_no_request(running):
+    hidden = request_bytes("GET", "/health")
+    sent = request_bytes("OPTIONS", "/", hidden, **{"Content-Length": len(hidden)})
+    answer = raw(running, sent.replace(b"Connection: close", b"Connection: keep-alive", 1))
+    assert answer.count(b"HTTP/1.1") == 1
 
 
 def test_top_logprobs_alone_are_refused(running):

@@ -223,8 +223,6 @@ def contradictions(args, parser):
         problems.append("--hidden_weight: needs --teacher_weight or --offline_dir to compare with")
     if args.aux_layers and not args.hidden_weight:
         problems.append("--aux_layers: needs --hidden_weight above 0")
-    if args.from_weight and Path(args.from_weight).suffix == ".pth":
-        args.from_weight = os.path.abspath(args.from_weight)  # noqa: PTH100  as for the data
     if args.from_weight in (None, "none") and not args.from_resume:
         for name in ("use_lora", "extend_tokens", "freeze_base", "freeze"):
             if getattr(args, name):

@@ -298,13 +298,15 @@ def attach_adapters(model, content, path):
 
 
 def merge_adapters(model, args):
-    """Merges the adapters that --lora names into the model's weights; returns their file's path."""
+    """Merge the adapters that --lora names into the model's weights; return (their file's path,
+    their stage).
+    """
     config = model.config
     path = find(args.save_dir, adapters_name(args.lora), config.hidden_size, config.use_moe)
-    load_adapters(model, path)
+    content = load_adapters(model, path)
     merge(model)
     print(f"with the adapters {path}")
-    return path
+    return path, content["stage"]
 
 
 def description(model):

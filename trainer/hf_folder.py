@@ -79,7 +79,7 @@ def remedy_for(name):
             return "GGUF isn't read; give the folder with *.safetensors that the file was made of"
         if path.is_file():
             return "give a .pth file, or the folder of a published model that the file is in"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.is_dir():
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not path.is_dir():
             return f"for a model of the hub: hf download {name} --local-dir FOLDER, and give FOLDER"
     return None
 

@@ -30,7 +30,8 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ENDLESS = re.compile(r"([^\W\d_]{1000}|(?:[^\w\s]|_){1000})")
+# A run of over 1,000 letters, or of marks. It is looked for where a run begins only.
+ENDLESS = re.compile(r"(?<![^\W\d_])[^\W\d_]{1001,}|(?<!_)(?<![^\w\s])(?:[^\w\s]|_){1001,}")
 
 
 def train(texts, vocab_size):
@@ -58,7 +59,12 @@ def without_endless_words(texts):
     grows with the square of a word's length.
     """
     for text in texts:
-        yield from ENDLESS.split(text)
+        end = 0
+        for run in ENDLESS.finditer(text):
+            yield text[end : run.start()]
+            yield from (run[0][at : at + 1000] for at in range(0, len(run[0]), 1000))
+            end = run.end()
+        yield text[end:]
 
 
 def texts_of(path):

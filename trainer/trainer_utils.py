@@ -4,6 +4,7 @@ Each is called; none calls back.
 
 import math
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ def init_model(args, device="cpu", saved=None):
         path = checkpoint.find(
             args.save_dir, name, args.hidden_size, getattr(args, "use_moe", None)
         )
+        if path == Path(name):  # not a name but a path, wherever the run is resumed from
+            args.from_weight = str(path.resolve())
         content = checkpoint.load(path) | {"path": path}
         origin = f"starting from the {content['stage']} weights {path}"
     if content:
@@ -73,9 +76,11 @@ def open_trained(args):
     if args.from_weight == "none":
         raise UserError("--weight none: only trained weights can answer; give a name or a path")
     model, tokenizer, content = init_model(args, device)
-    paths, content["chats"] = [content["path"]], content["stage"] != "pretrain" or bool(args.lora)
+    paths, stage = [content["path"]], content["stage"]
     if args.lora:
-        paths.append(checkpoint.merge_adapters(model, args))
+        path, stage = checkpoint.merge_adapters(model, args)
+        paths.append(path)
+    content["chats"] = stage != "pretrain"
     return model.to(pick_dtype(args.dtype, device)), tokenizer, content, paths
 
 
