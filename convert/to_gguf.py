@@ -106,9 +106,9 @@ def describe(writer, config, name):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
-def split_of(written):
+def pre_tokenizer_name(written):
     """Return llama.cpp's name for the way in which a tokenizer.json splits a text. Raises UserError
-    where there is none.
+    where it has no name.
     """
     first = written["pre_tokenizer"] or {}
     steps = []
@@ -129,7 +129,7 @@ def split_of(written):
 
 def add_tokenizer(writer, tokenizer, rows, kinds, chats):
     """Writes the tokenizer, with the chat template if the model chats. Raises UserError as
-    `split_of` does. rows: of the embeddings.
+    `pre_tokenizer_name` does. rows: of the embeddings.
     """
     written = json.loads(tokenizer.to_str())
     tokens = [tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size())]
@@ -144,7 +144,7 @@ def add_tokenizer(writer, tokenizer, rows, kinds, chats):
     tokens += [f"[unused {row}]" for row in range(len(tokens), rows)]
     types += [kinds.UNUSED] * (rows - len(types))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split_of(written))
+    writer.add_tokenizer_pre(pre_tokenizer_name(written))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])

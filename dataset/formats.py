@@ -89,7 +89,7 @@ def to_text(record):
     if "text" not in record:
         keys = ", ".join(map(repr, record))
         raise ValueError(f'there is no "text" in it, only {keys}{list_hint(record)}')
-    if weights_of(record, "it", [None]) == [0]:
+    if message_weights(record, "it", [None]) == [0]:
         raise ValueError("it is marked not to be trained on; leave such a text out")
     return text_of(record["text"], "it has text")
 
@@ -107,7 +107,7 @@ def to_conversation(record, name, notes):
     if missing:
         raise ValueError(f'there is no "{missing[0]}" in it, as the format {name} has')
     messages = [message(turn, number) for number, turn in enumerate(turns(record, name), 1)]
-    weights = weights_of(record, "the record", [turn.get("loss_weight") for turn in messages])
+    weights = message_weights(record, "the record", [turn.get("loss_weight") for turn in messages])
     kept = []
     for turn, weight in zip(messages, weights, strict=True):
         assistant = turn["role"] == "assistant"
@@ -127,7 +127,7 @@ def to_conversation(record, name, notes):
     return kept, record.get("tools") or messages[0].get("tools")
 
 
-def weights_of(record, name, weights):
+def message_weights(record, name, weights):
     """Return the loss weight of each message, 0, 1 or None, as the keys of its record say, or else
     as weights does. A list has a flag for each message. Raises ValueError for what is not
     understood.
@@ -145,13 +145,13 @@ def weights_of(record, name, weights):
                 f"{name} has {key} with {len(value)} flags for {len(weights)} messages"
             )
         for number, flag in enumerate(flags):
-            weight = loss_weight({key: flag}, name)
+            weight = parse_loss_weight({key: flag}, name)
             if weight == 0 or (weight == 1 and isinstance(value, list) and weights[number] != 0):
                 weights[number] = weight
     return weights
 
 
-def loss_weight(turn, name):
+def parse_loss_weight(turn, name):
     """Return 1 or 0, as a message says whether it is supervised, or None if it does not. Raises
     ValueError for a key that seems to say so in another way.
     """
@@ -180,7 +180,7 @@ def turns(record, name):
             raise ValueError(f"a conversation is a list of messages, not {conversation!r}")
         if is_texts(conversation):
             roles = ("user", "assistant") * len(conversation)
-            conversation = [turn_of(*pair) for pair in zip(roles, conversation, strict=False)]
+            conversation = [make_turn(*pair) for pair in zip(roles, conversation, strict=False)]
         return listed + conversation
     question, answer = (record[key] for key in KEYS[name])
     if isinstance(question, list):  # trl supervises the completion only
@@ -197,7 +197,7 @@ def turns(record, name):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history is a list of [question, answer], but has {pair!r}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            listed += text if isinstance(text, list) else [turn_of(role, text)]
+            listed += text if isinstance(text, list) else [make_turn(role, text)]
     return listed
 
 
@@ -209,7 +209,7 @@ def as_context(turn):
     return turn | {"loss_weight": 0}
 
 
-def turn_of(role, content):
+def make_turn(role, content):
     return {"role": role, "content": content}
 
 
@@ -248,7 +248,7 @@ def message(turn, number):
         converted["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if turn.get("tools"):
         converted["tools"] = turn["tools"]
-    weight = loss_weight(turn, f"message {number}")
+    weight = parse_loss_weight(turn, f"message {number}")
     return converted if weight is None else converted | {"loss_weight": weight}
 
 

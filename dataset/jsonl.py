@@ -90,7 +90,7 @@ def begins_messages(start):
 
 
 def open_file(path):
-    """Return the file at path, open to be read as bytes. Raises UserError if there is none."""
+    """Return the file at path, open to be read as bytes. Raises UserError if it is missing."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
@@ -150,7 +150,7 @@ def list_hint(record):
     for key, items in record.items():
         are_records = isinstance(items, list) and items and isinstance(items[0], dict)
         if are_records and not is_message(items[0]):
-            return f'; "{key}" holds a list of records: write that list alone into a file'
+            return f'; "{key}" holds a list of records: write only that list into a file'
     return ""
 
 

@@ -58,7 +58,7 @@ def to_pair(record):
     missing = [key for key in formats.KEYS["preference"] if key not in record]
     if missing:
         raise ValueError(f'there is no "{missing[0]}" in it')
-    if formats.weights_of(record, "it", [None]) != [None]:
+    if formats.message_weights(record, "it", [None]) != [None]:
         raise ValueError("a pair is supervised where its answers differ; mark its messages instead")
     chosen, rejected = (answered(shared, record[key], key) for key in formats.KEYS["preference"])
     for conversation in (chosen, rejected):

@@ -68,12 +68,12 @@ def is_correct(answer, gold, strict=False):
     # "4 million", 4e+06, is 4000000, or 4 where the question asks for millions.
     readings = (given, given.partition("e+0")[0])
     try:
-        return value_of(expected) in map(value_of, readings)
+        return exact_value(expected) in map(exact_value, readings)
     except ZeroDivisionError:
         return False
 
 
-def value_of(number):
+def exact_value(number):
     """Return the exact value of a number or fraction, as `extract_answer` writes it: 0.5 is 1/2."""
     number, _, over = number.partition("/")
     return Fraction(number) / Fraction(over or 1)

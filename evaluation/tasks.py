@@ -113,7 +113,7 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
             problems.append(problem(task, *parts(record)))
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            if meant := task_of(record, task):
+            if meant := guess_task(record, task):
                 reason = f"{reason}; it looks like a record of {meant}: give --task {meant}"
             raise UserError(f"--data_path {path}, {place} {number}: {reason}") from None
     if not problems:
@@ -121,7 +121,7 @@ def read_problems(task, path=None, style="zero_shot", shots_path=None):
     return problems
 
 
-def task_of(record, task):
+def guess_task(record, task):
     """Return the task that a record is of, if it is not the given one and the keys say so."""
     by_keys = {"qa": "gsm8k", "math": "math"}
     try:

@@ -136,10 +136,10 @@ class Handler(JsonHandler):
         for name, supported in ONLY.items():
             if body.get(name) not in (supported, None):
                 raise ApiError(400, f"{name} = {body[name]!r:.100} is not supported")
-        of_other_route = ("prompt",) if chat else ("messages", "tools", "tool_choice")
+        other_route = ("prompt",) if chat else ("messages", "tools", "tool_choice")
         for name, value in body.items():
             is_off = value is None or value is False or value in ("", [], {})
-            known = name in (*READ, *WITHOUT_EFFECT, *ONLY) and name not in of_other_route
+            known = name in (*READ, *WITHOUT_EFFECT, *ONLY) and name not in other_route
             if not is_off and not known:
                 near = difflib.get_close_matches(name, [*READ, *ONLY], 1)
                 hint = f"; is {near[0]} meant?" if near and near[0] != name else ""

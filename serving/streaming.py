@@ -61,14 +61,14 @@ class Draft:
         elif reasons:
             certain = text.removesuffix("\n")
         else:
-            certain = text[: len(text) - beginning_of_a_stop(text, self.stops)]
+            certain = text[: len(text) - stop_prefix_length(text, self.stops)]
         if is_end or certain or not begins:
             self.text = text[len(certain) :]
             self.ready[self.field] = self.ready.get(self.field, "") + certain
             self.sent[self.field] = self.sent.get(self.field, 0) + len(certain)
 
 
-def beginning_of_a_stop(text, stops):
+def stop_prefix_length(text, stops):
     """Return the length of the longest end of a text with which a stop begins."""
     longest = max(map(len, stops or [""])) - 1
     for length in range(min(len(text), longest), 0, -1):

@@ -208,7 +208,7 @@ def test_a_key_of_another_meaning_does_not_decide_the_format():
     for data in ("2024-01-01", {"set": 1}, [1]):
         assert converted({"data": data, "question": "Hi", "answer": "Hello."})[0] == ASKED
         assert format_of({"data": data, "text": "x"}) == "text"
-    with pytest.raises(ValueError, match='"data" holds a list of records: write that list alone'):
+    with pytest.raises(ValueError, match='"data" holds a list of records: write only that list'):
         format_of({"data": [{"text": "x"}]})
 
 

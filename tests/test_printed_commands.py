@@ -163,7 +163,7 @@ def test_more_epochs_say_what_becomes_of_the_learning_rate(base, data, capsys):
     before, after = (
         learning_rate(*at, flags_then) for at in ((steps - 1, steps), (steps, 3 * steps))
     )
-    assert f"the learning rate was {before:.3g} and goes on from {after:.3g}" in said
+    assert f"the learning rate was {before:.3g} and continues from {after:.3g}" in said
     assert after > 2 * before
 
 

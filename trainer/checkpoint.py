@@ -4,7 +4,7 @@ out/NAME.pth                         weights {"format", "stage", "config", "toke
                                      "training"}
 out/lora_NAME.pth                    adapters alone in "model", and their description in "lora"
 out/checkpoints/NAME_resume.pth      the latest checkpoint: "optimizer", "scaler", "run" and
-                                     "arguments" instead of "training"; of LoRA with adapters alone
+                                     "arguments" instead of "training"; of LoRA without the weights
 out/checkpoints/NAME_step000500.pth  an earlier one
 out/checkpoints/NAME_best.pth        the weights that did best in validation
 """
@@ -259,8 +259,8 @@ def build_model(content, path, dropout=0.0):
 
 
 def build_resumed(content, path, dropout=0.0):
-    """Return the (model, tokenizer) of a checkpoint. One of LoRA holds adapters alone: the weights
-    under them come from their own file. Errors are those of `find` and `load_adapters`.
+    """Return the (model, tokenizer) of a checkpoint. One of LoRA holds only the adapters: the
+    weights under them come from their own file. Errors are those of `find` and `load_adapters`.
     """
     if "under" not in content:
         return build_model(content, path, dropout)

@@ -134,7 +134,7 @@ def begin_run(run, args, model, optimizer, compute, total_steps, saved):
             print(
                 f"the schedule now ends after {args.epochs} epochs instead of {earlier}:", end=" "
             )
-            print(f"the learning rate was {before:.3g} and goes on from {lr:.3g}")
+            print(f"the learning rate was {before:.3g} and continues from {lr:.3g}")
     if compute.rank == 0:
         keep_previous(args, name, saved)
     path = args.save_dir / "logs" / f"{name}.jsonl"
