@@ -19,7 +19,7 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 from common import ROOT, replacing
 from dataset.jsonl import read_json
 from model.lora import adapter_state, add_lora, merge
-from trainer import checkpoint
+from trainer import adapters, checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"  # of the names in PEFT's files
@@ -36,7 +36,7 @@ UNSUPPORTED = {  # options of PEFT that these adapters do not have, with the val
 
 def main(argv=None):
     args = parse(argv)
-    base = checkpoint.weights_to_start_from(args)
+    base = adapters.weights_to_start_from(args)
     path = checkpoint.find(args.save_dir, base)
     content = checkpoint.load(path)
     model, tokenizer = checkpoint.build_model(content, path)
@@ -46,16 +46,16 @@ def main(argv=None):
         state = adapter_state(model.state_dict())
         more = {"under": base, "training": {}}
     else:
-        lora = checkpoint.adapters_name(args.lora)
+        lora = adapters.adapters_name(args.lora)
         found = checkpoint.find(args.save_dir, lora, model.config.hidden_size)
-        adapters = checkpoint.load_adapters(model, found)
+        content = adapters.load_adapters(model, found)
         if args.to_peft:
             write_peft(args.to_peft, model, base)
             return
         merged = f"{Path(lora).stem.removeprefix('lora_')}_merged"
-        name, stage = args.save_weight or merged, adapters["stage"]
+        name, stage = args.save_weight or merged, content["stage"]
         state = merge(model).state_dict()
-        more = {"training": adapters["training"]}
+        more = {"training": content["training"]}
     more |= checkpoint.description(model)
     target = args.save_dir / f"{checkpoint.file_name(name, model.config)}.pth"
     checkpoint.save(target, state, model.config, tokenizer, stage, **more)

@@ -16,6 +16,7 @@ from model.generation import complete
 from model.lora import LoRALinear, add_lora, hash_of, merge
 from tests.conftest import LORA, ROOT, run_here, sft, torchrun
 from trainer import checkpoint, train_full_sft
+from trainer.adapters import build_resumed
 from trainer.trainable import choose_trainable
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -136,7 +137,7 @@ def test_only_the_adapters_move_and_only_they_are_saved(lora_run):
     resume = checkpoint.load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")
     assert resume["model"].keys() == saved["model"].keys() == resume["optimizer"]["state"].keys()
     # What is trained on fits the weights as they were before: `attach_adapters` compares them.
-    model, _ = checkpoint.build_resumed(resume, lora_run / "checkpoints" / "x")
+    model, _ = build_resumed(resume, lora_run / "checkpoints" / "x")
     assert len(adapters(model)) == 2 * 7
 
 

@@ -19,7 +19,7 @@ from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.loss import supervised_tokens
-from trainer import checkpoint
+from trainer import adapters, checkpoint
 from trainer.arguments import SHAPE
 from trainer.distributed import first_process_first, is_first, pick_device, pick_dtype
 from trainer.optimizer import require_compiler
@@ -54,7 +54,7 @@ def init_model(args, device="cpu", saved=None):
         content = checkpoint.load(path) | {"path": path}
         origin = f"starting from the {content['stage']} weights {path}"
     if content:
-        build = checkpoint.build_resumed if saved else checkpoint.build_model
+        build = adapters.build_resumed if saved else checkpoint.build_model
         model, tokenizer = build(content, path, dropout=dropout)
         require_same_shape(args, model.config, tokenizer, path)
         del content["model"]  # not kept in memory
@@ -72,13 +72,13 @@ def open_trained(args):
     device = pick_device(args.device)
     if args.use_compile:
         require_compiler(device)
-    args.from_weight = checkpoint.weights_to_start_from(args)
+    args.from_weight = adapters.weights_to_start_from(args)
     if args.from_weight == "none":
         raise UserError("--weight none: only trained weights can answer; give a name or a path")
     model, tokenizer, content = init_model(args, device)
     paths, stage = [content["path"]], content["stage"]
     if args.lora:
-        path, stage = checkpoint.merge_adapters(model, args)
+        path, stage = adapters.merge_adapters(model, args)
         paths.append(path)
     content["chats"] = stage != "pretrain"
     return model.to(pick_dtype(args.dtype, device)), tokenizer, content, paths
