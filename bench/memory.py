@@ -1,6 +1,7 @@
 """What a large file costs: a JSONL file of --gigabytes is made, tokenised, and read from its cache.
 
     python bench/memory.py --gigabytes 1            # on Linux or macOS; needs twice that on disk
+    python bench/memory.py --gigabytes 0.019 --one_line        # a single long document
 
 Prints the seconds and the most resident memory of each process, beside that of one that only loads
 the code, and how long it takes from the second start to the first batch.
@@ -50,6 +51,7 @@ if sys.platform == "linux":  # pages of the mapped cache count as resident, but 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--one_line", action="store_true", help="all texts as one document")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from dataset.tiny_world.text import World, portrait
@@ -64,8 +66,11 @@ def main():
         ]
         size = 0
         with path.open("w", encoding="utf-8") as file:
+            size += file.write('{"text": "') if args.one_line else 0
             while size < args.gigabytes * 1e9:
-                size += file.write(rng.choice(lines))
+                line = rng.choice(lines)
+                size += file.write(json.loads(line)["text"] if args.one_line else line)
+            size += file.write('"}\n') if args.one_line else 0
         print(f"{size / 1e9:.2f} GB, {size // (sum(map(len, lines)) // len(lines)):,} documents")
         for name, more in (("code alone", []), ("prepare", [cache]), ("train from it", [cache, 1])):
             began = time.perf_counter()
