@@ -108,7 +108,8 @@ def open_text(path):
     start = file.read(64)
     file.seek(0)
     if start.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=file)
+        file.close()
+        return gzip.open(path)
     for magic, (kind, remedy) in KINDS.items():
         if start.lstrip().lower().startswith(magic.lower()):
             file.close()
