@@ -4,12 +4,13 @@ that was typed.
 
 import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from common import ROOT, UserError
-from tests.conftest import LORA, TINY, run_here
+from tests.conftest import LORA, TINY, run, run_here
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, log, weights
 from trainer import checkpoint, train_distillation, train_dpo, train_full_sft, train_pretrain
@@ -182,15 +183,27 @@ def test_a_default_that_is_given_is_not_refused(trained, monkeypatch):
 
 def test_the_villages_data_in_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    done = run_here("dataset/tiny_world/generate.py", "--out", tmp_path / "file" / "x")
-    assert "cannot be written" in refused(done)
+    done = run("dataset/tiny_world/generate.py", "--out", tmp_path / "file" / "x")
+    assert "cannot be written" in refused(done) and len(done.stderr.splitlines()) == 1
 
 
 def test_an_error_of_reading_does_not_blame_the_target(base, data, monkeypatch):
-    more = ["--val_interval", 1, "--save_best_at_end", 1]
-    train_full_sft.main(flags(data, base, *more))
-    (base / "checkpoints/full_sft_32_best.pth").unlink()
-    args = type("Args", (), {"save_dir": base})
+    """The best weights are read once; an error of that names their own file."""
+    train_full_sft.main(flags(data, base, "--val_interval", 1, "--save_best_at_end", 1))
+    best, args = base / "checkpoints/full_sft_32_best.pth", SimpleNamespace(save_dir=base)
+    place, plain = base / "full_sft_32.pth", Path.open
+
+    def unreadable(path, mode="r", *how, **more):
+        if path == best and "r" in mode:
+            raise OSError(5, "Input/output error")
+        return plain(path, mode, *how, **more)
+
+    place.unlink()
+    with monkeypatch.context() as patch:  # a second time, after `load` has read all of it
+        patch.setattr(Path, "open", unreadable)
+        checkpoint.put_best_in_place(args, "full_sft_32")
+    assert_equal(weights(base), checkpoint.load(best)["model"])
+    best.unlink()
     with pytest.raises(UserError, match="full_sft_32_best.pth cannot be read"):
         checkpoint.put_best_in_place(args, "full_sft_32")
 
