@@ -145,8 +145,8 @@ def require_lines(path):
 
 
 def list_hint(record):
-    """Return the end of a sentence about a record that can't be used, "" where there is none to
-    give: under which key the record holds a list of records.
+    """Return the end of a sentence about a record that can't be used: under which key it holds a
+    list of records. Returns "" for a record without such a key.
     """
     for key, items in record.items():
         are_records = isinstance(items, list) and items and isinstance(items[0], dict)

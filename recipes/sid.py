@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, number, stop_at, wrong_values
 from common import UserError, report_user_errors
+from dataset.formats import is_texts
 from dataset.jsonl import is_folder, open_text, read_json
 from dataset.prepare import shares, write_parts
 
@@ -121,10 +122,6 @@ def check(folder, index, items):
             f"warning: {count} items have the tokens of another one, e.g. {', '.join(example)} "
             f"{sid}; no model can tell these apart"
         )
-
-
-def is_texts(value):
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def read_histories(path):

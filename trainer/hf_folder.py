@@ -196,7 +196,7 @@ def read_weights(folder):
         if not path.is_file() and any(folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{folder} has its weights as pytorch_model.bin only, which could run any code; "
-                "write them anew with transformers: "
+                "write them again with transformers: "
                 "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
             )
         if not path.is_file():
