@@ -64,10 +64,13 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(base, data, monkeypatc
     assert log(whole, f"{name}_32") == log(base, f"{name}_32")
 
 
-def test_a_job_is_resumed_by_torchrun():
+def test_a_job_is_resumed_by_torchrun(monkeypatch):
     args = SimpleNamespace(save_weight="full_sft", save_dir=ROOT / "out")
     line = resume_command(args, "full_sft", 2)
     assert line.startswith("torchrun --nproc_per_node 2 ") and "--save_dir" not in line
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # on two machines
+    line = resume_command(args, "full_sft", 8)
+    assert line.startswith("torchrun --nnodes 2 --nproc_per_node 4 ")
 
 
 @pytest.mark.parametrize("typed", ["b", "lora_b"])

@@ -91,7 +91,9 @@ def resume_command(args, stage, processes):
     """Return the command that resumes a run; its other flags are in the checkpoint."""
     is_ours = Path(sys.argv[0]).resolve().parent == ROOT / "trainer"  # else called from other code
     name = Path(sys.argv[0]).name if is_ours else f"train_{stage}.py"
-    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes on this machine
+    nodes = f"--nnodes {processes // here} " if here < processes else ""
+    launcher = "python" if processes == 1 else f"torchrun {nodes}--nproc_per_node {here}"
     flags = ["--from_resume", "1", "--save_weight", args.save_weight]
     return command(launcher, f"trainer/{name}", args, *flags)
 
