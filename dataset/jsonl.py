@@ -13,8 +13,7 @@ from pathlib import Path
 
 from common import UserError
 
-SEPARATOR = re.compile(r"[\s,]*")  # between the items of an array
-MESSAGES = re.compile(r'\[\s*\{\s*"(role|from)"\s*:')  # so begins a conversation that is long
+SEPARATOR = re.compile(r"[\s,]*")  # between the items of a JSON array
 CSV_HEADER = re.compile(r'[\w "]+([,;\t][\w "]+)+')
 TO_JSONL = "convert it, e.g. by pandas.{}(FILE).to_json('x.jsonl', orient='records', lines=True)"
 UNPACK = "unpack it, and give what is in it"
@@ -36,8 +35,8 @@ KINDS = {  # the first bytes of files of another kind: what it is, and the remed
 
 
 def read_records(path, notes=None):
-    """Yield (line number, record) of a JSONL file or of one JSON array, without holding all of it
-    in memory.
+    """Yield (line number, record) of a JSONL file or of one JSON array. Only an array is held in
+    memory.
 
     A record is a dict; what is not a JSON object is yielded as a ValueError in its place. Reading
     ends where an array is broken, and at the first value after an array. The Counter notes counts
@@ -54,39 +53,44 @@ def read_records(path, notes=None):
 
     with open_text(path) as file:
         try:
-            start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+            lines = (line.strip(codecs.BOM_UTF8 + b" \t\r\n") for line in file)
+            first_line = next(filter(None, lines), b"")
             file.seek(0)
-            is_array = start.startswith(b"[") and not begins_messages(start)
-            items, first = (array_items if is_array else lines)(file, to_dict), True
-            for number, item in items:
+            is_array = first_line.startswith(b"[") and not is_conversation(value_of(first_line))
+            for number, item in (array_items if is_array else line_items)(file, to_dict):
                 if repeated:
                     notes["records with a repeated key, of which the last value is taken"] += 1
                     repeated.clear()
-                if isinstance(item, list) and item and all(map(is_message, item)):
+                if is_conversation(item):
                     item = {"messages": item}
                 if not isinstance(item, dict | ValueError):
                     item = ValueError(f"not a record in braces, but {type(item).__name__}")
-                if first and isinstance(item, ValueError) and not is_array:
+                if first_line and isinstance(item, ValueError) and not is_array:
                     require_lines(path)
-                first = False
+                first_line = b""
                 yield number, item
         except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged gzip file
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read: {reason}") from None
 
 
+def value_of(line):
+    """Return the value of a line of JSON, None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def is_message(value):
     return isinstance(value, dict) and bool({"role", "from"} & set(value))
 
 
-def begins_messages(start):
-    """Whether the first bytes of a JSON array show that it holds messages, not records."""
-    text = start.decode("utf-8", "replace")
-    try:
-        first, _ = json.JSONDecoder().raw_decode(text, SEPARATOR.match(text, 1).end())
-    except (ValueError, RecursionError):  # it is longer than that
-        return bool(MESSAGES.match(text))
-    return is_message(first) and bool({"content", "value", "tool_calls"} & set(first))
+def is_conversation(value):
+    """Whether a value is a list of messages."""
+    if not isinstance(value, list) or not value or not all(map(is_message, value)):
+        return False
+    return all({"content", "value", "tool_calls"} & set(message) for message in value)
 
 
 def open_file(path):
@@ -169,7 +173,7 @@ def is_folder(path):
     return os.path.isdir(path)  # noqa: PTH112
 
 
-def lines(file, to_dict):
+def line_items(file, to_dict):
     """Yield (line number, its value or a ValueError) of a JSONL file."""
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -183,43 +187,25 @@ def lines(file, to_dict):
             yield number, ValueError(f"JSON that cannot be read: {error}")
 
 
-def array_items(file, to_dict, piece=1 << 20):
-    """Yield (line number, item or ValueError) of a JSON array, decoded from pieces of the file."""
+def array_items(file, to_dict):
+    """Yield (line number, item or ValueError) of a JSON array."""
     # A byte that is not UTF-8 becomes a lone surrogate, which makes only its own record a bad one.
-    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    text = decode(file.read(piece))
+    text = file.read().decode("utf-8-sig", "surrogateescape")
+    decode = json.JSONDecoder(object_pairs_hook=to_dict).raw_decode
     at = text.index("[") + 1
     line = 1 + text.count("\n", 0, at)
     while True:
-        begin = SEPARATOR.match(text, at).end()
-        line += text.count("\n", at, begin)
-        if text.startswith("]", begin):
-            rest = text[begin + 1 :] + decode(file.read(piece))
-            if rest.strip():
-                line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
-                end = "the JSON array ends before it; give one array, or a record in braces a line"
-                yield line, ValueError(end)
-            return
+        start = SEPARATOR.match(text, at).end()
+        line += text.count("\n", at, start)
         try:
-            item, at = decoded(text, begin, to_dict)
-            yield line, item
-            line += text.count("\n", begin, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            more = file.read(max(piece, len(text) - begin))  # as much again, so retries stay few
-            if not more:
-                yield line, ValueError(f"not JSON, and the array ends there: {error}")
-                return
-            text, at = text[begin:] + decode(more), 0
-
-
-def decoded(text, begin, to_dict):
-    """Return (the JSON value that begins there, where it ends). A value with a number of too many
-    digits is returned as a ValueError.
-    """
-    try:
-        return json.JSONDecoder(object_pairs_hook=to_dict).raw_decode(text, begin)
-    except json.JSONDecodeError:
-        raise
-    except ValueError as error:
-        problem = ValueError(f"JSON that cannot be read: {error}")
-        return problem, json.JSONDecoder(parse_int=str).raw_decode(text, begin)[1]
+            if text.startswith("]", start):
+                break
+            item, at = decode(text, start)
+        except (ValueError, RecursionError) as error:
+            yield line, ValueError(f"not JSON, and reading ends there: {error}")
+            return
+        yield line, item
+        line += text.count("\n", start, at)
+    if text[start + 1 :].strip():
+        end = "the JSON array ends here; give one array, or a record in braces a line"
+        yield line, ValueError(end)
