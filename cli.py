@@ -48,13 +48,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a sentence and exit code 2; abbreviated flags are errors, too.
-    renamed: {earlier name of a flag: its name}; the earlier one is still read, and not shown.
-    """
+    """A parser whose errors are a sentence and exit code 2; abbreviated flags are errors, too."""
 
-    def __init__(self, description="", renamed=None, **options):
+    def __init__(self, description="", **options):
         options = {"allow_abbrev": False, "formatter_class": Help} | options
-        self.renamed = renamed or {}
         super().__init__(description=description.partition("\n\n")[0], **options)
 
     def error(self, message):
@@ -70,10 +67,6 @@ class Parser(argparse.ArgumentParser):
                 default = bool(default)
             more = {"metavar": "0|1" if kind is switch else "VALUE"} | more
             group.add_argument(f"--{name}", default=default, help=help, type=kind, **more)
-            for earlier, new in self.renamed.items():
-                if new == name:
-                    hidden = argparse.SUPPRESS
-                    self.add_argument(f"--{earlier}", dest=name, type=kind, help=hidden)
 
         return add
 

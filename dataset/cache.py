@@ -1,11 +1,11 @@
 """Tokenised files: each is tokenised once, in batches, and then read from disk.
 
     out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  lines.npy  report.json
-                        sha256.json
+                        sizes.json
 
 The key is a hash of all that decides the tokens: the file's content, the tokenizer, the version of
-the code, the options. A folder appears under its key when it is complete. It is made
-again when a file's hash is not the one that sha256.json holds.
+the code, the options. A folder appears under its key when it is complete. It is made again when a
+file has not the size that sizes.json holds.
 """
 
 import hashlib
@@ -68,12 +68,11 @@ class Tokens:
         vars(self).update(state | {name: mapped(*file) for name, file in files.items()})
 
 
-def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None, verify=True):
+def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None):
     """The Tokens of a file, from the cache if it is there; without a cache_dir, in memory.
 
     to_pieces(record, report) returns the record's [(piece, supervised)], or raises ValueError for a
-    bad record. options is a list of whatever else decides what it returns. verify compares the
-    hashes of the cache's files, which reads all of it.
+    bad record. options is a list of whatever else decides what it returns.
     Raises UserError for a missing file, a full disk, and with strict for the first bad record.
     """
     if is_folder(path):  # tokens and a teacher's outputs
@@ -87,7 +86,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None,
         return Tokens(*arrays, *rest, path, content)
     folder = Path(cache_dir) / cache_key(content, tokenizer, options)
     try:
-        if verify and folder.is_dir() and not is_whole(folder):
+        if folder.is_dir() and not is_complete(folder):
             print(f"the cache {folder} is damaged: tokenising {path} again")
             shutil.rmtree(folder)
         if not folder.is_dir():
@@ -121,15 +120,13 @@ def cache_key(content, tokenizer, options):
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
-def is_whole(folder):
-    """Whether each file of a cache is as `build` wrote it."""
+def is_complete(folder):
+    """Whether each file of a cache has the size that `build` wrote down."""
     try:
-        hashes = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
-        key = hashes.pop("key")
-        files = {name: content_hash(folder / name) for name in hashes}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
         return False
-    return key == folder.name and files == hashes
 
 
 def build(folder, path, tokenizer, to_pieces, strict, dtype):
@@ -142,9 +139,11 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
         for name, array in zip(ARRAYS, arrays, strict=True):
             np.save(part / f"{name}.npy", array)
         (part / "report.json").write_text(json.dumps(report), encoding="utf-8")
-        hashes = {file.name: hash_on_disk(file) for file in part.iterdir()}
-        (part / "sha256.json").write_text(json.dumps(hashes | {"key": folder.name}), "utf-8")
-        hash_on_disk(part / "sha256.json")
+        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+        (part / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
+        for file in part.iterdir():
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
         try:
             part.rename(folder)
         except OSError:
@@ -152,13 +151,6 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def hash_on_disk(path):
-    """The hash of a file whose content has reached the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file):

@@ -30,7 +30,7 @@ class TokenDataset(Dataset):
     cut      the number of records that are longer than max_length
 
     Arguments: data_path is a path or a list of them, max_length the limit of a sample in tokens;
-    strict, cache_dir and verify are those of `tokenised`. Raises UserError for a file without a
+    strict and cache_dir are those of `tokenised`. Raises UserError for a file without a
     usable record, for the same content twice, and if no sample is left.
     """
 

@@ -11,12 +11,9 @@ sample in the row (document_ids, -1 for padding), so that the model treats each 
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from bisect import bisect_left, insort
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -213,12 +210,12 @@ class Rows(Dataset):
 
 
 def batches(dataset, micro_batches, args, device):
-    """Yield what `collate` returns for each list of rows, a row being a list of sample numbers.
+    """Return an iterator of what `collate` returns for each list of rows, a row being a list of
+    sample numbers.
 
     On an NVIDIA GPU all have one shape, since its code is compiled for each: all rows of a full
     micro-batch, as long as the longest row can be. args.num_workers processes prepare them in
-    advance; None: two for such a GPU, but on Windows, where starting them takes seconds. When one
-    of those dies, the rest is prepared here: slower, and the same.
+    advance; None: two for such a GPU, except on Windows, where starting them takes seconds.
     """
     gpu, T, count = device.type == "cuda", row_length(dataset.lengths, args), args.batch_size
     workers = args.num_workers
@@ -230,43 +227,16 @@ def batches(dataset, micro_batches, args, device):
         T = min(args.max_seq_len, math.ceil(T / 128) * 128)
     multiple = T if gpu else MULTIPLE if args.packing else 1
     collated = partial(collate, longest=T, multiple=multiple, count=count if gpu else 1)
-    rows = Rows(dataset)
-    done = 0
-    with own_handler_of_dead_children():
-        loader = iter(
-            DataLoader(
-                rows,
-                batch_sampler=micro_batches,
-                collate_fn=collated,
-                num_workers=workers,
-                pin_memory=gpu,  # copied to the GPU while it computes
-                generator=torch.Generator(),  # its own: it draws nothing from the global one
-            )
+    return iter(
+        DataLoader(
+            Rows(dataset),
+            batch_sampler=micro_batches,
+            collate_fn=collated,
+            num_workers=workers,
+            pin_memory=gpu,  # copied to the GPU while it computes
+            generator=torch.Generator(),  # its own: it draws nothing from the global one
         )
-    try:
-        for batch in loader:
-            yield batch
-            done += 1
-        return
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: died while it sent
-        ours = not isinstance(error, RuntimeError) or "worker" in str(error)
-        if not workers or not ours:
-            raise
-        print(f"warning: {error}. The batches are prepared by the training process from here on")
-    for micro_batch in micro_batches[done:]:
-        yield collated([rows[row] for row in micro_batch])
-
-
-@contextmanager
-def own_handler_of_dead_children():
-    """A DataLoader has a signal raise an error wherever the program is when a worker dies, maybe
-    in the middle of an optimizer step. Without it, the next batch raises it.
-    """
-    number = getattr(signal, "SIGCHLD", None)
-    before = signal.getsignal(number) if number else None
-    yield
-    if number and threading.current_thread() is threading.main_thread():
-        signal.signal(number, before or signal.SIG_DFL)
+    )
 
 
 def to_device(batch, device):

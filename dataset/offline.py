@@ -35,11 +35,6 @@ def read_manifest(folder):
         raise UserError(
             f"{folder} is no folder of recipes/export_hidden_states.py: {error!r}; {REMEDY}"
         ) from None
-    if manifest.get("top_k"):
-        raise UserError(
-            f"{folder} holds likely tokens (--top_k {manifest['top_k']}), which only earlier "
-            "versions read; record hidden states in another folder, without --top_k"
-        )
     return manifest
 
 
@@ -60,10 +55,7 @@ def read(path, verify=True):
     it is missing, damaged, or of another recording.
     """
     content = load_tensors(path, REMEDY, verify, mmap=True)
-    if isinstance(content, torch.Tensor):  # an output layer of earlier versions
-        content = {"output": content}
-    found = content.get("belongs")
-    if found is not None and not torch.equal(found, belongs(path)):  # earlier versions wrote none
+    if not torch.equal(content["belongs"], belongs(path)):
         raise UserError(
             f"{path} does not belong to the manifest.json and tokenizer.json of its folder; "
             f"{REMEDY}"

@@ -2,7 +2,6 @@
 never replaces them.
 """
 
-import itertools
 import json
 import time
 
@@ -140,39 +139,6 @@ def require_same_run(path, head, run, flag):
         raise UserError(f"{path} is of another run: {differ}. Give {flag}, or remove that file")
 
 
-def keep_previous(path, run):
-    """Renames a result to NAME_previous, and says so, if its weights file has been trained anew."""
-    try:
-        before = json.loads(path.read_text("utf-8", "replace"))
-        same = before["weights"] == run["weights"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # no result, or none of ours
-    if same and before.get("weights_sha256") != run["weights_sha256"]:
-        numbers = itertools.chain([""], itertools.count(2))
-        names = (path.with_stem(f"{path.stem}_previous{number}") for number in numbers)
-        kept = next(free for free in names if not free.exists())
-        print(f"the weights were trained anew; the result of the earlier ones is kept as {kept}")
-        for file in (path.with_suffix(suffix) for suffix in (".md", ".json")):
-            try:
-                file.replace(kept.with_suffix(file.suffix))
-            except FileNotFoundError:
-                continue  # somebody removed the report
-            except OSError as error:
-                raise UserError(
-                    f"{file} cannot be renamed: {error.strerror}; close what has it open, or give "
-                    "--run NAME"
-                ) from None
-
-
-def begins_part(head):
-    """Whether a line is the first that `Part` writes."""
-    try:
-        values = json.loads(head)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and "weights_sha256" in values
-
-
 class Part:
     """The answers of a run so far, a line each, kept beside where its result will be.
 
@@ -184,7 +150,7 @@ class Part:
         self.path, self.rows = path, []
         text = path.read_text("utf-8", "replace") if path.exists() else ""
         head, _, rest = text.partition("\n")
-        if text and (rest or not begins_part(head)):  # else it holds no answer
+        if rest:  # else it holds no answer
             require_same_run(path, head, run, flag)
         for line in rest.split("\n")[:-1]:
             try:

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: totals, a Markdown report, two runs compared."""
+"""The figures of an evaluation: totals, a table of them, two runs compared."""
 
 import json
 import math
@@ -96,59 +96,32 @@ def percent(share, interval=None):
     return text if interval is None else f"{text} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
-def markdown(result, others):
-    """The report of a run; others: the lines of other runs in the table that ends it."""
-    found = result["totals"]
+def write(path, result):
+    """Writes a result as path, a .json file, and its figures as a table beside it, as .md."""
+    totals = result["totals"]
     judge = f" ({result['lenient_judge']})" if result.get("lenient_judge") else ""
     figures = {
-        "problems": found["problems"],
-        f"accuracy, lenient{judge}": percent(found["accuracy"], found["accuracy_95"]),
-        "accuracy, strict": percent(found["strict_accuracy"], found["strict_accuracy_95"]),
+        "command": f"`{result['command']}`",
+        "weights": f"{result['weights']}, sha256 {result['weights_sha256'][:16]}",
+        "data": f"{result['data']}, sha256 {result['data_sha256'][:16]}",
+        "problems": totals["problems"],
+        f"accuracy, lenient{judge}": percent(totals["accuracy"], totals["accuracy_95"]),
+        "accuracy, strict": percent(totals["strict_accuracy"], totals["strict_accuracy_95"]),
     }
-    figures |= {f"pass@{k}": percent(share) for k, share in found.get("pass_at", {}).items()}
-    if "majority" in found:
-        figures["majority vote"] = percent(found["majority"])
-    figures["not finished in time"] = percent(found["truncated"])
-    figures["mean length"] = f"{found['mean_tokens']:.0f} tokens"
+    figures |= {f"pass@{k}": percent(share) for k, share in totals.get("pass_at", {}).items()}
+    if "majority" in totals:
+        figures["majority vote"] = percent(totals["majority"])
+    for name, (right, n) in (totals["by_level"] | totals["by_type"]).items():
+        figures[name] = f"{right} of {n}, {percent(right / n)}"
+    figures |= {kind.replace("_", " "): n for kind, n in sorted(totals["errors"].items())}
+    figures["mean length"] = f"{totals['mean_tokens']:.0f} tokens"
     figures["time"] = f"{result['seconds']:.0f} s"
-    figures |= {kind.replace("_", " "): n for kind, n in sorted(found["errors"].items())}
-    lines = [
-        f"# {result['task']}: {result['run']}\n\n```\n{result['command']}\n```\n",
-        f"weights `{result['weights']}`, sha256 {result['weights_sha256'][:16]}; "
-        f"{result['params']:,} parameters",
-        f"data `{result['data']}`, sha256 {result['data_sha256'][:16]}\n\n| | |\n|---|---|",
-        *(f"| {name} | {value} |" for name, value in figures.items()),
-    ]
-    for field in ("level", "type"):
-        shares = found[f"by_{field}"]
-        if len(shares) > 1:
-            lines += [f"\n| {field} | right | of | share |\n|---|---|---|---|"]
-            lines += [f"| {k} | {r} | {n} | {percent(r / n)} |" for k, (r, n) in shares.items()]
-    lines += ["\n| run | problems | lenient | strict | weights | data |\n|---|---|---|---|---|---|"]
-    return "\n".join([*lines, *others, line_of(result), "\nIntervals: 95 %, Wilson.\n"])
-
-
-def line_of(result):
-    """A result in the table of all runs of its task."""
-    t = result["totals"]
-    return (
-        f"| {result['run']} | {t['problems']} | {percent(t['accuracy'], t['accuracy_95'])} | "
-        f"{percent(t['strict_accuracy'])} | {result['weights_sha256'][:8]} | "
-        f"{result['data_sha256'][:8]} |"
-    )
-
-
-def write(path, result):
-    """Writes a result as path, a .json file, and its report beside it as .md."""
-    others = []
-    for other in sorted(path.parent.glob("*.json"), key=lambda other: other.stat().st_mtime):
-        if other != path:
-            try:
-                others.append(line_of(json.loads(other.read_text(encoding="utf-8"))))
-            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-                others.append(f"| {other.name} cannot be read: {error!r} | | | | | |")
-    written = {".md": markdown(result, others)}
-    written[".json"] = json.dumps(result, ensure_ascii=False, indent=1)
+    table = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
+    title = f"# {result['task']}: {result['run']}"
+    written = {
+        ".md": f"{title}\n\n| | |\n|---|---|\n{table}\nIntervals: 95 %, Wilson.\n",
+        ".json": json.dumps(result, ensure_ascii=False, indent=1),
+    }
     for suffix, text in written.items():
         with replacing(path.with_suffix(suffix)) as file:
             file.write(text.encode("utf-8", "backslashreplace"))

@@ -23,7 +23,7 @@ from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 from cli import Parser, number, one_of, stop_at, switch, wrong_values
 from dataset.tiny_world.generate import EVAL
 from evaluation import competition_math, report
-from evaluation.answers import Part, answer_all, keep_previous, read_result, require_same_run
+from evaluation.answers import Part, answer_all, read_result, require_same_run
 from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer
 from trainer.trainer_utils import open_trained
 
@@ -113,7 +113,6 @@ def main(argv=None):
         "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
-    keep_previous(path, result)
     if path.exists():
         require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
     part = Part(path.with_suffix(".part"), result, args.batch_size, "--run NAME")

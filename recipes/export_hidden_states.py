@@ -31,7 +31,7 @@ from dataset.tiny_world.generate import SFT
 from model.distillation import Teacher
 from model.lora import hash_of
 from trainer import checkpoint
-from trainer.arguments import RENAMED, conversation_flags, source
+from trainer.arguments import conversation_flags, source
 from trainer.distributed import DTYPES, autocast_to, pick_device, pick_dtype
 from trainer.teacher import layers_of
 from trainer.trainer_utils import conversation_options, open_data, replay
@@ -73,7 +73,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = Parser(__doc__, RENAMED)
+    parser = Parser(__doc__)
     add, count = parser.group("recording"), number(int, 1)
     add("teacher_weight", "full_sft", "a name in --save_dir, or a path", metavar="NAME")
     add("offline_dir", ROOT / "out" / "offline", "folder of the recording", Path, metavar="DIR")
@@ -119,7 +119,7 @@ def begin(folder, manifest, model, tokenizer):
             print(f"{path} is damaged: it is written again")
     if there:
         same = [isinstance(there, dict) and there.get(name) == manifest[name] for name in manifest]
-        if not all(same) or there.get("top_k"):
+        if not all(same):
             raise UserError(
                 f"{folder} was written from other data, flags or weights; give another "
                 "--offline_dir, or delete it"

@@ -341,7 +341,7 @@ def recorded(trained, data, tmp_path_factory):
     """A folder with what full_sft_32 says of conversations and replayed text."""
     folder = tmp_path_factory.mktemp("recorded")
     replay = ["--replay_path", data / "pretrain.jsonl", "--replay_share", 0.5]
-    export(trained, data, folder, "--eval_split", 0.1, *replay, "--aux_layers", "1,2")
+    export(trained, data, folder, "--val_split", 0.1, *replay, "--aux_layers", "1,2")
     return folder
 
 

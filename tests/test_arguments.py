@@ -86,17 +86,10 @@ def test_a_list_in_a_config_is_a_list_on_the_command_line(data, tmp_path):
     assert read(config).data_path == [Source((tmp_path / "sft.jsonl").resolve())]
 
 
-def test_earlier_names_of_flags_are_still_read(data, tmp_path):
-    config = tmp_path / "c.toml"
-    config.write_text("eval_split = 0.25\neval_interval = 7\n")
-    args = read(config, "--eval_interval", 9, "--student", "mine")
-    assert (args.val_split, args.val_interval, args.from_weight) == (0.25, 9, "mine")
-
-
 def test_help_shows_the_common_flags_first_and_none_twice(capsys):
     with pytest.raises(SystemExit):
         train_full_sft.main(["--help"])
     text = capsys.readouterr().out
     first = text.split("the flags that most people need:")[1].split("start and stop:")[0]
     assert len(re.findall(r"^  --", first, re.M)) == 10
-    assert "eval_split" not in text and text.count("\n  --val_split ") == 1
+    assert text.count("\n  --val_split ") == 1

@@ -3,14 +3,11 @@
 import hashlib
 import json
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.pairs import PairDataset
 from dataset.tokenizer import load_tokenizer
 from tests.conftest import ROOT, chat, run, write_jsonl
-from trainer import trainer_utils
 from trainer.train_tokenizer import train
 
 
@@ -80,73 +76,33 @@ def test_bad_records_and_notes_are_remembered(tmp_path):
 
 
 FILES = ["ids.bin", "mask.bin", "offsets.npy", "supervised.npy", "lines.npy", "report.json"]
-FILES += ["sha256.json"]
 
 
-def damages(path, other):
-    """Ways in which a file of a cache gets lost: a name, and what does it. other is a file of the
-    same name of another cache.
-    """
-    whole, rng = path.read_bytes(), random.Random(path.name)
-    yield "missing", path.unlink
-    yield "a folder", lambda: (path.unlink(), path.mkdir())
-    for size in (0, 1, len(whole) // 2, len(whole) - 1):
-        yield f"cut to {size} bytes", lambda size=size: path.write_bytes(whole[:size])
-    yield "longer", lambda: path.write_bytes(whole + b"\0")
-    yield "zeros", lambda: path.write_bytes(bytes(len(whole)))
-    yield "garbage", lambda: path.write_bytes(rng.randbytes(len(whole)))
-    yield "of another cache", lambda: path.write_bytes(other.read_bytes())
-    for bit in rng.sample(range(8 * len(whole)), 30):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        yield f"bit {bit} flipped", lambda flipped=flipped: path.write_bytes(flipped)
-    for twin in (path.with_name(name) for name in FILES if name != path.name):
-        yield f"swapped with {twin.name}", lambda twin=twin: swap(path, twin)
-
-
-def swap(one, other):
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
-    other.write_bytes(first)
-
-
-@pytest.mark.parametrize("name", [*FILES, "all"])
-def test_a_damaged_cache_is_made_anew_with_a_word(data, tmp_path, name, capsys):
-    tokenizer = load_tokenizer()
+@pytest.mark.parametrize("name", [*FILES, "sizes.json"])
+def test_a_damaged_cache_is_made_again_with_a_word(data, tmp_path, name, capsys):
     few = [record for _, record in read_records(data / "sft.jsonl")][:4]
     path = write_jsonl(tmp_path / "path.jsonl", few)
-    other = write_jsonl(tmp_path / "other.jsonl", few[:0:-1])
 
-    def samples(path):
-        return samples_of(SFTDataset(path, tokenizer, 40, cache_dir=tmp_path / "cache"))
+    def samples():
+        return samples_of(SFTDataset(path, load_tokenizer(), 40, cache_dir=tmp_path / "cache"))
 
-    expected = samples(path)
-    (one,) = (tmp_path / "cache").iterdir()
-    assert samples(other) != expected
-    (another,) = set((tmp_path / "cache").iterdir()) - {one}
-    assert {file.name for file in one.iterdir()} == set(FILES)
-    assert samples(path) == expected and capsys.readouterr().out == ""
-    if name == "all":  # each file is whole, and of another cache
-        harms = [("all", lambda: shutil.copytree(another, one, dirs_exist_ok=True))]
-    else:
-        harms = damages(one / name, another / name)
-    for how, harm in harms:
+    expected = samples()
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert {file.name for file in folder.iterdir()} == {*FILES, "sizes.json"}
+    assert samples() == expected and capsys.readouterr().out == ""
+    file, content = folder / name, (folder / name).read_bytes()
+    for harm in (
+        file.unlink,
+        lambda: (file.unlink(), file.mkdir()),
+        lambda: file.write_bytes(b""),
+        lambda: file.write_bytes(content[:-1]),
+        lambda: file.write_bytes(content[: len(content) // 2] + b"{"),
+    ):
         harm()
-        assert samples(path) == expected, how
+        assert samples() == expected
         said = capsys.readouterr().out
-        assert len(said.splitlines()) == 1 and f"{one} is damaged" in said, (how, said)
-        assert samples(path) == expected and capsys.readouterr().out == "", how
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_only_the_first_process_of_a_job_compares_the_hashes(data, tmp_path, monkeypatch, first):
-    monkeypatch.setattr(trainer_utils, "is_first", lambda: first)
-    args = SimpleNamespace(max_seq_len=40, strict_data=False, cache_dir=tmp_path)
-    compared, is_whole = [], cache.is_whole
-    monkeypatch.setattr(cache, "is_whole", lambda folder: compared.append(1) or is_whole(folder))
-    for _ in range(2):
-        SFTDataset(data / "sft.jsonl", load_tokenizer(), **trainer_utils.reading(args))
-    assert len(compared) == int(first)  # not where there is no cache yet
+        assert len(said.splitlines()) == 1 and f"{folder} is damaged" in said
+        assert samples() == expected and capsys.readouterr().out == ""
 
 
 BUILD = """

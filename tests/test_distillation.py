@@ -217,7 +217,7 @@ def test_layers_that_are_watched_may_be_compiled_or_computed_twice(batch, how, c
 def distill(trained, data, out, *more):
     flags = ["--teacher_weight", trained / "full_sft_32.pth", "--data_path", data / "sft.jsonl"]
     flags += ["--save_dir", out, "--batch_size", 2, "--max_seq_len", 96, "--log_interval", 1]
-    flags += [*TINY, "--hidden_size", 16, "--student", "none", *more]
+    flags += [*TINY, "--hidden_size", 16, "--from_weight", "none", *more]
     train_distillation.main(list(map(str, flags)))
 
 
@@ -252,7 +252,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(trained, data, tmp_path):
 
 def from_disk(folder, out, *more):
     flags = ["--offline_dir", folder, "--save_dir", out, "--batch_size", 2, "--log_interval", 1]
-    flags += [*TINY, "--hidden_size", 16, "--student", "none", "--max_seq_len", 96, *more]
+    flags += [*TINY, "--hidden_size", 16, "--from_weight", "none", "--max_seq_len", 96, *more]
     train_distillation.main(list(map(str, flags)))
 
 
@@ -287,21 +287,6 @@ def test_online_and_offline_agree(recorded, trained, data, tmp_path, capsys):
     from_disk(recorded, tmp_path / "off", *HIDDEN)
     assert "taught by " + str(recorded) in capsys.readouterr().out
     same_runs(tmp_path / "on", tmp_path / "off")
-
-
-def test_a_recording_of_likely_tokens_is_refused_and_kept(recorded, trained, data, tmp_path):
-    """As earlier versions wrote it with --top_k."""
-    folder = tmp_path / "top"
-    shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out", "output.pt"))
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest |= {"top_k": 16, "distill_temperature": 1.0}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
-    with pytest.raises(UserError, match="--top_k 16.* record hidden states in another folder"):
-        from_disk(folder, tmp_path / "no")
-    with pytest.raises(UserError, match="other data, flags or weights"):
-        export(trained, data, folder, *as_recorded(data))
-    assert before == {path: path.read_bytes() for path in folder.rglob("*.*") if path in before}
 
 
 def test_the_parts_of_a_recording_are_those_of_the_data_and_have_no_sample_in_common(
@@ -509,26 +494,6 @@ def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data
     (folder / "manifest.json").unlink()
     export(trained, data, folder, *command, "--seed", 2)
     assert all(path.stat().st_mtime_ns != was for path, was in shards.items())
-
-
-def test_a_recording_of_an_earlier_version_is_read_and_goes_on(recorded, trained, data, tmp_path):
-    """Its files have no `belongs`, and its manifest two flags more."""
-    folder = tmp_path / "copy"
-    shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
-    for path in folder.glob("*/*.pt"):
-        shard = torch.load(path, weights_only=True)
-        del shard["belongs"]
-        torch.save(shard, path)
-    output = torch.load(folder / "output.pt", weights_only=True)["output"]
-    torch.save(output, folder / "output.pt")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest = {"top_k": 0, "distill_temperature": 1.0, **manifest}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    assert torch.equal(offline.OfflineTeacher(folder, "cpu").output, output)
-    assert len(offline.tokens_of(folder / "train")["lines"]) > 40
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
-    export(trained, data, folder, *as_recorded(data))
-    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 def test_wrong_folders_layers_and_numbers_are_refused(trained, data, tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_the_adapters_of_a_run_begin_as_its_seed_says(dropout):
         torch.randn(3)  # whatever was drawn before
         flags = {"seed": seed, "use_lora": True, "lora_rank": 2, "lora_alpha": 4.0}
         flags |= {"lora_dropout": dropout, "lora_target": "q_proj,down_proj"}
-        others = dict.fromkeys(("freeze_base", "extend_tokens", "freeze"))
+        others = dict.fromkeys(("freeze_base", "extend_tokens"))
         model = CausalLM(ModelConfig(**SMALL))
         choose_trainable(model, None, SimpleNamespace(**flags, **others))
         assert model.lora.dropout == dropout and model.lora.alpha == 4.0

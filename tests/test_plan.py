@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from common import IGNORE, UserError
-from dataset import loader as plan
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.loader import Source, epoch_plan, mix, split_samples
 from dataset.prepare import shares
@@ -175,27 +174,3 @@ def test_every_record_is_in_each_part_under_some_seed():
         chosen = [{i for i, p in enumerate(one) if p == part} for one in drawn]
         assert all(len(one) == 60 * share for one in chosen)
         assert evenly(chosen, range(60), share)
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
-def test_a_worker_that_dies_while_it_sends_is_replaced_by_this_process(texts, monkeypatch, error):
-    class Loader:
-        """Gives one batch, then the error."""
-
-        def __init__(self, dataset, batch_sampler, collate_fn, **_):
-            self.first = collate_fn([dataset[row] for row in batch_sampler[0]])
-
-        def __iter__(self):
-            yield self.first
-            raise error("a worker is gone")
-
-    wanted = SimpleNamespace(packing=1, max_seq_len=64, num_workers=0, batch_size=2)
-    micro_batches = [[[0, 1], [2]], [[3]], [[4]]]
-    expected = list(plan.batches(texts, micro_batches, wanted, CPU))
-    monkeypatch.setattr(plan, "DataLoader", Loader)
-    with pytest.raises(error):
-        list(plan.batches(texts, micro_batches, wanted, CPU))
-    wanted.num_workers = 1
-    found = list(plan.batches(texts, micro_batches, wanted, CPU))
-    for one, other in zip(expected, found, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -33,7 +33,7 @@ def small(vocab_size=64, **more):
 
 def args_of(**more):
     flags = {"optimizer": "adamw", "parallel": "ddp", "learning_rate": 0.1, "weight_decay": 0.5}
-    flags |= dict.fromkeys(("use_lora", "extend_tokens", "freeze_base", "freeze"))
+    flags |= dict.fromkeys(("use_lora", "extend_tokens", "freeze_base"))
     return SimpleNamespace(
         **{**flags, "seed": 1, "from_weight": "none", "from_resume": False, **more}
     )
@@ -210,24 +210,6 @@ def test_each_layer_is_compiled_by_itself_and_computes_what_it_did(compiled):
 # ------------------------------------------------------------------------------------ what learns
 
 
-@pytest.mark.parametrize(
-    "freeze, learn",
-    [
-        ("layers", ["model.embed_tokens.weight", "model.norm.weight"]),
-        ("embed|layers", ["model.norm.weight"]),
-    ],
-)
-def test_weights_named_by_freeze_do_not_learn_and_the_rest_is_counted(freeze, learn, capsys):
-    model = small()
-    trainable.choose_trainable(model, None, args_of(freeze=freeze))
-    named = dict(model.named_parameters())
-    assert [name for name in named if named[name].requires_grad] == learn
-    count = sum(named[name].numel() for name in learn)
-    total = sum(weight.numel() for weight in named.values())
-    said = f"{count:,} of {total:,} parameters are trained ({100 * count / total:.1f}%)"
-    assert said in capsys.readouterr().out
-
-
 def test_new_rows_alone_are_counted(tmp_path, capsys):
     (tmp_path / "new.txt").write_text("<a_1>\n<b_1>\n", encoding="utf-8")
     tokenizer = load_tokenizer()
@@ -382,13 +364,13 @@ def test_gradients_are_sent_in_a_steps_last_micro_batch_alone():
 
 @pytest.mark.parametrize("equals", [False, True])
 def test_distillation_has_a_teacher_unless_it_is_recorded(tmp_path, equals):
-    """Flags are parsed: --student NAME is --student=NAME."""
+    """Flags are parsed: --from_weight NAME is --from_weight=NAME."""
 
     def given(name, value):
         return [f"{name}={value}"] if equals else [name, value]
 
     args = flags_read(
-        train_distillation.main, *given("--student", "none"), *given("--from_resume", 0)
+        train_distillation.main, *given("--from_weight", "none"), *given("--from_resume", 0)
     )
     assert (args.save_weight, args.teacher_weight, args.from_weight) == (
         *("distilled", "full_sft", "none"),

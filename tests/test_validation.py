@@ -63,7 +63,6 @@ def test_files_of_one_name_are_told_apart_and_a_single_one_is_not_named(data, tm
 KINDS = {
     "lora": ["--use_lora", 1],
     "new_tokens": ["--freeze_base", 1],
-    "frozen": ["--freeze", "layers.0"],
     "taught": ["--hidden_weight", 0.1],
     "mixed": [],
 }

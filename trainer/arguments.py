@@ -19,7 +19,7 @@ from evaluation.tasks import TASKS
 # for weights that are loaded.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPE += ("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok")
-# Earlier names of flags, which are still read.
+# Earlier names of flags, which are still read in checkpoints.
 RENAMED = {"eval_split": "val_split", "eval_data_path": "val_data_path"}
 RENAMED |= {"eval_interval": "val_interval", "student": "from_weight"}
 # What a resumed run does not take over from the one before.
@@ -38,7 +38,7 @@ def source(text):
 
 def training_parser(doc, **defaults):
     """The parser of a train script; defaults are those that differ from stage to stage."""
-    parser = Parser(doc, RENAMED, usage="%(prog)s [--FLAG VALUE ...]")
+    parser = Parser(doc, usage="%(prog)s [--FLAG VALUE ...]")
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.group("the flags that most people need")
     files = "files to train on, each with :0.7 for its share or *3 for copies; default: Tiny World"
@@ -117,7 +117,6 @@ def training_parser(doc, **defaults):
     new = "new tokens: JSON of item to tokens or of token to description, or a token a line"
     add("extend_tokens", None, new, Path, metavar="FILE")
     add("freeze_base", 0, "1: train only the rows of new tokens", switch)
-    add("freeze", None, "weights whose names match are not trained", metavar="REGEX")
     add("teacher_weight", None, "weights of a teacher (distillation)", metavar="NAME")
     recorded = "recorded hidden states of a teacher, and its data: see export_hidden_states.py"
     add("offline_dir", None, recorded, Path, metavar="DIR")
@@ -224,7 +223,7 @@ def contradictions(args, parser):
     if args.aux_layers and not args.hidden_weight:
         problems.append("--aux_layers: needs --hidden_weight above 0")
     if args.from_weight in (None, "none") and not args.from_resume:
-        for name in ("use_lora", "extend_tokens", "freeze_base", "freeze"):
+        for name in ("use_lora", "extend_tokens", "freeze_base"):
             if getattr(args, name):
                 problems.append(f"--{name}: needs trained weights; give --from_weight")
     if args.use_lora == 1 and not str(args.save_weight).startswith("lora_"):

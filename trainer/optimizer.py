@@ -30,12 +30,10 @@ def make_optimizer(model, args):
     groups = [{"params": matrices, "weight_decay": args.weight_decay}]
     groups += [{"params": scales, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    how = {"lr": args.learning_rate, "betas": (0.9, 0.95), "fused": True}
-    adamw = torch.optim.AdamW(groups, **how) if groups else None
+    adamw = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), fused=True)
     if not muon:
         return adamw
-    muon = Muon(muon, args.learning_rate, args.weight_decay)
-    return Optimizers(muon, adamw) if adamw else muon
+    return Optimizers(Muon(muon, args.learning_rate, args.weight_decay), adamw)
 
 
 class Muon(torch.optim.Optimizer):
@@ -169,31 +167,11 @@ def load_full_state(model, optimizer, state):
     parts = getattr(optimizer, "parts", (optimizer,))
     name_of = {weight: name for name, weight in model.named_parameters()}
     names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
-    state = by_name(state, parts, name_of)
-    if sorted(state["state"]) != sorted(names):
+    if set(state.get("state", ())) != set(names):
         raise ValueError("it is that of other weights")
     state["param_groups"] = [group for group in state["param_groups"] if group["params"]]
     options = state_dict.StateDictOptions(full_state_dict=True)
     state_dict.set_optimizer_state_dict(model, parts, state, options=options)
-
-
-def by_name(state, parts, name_of):
-    """The state with weights called by name; earlier versions numbered those of each optimizer."""
-    if "muon" in state or "adamw" in state:
-        states = [state["muon"], state["adamw"]]
-    elif all(isinstance(name, int) for name in state["state"]):
-        states = [state]
-    else:
-        return state
-    found = {"state": {}, "param_groups": []}
-    for part, numbered in zip(parts, states, strict=True):
-        weights = [weight for group in part.param_groups for weight in group["params"]]
-        for number, values in numbered["state"].items():
-            found["state"][name_of[weights[number]]] = values
-        for group in numbered["param_groups"]:
-            names = [name_of[weights[number]] for number in group["params"]]
-            found["param_groups"].append(group | {"params": names})
-    return found
 
 
 def require_compiler(device):

@@ -25,7 +25,6 @@ FREE = """from_resume force_resume from_weight save_dir save_weight config cache
     early_stop_patience save_best_at_end max_bad_steps loss_curve offline_dir""".split()
 FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
 FREE += ["data_path", "val_data_path", "replay_path"]  # content and shares are compared
-FREE += ["extend_tokens"]  # the checkpoint has the tokens, and `choose_trainable` compares
 QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ
 
 

@@ -1,6 +1,4 @@
-"""What can happen to a run from outside: signals, a reader of its output that goes away, a second
-run under the same name.
-"""
+"""What can happen to a run from outside: signals, and a second run under the same name."""
 
 import os
 import signal
@@ -12,53 +10,30 @@ from common import UserError
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM (a cluster takes the machine back), SIGHUP (the terminal is closed) and
-    SIGPIPE (the reader of the output is closed) into a flag that the loop reads between two
-    steps. A second Ctrl-C stops at once.
+    """Turns Ctrl-C, SIGTERM (a cluster takes the machine back) and SIGHUP (the terminal is closed)
+    into a flag that the loop reads between two steps. A second Ctrl-C stops at once.
     """
 
     def __init__(self):
         self.received = self.ending = False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            # nohup has SIGHUP ignored, and means it; so does Python SIGPIPE, to raise an error.
-            if number and (name == "SIGPIPE" or signal.getsignal(number) != signal.SIG_IGN):
+            # nohup has SIGHUP ignored, and means it.
+            if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.receive)
-        for name in ("stdout", "stderr"):
-            if not isinstance(getattr(sys, name), Unbreakable):
-                setattr(sys, name, Unbreakable(getattr(sys, name)))
 
     def receive(self, number, frame):
         if self.ending:  # a third must not break into the ending
             return
+        if number == getattr(signal, "SIGHUP", None):  # what is printed goes nowhere from here on
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
         if self.received and number == signal.SIGINT:
             self.ending = True
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # also while the interpreter ends
             raise KeyboardInterrupt
         self.received = True
-
-
-class Unbreakable:
-    """A text stream that ignores writes once its reader is gone."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, action, *values):
-        try:
-            return action(*values)
-        except OSError:
-            # What is left in its buffer would raise the error again when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class RunLock:

@@ -1,7 +1,6 @@
-"""Which weights of a model are trained: all, those of adapters, of new tokens, or not of a name."""
+"""Which weights of a model are trained: all, those of adapters, or those of new tokens."""
 
 import json
-import re
 
 import torch
 
@@ -11,10 +10,10 @@ from model.lora import add_lora
 
 
 def choose_trainable(model, tokenizer, args, saved=None):
-    """Adds new tokens and adapters to a model, and freezes weights, as --extend_tokens, --use_lora,
-    --freeze_base and --freeze say. A saved checkpoint has its tokens and adapters already.
+    """Adds new tokens and adapters to a model, and freezes weights, as --extend_tokens, --use_lora
+    and --freeze_base say. A saved checkpoint has its tokens and adapters already.
 
-    Raises UserError where nothing is left to train, or where flags contradict each other.
+    Raises UserError where flags contradict each other.
     """
     if args.use_lora and (args.freeze_base or args.extend_tokens):
         raise UserError(
@@ -23,9 +22,7 @@ def choose_trainable(model, tokenizer, args, saved=None):
         )
     if args.freeze_base and args.parallel == "fsdp":
         raise UserError("--freeze_base 1 needs whole matrices; use --parallel ddp")
-    if args.extend_tokens and saved:
-        require_known(args.extend_tokens, tokenizer)
-    elif args.extend_tokens:
+    if args.extend_tokens and not saved:
         added = extend_vocab(model, tokenizer, read_tokens(args.extend_tokens))
         print(f"{added} new tokens; the vocabulary has {model.config.vocab_size} entries")
     try:
@@ -39,42 +36,13 @@ def choose_trainable(model, tokenizer, args, saved=None):
             "--lora_target" if args.use_lora else "--freeze_base 1: add some with --extend_tokens;"
         )
         raise UserError(f"{flag} {error}") from None
-    if args.freeze:
-        freeze(model, args.freeze)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     if args.freeze_base:
         rows = {weight[weight.first_row :] for weight in model.parameters() if weight.requires_grad}
         trained = sum(weight.numel() for weight in rows)
     total = sum(weight.numel() for weight in model.parameters())
-    if not trained:
-        raise UserError("nothing is left to train; give --freeze fewer names")
     if trained < total:
         print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%})")
-
-
-def freeze(model, pattern):
-    """Excludes the weights whose names a regular expression finds from training."""
-    try:
-        found = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-    except re.error as error:
-        raise UserError(f"--freeze {pattern} is no regular expression: {error}") from None
-    if not found:
-        raise UserError(f"--freeze {pattern}: no weight has such a name")
-    for name in found:
-        model.get_parameter(name).requires_grad_(False)
-
-
-def require_known(path, tokenizer):
-    """Raises UserError if a file has tokens that the checkpoint of a run does not have. The run
-    does not need the file any more, so it may be gone.
-    """
-    tokens = read_tokens(path) if path.is_file() else {}
-    new = [token for token in tokens if tokenizer.token_to_id(token) is None]
-    if new:
-        raise UserError(
-            f"--extend_tokens {path} has tokens that the run did not begin with, such as {new[0]}; "
-            "give the file as it was, leave the flag out, or start a new run"
-        )
 
 
 def read_tokens(path):

@@ -21,7 +21,7 @@ from model.generation import complete
 from model.loss import supervised_tokens
 from trainer import adapters, checkpoint
 from trainer.arguments import SHAPE
-from trainer.distributed import first_process_first, is_first, pick_device, pick_dtype
+from trainer.distributed import first_process_first, pick_device, pick_dtype
 from trainer.optimizer import require_compiler
 
 
@@ -160,7 +160,6 @@ def reading(args):
         "max_length": args.max_seq_len,
         "strict": args.strict_data,
         "cache_dir": args.cache_dir or args.save_dir / "cache",
-        "verify": is_first(),  # it opens the data before the others
     }
 
 
