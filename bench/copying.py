@@ -22,7 +22,7 @@ from dataset.tiny_world.text import words
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import supervised_tokens
-from trainer.distributed import keep_freed_memory
+from trainer.runtime import keep_freed_memory
 
 STEPS, EVERY, RATE = 600, 100, 1e-3
 WORDS = [word for group in words.values.values() for word in group] + words.things

@@ -26,7 +26,7 @@ from dataset.lm_dataset import SFTDataset
 from dataset.loader import best_fit_decreasing, collate, pad
 from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.distributed import keep_freed_memory, pick_dtype
+from trainer.runtime import keep_freed_memory, pick_dtype
 
 TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}"

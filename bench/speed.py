@@ -34,8 +34,8 @@ from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from trainer import checkpoint
-from trainer.distributed import keep_freed_memory
 from trainer.optimizer import compile_layers
+from trainer.runtime import keep_freed_memory
 
 SHAPE = dict(vocab_size=6400, hidden_size=512, num_hidden_layers=8, intermediate_size=1600)
 ROWS = []

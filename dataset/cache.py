@@ -99,7 +99,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None)
     except OSError as error:
         raise UserError(
             f"the cache {folder} cannot be used: {error.strerror or error}. Make room, or choose "
-            "another --cache_dir"
+            "another --save_dir or --cache_dir"
         ) from None
     return Tokens(ids, mask, *arrays, report, path, content)
 

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import sys
-import time
 from bisect import bisect_left, insort
 from functools import lru_cache, partial
 from pathlib import Path
@@ -103,20 +102,18 @@ def mix(samples, dataset, sources, seed):
 class StepPlan:
     """The samples and batches of each optimizer step of a run; len(plan) steps in all epochs.
 
-    step_began   time.perf_counter() when the latest step's batches were asked for
-    wait_s       seconds that the loop has waited for batches in all
-    samples      the samples of the latest step, and its epoch
+    samples      the samples of the latest step
     row_length   tokens of a packed row at most, or None
     """
 
-    def __init__(self, dataset, samples, args, compute):
-        self.dataset, self.args, self.device = dataset, args, compute.device
+    def __init__(self, dataset, samples, args, runtime):
+        self.dataset, self.args, self.device = dataset, args, runtime.device
         self.row_length = row_length(dataset.lengths, args) if args.packing else None
-        self.rows_per_step = args.batch_size * args.accumulation_steps * compute.world_size
-        ranks = {"rank": compute.rank, "world_size": compute.world_size}
+        self.rows_per_step = args.batch_size * args.accumulation_steps * runtime.world_size
+        ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
         self.of_epoch = lru_cache(1)(partial(epoch_plan, dataset, samples, args, **ranks))
         self.steps_per_epoch = len(self.of_epoch(0))
-        self.step_began, self.wait_s, self.samples, self.epoch = 0.0, 0.0, [], 0
+        self.samples = []
 
     def __len__(self):
         return self.steps_per_epoch * self.args.epochs
@@ -126,16 +123,12 @@ class StepPlan:
         them: micro-batches, whose gradients are summed.
         """
         while step < len(self):
-            self.epoch, done = divmod(step, self.steps_per_epoch)
-            steps = self.of_epoch(self.epoch)[done:]
-            micro_batches = [micro_batch for step in steps for micro_batch in step]
-            loader = batches(self.dataset, micro_batches, self.args, self.device)
+            epoch, done = divmod(step, self.steps_per_epoch)
+            steps = self.of_epoch(epoch)[done:]
+            loader = batches(self.dataset, flat(steps), self.args, self.device)
             for of_step in steps:
-                self.step_began = time.perf_counter()
-                fetched = [next(loader) for _ in of_step]
-                self.wait_s += time.perf_counter() - self.step_began
                 self.samples = flat(flat(of_step))
-                yield fetched
+                yield [next(loader) for _ in of_step]
             step += len(steps)
 
 

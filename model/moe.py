@@ -50,7 +50,11 @@ class MoE(nn.Module):
         return out.view(x.shape)  # (N, D) -> (B, T, D)
 
 
-def load_balance_loss(model):
-    """The mean of the MoE layers' losses in the last training forward; 0.0 for a dense model."""
+def router_loss(model, num_micro_batches):
+    """Return the share of one of a step's micro-batches in the loss of its routers: the mean of the
+    MoE layers' losses in the last training forward, times config.router_aux_loss_coef. It is 0.0
+    for a dense model.
+    """
     losses = [layer.load_balance_loss for layer in model.modules() if isinstance(layer, MoE)]
-    return torch.stack(losses).mean() if losses else 0.0
+    mean = torch.stack(losses).mean() if losses else 0.0
+    return model.config.router_aux_loss_coef * (mean / num_micro_batches)

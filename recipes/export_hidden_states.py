@@ -32,7 +32,7 @@ from model.distillation import Teacher
 from model.lora import hash_of
 from trainer import checkpoint
 from trainer.arguments import conversation_flags, source
-from trainer.distributed import DTYPES, autocast_to, pick_device, pick_dtype
+from trainer.runtime import DTYPES, autocast_to, pick_device, pick_dtype
 from trainer.teacher import layers_of
 from trainer.trainer_utils import conversation_options, open_data, replay
 

@@ -203,7 +203,7 @@ def test_an_edited_comment_leaves_the_cache(monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_said_in_a_sentence(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another --cache_dir"):
+    with pytest.raises(UserError, match="choose another --save_dir or --cache_dir"):
         SFTDataset(data / "sft.jsonl", load_tokenizer(), cache_dir=tmp_path / "file" / "cache")
 
 

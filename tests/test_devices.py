@@ -33,7 +33,7 @@ from model.policy import pair_log_probabilities, policy_loss, preference_loss
 from serving.batching import Batcher, Request
 from serving.views import ONE_AT_A_TIME
 from tests.conftest import ROOT, TINY, fsdp, pack, run, sft, torchrun
-from trainer import distributed
+from trainer import runtime
 from trainer.optimizer import Muon, Optimizers, clip_and_step, compile_layers, require_compiler
 from trainer.trainer_utils import generating
 
@@ -63,7 +63,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, name, local_rank, pick
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     device = torch.device(picked)
-    assert distributed.pick_device(name) == device
+    assert runtime.pick_device(name) == device
     assert taken == ([device] if device.type == "cuda" else [])  # set_device needs the number
 
 
@@ -75,7 +75,7 @@ def test_auto_takes_an_apple_gpu_for_one_process_alone(monkeypatch, rank, picked
     monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
     if rank:
         monkeypatch.setenv("RANK", rank)
-    assert distributed.pick_device("auto") == torch.device(picked)
+    assert runtime.pick_device("auto") == torch.device(picked)
 
 
 def test_auto_takes_fp16_on_a_gpu_that_only_emulates_bf16(monkeypatch):
@@ -83,16 +83,16 @@ def test_auto_takes_fp16_on_a_gpu_that_only_emulates_bf16(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
         )
-        assert distributed.auto_dtype(torch.device("cuda")) == picked
-    assert distributed.auto_dtype(torch.device("mps")) == "fp32"
+        assert runtime.auto_dtype(torch.device("cuda")) == picked
+    assert runtime.auto_dtype(torch.device("mps")) == "fp32"
 
 
 def test_what_an_apple_gpu_needs_a_newer_torch_for_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(distributed, "pick_device", lambda *_: torch.device("mps"))
+    monkeypatch.setattr(runtime, "pick_device", lambda *_: torch.device("mps"))
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
     args = SimpleNamespace(dtype="fp16", device="mps", deterministic=0)
     with pytest.raises(UserError, match="--dtype fp16 on an Apple GPU needs torch 2.8"):
-        distributed.start(args)
+        runtime.start_runtime(args)
     with pytest.raises(UserError, match="--use_compile 1 on an Apple GPU needs torch 2.8"):
         require_compiler(torch.device("mps"))
 
@@ -109,10 +109,10 @@ def test_a_gpu_without_triton_compiles_nothing(monkeypatch):
 
 def test_several_processes_do_not_share_an_apple_gpu(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
-    assert distributed.pick_device("mps") == torch.device("mps")
+    assert runtime.pick_device("mps") == torch.device("mps")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="several processes cannot share an Apple GPU"):
-        distributed.pick_device("mps")
+        runtime.pick_device("mps")
 
 
 def test_processes_of_one_machine_take_no_gpu_by_its_number(monkeypatch):
@@ -120,16 +120,16 @@ def test_processes_of_one_machine_take_no_gpu_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:1: each process needs a GPU of its own"):
-        distributed.pick_device("cuda:1")
-    assert distributed.pick_device("cuda") == torch.device("cuda:0")
+        runtime.pick_device("cuda:1")
+    assert runtime.pick_device("cuda") == torch.device("cuda:0")
 
 
 def test_weights_that_are_not_trained_are_fp32_where_bf16_is_emulated(monkeypatch):
     """There is no scaler, and an overflow would end the answer without a word."""
     for auto, taken in (("fp16", torch.float32), ("bf16", torch.bfloat16)):
-        monkeypatch.setattr(distributed, "auto_dtype", lambda device, auto=auto: auto)
-        assert distributed.pick_dtype("auto", torch.device("cuda")) == taken
-        assert distributed.pick_dtype("fp16", torch.device("cuda")) == torch.float16
+        monkeypatch.setattr(runtime, "auto_dtype", lambda device, auto=auto: auto)
+        assert runtime.pick_dtype("auto", torch.device("cuda")) == taken
+        assert runtime.pick_dtype("fp16", torch.device("cuda")) == torch.float16
 
 
 @pytest.mark.parametrize("name, at_once", [("mps", False), ("cpu", False), ("cuda", True)])
@@ -433,15 +433,15 @@ def test_gradients_have_a_group_of_their_own_that_gives_up_soon(monkeypatch, dev
     monkeypatch.setattr(dist, "init_process_group", lambda *how, **more: made.append((how, more)))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    assert distributed.join() == (0, 2)
+    assert runtime.join() == (0, 2)
     assert made == [(("gloo",), {"timeout": timedelta(hours=6)})]
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(dist, "new_group", lambda **how: how)
-    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **how: how)
+    monkeypatch.setattr(runtime, "DistributedDataParallel", lambda model, **how: how)
     weight = SimpleNamespace(device=torch.device(device))
     model = SimpleNamespace(parameters=lambda: iter([weight]))
-    found = distributed.parallelise(model, "ddp", torch.bfloat16)
+    found = runtime.parallelize(model, "ddp", torch.bfloat16)
     limit = timedelta(minutes=10)
     assert found["process_group"] == {"backend": backend, "timeout": limit}
 
@@ -458,7 +458,7 @@ def alone_in_a_job():
 def test_sharded_layers_get_positions_and_the_residual_stream_in_fp32(alone_in_a_job, parallel):
     """As with ddp, where autocast leaves them so. The layers compute in bf16."""
     model, seen, inside = CausalLM(ModelConfig(**SHAPE)), [], []
-    learner = distributed.parallelise(model, parallel, torch.bfloat16)
+    learner = runtime.parallelize(model, parallel, torch.bfloat16)
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _, given: seen.extend([given[0], *given[1]]))
         layer.mlp.register_forward_hook(lambda layer, _, out: inside.append(out))
@@ -476,7 +476,7 @@ def test_a_sharded_model_answers_in_several_batches(alone_in_a_job, parallel):
     model, prompts = CausalLM(ModelConfig(**SHAPE)), [[5, 6, 7], [8]]
     options = {"max_new_tokens": 5, "temperature": 0}
     expected = complete(model, prompts, **options)
-    learner = distributed.parallelise(model, parallel, torch.float32)
+    learner = runtime.parallelize(model, parallel, torch.float32)
     for _ in range(2):
         input_ids, labels, *where = pack(samples([5, 9]), 64)
         learner(input_ids, *where, labels=labels).backward()
@@ -487,7 +487,7 @@ def test_a_sharded_model_answers_in_several_batches(alone_in_a_job, parallel):
 def test_fsdp_on_a_cpu_of_an_older_torch_is_a_sentence(alone_in_a_job, monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
     with pytest.raises(UserError, match="--parallel fsdp on a CPU needs torch 2.7"):
-        distributed.parallelise(CausalLM(ModelConfig(**SHAPE)), "fsdp", torch.float32)
+        runtime.parallelize(CausalLM(ModelConfig(**SHAPE)), "fsdp", torch.float32)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", fsdp("fsdp")])

@@ -268,7 +268,10 @@ def test_two_processes_end_in_the_weights_of_one(trained, pairs, tmp_path):
 
 def test_what_cannot_be_is_a_sentence(trained, pairs, data, tmp_path):
     script = "trainer/train_dpo.py"
-    refused(run_here(script, *dpo(trained, pairs, tmp_path, "--packing", 1)), "no use of --packing")
+    refused(
+        run_here(script, *dpo(trained, pairs, tmp_path, "--packing", 1)),
+        "doesn't support --packing",
+    )
     refused(run_here(script, *dpo(trained, pairs, tmp_path, "--dpo_beta", -1)), "--dpo_beta -1")
     refused(run_here(script, *dpo(trained, data / "sft.jsonl", tmp_path)), "no usable record")
     done = run_here("trainer/train_full_sft.py", *dpo(trained, pairs, tmp_path))

@@ -17,7 +17,7 @@ from common import UserError
 from tests.conftest import ROOT, run, run_here
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
-from trainer import checkpoint, train_full_sft
+from trainer import checkpoint, train_full_sft, training_run
 from trainer.signals import RunLock, StopSignal
 
 NAME = "trainer/train_full_sft.py"
@@ -39,7 +39,7 @@ MORE = {"epochs": 2, "dropout": 0.1, "save_interval": 2}
 
 def stopped_at(steps, data, out, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train_full_sft, "StopSignal", StopAt(steps))
+        patch.setattr(training_run, "StopSignal", StopAt(steps))
         with pytest.raises(SystemExit):
             train_full_sft.main(flags(data, out, **MORE))
 
@@ -243,7 +243,7 @@ def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data):
         folder.chmod(0o555)
         done = run("-c", code, *flags(folder, out))
         folder.chmod(0o755)
-    refused(done, "cannot be written: Permission denied", "--save_dir")
+    refused(done, "cannot be used: Permission denied", "--save_dir")
 
 
 @unix

@@ -26,12 +26,13 @@ from serving.batching import Batcher, Request
 from tests.conftest import ROOT, export, pack, run, write_jsonl
 from trainer import (
     checkpoint,
-    distributed,
+    runtime,
     train_distillation,
     train_dpo,
     train_full_sft,
     train_grpo,
     train_pretrain,
+    training_run,
 )
 
 # cuBLAS reads it once, before its first product; --deterministic 1 sets it for its own process.
@@ -59,14 +60,14 @@ def exact():
 @no_rehearsal
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_gpu_by_any_of_its_names(name, monkeypatch):
-    assert distributed.pick_device(name) == GPU
-    assert torch.zeros(1, device=distributed.pick_device(name)).device == GPU
+    assert runtime.pick_device(name) == GPU
+    assert torch.zeros(1, device=runtime.pick_device(name)).device == GPU
 
 
 @no_rehearsal
 def test_auto_takes_what_the_gpu_computes_natively():
     native = torch.cuda.get_device_capability(GPU) >= (8, 0)
-    assert distributed.auto_dtype(GPU) == ("bf16" if native else "fp16")
+    assert runtime.auto_dtype(GPU) == ("bf16" if native else "fp16")
 
 
 @no_rehearsal
@@ -98,7 +99,7 @@ def loss_and_gradients(model, batch, dtype=torch.float32):
     device = next(model.parameters()).device
     input_ids, labels, *where = to_device(batch, device)
     model.zero_grad()
-    with distributed.autocast_to(dtype, device):
+    with runtime.autocast_to(dtype, device):
         logits = model(input_ids, *where).float()
         loss = model(input_ids, *where, labels=labels)
     loss.backward()
@@ -230,7 +231,7 @@ def test_a_micro_batch_waits_for_nothing(learner):
 
     def step():
         input_ids, labels, *where = to_device(batch, GPU)
-        with distributed.autocast_to(torch.bfloat16, GPU):
+        with runtime.autocast_to(torch.bfloat16, GPU):
             if learner == "pairs":
                 loss = pair_log_probabilities(model, (input_ids, labels, *where)).sum()
             else:
@@ -306,7 +307,7 @@ def test_deterministic_runs_and_resumed_ones_end_in_the_same_bits(data, tmp_path
     from tests.test_training import StopAt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_pretrain, "StopSignal", StopAt(5))
+        patch.setattr(training_run, "StopSignal", StopAt(5))
         with pytest.raises(SystemExit):
             pretrain(data, tmp_path / "c", *exact)
     train_pretrain.main(["--from_resume", "1", "--save_dir", str(tmp_path / "c")])
@@ -394,7 +395,7 @@ def test_a_lost_process_is_named(data, tmp_path):
         "    return lr(optimizer, step, *more)\n"
         "train.set_learning_rate = dies\n"
         "from common import report_user_errors\n"
-        "with report_user_errors(), train.distributed.report_lost_process(): train.main()\n",
+        "with report_user_errors(), train.report_lost_process(): train.main()\n",
         encoding="utf-8",
     )
     flags = [*SMALL[:-2], "--data_path", data / "pretrain.jsonl", "--save_dir", tmp_path]

@@ -273,8 +273,8 @@ def test_an_evaluation_is_of_weights_and_adapters_together(lora_run, gsm8k, tmp_
     (result,) = (tmp_path / "eval" / "gsm8k").glob("*.json")
     before = result.read_bytes()
     done = run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft")
-    assert done.returncode == 0 and "the weights were trained anew" in done.stdout
-    assert result.with_stem(f"{result.stem}_previous").read_bytes() == before != result.read_bytes()
+    assert done.returncode == 2 and "is of another run: weights_sha256 was" in done.stderr
+    assert result.read_bytes() == before
 
 
 def test_other_weights_beneath_are_refused(lora_run, trained):

@@ -13,9 +13,16 @@ from common import ROOT, UserError
 from tests.conftest import LORA, TINY, run, run_here
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, log, weights
-from trainer import checkpoint, train_distillation, train_dpo, train_full_sft, train_pretrain
+from trainer import (
+    checkpoint,
+    train_distillation,
+    train_dpo,
+    train_full_sft,
+    train_pretrain,
+    training_run,
+)
+from trainer.arguments import next_command, resume_command
 from trainer.optimizer import learning_rate
-from trainer.run import next_command, resume_command
 
 SFT = "trainer/train_full_sft.py"
 
@@ -33,7 +40,7 @@ def last_line(printed):
 def stopped(script, command, monkeypatch, capsys):
     """The last line that a run prints which is stopped at its second step."""
     with monkeypatch.context() as patch:
-        patch.setattr(script, "StopSignal", StopAt(2))
+        patch.setattr(training_run, "StopSignal", StopAt(2))
         with pytest.raises(SystemExit):
             script.main(command)
     return last_line(capsys.readouterr().out)
@@ -193,8 +200,9 @@ def test_the_villages_data_in_a_folder_that_cannot_be_written_is_told(tmp_path):
 def test_an_error_of_reading_does_not_blame_the_target(base, data, monkeypatch):
     """The best weights are read once; an error of that names their own file."""
     train_full_sft.main(flags(data, base, "--val_interval", 1, "--save_best_at_end", 1))
-    best, args = base / "checkpoints/full_sft_32_best.pth", SimpleNamespace(save_dir=base)
-    place, plain = base / "full_sft_32.pth", Path.open
+    best, plain = base / "checkpoints/full_sft_32_best.pth", Path.open
+    place = base / "full_sft_32.pth"
+    run = SimpleNamespace(weights_path=place, checkpoint_path=lambda ending: best)
 
     def unreadable(path, mode="r", *how, **more):
         if path == best and "r" in mode:
@@ -204,11 +212,11 @@ def test_an_error_of_reading_does_not_blame_the_target(base, data, monkeypatch):
     place.unlink()
     with monkeypatch.context() as patch:  # a second time, after `load` has read all of it
         patch.setattr(Path, "open", unreadable)
-        checkpoint.put_best_in_place(args, "full_sft_32")
+        checkpoint.put_best_in_place(run)
     assert_equal(weights(base), checkpoint.load(best)["model"])
     best.unlink()
     with pytest.raises(UserError, match="full_sft_32_best.pth cannot be read"):
-        checkpoint.put_best_in_place(args, "full_sft_32")
+        checkpoint.put_best_in_place(run)
 
 
 def test_a_run_that_began_with_a_relative_path_is_resumed_from_elsewhere(

@@ -17,10 +17,10 @@ from common import UserError
 from tests.conftest import chat, flags_read, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
-from trainer import checkpoint, train_full_sft
+from trainer import checkpoint, train_full_sft, training_run
 from trainer.optimizer import set_learning_rate
-from trainer.run import FREE, Run
-from trainer.run import resume as resume_run
+from trainer.training_run import FREE, Progress
+from trainer.training_run import resume as resume_run
 
 SFT = "trainer/train_full_sft.py"
 RESUME = "checkpoints/full_sft_32_resume.pth"
@@ -29,7 +29,7 @@ RESUME = "checkpoints/full_sft_32_resume.pth"
 def stopped_at(step, command, monkeypatch):
     """The run of these flags, stopped after some steps."""
     with monkeypatch.context() as patch:
-        patch.setattr(train_full_sft, "StopSignal", StopAt(step))
+        patch.setattr(training_run, "StopSignal", StopAt(step))
         with pytest.raises(SystemExit):
             train_full_sft.main(command)
 
@@ -78,7 +78,7 @@ def test_weights_that_are_the_best_already_are_not_replaced_by_the_last(data, tm
 
 
 def test_patience_begins_anew_with_each_better_validation():
-    run = Run(["x"], 5, 8, 1)
+    run = Progress(["x"], 5, 8, 9)
     assert [run.note_score(score) for score in (-3, -4, -2, -5, -6)] == [
         True,
         False,
@@ -86,7 +86,7 @@ def test_patience_begins_anew_with_each_better_validation():
         False,
         False,
     ]
-    assert run.finished(9, 2) and not run.finished(9, 3) and not run.finished(9, 0)
+    assert run.is_finished(2) and not run.is_finished(3) and not run.is_finished(0)
 
 
 def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
@@ -275,11 +275,11 @@ OTHER = {  # a value that each flag that decides the result may have instead
 @pytest.mark.parametrize("name", OTHER)
 def test_a_flag_that_decides_the_result_may_not_change(name):
     args = parse(["--from_weight", "none"])
-    saved = {"arguments": vars(args), "run": vars(Run(["x"], 5, 8, 1)), "path": "it.pth"}
+    saved = {"arguments": vars(args), "run": vars(Progress(["x"], 5, 8, 1)), "path": "it.pth"}
     changed = copy.copy(args)
     setattr(changed, name, OTHER[name])
     with pytest.raises(UserError, match=rf"but {name} is {re.escape(str(OTHER[name]))} and was"):
-        resume_run(Run(["x"], 5, 8, 1), saved, changed, None, None, None)
+        resume_run(Progress(["x"], 5, 8, 1), saved, changed, None, None, None)
 
 
 def test_every_flag_may_change_or_may_not():

@@ -20,7 +20,7 @@ from dataset.chat_template import render
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, chat, torchrun, write_jsonl
-from trainer import checkpoint, distributed, train_full_sft, train_pretrain
+from trainer import checkpoint, runtime, train_full_sft, train_pretrain, training_run
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
 MODELS = {
@@ -118,11 +118,11 @@ def watched_run(stage, flags, broken=None, sgd=True):
 
 def run_cases(text):
     """What each process of a torchrun job does: one run after the other, in one process group."""
-    with distributed.report_lost_process():
-        rank, processes = distributed.join()
-        distributed.join, distributed.end = lambda: (rank, processes), lambda: None
+    with runtime.report_lost_process():
+        rank, processes = runtime.join()
+        runtime.join, training_run.end_job = lambda: (rank, processes), lambda: None
         cases, mark = json.loads(text), Path("first")
-        with distributed.first_process_first():
+        with runtime.first_process_first():
             if rank == 0:
                 time.sleep(0.5)
                 mark.touch()

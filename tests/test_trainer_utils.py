@@ -17,13 +17,13 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from model.lora import add_lora
 from tests.conftest import chat, curves_of, flags_read, write_jsonl
-from trainer import checkpoint, distributed, train_distillation, trainable
+from trainer import checkpoint, runtime, train_distillation, trainable
 from trainer.arguments import SHAPE
-from trainer.distributed import pick_device, pick_dtype
 from trainer.metrics import MetricsLog
 from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonal, require_compiler
-from trainer.run import Run
-from trainer.trainer_utils import describe, init_model, seed_step
+from trainer.runtime import pick_device, pick_dtype, seed_step
+from trainer.trainer_utils import describe, init_model
+from trainer.training_run import Progress
 
 
 def small(vocab_size=64, **more):
@@ -170,7 +170,7 @@ def test_auto_computes_in_bf16_where_the_processor_has_it(monkeypatch, device, n
     assert pick_dtype("auto", torch.device(device)) == dtype
     if device == "cpu":
         args = SimpleNamespace(dtype="auto", device="cpu", deterministic=0)
-        assert distributed.start(args).dtype == dtype
+        assert runtime.start_runtime(args).dtype == dtype
         assert args.dtype == picked  # so that a resumed run computes as it began
 
 
@@ -265,8 +265,8 @@ REST = {"epoch": 0, "lr": 0.1, "grad_norm": 1.0, "data_wait_s": 0.0}
 
 def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     path = tmp_path / "logs" / "x.jsonl"
-    run = Run([], 1, 1)
-    log = MetricsLog(path, run, 9)
+    run = Progress([], 1, 1)
+    log = MetricsLog(path, run)
 
     def losses():
         return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
@@ -277,18 +277,18 @@ def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     log.write(run, loss=float("nan"), **REST)
     assert losses() == [0.333333, None]
     run.log_bytes = kept
-    MetricsLog(path, run, 9).write(run, loss=1.0, **REST)
+    MetricsLog(path, run).write(run, loss=1.0, **REST)
     assert losses() == [0.333333, 1.0] and run.log_bytes == path.stat().st_size
-    MetricsLog(tmp_path / "y.jsonl", run, 9, silent=True).write(run, loss=1.0, **REST)
+    MetricsLog(tmp_path / "y.jsonl", run, silent=True).write(run, loss=1.0, **REST)
     assert not (tmp_path / "y.jsonl").exists()
-    MetricsLog(path, Run([], 1, 1), 9)  # a new run begins a new log
+    MetricsLog(path, Progress([], 1, 1, 9))  # a new run begins a new log
     assert path.read_bytes() == b""
 
 
 def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_are_seen(tmp_path):
     for highest in (3.0, 300.0):
-        run = Run([], 1, 1)
-        log = MetricsLog(tmp_path / "a & b.jsonl", run, 9)
+        run = Progress([], 1, 1)
+        log = MetricsLog(tmp_path / "a & b.jsonl", run)
         for tokens, loss, val_loss in (
             (10, highest, None),
             (20, float("inf"), 2.5),
@@ -315,15 +315,15 @@ def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_ar
 
 
 def test_a_process_alone_sums_its_own_values_and_waits_for_nobody():
-    assert distributed.all_reduce_sum(3, True, torch.tensor(2.5)) == [3.0, 1.0, 2.5]
-    compute = distributed.start(SimpleNamespace(dtype="fp32", device="cpu", deterministic=0))
-    assert distributed.is_first() and (compute.rank, compute.world_size) == (0, 1)
+    assert runtime.all_reduce_sum(3, True, torch.tensor(2.5)) == [3.0, 1.0, 2.5]
+    compute = runtime.start_runtime(SimpleNamespace(dtype="fp32", device="cpu", deterministic=0))
+    assert runtime.is_first() and (compute.rank, compute.world_size) == (0, 1)
     assert compute.sum(3, True) == [3.0, 1.0]
-    distributed.barrier()
+    runtime.barrier()
 
 
 def end_with(error):
-    with distributed.report_lost_process():
+    with runtime.report_lost_process():
         raise error
 
 
@@ -358,8 +358,8 @@ def test_gradients_are_sent_in_a_steps_last_micro_batch_alone():
     """Each micro-batch's would give the same sum, in more time."""
     runner = torch.nn.Linear(1, 1)
     runner.no_sync = lambda: "not sent"
-    assert distributed.sync_gradients(runner, False) == "not sent"
-    assert distributed.sync_gradients(runner, True) != "not sent"
+    assert runtime.gradient_sync(runner, False) == "not sent"
+    assert runtime.gradient_sync(runner, True) != "not sent"
 
 
 @pytest.mark.parametrize("equals", [False, True])

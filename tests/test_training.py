@@ -23,7 +23,7 @@ from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, TINY, chat, fsdp, run, run_here, torchrun, write_jsonl
-from trainer import checkpoint, train_full_sft, train_pretrain
+from trainer import checkpoint, train_full_sft, train_pretrain, training_run
 from trainer.arguments import parse_args, training_parser
 from trainer.optimizer import clip_and_step, learning_rate, make_optimizer
 
@@ -52,7 +52,7 @@ def log(out, name="full_sft_32"):
 def stopped_and_resumed(script, command, out, name, monkeypatch):
     """The weights and the log of a run of a train script that is stopped at step 3, and resumed."""
     with monkeypatch.context() as patch:
-        patch.setattr(script, "StopSignal", StopAt(3))
+        patch.setattr(training_run, "StopSignal", StopAt(3))
         with pytest.raises(SystemExit):
             script.main(command)
     save_weight = ["--save_weight", name.removesuffix("_32")]
@@ -142,7 +142,7 @@ def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, stage,
     main(flags(data, tmp_path / "whole", **more))
     for steps in (3, 1, 2):  # in the first epoch, at its end, in the second
         with monkeypatch.context() as patch:
-            patch.setattr(SCRIPTS[stage], "StopSignal", StopAt(steps))
+            patch.setattr(training_run, "StopSignal", StopAt(steps))
             with pytest.raises(SystemExit) as stopped:
                 resume = ["--from_resume", "1"] if (tmp_path / "parts").exists() else []
                 main([*flags(data, tmp_path / "parts", **more), *resume])
@@ -183,7 +183,7 @@ def test_a_resumed_run_takes_over_the_flags_that_are_not_given(data, tmp_path, m
     more = {"epochs": 2, "dropout": 0.1, "learning_rate": 0.003, "val_split": 0.1, "seed": 5}
     train_full_sft.main(flags(data, tmp_path / "whole", **more))
     with monkeypatch.context() as patch:
-        patch.setattr(train_full_sft, "StopSignal", StopAt(3))
+        patch.setattr(training_run, "StopSignal", StopAt(3))
         with pytest.raises(SystemExit):
             train_full_sft.main(flags(data, tmp_path / "parts", **more))
     capsys.readouterr()
@@ -245,9 +245,9 @@ def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tm
     (tmp_path / "stop.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.test_training import StopAt\n"
-        "from trainer import train_full_sft as train\n"
-        "train.StopSignal = StopAt(int(sys.argv.pop(1)))\n"
-        "with train.distributed.report_lost_process(): train.main()\n",
+        "from trainer import train_full_sft as train, training_run\n"
+        "training_run.StopSignal = StopAt(int(sys.argv.pop(1)))\n"
+        "with train.report_lost_process(): train.main()\n",
         encoding="utf-8",
     )
 
@@ -275,9 +275,9 @@ def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tm
 def test_a_process_of_a_job_leaves_before_python_takes_itself_apart(code):
     program = f"""if True:
         import atexit, os, sys
-        from trainer import distributed
+        from trainer import runtime
         atexit.register(os.abort)
-        with distributed.report_lost_process():
+        with runtime.report_lost_process():
             print("done")
             sys.exit({code})
     """
@@ -366,7 +366,7 @@ def test_muon_moves_the_layers_matrices_and_resumes_to_the_bit(data, tmp_path, m
     more = {"optimizer": "muon", "epochs": 2, "weight_decay": 0, "learning_rate": 0.01}
     train_full_sft.main(flags(data, tmp_path / "whole", **more))
     with monkeypatch.context() as patch:
-        patch.setattr(train_full_sft, "StopSignal", StopAt(3))
+        patch.setattr(training_run, "StopSignal", StopAt(3))
         with pytest.raises(SystemExit):
             train_full_sft.main(flags(data, tmp_path / "parts", **more))
     train_full_sft.main(["--save_dir", str(tmp_path / "parts"), "--from_resume", "1"])

@@ -5,6 +5,7 @@ Defaults < the flags of the run that is resumed < the TOML file of --config < th
 
 import os
 import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -265,3 +266,42 @@ def use_recording(args, parser):
     if not (folder / "manifest.json").is_file():
         problems.append(f"--offline_dir {folder}: export_hidden_states.py has written none there")
     return problems
+
+
+def next_command(args, script="eval_llm.py"):
+    """Return the command that opens what a run has written: a chat, or the script of a stage."""
+    flags, name = [], args.save_weight
+    if args.use_lora:  # adapters are merged before another stage
+        script, flags = "eval_llm.py", ["--lora", name.removeprefix("lora_")]
+    elif script != "eval_llm.py":
+        flags = ["--from_weight", name]
+    elif name != "full_sft":  # the default
+        flags = ["--weight", name]
+    return command("python", script, args, *flags)
+
+
+def resume_command(args, stage, processes):
+    """Return the command that resumes a run; its other flags are in the checkpoint."""
+    is_ours = Path(sys.argv[0]).resolve().parent == ROOT / "trainer"  # else called from other code
+    name = Path(sys.argv[0]).name if is_ours else f"train_{stage}.py"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes on this machine
+    nodes = f"--nnodes {processes // here} " if here < processes else ""
+    launcher = "python" if processes == 1 else f"torchrun {nodes}--nproc_per_node {here}"
+    flags = ["--from_resume", "1", "--save_weight", args.save_weight]
+    return command(launcher, f"trainer/{name}", args, *flags)
+
+
+def command(launcher, script, args, *flags):
+    """Return a command line that works from where the user is."""
+    folder = [] if args.save_dir == ROOT / "out" else ["--save_dir", str(args.save_dir)]
+    path = ROOT / script
+    if Path.cwd().is_relative_to(ROOT):
+        path = Path(os.path.relpath(path))
+    return f"{launcher} {shlex.join([str(path), *flags, *folder])}"
+
+
+def refuse(args, parser, names):
+    """Raise UserError for flags that a train script doesn't support, unless they are left out."""
+    unused = [name for name in names.split() if getattr(args, name) != parser.get_default(name)]
+    if unused:
+        raise UserError(f"{parser.prog} doesn't support --{', --'.join(unused)}; leave that out")

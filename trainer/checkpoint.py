@@ -24,9 +24,9 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.distillation import add_projections
 from model.lora import adapter_state, add_lora
 from trainer.arguments import RENAMED
-from trainer.distributed import is_first
 from trainer.hf_folder import read_folder, remedy_for
 from trainer.optimizer import full_state
+from trainer.runtime import is_first
 
 FORMAT = 1
 EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
@@ -259,58 +259,53 @@ def flags_of(args):
     return {name: plain(value) for name, value in vars(args).items()}
 
 
-def save_weights(path, args, model, tokenizer, stage, run, state=None):
-    """Writes a weights file; of adapters alone, where only these are trained. state: the full state
-    dict. Every process must call this; the first one writes.
+def save_weights(run, path, state=None):
+    """Write the weights of a TrainingRun; only its adapters, where only these are trained. state:
+    the full state dict. Every process must call this; the first one writes.
     """
-    state = state or full_state(model)
+    state = state or full_state(run.model)
     if not is_first():
         return
-    more = {"training": dataclasses.asdict(run) | flags_of(args), **description(model)}
-    more["training"].pop("reference")  # only a resumed run needs it
-    if more.pop("projections", None):
+    training = dataclasses.asdict(run.progress) | flags_of(run.args)
+    training.pop("reference")  # only a resumed run needs it
+    content = {"training": training, **description(run.model)}
+    if content.pop("projections", None):
         state = {name: state[name] for name in state if not name.startswith("projections.")}
-    if "lora" in more:
-        state, more["under"] = adapter_state(state), str(args.from_weight)
-    save(path, state, model.config, tokenizer, stage, **more)
+    if "lora" in content:
+        state, content["under"] = adapter_state(state), str(run.args.from_weight)
+    save(path, state, run.model.config, run.tokenizer, run.stage, **content)
 
 
-def save_best(args, model, tokenizer, stage, run):
-    """Writes the weights that did best in validation so far. Every process must call this."""
-    name = file_name(args.save_weight, model.config)
-    path = args.save_dir / "checkpoints" / f"{name}_best.pth"
-    save_weights(path, args, model, tokenizer, stage, run)
+def save_run(run):
+    """Write all that resuming a TrainingRun needs, and its weights. Every process must call this.
 
-
-def save_run(args, model, tokenizer, stage, optimizer, scaler, run):
-    """Writes all that a resumed run needs, and the weights so far. Every process must call this.
-
-    The latest checkpoint becomes an earlier one when the new one is complete; args.keep_checkpoints
+    The latest checkpoint becomes an earlier one when the new one is complete; --keep_checkpoints
     of those stay.
     """
-    name, folder = file_name(args.save_weight, model.config), args.save_dir / "checkpoints"
-    state, optimizer_state = full_state(model, optimizer)
-    before, run.saved_step = run.saved_step, run.step
+    args, config = run.args, run.model.config
+    state, optimizer_state = full_state(run.model, run.optimizer)
+    before, run.progress.saved_step = run.progress.saved_step, run.progress.step
     if not is_first():
         return
-    more = {"optimizer": optimizer_state, "scaler": scaler.state_dict()}
-    more |= {"run": dataclasses.asdict(run), "arguments": flags_of(args), **description(model)}
-    if "lora" in more:  # the weights under the adapters have not changed
-        state, more["under"] = adapter_state(state), str(args.from_weight)
-    new, latest = folder / f"{name}_new.pth", folder / f"{name}_resume.pth"
-    save(new, state, model.config, tokenizer, stage, **more)
-    place = folder / f"{name}_step{before or 0:06d}.pth"
+    content = {"optimizer": optimizer_state, "scaler": run.runtime.scaler.state_dict()}
+    content |= {"run": dataclasses.asdict(run.progress), "arguments": flags_of(args)}
+    content |= description(run.model)
+    if "lora" in content:  # the weights under the adapters have not changed
+        state, content["under"] = adapter_state(state), str(args.from_weight)
+    new, latest = run.checkpoint_path("_new.pth"), run.checkpoint_path("_resume.pth")
+    save(new, state, config, run.tokenizer, run.stage, **content)
+    place = run.checkpoint_path(f"_step{before or 0:06d}.pth")
     if latest.exists() and not place.exists():  # there already: the latest was damaged
         patiently(latest.replace, place)
     patiently(new.replace, latest)
-    which = args.save_weight, model.config.hidden_size, model.config.use_moe
-    earlier = sorted(matching(folder, *which, r"_step\d+"), key=step_of)
+    which = args.save_weight, config.hidden_size, config.use_moe
+    earlier = sorted(matching(new.parent, *which, r"_step\d+"), key=step_of)
     for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
         patiently(path.unlink)
-    save_weights(args.save_dir / f"{name}.pth", args, model, tokenizer, stage, run, state)
+    save_weights(run, run.weights_path, state)
 
 
-def put_best_in_place(args, name):
-    """Makes the weights that did best in validation those of the run."""
-    best = load(args.save_dir / "checkpoints" / f"{name}_best.pth")  # an error names this file
-    save_tensors(args.save_dir / f"{name}.pth", best)
+def put_best_in_place(run):
+    """Make the weights that did best in validation those of a TrainingRun."""
+    best = load(run.checkpoint_path("_best.pth"))  # an error names this file
+    save_tensors(run.weights_path, best)

@@ -18,17 +18,18 @@ class MetricsLog:
     count once there is a second: it compiles and allocates.
     """
 
-    def __init__(self, path, run, total_steps, silent=False):
-        self.path, self.silent, self.total_steps = Path(path), silent, total_steps
+    def __init__(self, path, progress, silent=False):
+        self.path, self.silent = Path(path), silent
         self.steps, self.tokens, self.seconds = 0, 0, 0.0  # of this process
         self.curves, self.unit = {}, "nats per token"  # drawn instead: {label: (key, factor)}
-        self.bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=silent or None)
+        steps = {"total": progress.total_steps, "initial": progress.step}
+        self.bar = tqdm(**steps, unit="step", disable=silent or None)
         if silent:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:  # what came after the checkpoint is cut off
-                file.truncate(min(run.log_bytes, file.tell()))
+                file.truncate(min(progress.log_bytes, file.tell()))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -41,16 +42,16 @@ class MetricsLog:
         self.seconds += time.perf_counter() - began
         self.bar.update()
 
-    def write(self, run, *, epoch, loss, lr, grad_norm, data_wait_s, val_loss=None, **more):
+    def write(self, progress, *, epoch, loss, lr, grad_norm, data_wait_s, val_loss=None, **more):
         """Adds a line to the log; prints those of the first step and of validations."""
         speed = self.tokens / max(self.seconds, 1e-9)
         loss_text = "none" if loss is None else f"{loss:.3f}"
         self.bar.set_postfix(loss=loss_text, tokens_per_s=f"{speed:.0f}")
-        if val_loss is not None or run.step == 1:
+        if val_loss is not None or progress.step == 1:
             validation = "" if val_loss is None else f"validation {val_loss:.3f}, "
-            progress = f"step {run.step} of {self.total_steps}: loss {loss_text}"
-            tqdm.write(f"{progress}, {validation}{speed:,.0f} tokens/s")
-        line = {"step": run.step, "epoch": epoch, "tokens": run.tokens, "loss": loss}
+            at = f"step {progress.step} of {progress.total_steps}"
+            tqdm.write(f"{at}: loss {loss_text}, {validation}{speed:,.0f} tokens/s")
+        line = {"step": progress.step, "epoch": epoch, "tokens": progress.tokens, "loss": loss}
         line |= {"val_loss": val_loss, **more, "lr": lr, "grad_norm": grad_norm}
         line |= {"tokens_per_s": speed, "data_wait_s": data_wait_s}
         for key, value in line.items():
@@ -61,7 +62,7 @@ class MetricsLog:
         try:
             with self.path.open("ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")
-                run.log_bytes = file.tell()
+                progress.log_bytes = file.tell()
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written: {error.strerror}. Make room, and resume from the "

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import report_user_errors
-from trainer import distributed, train_full_sft
+from trainer import train_full_sft
+from trainer.runtime import report_lost_process
 
 
 def main(argv=None):
@@ -22,5 +23,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with report_user_errors(), distributed.report_lost_process():
+    with report_user_errors(), report_lost_process():
         main()

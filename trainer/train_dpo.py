@@ -8,7 +8,6 @@ one becomes more probable and the other less, compared with the model before.
 The loop is that of train_full_sft.py; what differs is the loss, which compares two answers.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -25,50 +24,49 @@ from dataset.loader import StepPlan, batches, cut, epoch_plan, flat, to_device
 from dataset.pairs import PairDataset, counts
 from dataset.tiny_world.generate import PAIRS
 from model.generation import eval_mode
-from model.moe import load_balance_loss
+from model.moe import router_loss
 from model.policy import pair_log_probabilities, preference_loss
-from trainer import checkpoint, distributed
-from trainer.arguments import training_parser
+from trainer.arguments import refuse, training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
-from trainer.run import Run, begin_run, finish, lock_run, next_command, parse_run, refuse
-from trainer.signals import StopSignal
+from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
 from trainer.trainable import choose_trainable
-from trainer.trainer_utils import describe, init_model, open_data, seed_step, show_sample
+from trainer.trainer_utils import describe, init_model, open_data, show_sample
+from trainer.training_run import Progress, TrainingRun, parse_run
 
 STAGE = "dpo"
 FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # means over pairs
 
 
 @torch.no_grad()
-def reference_of(model, dataset, args, compute):
+def reference_of(model, dataset, args, runtime):
     """The log-probabilities of all pairs of a dataset before the training, (n, 2), on the CPU. Each
     process computes its share.
     """
     rows = [[sample] for sample in range(len(dataset))]
-    plan = cut(rows, args.batch_size)[compute.rank :: compute.world_size]
+    plan = cut(rows, args.batch_size)[runtime.rank :: runtime.world_size]
     found = torch.zeros(len(dataset), 2)
-    mine = batches(dataset, plan, args, compute.device)
-    with eval_mode(model), compute.autocast:
+    mine = batches(dataset, plan, args, runtime.device)
+    with eval_mode(model), runtime.autocast:
         for part, batch in zip(plan, mine, strict=True):
             found[flat(part)] = pair_log_probabilities(
-                model, to_device(batch, compute.device)
+                model, to_device(batch, runtime.device)
             ).cpu()
-    return torch.tensor(compute.sum(*found.flatten().tolist())).view(-1, 2)
+    return torch.tensor(runtime.sum(*found.flatten().tolist())).view(-1, 2)
 
 
 @torch.no_grad()
-def validate(model, dataset, samples, reference, args, compute):
+def validate(model, dataset, samples, reference, args, runtime):
     """{"val_loss", "val_accuracy", ...}: the FIGURES of pairs that are held out of training. Each
     process computes its share.
     """
-    steps = epoch_plan(dataset, samples, args, 0, compute.rank, compute.world_size)
+    steps = epoch_plan(dataset, samples, args, 0, runtime.rank, runtime.world_size)
     plan, sums = [micro_batch for step in steps for micro_batch in step], torch.zeros(len(FIGURES))
-    found = batches(dataset, plan, args, compute.device)
-    with eval_mode(model), compute.autocast:
+    found = batches(dataset, plan, args, runtime.device)
+    with eval_mode(model), runtime.autocast:
         for of_batch, batch in zip(plan, found, strict=True):
-            policy = pair_log_probabilities(model, to_device(batch, compute.device))
+            policy = pair_log_probabilities(model, to_device(batch, runtime.device))
             sums += preference_loss(policy, reference[flat(of_batch)], args.dpo_beta)[1].cpu()
-    sums = compute.sum(*sums.tolist())
+    sums = runtime.sum(*sums.tolist())
     return {
         f"val_{name}": figure / len(samples) for name, figure in zip(FIGURES, sums, strict=True)
     }
@@ -86,90 +84,68 @@ def main(argv=None):
     args, saved = parse_run(parser, argv)
     refuse(args, parser, "packing teacher_weight offline_dir")
 
-    # Where to compute, what to train, and what to train it on.
-    compute = distributed.start(args)
-    model, tokenizer, _ = init_model(args, compute.device, saved)
+    # Where to runtime, what to train, and what to train it on.
+    runtime = start_runtime(args)
+    model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
-    lock = lock_run(args, model.config)  # no other run writes the same files
     dataset, train, val_dataset, val = open_data(PairDataset, args, tokenizer, PAIRS)
     describe(dataset, train, val, args)
-    plan = StepPlan(dataset, train, args, compute)
+    plan = StepPlan(dataset, train, args, runtime)
 
     # The reference, the optimizer, and how far the run is.
-    run = Run(dataset.content + val_dataset.content, len(train), plan.rows_per_step)
-    run.processes = compute.world_size
-    parts = [dataset] if val_dataset is dataset else [dataset, val_dataset]
+    content = dataset.content + val_dataset.content
+    progress = Progress(content, len(train), plan.rows_per_step, len(plan), runtime.world_size)
+    datasets = [dataset] if val_dataset is dataset else [dataset, val_dataset]
     if not saved:
-        run.reference = [reference_of(model, part, args, compute) for part in parts]
+        progress.reference = [reference_of(model, part, args, runtime) for part in datasets]
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
-    learner = distributed.parallelise(model, args.parallel, compute.dtype)
+    ddp_model = parallelize(model, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
-    run, log = begin_run(run, args, model, optimizer, compute, len(plan), saved)
-    if list(map(len, run.reference or [])) != list(map(len, parts)):
+    run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
+    references = run.progress.reference or []
+    if list(map(len, references)) != list(map(len, datasets)):
         raise UserError("the checkpoint has no reference for this data; start a new run")
-    reference, val_reference = run.reference[0], run.reference[-1]
-    log.curves = {f"-log p, {name}": (f"logp_{name}", -1) for name in ("chosen", "rejected")}
-    log.unit = "nats per answer"
-    stop = run.finished(len(plan), args.early_stop_patience)
-    signal = StopSignal()
-    model.train()
+    run.log.curves = {f"-log p, {name}": (f"logp_{name}", -1) for name in ("chosen", "rejected")}
+    run.log.unit = "nats per answer"
 
-    for micro_batches in [] if stop else plan.after(run.step):
-        seed_step(args, run.step, compute.rank)
-        lr = set_learning_rate(optimizer, run.step, len(plan), args)
+    for step, micro_batches in run.steps(plan.after(run.progress.step)):
+        lr = set_learning_rate(optimizer, step, len(plan), args)
         # The losses of a step are divided once, by the pairs, and by the tokens of the chosen
         # answers, of all batches and processes.
         pairs, chosen, tokens = zip(*map(counts, micro_batches), strict=True)
-        all_pairs, all_chosen, tokens = compute.sum(sum(pairs), sum(chosen), sum(tokens))
+        num_pairs, num_chosen, num_tokens = runtime.sum(sum(pairs), sum(chosen), sum(tokens))
         figures = torch.zeros(len(FIGURES))
-        references = reference[plan.samples].split(pairs)
-        for index, (batch, before) in enumerate(zip(micro_batches, references, strict=True)):
-            with distributed.sync_gradients(learner, index == len(micro_batches) - 1):
-                with compute.autocast:
-                    policy = pair_log_probabilities(learner, to_device(batch, compute.device))
-                loss, sums = preference_loss(policy, before, args.dpo_beta)
-                imitation = -policy[:, 0].sum() / max(1, all_chosen)
-                balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
-                objective = loss / all_pairs + args.sft_weight * imitation
-                objective += model.config.router_aux_loss_coef * balance
-                # Processes average their gradients, but the sum is needed: hence the factor.
-                compute.scaler.scale(objective * compute.world_size).backward()
+        before = references[0][plan.samples].split(pairs)
+        for i, (batch, reference) in enumerate(zip(micro_batches, before, strict=True)):
+            with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
+                with runtime.autocast:
+                    policy = pair_log_probabilities(ddp_model, to_device(batch, runtime.device))
+                loss, sums = preference_loss(policy, reference, args.dpo_beta)
+                sft_loss = -policy[:, 0].sum() / max(1, num_chosen)
+                loss = loss / num_pairs + args.sft_weight * sft_loss
+                runtime.backward(loss + router_loss(model, len(micro_batches) * runtime.world_size))
             figures += sums.cpu()
-        grad_norm = clip_and_step(model, optimizer, compute.scaler, args.grad_clip)
-        run.advance(tokens, grad_norm)
-        log.count(tokens, plan.step_began)
+        grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
+        run.end_step(num_tokens, grad_norm)
 
-        # Once in a while: validate, log, show a sample, save, stop.
-        last = run.step == len(plan)
-        validates = (last or run.step % args.val_interval == 0) and val
-        if validates or last or run.step == 1 or run.step % args.log_interval == 0:
-            means = [figure / all_pairs for figure in compute.sum(*figures.tolist())]
-            entry = dict(zip(FIGURES, means, strict=True)) | {"lr": lr, "grad_norm": grad_norm}
-            entry |= {"epoch": plan.epoch, "data_wait_s": plan.wait_s}
+        # Once in a while: validate, log, show a sample.
+        validates = len(val) > 0 and run.is_due(args.val_interval)
+        if validates or step == 0 or run.is_due(args.log_interval):
+            means = [figure / num_pairs for figure in runtime.sum(*figures.tolist())]
+            metrics = dict(zip(FIGURES, means, strict=True)) | {"lr": lr, "grad_norm": grad_norm}
             if validates:
-                entry |= validate(model, val_dataset, val, val_reference, args, compute)
-                share = f"{entry['val_accuracy']:.0%} of {len(val)} held-out pairs"
+                metrics |= validate(model, val_dataset, val, references[-1], args, runtime)
+                share = f"{metrics['val_accuracy']:.0%} of {len(val)} held-out pairs"
                 tqdm.write(f"  the chosen answer has gained more in {share}")
-                if run.note_score(-entry["val_loss"]):
-                    checkpoint.save_best(args, model, tokenizer, STAGE, run)
-            log.write(run, **entry)
-        if not math.isfinite(grad_norm):
-            tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
-        if args.sample_interval and run.step % args.sample_interval == 0:
-            show_sample(model, tokenizer, args, compute, chat=True)
-        stop = run.finished(len(plan), args.early_stop_patience)
-        stop = stop or run.bad_steps >= args.max_bad_steps
-        stop = stop or compute.sum(signal.received)[0] > 0
-        if stop or run.step % args.save_interval == 0:
-            checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
-        if stop:
-            break
-    finish(run, args, model, tokenizer, STAGE, log, lock, dataset.where(plan.samples))
-    print(f"next: {next_command(args)}")
+                run.note_score(-metrics["val_loss"])
+            run.write_metrics(**metrics)
+        if args.sample_interval and run.is_due(args.sample_interval):
+            show_sample(model, tokenizer, args, runtime, chat=True)
+    run.finish(dataset.where(plan.samples))
 
 
 if __name__ == "__main__":
-    with report_user_errors(), distributed.report_lost_process():
+    with report_user_errors(), report_lost_process():
         main()

@@ -15,7 +15,6 @@ as in nanochat, the ratios are 1; the KL term is left out, as in arXiv:2503.2078
 
 import math
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,15 +34,14 @@ from dataset.tiny_world.generate import PRACTICE, write_missing
 from evaluation.rewards import reward_function, rewards_of
 from evaluation.tasks import read_problems
 from model.generation import generate
-from model.moe import load_balance_loss
+from model.moe import router_loss
 from model.policy import advantages_of, policy_loss
-from trainer import checkpoint, distributed
-from trainer.arguments import training_parser
+from trainer.arguments import refuse, training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
-from trainer.run import Run, begin_run, finish, lock_run, next_command, parse_run, refuse
-from trainer.signals import StopSignal
+from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
 from trainer.trainable import choose_trainable
-from trainer.trainer_utils import generating, init_model, seed_step
+from trainer.trainer_utils import generating, init_model
+from trainer.training_run import Progress, TrainingRun, parse_run
 
 STAGE = "grpo"
 NO_SIGNAL = """all answers to a question got the same reward, so nothing was learned.
@@ -70,16 +68,16 @@ def as_sample(prompt, answer):
     return ids, torch.cat([torch.full((len(prompt),), IGNORE), ids[len(prompt) :]])
 
 
-def validate(model, problems, prompts, reward, tokenizer, args, compute):
+def validate(model, problems, prompts, reward, tokenizer, args, runtime):
     """{"pass_at_1": mean reward, "pass_at_k": mean of the best reward among k answers} of held-out
     problems. Each process answers its share.
     """
-    mine = range(len(problems))[compute.rank :: compute.world_size]
+    mine = range(len(problems))[runtime.rank :: runtime.world_size]
     asked = [prompts[i] for i in mine for _ in range(args.pass_k)]
-    with generating(model, compute):
-        found = cut(answers_of(model, asked, args, [args.seed, compute.rank]), args.pass_k)
+    with generating(model, runtime):
+        found = cut(answers_of(model, asked, args, [args.seed, runtime.rank]), args.pass_k)
     rewards = rewards_of(reward, [problems[i] for i in mine], found, tokenizer)
-    sums = compute.sum(rewards.mean(dim=1).sum().item(), rewards.amax(dim=1).sum().item())
+    sums = runtime.sum(rewards.mean(dim=1).sum().item(), rewards.amax(dim=1).sum().item())
     return {"pass_at_1": sums[0] / len(problems), "pass_at_k": sums[1] / len(problems)}
 
 
@@ -113,6 +111,16 @@ def questions(args, tokenizer):
     return train, prompts[0], held_out, prompts[1], [content_hash(path) for path in paths]
 
 
+def questions_after(step, count, args):
+    """Yield the numbers of the questions of each step after the first `step` ones."""
+    per_epoch = math.ceil(count / args.prompts_per_step)
+    while True:
+        epoch, index = divmod(step, per_epoch)
+        shuffled = np.random.default_rng([args.seed, epoch]).permutation(count).tolist()
+        yield cut(shuffled, args.prompts_per_step)[index]
+        step += 1
+
+
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
     parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=768)
@@ -135,11 +143,10 @@ def main(argv=None):
     refuse(args, parser, unused + "num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 
-    # Where to compute, what to train, and the questions.
-    compute = distributed.start(args)
-    model, tokenizer, _ = init_model(args, compute.device, saved)
+    # Where to runtime, what to train, and the questions.
+    runtime = start_runtime(args)
+    model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
-    lock = lock_run(args, model.config)  # no other run writes the same files
     problems, prompts, held_out, val_prompts, content = questions(args, tokenizer)
     print(f"{len(problems)} questions to train on, {len(held_out)} held out")
 
@@ -147,31 +154,25 @@ def main(argv=None):
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
-    learner = distributed.parallelise(model, args.parallel, compute.dtype)
+    ddp_model = parallelize(model, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
-    per_epoch = math.ceil(len(problems) / args.prompts_per_step)
-    total = per_epoch * args.epochs
-    answers_each = math.ceil(args.prompts_per_step / compute.world_size) * args.group_size
+    total_steps = math.ceil(len(problems) / args.prompts_per_step) * args.epochs
+    answers_each = math.ceil(args.prompts_per_step / runtime.world_size) * args.group_size
     most = math.ceil(answers_each / args.batch_size)
-    run = Run(content, len(problems), args.prompts_per_step, compute.world_size)
-    run, log = begin_run(run, args, model, optimizer, compute, total, saved)
-    log.curves = {name: (name, 1) for name in ("reward", "pass_at_1", "pass_at_k")}
-    log.unit = "mean reward"
-    stop, idle_steps = run.finished(total, args.early_stop_patience), 0
-    signal = StopSignal()
-    model.train()
+    progress = Progress(content, len(problems), args.prompts_per_step, total_steps)
+    progress.processes = runtime.world_size
+    run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
+    run.log.curves = {name: (name, 1) for name in ("reward", "pass_at_1", "pass_at_k")}
+    run.log.unit = "mean reward"
+    idle_steps = 0
 
-    while not stop:
-        began = time.perf_counter()
-        seed_step(args, run.step, compute.rank)
-        lr = set_learning_rate(optimizer, run.step, total, args)
+    for step, asked in run.steps(questions_after(run.progress.step, len(problems), args)):
+        lr = set_learning_rate(optimizer, step, total_steps, args)
         # 1. The present model answers the questions of this step, each group_size times.
-        epoch, index = divmod(run.step, per_epoch)
-        shuffled = np.random.default_rng([args.seed, epoch]).permutation(len(problems)).tolist()
-        asked = cut(shuffled, args.prompts_per_step)[index][compute.rank :: compute.world_size]
+        asked = asked[runtime.rank :: runtime.world_size]
         repeated = [prompts[i] for i in asked for _ in range(args.group_size)]
-        with generating(model, compute):
-            answers = answers_of(model, repeated, args, [args.seed, run.step, compute.rank])
+        with generating(model, runtime):
+            answers = answers_of(model, repeated, args, [args.seed, step, runtime.rank])
         # 2. Rewards, and by how much they are above those of their group.
         groups = cut(answers, args.group_size)
         rewards = rewards_of(reward, [problems[i] for i in asked], groups, tokenizer)
@@ -181,64 +182,53 @@ def main(argv=None):
         useful.sort(key=lambda i: len(repeated[i]) + len(answers[i]))  # less padding
         samples = [as_sample(repeated[i], answers[i]) for i in useful]
         lengths = [len(answer) for answer in answers]
-        mine = sum(lengths[i] for i in useful), sum(lengths), len(answers)
-        supervised, generated, counted = compute.sum(*mine)
+        own_counts = sum(lengths[i] for i in useful), sum(lengths), len(answers)
+        num_supervised, num_tokens, num_answers = runtime.sum(*own_counts)
         # 3. One update.
         micro_batches = cut(list(range(len(useful))), args.batch_size)
-        if compute.world_size > 1:  # all processes compute equally often
+        if runtime.world_size > 1:  # all processes compute equally often
             micro_batches += [[]] * (most - len(micro_batches))
-        loss, entropy, grad_norm = 0.0, 0.0, 0.0
-        for place, part in enumerate(micro_batches if supervised else []):
-            input_ids, labels, *_ = to_device(pad([samples[i] for i in part]), compute.device)
+        step_loss, entropy, grad_norm = 0.0, 0.0, 0.0
+        for i, part in enumerate(micro_batches if num_supervised else []):
+            input_ids, labels, *_ = to_device(pad([samples[j] for j in part]), runtime.device)
             batch = input_ids, labels, None, None  # padding comes last: no answer sees it
-            with distributed.sync_gradients(learner, place == len(micro_batches) - 1):
-                own = advantages[[useful[i] for i in part]]
-                with compute.autocast:
-                    partial, spread = policy_loss(learner, batch, own, args.temperature)
-                balance = load_balance_loss(model) / (len(micro_batches) * compute.world_size)
-                objective = partial / supervised + model.config.router_aux_loss_coef * balance
-                # Processes average their gradients, but the sum is needed: hence the factor.
-                compute.scaler.scale(objective * compute.world_size).backward()
-            loss, entropy = loss + partial.item() / supervised, entropy + spread
-        if supervised:
-            grad_norm = clip_and_step(model, optimizer, compute.scaler, args.grad_clip)
+            with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
+                own = advantages[[useful[j] for j in part]]
+                with runtime.autocast:
+                    loss, summed_entropy = policy_loss(ddp_model, batch, own, args.temperature)
+                loss = loss / num_supervised
+                runtime.backward(loss + router_loss(model, len(micro_batches) * runtime.world_size))
+            step_loss, entropy = step_loss + loss.item(), entropy + summed_entropy
+        if num_supervised:
+            grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
         else:
             idle_steps += 1
-        run.advance(generated, grad_norm)
-        log.count(generated, began)
+        run.end_step(num_tokens, grad_norm)
 
-        # Once in a while: validate, log, show a sample, save, stop.
-        last = run.step == total
-        validates = last or run.step == 1 or run.step % args.val_interval == 0
-        if validates or run.step % args.log_interval == 0:
-            sums = compute.sum(rewards.sum().item(), len(useful), entropy, loss)
-            entry = {"reward": sums[0] / counted, "no_signal": 1 - sums[1] / counted}
-            entry["answer_tokens"], entropy, loss = generated / counted, *sums[2:]
-            entry |= {"entropy": entropy / max(1, supervised), "lr": lr, "grad_norm": grad_norm}
-            if not supervised:  # nothing was computed
-                loss = entry["entropy"] = entry["grad_norm"] = None
+        # Once in a while: validate, log, show a sample.
+        validates = step == 0 or run.is_due(args.val_interval)
+        if validates or run.is_due(args.log_interval):
+            sums = runtime.sum(rewards.sum().item(), len(useful), entropy, step_loss)
+            metrics = {"reward": sums[0] / num_answers, "no_signal": 1 - sums[1] / num_answers}
+            metrics |= {"answer_tokens": num_tokens / num_answers, "lr": lr}
+            computed = {"entropy": sums[2] / max(1, num_supervised), "grad_norm": grad_norm}
+            computed["loss"] = sums[3]
+            metrics |= computed if num_supervised else dict.fromkeys(computed)
             if validates:
-                entry |= validate(model, held_out, val_prompts, reward, tokenizer, args, compute)
-                held = [f"{name} {entry[name]:.3f}" for name in ("pass_at_1", "pass_at_k")]
-                tqdm.write(f"step {run.step} of {total}: of held-out questions, {', '.join(held)}")
-                if run.note_score(entry["pass_at_1"]):
-                    checkpoint.save_best(args, model, tokenizer, STAGE, run)
-            log.write(run, epoch=epoch, loss=loss, data_wait_s=0.0, **entry)
-        if not math.isfinite(grad_norm):
-            tqdm.write(f"step {run.step} is skipped: its gradient is {grad_norm}")
-        if args.sample_interval and run.step % args.sample_interval == 0 and asked:
+                metrics |= validate(model, held_out, val_prompts, reward, tokenizer, args, runtime)
+                scores = [f"{name} {metrics[name]:.3f}" for name in ("pass_at_1", "pass_at_k")]
+                at = f"step {step + 1} of {total_steps}"
+                tqdm.write(f"{at}: of held-out questions, {', '.join(scores)}")
+                run.note_score(metrics["pass_at_1"])
+            run.write_metrics(**metrics)
+        if args.sample_interval and run.is_due(args.sample_interval) and asked:
             question, answer = problems[asked[0]]["prompt"][-1]["content"], answers[0]
             tqdm.write(f"  {question} -> {tokenizer.decode(answer)}: {rewards[0, 0]:g}")
-        stop = run.finished(total, args.early_stop_patience) or run.bad_steps >= args.max_bad_steps
-        stop = stop or compute.sum(signal.received)[0] > 0
-        if stop or run.step % args.save_interval == 0:
-            checkpoint.save_run(args, model, tokenizer, STAGE, optimizer, compute.scaler, run)
-    if idle_steps * 2 > log.steps:
-        print(f"in {idle_steps} of {log.steps} steps no group had a signal: {NO_SIGNAL}")
-    finish(run, args, model, tokenizer, STAGE, log, lock, "the latest answers")
-    print(f"next: {next_command(args)}")
+    if idle_steps * 2 > run.log.steps:
+        print(f"in {idle_steps} of {run.log.steps} steps no group had a signal: {NO_SIGNAL}")
+    run.finish("the latest answers")
 
 
 if __name__ == "__main__":
-    with report_user_errors(), distributed.report_lost_process():
+    with report_user_errors(), report_lost_process():
         main()

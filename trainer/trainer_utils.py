@@ -21,8 +21,8 @@ from model.generation import complete
 from model.loss import supervised_tokens
 from trainer import adapters, checkpoint
 from trainer.arguments import SHAPE
-from trainer.distributed import first_process_first, pick_device, pick_dtype
 from trainer.optimizer import require_compiler
+from trainer.runtime import first_process_first, pick_device, pick_dtype
 
 
 def init_model(args, device="cpu", saved=None):
@@ -181,15 +181,8 @@ def describe(dataset, train, val, args):
                 print(f"  line {number}: {reason}")
 
 
-def seed_step(args, step, rank):
-    """Makes the random numbers of a step (dropout) a function of its number: a resumed run draws
-    what an uninterrupted one would have drawn.
-    """
-    torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
-
-
 @torch.no_grad()
-def validation_loss(model, dataset, samples, args, compute):
+def validation_loss(model, dataset, samples, args, runtime):
     """{"val_loss": mean loss per supervised token of the samples, in nats}; where they come from
     several files also {"val_losses": {file: its mean}}. Each process computes its share.
     """
@@ -198,15 +191,15 @@ def validation_loss(model, dataset, samples, args, compute):
     model.eval()
     for file in np.unique(file_of).tolist():
         own = samples[file_of == file]
-        plan = epoch_plan(dataset, own, args, 0, compute.rank, compute.world_size)
+        plan = epoch_plan(dataset, own, args, 0, runtime.rank, runtime.world_size)
         micro_batches = [micro_batch for step in plan for micro_batch in step]
         total, count = 0.0, 0
-        for batch in batches(dataset, micro_batches, args, compute.device):
-            input_ids, labels, *where = to_device(batch, compute.device)
-            with compute.autocast:
+        for batch in batches(dataset, micro_batches, args, runtime.device):
+            input_ids, labels, *where = to_device(batch, runtime.device)
+            with runtime.autocast:
                 total += model(input_ids, *where, labels=labels).item()
             count += supervised_tokens(labels)
-        sums[file] = compute.sum(total, count)
+        sums[file] = runtime.sum(total, count)
     model.train()
     total, count = (sum(numbers) for numbers in zip(*sums.values(), strict=True))
     found = {"val_loss": total / max(1, count)}
@@ -222,7 +215,7 @@ def validation_loss(model, dataset, samples, args, compute):
 
 
 @contextmanager
-def generating(model, compute):
+def generating(model, runtime):
     """Inside, a model in training may generate text. Compiled layers run as they are: each length
     would be compiled anew. The layers of a sharded model are gathered in the dtype of autocast;
     what a step gathered is released before, and what generation gathered after.
@@ -232,33 +225,33 @@ def generating(model, compute):
     sharded = hasattr(model, "reshard")
     reshard = model.reshard if sharded else lambda: None
     reshard()
-    with stance, compute.autocast if sharded else nullcontext():
+    with stance, runtime.autocast if sharded else nullcontext():
         yield
     reshard()
 
 
-def show_sample(model, tokenizer, args, compute, chat):
+def show_sample(model, tokenizer, args, runtime, chat):
     """Prints how the model continues --sample_prompt, or, in a chat, what it answers to it."""
     prompt = tokenizer.encode(args.sample_prompt).ids
     if chat:
         messages = [{"role": "user", "content": args.sample_prompt}]
         prompt, _ = render(messages, add_generation_prompt=True, tokenizer=tokenizer)
-    with generating(model, compute):
+    with generating(model, runtime):
         (answer,) = complete(model, [prompt], max_new_tokens=60, temperature=0)
     text = tokenizer.decode(answer if chat else prompt + answer)
     tqdm.write(f"  {args.sample_prompt} -> {text}" if chat else f"  {text}")
 
 
-def score_of(model, tokenizer, task, val_loss, compute):
+def score_of(model, tokenizer, task, val_loss, runtime):
     """Return what makes weights the best, the same on all processes: the share of a task's problems
     that they solve, or minus the validation loss where there is no task. Each process answers its
     share of the problems; where a model is sharded, all generate the same number of tokens, so each
     answers all.
     """
     if not task:
-        return compute.sum(-val_loss)[0] / compute.world_size
+        return runtime.sum(-val_loss)[0] / runtime.world_size
     sharded = hasattr(model, "reshard")
-    share = (0, 1) if sharded else (compute.rank, compute.world_size)
-    with generating(model, compute):
-        solved = compute.sum(task.count_solved(model, tokenizer, *share))[0]
-    return solved / len(task.problems) / (compute.world_size if sharded else 1)
+    share = (0, 1) if sharded else (runtime.rank, runtime.world_size)
+    with generating(model, runtime):
+        solved = runtime.sum(task.count_solved(model, tokenizer, *share))[0]
+    return solved / len(task.problems) / (runtime.world_size if sharded else 1)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Compute:
+class Runtime:
     """Where and how precisely a process computes. Weights stay fp32; autocast computes in dtype."""
 
     device: torch.device
@@ -34,12 +35,17 @@ class Compute:
     world_size: int
 
     def sum(self, *values):
-        """Each number summed over all processes, as floats."""
+        """Return each number summed over all processes, as floats."""
         return all_reduce_sum(*values)
 
+    def backward(self, loss):
+        """Add the gradient of a loss to the gradients of the weights."""
+        # Processes average their gradients, but the sum is needed: hence the factor.
+        self.scaler.scale(loss * self.world_size).backward()
 
-def start(args):
-    """The Compute of this process, after it has joined the others of its job.
+
+def start_runtime(args):
+    """Return the Runtime of this process, after it has joined the others of its job.
 
     What --dtype auto stands for is stored in args.dtype: a resumed run computes as it began.
     Raises UserError if the device cannot be used.
@@ -56,7 +62,7 @@ def start(args):
         raise UserError("--dtype fp16 on an Apple GPU needs torch 2.8 or newer; use fp32")
     autocast = autocast_to(dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Compute(device, dtype, autocast, scaler, rank, world_size)
+    return Runtime(device, dtype, autocast, scaler, rank, world_size)
 
 
 def autocast_to(dtype, device):
@@ -171,8 +177,8 @@ def first_process_first():
             barrier()
 
 
-def end():
-    """Leaves the job; the first process waits for all."""
+def end_job():
+    """Leave the job; the first process waits for all."""
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -211,7 +217,7 @@ def report_lost_process():
         sys.exit(code)
 
 
-def parallelise(model, mode, dtype):
+def parallelize(model, mode, dtype):
     """The model as the processes of a job run it together.
 
     ddp    every process holds all of it, and gradients are averaged (torch's DDP)
@@ -245,10 +251,17 @@ def parallelise(model, mode, dtype):
     return fully_shard(model, mesh=mesh)
 
 
-def sync_gradients(learner, now):
-    """A context in which a backward pass averages gradients over the processes only if now."""
-    if hasattr(learner, "set_requires_gradient_sync"):  # fsdp
-        learner.set_requires_gradient_sync(now)
-    elif not now and hasattr(learner, "no_sync"):  # ddp
-        return learner.no_sync()
+def gradient_sync(ddp_model, enabled):
+    """Context manager: a backward pass averages gradients over the processes only if enabled."""
+    if hasattr(ddp_model, "set_requires_gradient_sync"):  # fsdp
+        ddp_model.set_requires_gradient_sync(enabled)
+    elif not enabled and hasattr(ddp_model, "no_sync"):  # ddp
+        return ddp_model.no_sync()
     return nullcontext()
+
+
+def seed_step(args, step, rank):
+    """Make the random numbers of a step (dropout) a function of its number: a resumed run draws
+    what an uninterrupted one would have drawn.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
