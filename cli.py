@@ -43,8 +43,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         if action.default is None:
             return action.help
-        text = super()._get_help_string(action)
-        return text.replace("%(default)s", "%(default)d") if action.type is switch else text
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,13 +57,18 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
+    parse_unchecked = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, argv=None):
+        args = self.parse_unchecked(argv)
+        stop_at(wrong_values(args))
+        return args
+
     def group(self, title):
         """Return a function add(name, default, help, kind), which adds a flag to a group."""
         group = self.add_argument_group(title)
 
         def add(name, default, help, kind=str, **more):
-            if kind is switch and default is not None:
-                default = bool(default)
             more = {"metavar": "0|1" if kind is switch else "VALUE"} | more
             group.add_argument(f"--{name}", default=default, help=help, type=kind, **more)
 
@@ -85,3 +89,9 @@ def stop_at(problems):
     if problems:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
         sys.exit(2)
+
+
+def refuse(args, parser, command, names):
+    """Exit with code 2 if flags that a command doesn't support differ from their defaults."""
+    unused = [name for name in names.split() if getattr(args, name) != parser.get_default(name)]
+    stop_at([f"{command} doesn't support --{name}; leave that out" for name in unused])

@@ -56,7 +56,6 @@ def main():
             if done.returncode:
                 sys.exit(done.returncode)
         report["seconds"][stage] = round(time.perf_counter() - started, 1)
-        report["peak_rss_mb"] = max(report.get("peak_rss_mb") or 0, peak_memory()) or None
         report["begun"] = None
         save(report)
 
@@ -69,7 +68,7 @@ def main():
 
     compare(before, after)
     spent = ", ".join(f"{stage} {seconds} s" for stage, seconds in report["seconds"].items())
-    print(f"\n{spent}; peak memory {report['peak_rss_mb']} MB; all figures: {REPORT}")
+    print(f"\n{spent}; all figures: {REPORT}")
     for path in LOGS:
         print(f"loss curve: {path.with_name(f'{path.stem}_loss.svg')}")
     if sys.stdin.isatty():
@@ -98,16 +97,6 @@ def begin(stage, commands, report):
 
 def save(report):
     REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-
-def peak_memory():
-    """The peak memory of the commands so far, in MB; 0 on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    size = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return round(size / (1e6 if sys.platform == "darwin" else 1e3))
 
 
 def compare(before, after):

@@ -7,7 +7,6 @@ python eval_llm.py --serve 8000                    # a page that shows the model
 printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
 """
 
-import argparse
 import json
 import sys
 import time
@@ -15,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from cli import Parser, Problem, number, one_of, refuse, switch
 from common import END_OF_TEXT, ROOT, STOP, UserError, report_user_errors
 
 with suppress(ImportError):  # not on Windows
@@ -41,7 +41,7 @@ def main(argv=None):
     if args.serve is not None or args.export:
         from serving.start import start
 
-        return start(args, {name: in_range(name, getattr(args, name)) for name in SAMPLING})
+        return start(args, {name: getattr(args, name) for name in SAMPLING})
     chat = Chat(args)
     if args.prompt is not None:
         chat.answer(args.prompt)
@@ -70,39 +70,35 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft; "
-        "of --serve and --export: several, as in full_sft,pretrain,none (random)")  # fmt: skip
-    add("--lora", metavar="NAME", help="adapters to merge into the weights: lora_NAME_512.pth")
-    add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
-    add("--hidden_size", type=int, help="needed only where several sizes have the name")
-    add("--prompt", help="answer this and end")
-    add("--system", default="", help="system prompt")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
-    add("--use_compile", type=int, choices=[0, 1], default=0, help="1: needs a compiler")
-    add("--serve", type=int, metavar="PORT", help="serve a page and OpenAI's API at this port")
-    add("--host", default="127.0.0.1", help="of --serve; 0.0.0.0: for other machines, too")
-    allowed = "of --serve: further names of this machine, as that of a tunnel: NAME,NAME"
-    add("--allowed_hosts", default="", metavar="NAMES", help=allowed)
-    add("--max_batch", type=int, default=16, help="of --serve: answers computed at once")
-    add("--export", type=Path, metavar="FILE.html", help="write the page of --serve, for --prompt")
-    for name, (_, default, *_, meaning) in SAMPLING.items():
-        add(f"--{name}", default=default, help=meaning)
+    parser = Parser(__doc__)
+    add = parser.group("the model")
+    weight = "a name in --save_dir, or a path; default: full_sft; "
+    weight += "of --serve and --export: several, as in full_sft,pretrain,none (random)"
+    add("weight", None, weight, dest="from_weight")
+    add("lora", None, "adapters to merge into the weights: lora_NAME_512.pth", metavar="NAME")
+    add("save_dir", ROOT / "out", "folder of weights", Path)
+    add("hidden_size", None, "needed only where several sizes have the name", number(int, 1))
+    add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
+    add("use_compile", 0, "1: needs a compiler", switch)
+    add = parser.group("the chat")
+    add("prompt", None, "answer this and end")
+    add("system", "", "system prompt")
+    for name, (kind, default, low, high, meaning) in SAMPLING.items():
+        add(name, default, meaning, number(kind, low, high))
+    add = parser.group("the page and the server")
+    add("serve", None, "serve a page and OpenAI's API at this port", int, metavar="PORT")
+    add("host", "127.0.0.1", "of --serve; 0.0.0.0: for other machines, too")
+    names = "of --serve: further names of this machine, e.g. the name of a tunnel: NAME,NAME"
+    add("allowed_hosts", "", names, metavar="NAMES")
+    add("max_batch", 16, "of --serve: answers computed at once", number(int, 1))
+    add("export", None, "write the page of --serve, for --prompt", Path, metavar="FILE.html")
     args = parser.parse_args(argv)
     others = {"serve": "prompt system seed use_compile repetition_penalty export",
               "export": "system use_compile host allowed_hosts max_batch serve"}  # fmt: skip
     for flag, unused in others.items():
-        ignored = [
-            name
-            for name in unused.split()
-            if str(getattr(args, name)) != str(parser.get_default(name))
-        ]
-        if getattr(args, flag) is not None and ignored:
-            raise UserError(f"--{flag} makes no use of --{', --'.join(ignored)}; leave that out")
+        if getattr(args, flag) is not None:
+            refuse(args, parser, f"--{flag}", unused)
     if args.export and (args.prompt is None or args.export.suffix != ".html"):
         raise UserError("--export needs a name that ends in .html, and --prompt")
     text = args.system + (args.prompt or "")
@@ -114,24 +110,24 @@ def parse(argv):
 def in_range(name, text):
     """The value of a sampling setting. Raises UserError if text is not a number in its range."""
     kind, _, low, high, _ = SAMPLING[name]
-    with suppress(ValueError):
-        if low <= kind(text) <= high:
-            return kind(text)
-    raise UserError(f"{name} {text}: give a number from {low} to {high}")
+    value = number(kind, low, high)(text)
+    if isinstance(value, Problem):
+        raise UserError(f"{name} {value}")
+    return value
 
 
 class Chat:
     """A conversation with a model; with weights of stage pretrain, a text that it continues."""
 
     def __init__(self, args):
-        self.settings = {name: in_range(name, getattr(args, name)) for name in SAMPLING}
+        self.settings = {name: getattr(args, name) for name in SAMPLING}
         # Imported where it is used: --help and wrong flags answer before torch has loaded.
         from model.generation import generate
         from trainer.trainer_utils import open_trained
 
         self.model, self.tokenizer, content, _ = open_trained(args)
         self.trained_length = content["training"].get("max_seq_len", 10**9)
-        self.generate = partial(generate, self.model, use_compile=bool(args.use_compile))
+        self.generate = partial(generate, self.model, use_compile=args.use_compile)
         self.continues = not content["chats"]
         self.start(args.system)
 

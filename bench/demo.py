@@ -8,6 +8,7 @@ Commit first: a clone has what is committed. The installation is that of this Py
 import argparse
 import json
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,9 @@ def run(seed):
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         command = [sys.executable, Path(folder) / "demo.py", "--seed", str(seed)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        return json.loads((Path(folder) / "out/demo.json").read_text(encoding="utf-8"))
+        report = json.loads((Path(folder) / "out/demo.json").read_text(encoding="utf-8"))
+    # In kB on Linux; of all runs so far, so it grows with the largest.
+    return report | {"peak_rss_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000}
 
 
 def main():

@@ -116,7 +116,8 @@ COMMANDS = f"""
     evaluation/run_eval.py --task tiny_world --weight FILE {ANSWER} --run r --data_path QUESTIONS
     evaluation/run_eval.py --rescore FILE
     evaluation/run_eval.py --compare FILE FILE
-    recipes/rejection_sample.py --weight WEIGHTS {ANSWER} --samples 2 --out OUT/a --data_path FILE
+    recipes/rejection_sample.py --weight WEIGHTS {ANSWER} --num_samples 2 --out OUT/a
+        --data_path FILE
     eval_llm.py --device cpu --max_new_tokens 2 --prompt Hi --weight FILE
 """
 COMMANDS = [line.split() for line in COMMANDS.replace("\n        ", " ").strip().splitlines()]

@@ -164,7 +164,7 @@ class Sums:
                 accepted.with_suffix(ending).unlink(missing_ok=True)
             run("recipes/rejection_sample.py", "--task", "tiny_world", "--save_dir", self.folder,
                 "--weight", weight, "--data_path", self.sums / "practice.jsonl", *SAMPLING,
-                "--samples", answers, "--seed", self.seed, "--out", accepted)  # fmt: skip
+                "--num_samples", answers, "--seed", self.seed, "--out", accepted)  # fmt: skip
             records = 50 + len(accepted.read_text(encoding="utf-8").splitlines())
             left = until - (time.perf_counter() - began)
             data = ["--data_path", self.solved, accepted, "--val_split", 0, *WARM]

@@ -7,7 +7,6 @@ python convert/from_hf.py out/full_sft_768.pth --tokenizer_path model --save_wei
 MiniMind holds weights alone, so its tokenizer's folder is named too. Needs the package safetensors.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
+from cli import Parser
 from common import ROOT, load_tensors
 from trainer import checkpoint
 from trainer.hf_folder import content_of, read_folder, wrong_values
@@ -54,7 +54,7 @@ def minimind_config(weights, path):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("source", type=Path, help="folder of a published model, or a .pth of MiniMind")
     add("--tokenizer_path", type=Path, metavar="FOLDER", help="of a .pth: has tokenizer.json")
@@ -79,10 +79,9 @@ def main(argv=None):
     target = args.save_dir / f"{checkpoint.file_name(args.save_weight, model.config)}.pth"
     if target.exists():
         raise UserError(f"{target} exists; give another --save_weight")
-    checkpoint.save(
-        target, model.state_dict(), model.config, tokenizer, content["stage"], training={}
-    )
-    print(f"written: {target}, {content['stage']}")
+    weights, stage = model.state_dict(), content["stage"]
+    checkpoint.save(target, weights, model.config, tokenizer, stage, training={})
+    print(f"written: {target}, {stage}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python convert/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.jso
 python convert/peft.py --from_peft FOLDER --weight pretrain --save_weight mine
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
+from cli import Parser
 from common import ROOT, replacing
 from dataset.jsonl import read_json
 from model.lora import adapter_state, add_lora, merge
@@ -63,9 +63,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--lora", metavar="NAME", help="adapters: lora_NAME_512.pth in --save_dir")
     add("--weight", dest="from_weight", help="their weights; default: those they were trained on")
@@ -120,11 +118,8 @@ def read_peft(folder, model):
     try:
         config = read_json(folder / CONFIG)
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        rank, alpha, target = (
-            int(config["r"]),
-            float(config["lora_alpha"]),
-            config["target_modules"],
-        )
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        target = config["target_modules"]
         target = target if isinstance(target, str) else ",".join(sorted(target))
     except damaged as error:
         raise UserError(f"--from_peft {folder} holds no adapters of PEFT: {error}") from None

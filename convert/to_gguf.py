@@ -182,9 +182,7 @@ def main(argv=None):
     tensors, kind = tensors_of(model), getattr(gguf.GGMLQuantizationType, TYPES[args.type])
     widths = {tensor.shape[-1] for tensor in tensors.values() if tensor.dim() > 1}
     if args.type == "q8_0" and any(width % 32 for width in widths):
-        raise UserError(
-            f"--type q8_0 needs rows of a multiple of 32, not {sorted(widths)}; use f16"
-        )
+        raise UserError(f"--type q8_0: rows are {sorted(widths)}, not multiples of 32; use f16")
     arch = "qwen3moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2"
     with replacing(args.out) as file:
         writer = gguf.GGUFWriter(file.name, arch)

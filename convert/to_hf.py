@@ -7,7 +7,6 @@ A model with QK norm becomes a Qwen3, one without a Llama, one with biases a Qwe
 a Qwen3-MoE: the names of the weights are theirs already. Needs the package safetensors.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
+from cli import Parser
 from common import END_OF_TEXT, IM_END, ROOT, replacing
 from trainer.hf_folder import EXPERTS, SAME, SCALING
 from trainer.trainer_utils import open_trained
@@ -59,39 +59,11 @@ def config_of(config, dtype, eos):
     return found
 
 
-def shards_of(tensors, most):
-    """The tensors as a list of dicts of at most `most` bytes each, or of one tensor."""
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > most:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def model_card(name, model, content):
-    """The text of README.md: the facts of the training."""
-    training, weights = content["training"], sum(p.numel() for p in model.parameters())
-    facts = {"stage": content["stage"], "parameters": f"{weights:,}"}
-    facts |= {"vocabulary": f"{model.config.vocab_size:,}"}
-    wanted = ("tokens", "epochs", "max_seq_len", "learning_rate", "optimizer", "seed")
-    facts |= {key: training[key] for key in wanted if training.get(key) is not None}
-    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    how = "It continues text.\n"
-    if content["chats"]:
-        how = "Chats are written in ChatML; the template is in\nthis folder.\n"
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-        f"A language model trained with Seedling. {how}\n| training | |\n|---|---|\n{rows}"
-    )
-
-
 def export_parser(doc, out):
     """The parser of a script that writes weights in another format; out: the help of --out. Its
     flags, and the defaults that stand for no flag, are those of `open_trained`.
     """
-    parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
+    parser = Parser(doc)
     add = parser.add_argument
     add("--weight", dest="from_weight", help="a name in --save_dir, or a path; default: full_sft")
     add("--lora", metavar="NAME", help="adapters to merge into the weights")
@@ -115,12 +87,9 @@ def parse(argv):
     parser = export_parser(__doc__, "folder to write")
     add = parser.add_argument
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (%(default)s)")
-    add("--max_shard_gb", type=float, default=5.0, help="size of a file (%(default)s)")
     args = parser.parse_args(argv)
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} is not empty; give another folder")
-    if not args.max_shard_gb > 0:
-        raise UserError(f"--max_shard_gb {args.max_shard_gb}: give a number above 0")
     return args
 
 
@@ -130,16 +99,11 @@ def main(argv=None):
         from safetensors.torch import save
     except ImportError:
         raise UserError("writing this folder needs: pip install safetensors") from None
-    model, tokenizer, content, paths = open_trained(args)
+    model, tokenizer, content, _ = open_trained(args)
     stop = [IM_END, END_OF_TEXT] if content["chats"] else [END_OF_TEXT]
     config, tensors = config_of(model.config, args.dtype, stop[0]), model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    shards = shards_of(tensors, args.max_shard_gb * 1e9)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        numbers = range(1, len(shards) + 1)
-        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
 
     def write(name, value):
         text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
@@ -147,16 +111,8 @@ def main(argv=None):
             file.write(text.encode("utf-8"))
 
     with removed_on_error(args.out):
-        for name, shard in zip(names, shards, strict=True):
-            with replacing(args.out / name) as file:
-                file.write(save(shard, {"format": "pt"}))
-        if len(shards) > 1:
-            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            write(
-                "model.safetensors.index.json",
-                {"metadata": {"total_size": size}, "weight_map": where},
-            )
+        with replacing(args.out / "model.safetensors") as file:
+            file.write(save(tensors, {"format": "pt"}))
         write("tokenizer.json", tokenizer.to_str(pretty=True))
         if content["chats"]:
             write("chat_template.jinja", TEMPLATE.read_text(encoding="utf-8"))
@@ -173,9 +129,8 @@ def main(argv=None):
             },
         )
         write("generation_config.json", {"eos_token_id": stop, "pad_token_id": END_OF_TEXT})
-        write("README.md", model_card(paths[-1].stem, model, content))
         write("config.json", config)  # last: a folder without it is not read
-    print(f"written: {args.out}, {config['architectures'][0]}, {len(names)} file(s) of weights")
+    print(f"written: {args.out}, {config['architectures'][0]}")
 
 
 if __name__ == "__main__":

@@ -160,10 +160,8 @@ def parse_loss_weight(turn, name):
         if value is None or not MASK_LIKE.fullmatch(key):
             continue
         if key not in (*WEIGHTS, "masked") or value not in (0, 1):
-            known = (
-                "give 0 or 1" if key in WEIGHTS else "give loss_weight 0 or 1, or rename the key"
-            )
-            raise ValueError(f"{name} has {key} {value!r:.100}; {known}")
+            known = key if key in WEIGHTS else "loss_weight"
+            raise ValueError(f"{name} has {key} {value!r:.100}; give {known} 0 or 1")
         weights.add(1 - int(value) if key == "masked" else int(value))
     if len(weights) > 1:
         raise ValueError(f"{name} says both that it is trained on and that it is not")
@@ -187,9 +185,8 @@ def turns(record, name):
         question = [as_context(turn) for turn in question]
     for key in ("input", "context"):
         if record.get(key) and key not in KEYS[name]:
-            question = (
-                f"{to_content(question, 'it has text')}\n{to_content(record[key], f'it has {key}')}"
-            )
+            more = to_content(record[key], f"it has {key}")
+            question = f"{to_content(question, 'it has text')}\n{more}"
     history = record.get("history") or []
     if not isinstance(history, list):
         raise ValueError(f"history is a list of [question, answer], not {history!r}")

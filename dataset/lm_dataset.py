@@ -46,7 +46,7 @@ class TokenDataset(Dataset):
                 first = self.files[self.content.index(tokens.content)].path
                 raise UserError(
                     f"{path} has the content of {first}: what one holds out for validation would "
-                    f"be trained on in the other; for two copies, give --data_path '{first}*2'"
+                    f"be trained on in the other; leave one out, or give a share, as FILE:0.7"
                 )
             samples.append(self.samples_of(tokens, len(self.files), max_length))
             self.files.append(tokens)

@@ -32,28 +32,22 @@ SAMPLED = 2000  # samples that are packed to choose the length of rows
 
 
 class Source(NamedTuple):
-    """A file of --data_path: a.jsonl, a.jsonl:0.7 (its share of all rows), a.jsonl*3 (copies)."""
+    """A file of --data_path: a.jsonl, or a.jsonl:0.7 with its share of all rows."""
 
     path: Path
     weight: float | None = None
-    copies: int = 1
 
     @classmethod
     def read(cls, text):
         """The Source that a user writes so. Raises UserError or ValueError for what is not one."""
-        match = re.fullmatch(r"(.*?)(?::([0-9.]+)|\*([0-9]+))?", text, re.DOTALL)
-        path, weight, copies = match.groups()
+        path, weight = re.fullmatch(r"(.*?)(?::([0-9.]+))?", text, re.DOTALL).groups()
         if os.path.isfile(text):  # noqa: PTH113  Path.is_file raises OSError for a long name
-            path, weight, copies = text, None, None
+            path, weight = text, None
         open_file(path).close()
-        source = cls(
-            Path(path).resolve(),  # the same file, wherever the run is resumed
-            float(weight) if weight else None,
-            int(copies) if copies else 1,
-        )
-        if source.weight == 0 or not 0 < source.copies < 10**9:
-            raise ValueError(f"{text:.200}: give a share above 0, as :0.7, or copies, as *3")
-        return source
+        weight = float(weight) if weight else None
+        if weight == 0:
+            raise ValueError(f"{text:.200}: give a share above 0, as :0.7")
+        return cls(Path(path).resolve(), weight)  # the same file, wherever the run is resumed
 
 
 def split_samples(dataset, part, seed):
@@ -73,27 +67,26 @@ def split_samples(dataset, part, seed):
 
 
 def mix(samples, dataset, sources, seed):
-    """Return the samples with each source's copies, or in the proportion of the weights.
+    """Return the samples in the proportion of the sources' weights, or as they are without weights.
 
-    With weights there are about as many samples as before; those of a short source come several
-    times, and each source at least once. Raises UserError for a source with a weight of which
-    nothing is left to train on.
+    There are about as many samples as before; those of a short source come several times, and each
+    source at least once. Raises UserError for a source of which nothing is left to train on.
     """
+    total = sum(source.weight or 0 for source in sources)
+    if not total:
+        return list(samples)
     samples = np.asarray(samples)
     file_of = dataset.samples[samples, 0]
-    total = sum(source.weight or 0 for source in sources)
     mixed = []
     for number, source in enumerate(sources):
         own = samples[file_of == number]
-        count = len(own) * source.copies
-        if total and not len(own):
+        if not len(own):
             raise UserError(
                 f"{source.path}:{source.weight:g} has no sample to train on: all are held out for "
                 "validation or left out; give more records, --val_split 0, or --val_data_path"
             )
-        if total:
-            count = max(1, round(source.weight / total * len(samples)))
-        copies, rest = divmod(count, max(1, len(own)))
+        count = max(1, round(source.weight / total * len(samples)))
+        copies, rest = divmod(count, len(own))
         drawn = np.random.default_rng([seed, number]).permutation(own)[:rest]
         mixed += own.tolist() * copies + drawn.tolist()
     return mixed

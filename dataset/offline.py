@@ -4,7 +4,7 @@ recipes/ writes them; distillation then needs neither the teacher nor the data.
     DIR/manifest.json      teacher, data and flags of the recording
     DIR/tokenizer.json     the tokenizer of the teacher
     DIR/output.pt          its output layer (V, D), which makes logits of hidden states
-    DIR/train/00000.pt     shards, as many as the manifest says; valid/ and test/ likewise
+    DIR/train/00000.pt     shards, as many as the manifest says; valid/ likewise
 
 A shard holds the n tokens of its samples, one sample after the other: lengths of the samples,
 input_ids (n,), loss_mask (n,), hidden_states (n, D) of the last layer, and aux_hidden_states

@@ -325,7 +325,6 @@ def main(argv=None):
     add("--stratify", metavar="FIELD", help="keeps the shares of this field's values")
     add("--out", type=Path, required=True, help="folder")
     args = parser.parse_args(argv)
-    cli.stop_at(cli.wrong_values(args))
     return args.run(args)
 
 

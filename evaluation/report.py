@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter, defaultdict
 
-from common import replacing
+from common import UserError, replacing
 from evaluation.tasks import is_right
 
 
@@ -129,10 +129,15 @@ def write(path, result):
 
 def compare(old, new):
     """Lines on the problems whose verdict differs between two results, and on the probability of
-    such a difference by chance: the exact sign test (McNemar, 1947).
+    such a difference by chance: the exact sign test (McNemar, 1947). Raises UserError for runs of
+    different data.
     """
-    same_data = old["data_sha256"] == new["data_sha256"]
-    before, after = (by_problem(result, same_data) for result in (old, new))
+    if old["data_sha256"] != new["data_sha256"]:
+        raise UserError(f"{old['run']} and {new['run']} are of different data: compare runs of one")
+    before, after = (
+        {(row["problem"], row["sample"]): row for row in result["problems"]}
+        for result in (old, new)
+    )
     shared = [key for key in before if key in after]
     won = [key for key in shared if is_right(after[key]) and not is_right(before[key])]
     lost = [key for key in shared if is_right(before[key]) and not is_right(after[key])]
@@ -150,16 +155,3 @@ def compare(old, new):
             row = after[key]
             lines.append(f"{mark} problem {row['problem']}: {given}, gold {row['gold']!r}")
     return lines
-
-
-def by_problem(result, same_data):
-    """The rows of a result by a key that other results share. Other data may have other numbers;
-    then prompt and gold answer are the problem, and equal ones are counted.
-    """
-    rows, times = {}, Counter()
-    for row in result["problems"]:
-        asked = row["problem"] if same_data else json.dumps([row["prompt"], row["gold"]])
-        key = asked, row["sample"]
-        rows[*key, times[key]] = row
-        times[key] += 1
-    return rows

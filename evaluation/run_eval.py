@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
-from cli import Parser, number, one_of, stop_at, switch, wrong_values
+from cli import Parser, number, one_of, switch
 from dataset.tiny_world.generate import EVAL
 from evaluation import competition_math, report
 from evaluation.answers import Part, answer_all, read_result, require_same_run
@@ -29,6 +29,7 @@ from trainer.trainer_utils import open_trained
 
 
 def parse(argv):
+    """Return (the flags, their parser)."""
     parser = Parser(__doc__)
     add = parser.group("the evaluation")
     add("task", "tiny_world", f"one of {'|'.join(TASKS)}", one_of(*TASKS))
@@ -43,10 +44,9 @@ def parse(argv):
     add("compare", None, flipped, Path, nargs=2, metavar=("OLD", "NEW"))
     answering_flags(parser, batch_size=16, max_new_tokens=512, temperature=0.0)
     args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
     if args.num_samples > 1 and args.temperature == 0:
         parser.error(f"--num_samples {args.num_samples} are all the same at --temperature 0")
-    return args
+    return args, parser
 
 
 def answering_flags(parser, **defaults):
@@ -89,7 +89,8 @@ def open_model(args):
 
 
 def main(argv=None):
-    args, typed = parse(argv), list(map(str, sys.argv[1:] if argv is None else argv))
+    args, parser = parse(argv)
+    typed = map(str, sys.argv[1:] if argv is None else argv)
     if args.compare:
         print("\n".join(report.compare(*map(read_result, args.compare))))
         return None
@@ -103,7 +104,7 @@ def main(argv=None):
     how = ("prompt_style", "num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
     result = {
         "task": args.task,
-        "run": args.run or run_name(args),
+        "run": args.run or run_name(args, parser),
         "command": shlex.join(["python", "evaluation/run_eval.py", *typed]),
         **weights,
         "data": str(data),
@@ -129,16 +130,14 @@ def sha256_of(path):
     return path and hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def run_name(args):
-    """That of the weights, with what sets this run apart from the usual one of theirs."""
-    unusual = [f"lora_{Path(args.lora).stem.removeprefix('lora_')}"] if args.lora else []
-    unusual += [args.prompt_style] if args.prompt_style != "zero_shot" else []
-    unusual += [f"{args.num_samples}_samples"] if args.num_samples > 1 else []
-    unusual += [f"temperature_{args.temperature:g}"] if args.temperature else []
-    unusual += [f"limit_{args.limit}"] if args.limit else []
-    unusual += [args.dtype] if args.dtype != "fp32" else []
-    unusual += ["compiled"] if args.use_compile else []
-    return "_".join([Path(args.from_weight).stem, *unusual])
+def run_name(args, parser):
+    """Return the name of the weights, with the options of this run that are not the defaults."""
+    words = [Path(args.from_weight).stem]
+    words += [f"lora_{Path(args.lora).stem.removeprefix('lora_')}"] if args.lora else []
+    for name in ("prompt_style", "num_samples", "temperature", "limit", "dtype", "use_compile"):
+        value = getattr(args, name)
+        words += [f"{name}_{value}"] if value != parser.get_default(name) else []
+    return "_".join(words)
 
 
 def finish(result, path):

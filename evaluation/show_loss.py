@@ -8,14 +8,13 @@ A line has the token that the model reads, the token that it must predict, the l
 (- is -100, no loss), and the probabilities. Supervised lines are green in a terminal.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import number, stop_at, wrong_values
+from cli import Parser, number
 from common import IGNORE, ROOT, UserError, report_user_errors
 
 # isort: split
@@ -52,7 +51,7 @@ def table(names, columns, input_ids, labels, tokenizer, coloured):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data_path", type=Path, default=SFT, help="text or conversations; default: Tiny World's")
     add("--record", type=number(int, 1), default=1, help="which sample of the file (%(default)s)")
@@ -60,15 +59,14 @@ def main(argv=None):
     add("--weight", nargs="+", default=["pretrain", "full_sft"], metavar="NAME", help=weights)
     add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
     paths = [checkpoint.find(args.save_dir, name) for name in args.weight]
     opened = [checkpoint.build_model(checkpoint.load(path), path) for path in paths]
     tokenizer = opened[0][1]
     if len({each.to_str() for _, each in opened}) > 1:
         raise UserError(f"{', '.join(args.weight)} have different tokenizers; show one at a time")
-    longest = argparse.Namespace(max_seq_len=opened[0][0].config.max_position_embeddings)
-    longest.overlong = "truncate"
-    data = open_data(write_missing(args.data_path), tokenizer, longest)
+    args.max_seq_len = opened[0][0].config.max_position_embeddings
+    args.overlong = "truncate"
+    data = open_data(write_missing(args.data_path), tokenizer, args)
     if args.record > len(data):
         raise UserError(f"--record {args.record}: {args.data_path} has {len(data)} samples")
     input_ids, labels = data[args.record - 1]

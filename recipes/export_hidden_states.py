@@ -22,11 +22,11 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 import torch
 from tqdm import tqdm
 
-from cli import Parser, number, one_of, stop_at, wrong_values
+from cli import Parser, number, one_of
 from common import IGNORE, ROOT, replacing, save_tensors
 from dataset import offline
 from dataset.lm_dataset import SFTDataset
-from dataset.loader import cut, pad, split_samples
+from dataset.loader import cut, pad
 from dataset.tiny_world.generate import SFT
 from model.distillation import Teacher
 from model.lora import hash_of
@@ -81,7 +81,6 @@ def parse(argv):
     add("data_path", None, "default: Tiny World", source, nargs="+", metavar="FILE")
     add("max_seq_len", 256, "maximum length of a sample, in tokens", number(int, 2))
     add("val_split", 0.01, "share of valid/", number(float, 0, 0.5))
-    add("test_split", 0.0, "share of test/", number(float, 0, 0.5))
     add("aux_layers", "", "record the output of these layers too, as 1,2", metavar="LAYERS")
     add("shard_size", 256, "samples of a file", count)
     add("batch_size", 16, "samples of a forward pass", count)
@@ -91,21 +90,15 @@ def parse(argv):
     conversation_flags(parser, training=False)
     parser.set_defaults(val_data_path=None, strict_data=False, cache_dir=None)
     args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
     return args
 
 
 def read_data(args, tokenizer):
-    """(dataset, {"train": samples, "valid": samples, "test": samples}), without empty parts."""
+    """Return (dataset, {"train": samples, "valid": samples}), without an empty part."""
     options = conversation_options(args)
     dataset, train, _, valid = open_data(SFTDataset, args, tokenizer, SFT, **options)
-    test = []
-    if args.test_split:
-        drawn = set(split_samples(dataset, args.test_split, args.seed + 1)[1])
-        test = sorted(drawn & set(train))
-        train = [sample for sample in train if sample not in drawn]
     train += replay(dataset, train, args, tokenizer)
-    parts = {"train": train, "valid": valid, "test": test}
+    parts = {"train": train, "valid": valid}
     return dataset, {part: samples for part, samples in parts.items() if samples}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, number, stop_at, wrong_values
+from cli import Parser, number
 from common import UserError, report_user_errors
 from dataset.jsonl import read_records
 from dataset.prepare import shares, write_parts
@@ -80,9 +80,7 @@ def main(argv=None):
     add("--seed", type=number(int, 0), default=1, help="of the split (%(default)s)")
     templates = Path(__file__).with_suffix(".toml")
     add("--templates", type=Path, default=templates, help="TOML; default: %(default)s")
-    args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
-    return prepare(args)
+    return prepare(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

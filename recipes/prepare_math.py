@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, number, stop_at, wrong_values
+from cli import Parser, number
 from common import UserError, report_user_errors
 from dataset.jsonl import is_folder
 from dataset.prepare import shares, write_parts
@@ -82,9 +82,7 @@ def main(argv=None):
     add("--calculator", choices=["strip", "keep"], default="strip", help=notes)
     levels = "1: the shares of level and type stay (%(default)s)"
     add("--stratify", type=int, choices=[0, 1], default=1, help=levels)
-    args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
-    return prepare(args)
+    return prepare(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ reference, and the docstrings of its standard library.
     python recipes/python_text.py --out out/python.jsonl
 """
 
-import argparse
 import ast
 import sys
 import sysconfig
@@ -13,6 +12,7 @@ from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import Parser
 from common import report_user_errors
 from dataset.tiny_world.generate import write
 
@@ -27,7 +27,7 @@ def docstrings(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/python.jsonl"))
     args = parser.parse_args(argv)
     library = Path(sysconfig.get_path("stdlib"))

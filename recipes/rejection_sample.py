@@ -8,15 +8,14 @@ A run that was stopped continues where it was when the same command is given aga
 left in --out is never overwritten.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, number, one_of, stop_at, wrong_values
-from common import ROOT, UserError, replacing, report_user_errors
+from cli import Parser, number, one_of
+from common import ROOT, replacing, report_user_errors
 from evaluation.answers import Part, answer_all, require_same_run
 from evaluation.run_eval import answering_flags, open_model, options_of, sha256_of
 from evaluation.tasks import is_right, judge, read_problems
@@ -30,23 +29,19 @@ def main(argv=None):
     add = parser.group("the data")
     add("task", "gsm8k", "tiny_world, gsm8k or math", one_of("tiny_world", "gsm8k", "math"))
     add("data_path", None, "problems with their answers", Path, required=True)
-    add("samples", 8, "answers to each problem", number(int, 1), dest="num_samples")
-    parser.add_argument("--num_samples", type=number(int, 1), help=argparse.SUPPRESS)
+    add("num_samples", 8, "answers to each problem", number(int, 1))
     add("keep", 4, "maximum number of different right answers to a problem", number(int, 1))
     add("out", ROOT / "out" / "accepted.jsonl", "file of conversations to write", Path)
     answering_flags(parser, batch_size=64, max_new_tokens=256, temperature=0.8)
     args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
     if args.temperature == 0:
-        raise UserError("--temperature 0: all samples are the same; give a number above 0")
+        parser.error("--temperature 0: all samples are the same; give a number above 0")
 
     problems = read_problems(args.task, args.data_path)[: args.limit or None]
     model, tokenizer, weights = open_model(args)
     source = {name: getattr(args, name) for name in SETTINGS}
-    source |= {
-        "weights_sha256": weights["weights_sha256"],
-        "data_sha256": sha256_of(args.data_path),
-    }
+    source["weights_sha256"] = weights["weights_sha256"]
+    source["data_sha256"] = sha256_of(args.data_path)
     if args.out.exists() and args.out.stat().st_size:
         with args.out.open(encoding="utf-8", errors="replace") as file:
             head = file.readline()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, number, stop_at, wrong_values
+from cli import Parser, number
 from common import UserError, report_user_errors
 from dataset.formats import is_texts
 from dataset.jsonl import is_folder, open_text, read_json
@@ -103,9 +103,7 @@ def check(folder, index, items):
     """Raises UserError for the first item without tokens or title."""
     for item, about in items.items():
         if not isinstance(about, dict) or not isinstance(about.get("description") or "", str):
-            raise UserError(
-                f'--raw {folder}: item {item} is not {{"title", "description"}} of text'
-            )
+            raise UserError(f"--raw {folder}: item {item} isn't a title and a description as text")
     for item, tokens in index.items():
         if not tokens or not is_texts(tokens):
             raise UserError(f"--raw {folder}: item {item} has no list of tokens: {tokens!r:.100}")
@@ -176,9 +174,7 @@ def main(argv=None):
     add("--out", type=Path, required=True, help="folder to write to")
     add("--seed", type=number(int, 0), default=1, help="of the split (%(default)s)")
     add("--max_history", type=number(int, 1), default=10, help="latest items (%(default)s)")
-    args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
-    return prepare_sid(args)
+    return prepare_sid(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

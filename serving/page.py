@@ -54,15 +54,8 @@ def export(models, path, question, settings, logs):
     docs, folder = None, path.resolve().parent  # links to the tutorial, from inside the repository
     if folder.is_relative_to(ROOT):
         docs = Path(os.path.relpath(ROOT / "docs", folder)).as_posix()
-    more = {
-        "recorded": recorded,
-        "ids": ids,
-        "begun": len(ids) - len(new),
-        "text": text,
-        "question": question,
-        "docs": docs,
-    }
-    data = page(models, settings, **more)
+    more = {"recorded": recorded, "ids": ids, "begun": len(ids) - len(new), "text": text}
+    data = page(models, settings, **more, question=question, docs=docs)
     with replacing(path) as file:
         file.write(data)
     print(f"{path}: {len(data) / 1000:.0f} kB; open it in a browser")

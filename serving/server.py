@@ -52,15 +52,13 @@ class Server(ThreadingHTTPServer):
     """models: {name: Served}, the first one for requests that name none of them. defaults: of
     temperature, top_p, top_k, max_new_tokens. logs: the folder of the logs of training.
     allowed_hosts: further names by which it is reached, as that of a tunnel.
-    Raises UserError if the port is taken, or for a max_batch below 1.
+    Raises UserError if the port is taken.
     """
 
     daemon_threads, request_queue_size = True, 128
     allow_reuse_address = sys.platform != "win32"  # there it would share a port that is taken
 
     def __init__(self, models, host, port, max_batch, defaults, logs, allowed_hosts=()):
-        if max_batch < 1:
-            raise UserError(f"--max_batch {max_batch}: give a number above 0")
         self.models, self.defaults, self.logs = models, defaults, logs
         self.batchers = {
             name: Batcher(served.model, max_batch, MAX_WAITING) for name, served in models.items()

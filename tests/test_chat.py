@@ -113,7 +113,7 @@ def test_the_coldest_and_the_narrowest_draw_the_likeliest(trained):
     ("flags", "says"),
     [
         (["--seed", "9" * 20], "seed 9999"),
-        (["--seed", -1], "seed -1: give a number from 0 to 9223372036854775807"),
+        (["--seed", -1], "seed -1: give a whole number from 0 to 9223372036854775807"),
         (["--temperature", "nan"], "temperature nan: give a number from 0 to 100"),
         (["--temperature", "inf"], "temperature inf"),
         (["--top_p", "nan"], "top_p nan: give a number from 0 to 1"),

@@ -59,12 +59,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("flags", [(), ("--max_shard_gb", "0.0001")], ids=["whole", "sharded"])
-def test_transformers_computes_the_same_logits(tmp_path, family, flags):
-    model, out = exported(tmp_path, FAMILIES[family], *flags)
+def test_transformers_computes_the_same_logits(tmp_path, family):
+    model, out = exported(tmp_path, FAMILIES[family])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     assert theirs.config.model_type == family and theirs.dtype == torch.float32
-    assert (out / "model.safetensors.index.json").exists() == bool(flags)
     ids = torch.randint(16, 2048, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
@@ -125,11 +123,6 @@ def test_trl_trains_the_folder(folder, tmp_path):
     assert trainer.train().training_loss > 0
 
 
-def test_the_card_has_the_facts_of_the_training(folder):
-    card = (folder[1] / "README.md").read_text(encoding="utf-8")
-    assert "| stage | full_sft |" in card and "| tokens | 10 |" in card
-
-
 def test_wrong_flags_are_errors_of_one_sentence(tmp_path, trained):
     full = tmp_path / "full"
     full.mkdir()
@@ -169,10 +162,8 @@ def test_a_disk_that_is_full_half_way_leaves_nothing(tmp_path, monkeypatch, file
 
     exported(tmp_path, {})
     monkeypatch.setattr(os, "fsync", full)
-    done = run_here(
-        "convert/to_hf.py", "--weight", tmp_path / "mine_48.pth", "--out", tmp_path / "new",
-        "--max_shard_gb", 0.0001,
-    )  # fmt: skip
+    weights, out = tmp_path / "mine_48.pth", tmp_path / "new"
+    done = run_here("convert/to_hf.py", "--weight", weights, "--out", out)
     assert done.returncode == 2 and "cannot be written: No space" in done.stderr
     assert not (tmp_path / "new").exists()
 
@@ -188,7 +179,6 @@ def test_weights_that_were_only_pretrained_are_exported_to_continue_text(tmp_pat
     assert (chat.eos_token, text.eos_token) == ("<|im_end|>", "<|endoftext|>")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert theirs.config.eos_token_id == 0 and theirs.generation_config.eos_token_id == [0]
-    assert "ChatML" not in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_adapters_of_pretraining_are_exported_to_continue_text(trained, data, tmp_path):

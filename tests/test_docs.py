@@ -85,9 +85,8 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         there = tmp_path / "cot"
         misconceptions.main([str(files["traces.jsonl"]), "--out", str(there)])
         files |= {f"out/cot/{path.name}": path for path in there.iterdir()} | {"out/cot": there}
-        files["out/loss_curve.svg"] = tmp_path / "curve.svg"
     if "out/misconceptions" in line:
-        for name in ("train.jsonl", "train.jsonl*2", "tokens.txt"):
+        for name in ("train.jsonl", "train.jsonl:0.2", "tokens.txt"):
             files[f"out/misconceptions/with/{name}"] = f"{files['out/cot']}/{name}"
         files["dataset/sft_tiny.jsonl"] = data / "sft.jsonl"
         files["dataset/pretrain_tiny.jsonl"] = data / "pretrain.jsonl"

@@ -297,7 +297,6 @@ WRONG_FLAGS = [
     (["--learning_rate", "inf"], "--learning_rate inf"),
     (["--sample_prompt", ""], "--sample_prompt: give from 1 to 500 characters"),
     (["--sample_prompt", "x" * 501], "--sample_prompt: give from 1 to 500 characters"),
-    (["--loss_curve", "."], "--loss_curve . is a folder"),
     (["--val_data_path", "x" * 300], "there is no such file"),
     (["--config", "x" * 300], "File name too long"),
     (["--save_dir", "x" * 300], "--save_dir xxx"),

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -213,7 +212,7 @@ def test_another_question_never_replaces_stored_answers(trained, gsm8k, tmp_path
     evaluate(trained, test, tmp_path, "--task", "gsm8k", "--limit", 3)
     evaluate(trained, test, tmp_path, "--task", "gsm8k", "--dtype", "bf16", "--limit", 1)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    names = ("full_sft_32", "full_sft_32_limit_1_bf16", "full_sft_32_limit_3")
+    names = ("full_sft_32", "full_sft_32_limit_1_dtype_bf16", "full_sft_32_limit_3")
     assert sorted(path.stem for path in folder.glob("*.json")) == list(names)
     other = write_jsonl(tmp_path / "other.jsonl", read(test)[:5])
     weights = shutil.copy(trained / "pretrain_32.pth", tmp_path / "full_sft_32.pth")
@@ -294,46 +293,14 @@ def store(folder, name, rows, **more):
     return path
 
 
-def test_compare_pairs_the_same_problems_of_shuffled_data(tmp_path, capsys):
-    """Problems whose last turn, prompt, or prompt and gold answer are equal are told apart."""
-    turns = ("And she?", "And she?", "And she?", "Why?", "Why?", "Why?", "When?")
-    firsts, golds = "AABCCCD", ("1", "1", "1", "1", "2", "2", "1")
-    rows = []
-    for index, (first, turn, gold) in enumerate(zip(firsts, turns, golds, strict=True)):
-        prompt = [{"role": role, "content": c} for role, c in (("user", first), ("assistant", "-"))]
-        prompt.append({"role": "user", "content": turn})
-        for sample in range(2):
-            right = (index + sample) % 2 == 0
-            row = {"problem": index, "sample": sample, "prompt": prompt, "gold": gold}
-            row |= {"output": gold if right else "7", "extracted": gold if right else "7"}
-            row |= {"verdict": "correct" if right else "wrong", "truncated": False, "tokens": 1}
-            rows.append(row)
-    old = store(tmp_path, "old", rows, data_sha256="old")
-    for seed in range(20):
-        order = random.Random(seed).sample(range(7), 7)
-        same = {0: 1, 4: 5}  # equal problems: their order stays
-        for a, b in same.items():
-            i, j = sorted((order.index(a), order.index(b)))
-            order[i], order[j] = a, b
-        moved = [
-            {**row, "problem": place}
-            for place, index in enumerate(order)
-            for row in rows[2 * index : 2 * index + 2]
-        ]
-        run_eval.main(["--compare", str(old), str(store(tmp_path, "new", moved, data_sha256="n"))])
-        said = capsys.readouterr().out
-        assert "14 answers in both" in said and "0 became right, 0 wrong; p = 1.000" in said
-
-
-@pytest.mark.parametrize("data", [{"a": "x", "b": "x"}, {"a": "x", "b": "y"}])
-def test_compare_shows_what_flipped(tmp_path, capsys, data):
+def test_compare_shows_what_flipped(tmp_path, capsys):
     paths = []
     for name, verdicts in (("a", "RRWWWW"), ("b", "RWRRRW")):
         rows = [
             {
                 "problem": i,
                 "sample": 0,
-                "prompt": [{"role": "user", "content": f"{i}?" if data["b"] == "y" else "?"}],
+                "prompt": [{"role": "user", "content": "?"}],
                 "verdict": "correct" if mark == "R" else "wrong",
                 "extracted": mark,
                 "gold": "g",
@@ -341,7 +308,7 @@ def test_compare_shows_what_flipped(tmp_path, capsys, data):
             }
             for i, mark in enumerate(verdicts)
         ]
-        paths.append(store(tmp_path, name, rows, data_sha256=data[name]))
+        paths.append(store(tmp_path, name, rows, data_sha256="x"))
     run_eval.main(["--compare", *map(str, paths)])
     printed = capsys.readouterr().out
     assert "3 became right, 1 wrong; p = 0.625" in printed  # 2 (1 + 4) / 16
@@ -349,6 +316,9 @@ def test_compare_shows_what_flipped(tmp_path, capsys, data):
         *(f"+ problem {i}: 'W' -> 'R', gold 'g'" for i in (2, 3, 4)),
         "- problem 1: 'R' -> 'W', gold 'g'",
     ]
+    other = store(tmp_path, "other", rows, data_sha256="y")
+    with pytest.raises(UserError, match="a and other are of different data"):
+        run_eval.main(["--compare", str(paths[0]), str(other)])
 
 
 def test_few_shot_prompts_show_the_same_solved_problems(gsm8k):

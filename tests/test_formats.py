@@ -153,7 +153,7 @@ def test_a_turn_is_learned_by_its_weight(key):
         )
         assert ids == plain[0] and sum(mask) == sum(plain[1]) // 2 * turns, weight
     for weight in (0.5, "0", "1", -1, 2, [], {}):
-        with pytest.raises(ValueError, match=f"message 3 has {key} .*; give 0 or 1"):
+        with pytest.raises(ValueError, match=f"message 3 has {key} .*; give {key} 0 or 1"):
             converted({"messages": [SYSTEM, ASKED[0], {**ASKED[1], key: weight}]})
         if key == "loss_weight":
             with pytest.raises(ValueError, match="message 2 has loss_weight .*0 or 1"):

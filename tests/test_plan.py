@@ -47,11 +47,12 @@ def test_a_file_given_twice_is_refused(tmp_path, again):
     elif again == "a link":
         other.hardlink_to(path)
     for options in ({}, {"cache_dir": tmp_path / "cache"}):
-        with pytest.raises(UserError, match=r"a.jsonl.*'.*a\.jsonl\*2'"):
+        with pytest.raises(UserError, match=r"a.jsonl.*leave one out"):
             SFTDataset([path, other], load_tokenizer(), **options)
     flags = ["--from_weight", "none", "--data_path", path, other, "--save_dir", tmp_path / "out"]
     done = run_here("trainer/train_full_sft.py", *flags, *TINY)
-    assert done.returncode == 2 and "a.jsonl*2" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "leave one out" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", [SFTDataset, PretrainDataset])

@@ -436,7 +436,7 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path, monkeypatch):
         ["recipes/prepare_math.py", "gsm8k", "--raw", tmp_path, "--out", tmp_path / "out"],
         ["trainer/train_tokenizer.py", "--data_path", pipe, "--out", tmp_path / "t.json"],
         ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", pipe],
-        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", f"{pipe}*2"],
+        ["trainer/train_full_sft.py", "--from_weight", "none", "--data_path", f"{pipe}:0.5"],
     ):
         done = run_here(*command)
         assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
@@ -468,11 +468,11 @@ def test_data_that_must_not_be_read_is_told_in_a_sentence(data, tmp_path, monkey
         assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("given", ["", "x" * 300, "x" * 300 + "*2", ".", "no.jsonl"])
+@pytest.mark.parametrize("given", ["", "x" * 300, "x" * 300 + ":0.5", ".", "no.jsonl"])
 def test_files_to_train_on_that_are_none_are_told_in_a_sentence(given):
     done = run_here("trainer/train_full_sft.py", "--from_weight", "none", "--data_path", given)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert f"--data_path {given.removesuffix('*2') or '.'}" in done.stderr
+    assert f"--data_path {given.removesuffix(':0.5') or '.'}" in done.stderr
 
 
 def test_a_number_too_long_to_read_is_a_bad_record_of_each_reader(tmp_path):

@@ -188,7 +188,7 @@ def test_a_default_that_is_given_is_not_refused(trained, monkeypatch):
         done = run_here("eval_llm.py", "--save_dir", trained, "--serve", 99999, flag, value)
         refused(done, "--serve 99999, --host 127.0.0.1")
     done = run_here("eval_llm.py", "--save_dir", trained, "--serve", 0, "--seed", 2)
-    refused(done, "--serve makes no use of --seed")
+    refused(done, "--serve doesn't support --seed")
 
 
 def test_the_villages_data_in_a_folder_that_cannot_be_written_is_told(tmp_path):

@@ -34,7 +34,7 @@ def test_a_run(trained, tmp_path):
     ask = {"category": "any", "expected": [], "conversations": [{"role": "user", "content": "Hi?"}]}
     data = write_jsonl(tmp_path / "problems.jsonl", [ask] * 3)
     flags = ["--task", "tiny_world", "--weight", trained / "full_sft_32.pth", "--data_path", data]
-    flags += ["--max_new_tokens", 200, "--samples", 4, "--keep", 2, "--device", "cpu"]
+    flags += ["--max_new_tokens", 200, "--num_samples", 4, "--keep", 2, "--device", "cpu"]
     outs = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for out in outs:
         rejection_sample.main(list(map(str, [*flags, "--out", out])))
@@ -83,6 +83,7 @@ def test_reasoning_is_saved_as_reasoning(trained, tmp_path, monkeypatch):
     assert record["conversations"][-1] == message
 
 
-def test_samples_that_would_all_be_the_same_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--temperature"):
+def test_samples_that_would_all_be_the_same_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
         rejection_sample.main(["--data_path", str(tmp_path), "--temperature", "0"])
+    assert "--temperature 0: all samples are the same" in capsys.readouterr().err

@@ -35,7 +35,6 @@ def test_same_seed_same_bytes_whatever_the_hash_seed(tmp_path):
     for name, seed in (("a", "0"), ("b", "12345")):
         done = run("dataset/tiny_world/generate.py", "--out", tmp_path / name, PYTHONHASHSEED=seed)
         assert done.returncode == 0, done.stderr
-        assert "of them distinct" in done.stdout
     for name in ("pretrain_tiny.jsonl", "sft_tiny.jsonl", "eval_tiny.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert World(2).people != World(SEED).people

@@ -297,7 +297,6 @@ def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_ar
             run.tokens = tokens
             log.write(run, loss=loss, val_loss=val_loss, **REST)
         assert log.draw() == tmp_path / "a & b_loss.svg"
-        assert log.draw(tmp_path / "new" / "x.png") == tmp_path / "new" / "x.svg"
         curves = curves_of(log.draw())
         assert [len(curves[label]) for label in ("training", "validation")] == [2, 1]
         (x1, y1), (x2, y2) = curves["training"]

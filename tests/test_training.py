@@ -482,22 +482,18 @@ def test_the_validation_split_stays_when_the_data_grows(tmp_path):
     assert small == {record for record in large if record < 100} and 3 < len(small) < 25
 
 
-def test_sources_are_mixed_by_weight_repeated_and_joined(data, tmp_path):
+def test_sources_are_mixed_by_weight_and_joined(data, tmp_path):
     paths = [data / "sft.jsonl", tmp_path / "other.jsonl"]
     write_jsonl(paths[1], [chat("Hello?", "Hello!")] * 10)
     dataset = SFTDataset(paths, load_tokenizer())
     count = {}
-    for name, (one, other) in {
-        "joined": ((None, 1), (None, 1)),
-        "copies": ((None, 1), (None, 3)),
-        "weights": ((0.5, 1), (1.5, 1)),
-    }.items():
-        sources = [Source(paths[0], *one), Source(paths[1], *other)]
+    for name, weights_of_files in {"joined": (None, None), "weights": (0.5, 1.5)}.items():
+        sources = [Source(*pair) for pair in zip(paths, weights_of_files, strict=True)]
         rows = mix(range(50), dataset, sources, seed=1)
         count[name] = [sum(row < 40 for row in rows), sum(row >= 40 for row in rows)]
         assert set(range(40, 50)) <= set(rows)
     # 50 rows in all, a quarter of them from the first file.
-    assert count == {"joined": [40, 10], "copies": [40, 30], "weights": [12, 38]}
+    assert count == {"joined": [40, 10], "weights": [12, 38]}
 
 
 def test_the_folder_that_it_is_started_from_does_not_matter(data, tmp_path):
@@ -516,15 +512,20 @@ def test_sample_answers_are_shown_while_training_and_change_nothing(data, tmp_pa
     assert_equal(weights(tmp_path / "quiet"), weights(tmp_path / "shown"))
 
 
-def test_replay_counts_the_copies_of_conversations(data, tmp_path, capsys):
-    counts = []
-    for copies in ("", "*4"):
-        more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.1, "val_split": 0}
-        more["max_seq_len"], more["data_path"] = 64, f"{data / 'sft.jsonl'}{copies}"
-        train_full_sft.main(flags(data, tmp_path / copies, **more))
+def test_replay_counts_what_is_repeated_for_its_share(data, tmp_path, capsys):
+    """Its tokens are a share of those of the conversations as they are mixed."""
+    short = write_jsonl(tmp_path / "short.jsonl", [chat("Hi", "Hello.")])
+    long = write_jsonl(tmp_path / "long.jsonl", [chat("Hi", "one " * 30)] * 20)
+    more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.5, "val_split": 0}
+    more["max_seq_len"], counts = 64, []
+    for share in (0.05, 0.95):
+        command = flags(data, tmp_path / str(share), **more)
+        at = command.index("--data_path")
+        command[at + 1 : at + 2] = [f"{short}:{1 - share:.2f}", f"{long}:{share}"]
+        train_full_sft.main(command)
         printed = re.search(r"(\d+) samples of", capsys.readouterr().out)
-        counts.append(int(printed[1]) - 40 * (4 if copies else 1))
-    assert counts[0] > 2 and counts[1] == pytest.approx(4 * counts[0], abs=4)
+        counts.append(int(printed[1]) - 21)
+    assert 0 < counts[0] < counts[1] / 2
 
 
 def test_the_speed_is_that_of_training_alone(data, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path):
     files, out = [data / "sft.jsonl", other], tmp_path / "out"
     # The rate moves no weight: what the log says is true of the weights that are saved.
     how = ["--from_weight", "none", *TINY, "--val_split", 0.2, "--learning_rate", 1e-12]
-    sft(out, "--data_path", *files, *how, "--loss_curve", tmp_path / "curve.svg")
+    sft(out, "--data_path", *files, *how)
     log = (out / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
     line = json.loads(log[-1])
 
@@ -41,7 +41,7 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path):
     assert line["val_losses"] == pytest.approx(means, rel=1e-5)
     assert line["val_loss"] == pytest.approx(sum(losses.values()) / sum(counts.values()), rel=1e-5)
     of_sources = ["validation, other.jsonl", "validation, sft.jsonl"]
-    curves = curves_of(tmp_path / "curve.svg")
+    curves = curves_of(out / "logs/full_sft_32_loss.svg")
     assert list(curves) == ["training", "validation", *of_sources]
     points = [line for line in map(json.loads, log) if line["val_loss"]]
     assert all(len(curves[label]) == len(points) for label in of_sources)

@@ -30,7 +30,7 @@ VALIDATED = {"early_stop_patience": 0, "save_best_at_end": False, "best_metric":
 
 
 def source(text):
-    """An argparse type: a file with its share or copies, as `Source.read` takes it."""
+    """An argparse type: a file with its share, as `Source.read` takes it."""
     try:
         return Source.read(text)
     except ValueError as error:
@@ -42,7 +42,7 @@ def training_parser(doc, **defaults):
     parser = Parser(doc, usage="%(prog)s [--FLAG VALUE ...]")
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.group("the flags that most people need")
-    files = "files to train on, each with :0.7 for its share or *3 for copies; default: Tiny World"
+    files = "files to train on, each with its share as in FILE:0.7; default: Tiny World"
     add("data_path", None, files, source, nargs="+", metavar="FILE")
     add("from_weight", None, "weights to begin with: a name in --save_dir, a path, or none")
     add("from_resume", 0, "1: continue the last run from its latest checkpoint", switch)
@@ -106,7 +106,6 @@ def training_parser(doc, **defaults):
     add("save_best_at_end", 0, "1: the run's weights are the best in validation", switch)
     add("sample_interval", 0, "steps between samples of the model's text; 0: none", count)
     add("sample_prompt", None, "prompt of these samples")
-    add("loss_curve", None, "SVG of the loss curve; default: beside the log", Path)
 
     add = parser.group("fine-tuning")
     add("use_lora", 0, "1: train LoRA adapters; the weights stay as they are", switch)
@@ -157,7 +156,7 @@ def parse_args(parser, argv=None, saved=None):
         parser.set_defaults(**taken_over(saved, parser))
     config = parser.parse_known_args(argv)[0].config
     from_file, problems = read_config(config, parser) if config else ([], [])
-    args = parser.parse_args([*from_file, *argv])
+    args = parser.parse_unchecked([*from_file, *argv])
     problems += wrong_values(args) + contradictions(args, parser)
     stop_at(problems)
     return args
@@ -171,7 +170,7 @@ def taken_over(saved, parser):
         if flags.get("offline_dir"):  # which says where the data is
             flags[name] = None
         elif isinstance(flags.get(name), list):
-            flags[name] = [Source(Path(path), *how) for path, *how in flags[name]]
+            flags[name] = [Source(Path(path), weight) for path, weight, *_ in flags[name]]
     return flags
 
 
@@ -243,8 +242,6 @@ def contradictions(args, parser):
         )
     if args.sample_prompt is not None and not 0 < len(args.sample_prompt) <= 500:
         problems.append("--sample_prompt: give from 1 to 500 characters")
-    if args.loss_curve and args.loss_curve.is_dir():
-        problems.append(f"--loss_curve {args.loss_curve} is a folder; give a file in it")
     if not (args.val_split or args.val_data_path):
         for name, without in VALIDATED.items():
             if getattr(args, name, without) != without:
@@ -298,10 +295,3 @@ def command(launcher, script, args, *flags):
     if Path.cwd().is_relative_to(ROOT):
         path = Path(os.path.relpath(path))
     return f"{launcher} {shlex.join([str(path), *flags, *folder])}"
-
-
-def refuse(args, parser, names):
-    """Raise UserError for flags that a train script doesn't support, unless they are left out."""
-    unused = [name for name in names.split() if getattr(args, name) != parser.get_default(name)]
-    if unused:
-        raise UserError(f"{parser.prog} doesn't support --{', --'.join(unused)}; leave that out")

@@ -29,6 +29,8 @@ from trainer.optimizer import full_state
 from trainer.runtime import is_first
 
 FORMAT = 1
+# What values of a wrong kind or size raise where a model is built.
+DAMAGED = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
 MAKE = {
     "pretrain": "make it with: python trainer/train_pretrain.py",
@@ -210,14 +212,7 @@ def build_model(content, path, dropout=0.0):
         # On "meta" it takes no memory, whatever sizes a damaged file names.
         with torch.device("meta"), NoValues():
             model = empty_model(config, content)
-    except (
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except DAMAGED as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} does not say what model it holds: {reason}") from None
     weights = {name: weight.float() for name, weight in content["model"].items()}

@@ -69,8 +69,8 @@ class MetricsLog:
                 "last checkpoint with --from_resume 1"
             ) from None
 
-    def draw(self, path=None):
-        """Draws the loss curves as an SVG beside the log, or at path; returns where."""
+    def draw(self):
+        """Draw the loss curves as an SVG beside the log; return its path."""
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         drawn = self.curves or {"training": ("loss", 1), "validation": ("val_loss", 1)}
         losses = {}
@@ -84,7 +84,7 @@ class MetricsLog:
         for label, values in losses.items():
             points = zip([line["tokens"] for line in lines], values, strict=True)
             curves[label] = [(x, y) for x, y in points if y is not None]
-        path = (path or self.path.with_name(f"{self.path.stem}_loss")).with_suffix(".svg")
+        path = self.path.with_name(f"{self.path.stem}_loss.svg")
         with replacing(path) as file:
             svg = curves_as_svg(curves, self.path.stem, self.unit, clip=not self.curves)
             file.write(svg.encode("utf-8"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import number
+from cli import number, refuse
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
@@ -26,7 +26,7 @@ from dataset.tiny_world.generate import PAIRS
 from model.generation import eval_mode
 from model.moe import router_loss
 from model.policy import pair_log_probabilities, preference_loss
-from trainer.arguments import refuse, training_parser
+from trainer.arguments import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
 from trainer.trainable import choose_trainable
@@ -82,7 +82,7 @@ def main(argv=None):
     sft = "weight of the SFT loss of the chosen answers, against both becoming improbable"
     add("sft_weight", 0.0, sft, number(float, 0))
     args, saved = parse_run(parser, argv)
-    refuse(args, parser, "packing teacher_weight offline_dir")
+    refuse(args, parser, parser.prog, "packing teacher_weight offline_dir")
 
     # Where to runtime, what to train, and what to train it on.
     runtime = start_runtime(args)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import number, one_of
+from cli import number, one_of, refuse
 from common import IGNORE, UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
@@ -36,7 +36,7 @@ from evaluation.tasks import read_problems
 from model.generation import generate
 from model.moe import router_loss
 from model.policy import advantages_of, policy_loss
-from trainer.arguments import refuse, training_parser
+from trainer.arguments import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
 from trainer.trainable import choose_trainable
@@ -86,8 +86,8 @@ def questions(args, tokenizer):
     all files). Raises UserError if there are none of either, or if one is too long.
     """
     paths = [source.path for source in args.data_path or []]
-    if any(source.weight or source.copies > 1 for source in args.data_path or []):
-        raise UserError("--data_path: GRPO takes each question once; leave out shares and copies")
+    if any(source.weight for source in args.data_path or []):
+        raise UserError("--data_path: GRPO takes each question once; leave out shares")
     paths = paths or [write_missing(PRACTICE) if args.task == "tiny_world" else None]
     train = [problem for path in paths for problem in read_problems(args.task, path)]
     order = np.random.default_rng(args.seed).permutation(len(train)).tolist()
@@ -140,7 +140,7 @@ def main(argv=None):
     args, saved = parse_run(parser, argv)
     # fsdp gathers weights in each step of `generate`, and processes need different numbers of them.
     unused = "packing accumulation_steps teacher_weight offline_dir parallel sample_prompt "
-    refuse(args, parser, unused + "num_workers strict_data cache_dir")
+    refuse(args, parser, parser.prog, unused + "num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 
     # Where to runtime, what to train, and the questions.

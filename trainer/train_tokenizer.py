@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cli import Parser, number, stop_at, wrong_values
+from cli import Parser, number
 from common import UserError, replacing, report_user_errors
 from dataset.chat_template import encode_all
 from dataset.formats import format_of, to_conversation, to_text
@@ -93,7 +93,6 @@ def main(argv=None):
     add("--vocab_size", type=number(int, smallest), default=2048, help=size)
     add("--out", type=Path, default=SHIPPED_TOKENIZER, help="file to write")
     args = parser.parse_args(argv)
-    stop_at(wrong_values(args))
     texts = []
     for path in args.data_path or [PRETRAIN, SFT]:
         found = list(texts_of(write_missing(path)))

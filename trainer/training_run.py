@@ -25,7 +25,7 @@ from trainer.signals import RunLock, StopSignal
 FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir
     device num_workers use_compile grad_checkpoint parallel deterministic log_interval
     save_interval val_interval sample_interval sample_prompt strict_data keep_checkpoints
-    early_stop_patience save_best_at_end max_bad_steps loss_curve offline_dir""".split()
+    early_stop_patience save_best_at_end max_bad_steps offline_dir""".split()
 FREE += ["batch_size", "accumulation_steps"]  # their product with the processes is compared
 FREE += ["data_path", "val_data_path", "replay_path"]  # content and shares are compared
 QUIET = ("from_resume", "force_resume")  # are not worth a line when they differ
@@ -188,7 +188,7 @@ class TrainingRun:
         elif progress.step < progress.total_steps:
             patience = args.early_stop_patience
             print(f"Stopped {at}: {patience} validations in a row without a better result")
-        print(f"weights: {self.weights_path}\nloss curve: {log.draw(args.loss_curve)}")
+        print(f"weights: {self.weights_path}\nloss curve: {log.draw()}")
         print(f"next: {next_command(args, next_script)}")
 
 
@@ -234,7 +234,7 @@ def resume(run, saved, args, model, optimizer, scaler):
     if (run.data, run.rows) != (then.data, then.rows):
         harm.append("the data is not what it was when the run began")
     if shares_of(now) != shares_of(before):
-        harm.append("--data_path gives other shares or copies than when the run began")
+        harm.append("--data_path gives other shares than when the run began")
     if run.row_length not in (None, then.row_length or args.max_seq_len):  # earlier: always that
         harm.append("samples are packed into other rows than by the version that began the run")
     if run.teacher != then.teacher and then.teacher:
@@ -271,8 +271,8 @@ def resume(run, saved, args, model, optimizer, scaler):
 
 
 def shares_of(flags):
-    """[(weight, copies)] of each file of --data_path."""
-    return [tuple(how) for _, *how in flags.get("data_path") or [(None, None, 1)]]
+    """Return the weight of each file of --data_path."""
+    return [weight for _, weight, *_ in flags.get("data_path") or [(None, None)]]
 
 
 def keep_previous(args, name, saved):

@@ -15,7 +15,6 @@ The same seed writes the same bytes on every machine.
 import argparse
 import json
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -96,10 +95,6 @@ def main(argv=None):
     files = write_tiny_world(args.out, args.seed)
     for name, records in files.items():
         print(f"{args.out / name}: {len(records)} records")
-    text = " ".join(record["text"] for record in files["pretrain_tiny.jsonl"])
-    sentences = re.split(r'(?<=[.!?]) |(?<=[.!?]") ', text.replace("\n", " "))
-    distinct = len(set(sentences)) / len(sentences)
-    print(f"{len(sentences)} sentences to pretrain on, {distinct:.0%} of them distinct")
 
 
 if __name__ == "__main__":
