@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 import pytest
 
 from common import report_user_errors
+from tests import reach
 
 # The cores are shared by pytest-xdist's processes; set before torch is loaded, for children too.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -81,6 +82,7 @@ def run_forked(command, cwd, text_input, timeout, environments=({},)):
             files = [Path(folder) / f"{number} {name}" for name in ("stdin", "stdout", "stderr")]
             for path, text in zip(files, (text_input, "", ""), strict=True):
                 path.write_text(text, encoding="utf-8")
+            environment = {**environment, "PYTEST_CURRENT_TEST": os.environ["PYTEST_CURRENT_TEST"]}
             process = FORKS.Process(target=become, args=(command, cwd, files, environment))
             with contextlib.chdir(ROOT):  # where the server that forks finds what it loads
                 process.start()
@@ -114,7 +116,8 @@ def become(command, cwd, files, environment):
             os.dup2(file.fileno(), number)
         setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: PTH123  no path
     sys.argv, sys.path[0] = command, str(Path(command[0]).resolve().parent)
-    runpy.run_path(command[0], run_name="__main__")
+    with reach.in_fork():
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def torchrun(processes, *command, cwd=ROOT, timeout=120, fork=True):
