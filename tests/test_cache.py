@@ -147,7 +147,7 @@ SHIPPED = load_tokenizer()
 # The hash of what `every_kind_of_record` becomes, for the version of the cache that makes it so.
 # Where the first differs, the code makes other tokens than before: raise cache.VERSION, so that no
 # cache of an earlier version is read, and write the new pair down here.
-TOKENS_OF_VERSION = (1, "5fd4802e2aa0995c9d0dd5260349d271bff7c4ef2d93a51e59091900aa56bda3")
+TOKENS_OF_VERSION = (2, "5fd4802e2aa0995c9d0dd5260349d271bff7c4ef2d93a51e59091900aa56bda3")
 
 
 def every_kind_of_record():
