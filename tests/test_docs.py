@@ -86,9 +86,9 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         misconceptions.main([str(files["traces.jsonl"]), "--out", str(there)])
         files |= {f"out/cot/{path.name}": path for path in there.iterdir()} | {"out/cot": there}
     if "out/misconceptions" in line:
-        for name in ("train.jsonl", "train.jsonl:0.2", "tokens.txt"):
+        for name in ("train.jsonl", "train.jsonl:0.4", "tokens.txt"):
             files[f"out/misconceptions/with/{name}"] = f"{files['out/cot']}/{name}"
-        files["dataset/sft_tiny.jsonl"] = data / "sft.jsonl"
+        files["dataset/sft_tiny.jsonl:0.6"] = f"{data / 'sft.jsonl'}:0.6"
         files["dataset/pretrain_tiny.jsonl"] = data / "pretrain.jsonl"
     if "out/sums" in line:
         for name, end in (("solved", b""), ("accepted", b"\n")):  # one file twice is refused
