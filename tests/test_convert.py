@@ -1,5 +1,6 @@
 """Folders for Hugging Face, judged by transformers."""
 
+import json
 import os
 import shutil
 import sys
@@ -198,3 +199,10 @@ def test_adapters_of_pretraining_are_exported_to_continue_text(trained, data, tm
     export = ["--lora", "more", "--save_dir", tmp_path, "--out", tmp_path / "hf"]
     assert run_here("convert/to_hf.py", *export).returncode == 0
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
+
+
+def test_generation_ends_at_both_tokens_that_end_an_answer(folder):
+    written = json.loads((folder[1] / "generation_config.json").read_text(encoding="utf-8"))
+    assert written["eos_token_id"] == [2, 0] and written["pad_token_id"] == 0
+    theirs = transformers.GenerationConfig.from_pretrained(folder[1])
+    assert theirs.eos_token_id == [2, 0]

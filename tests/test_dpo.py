@@ -11,7 +11,7 @@ from common import IGNORE
 from dataset.chat_template import render
 from dataset.formats import format_of
 from dataset.loader import collate
-from dataset.pairs import PairDataset, to_pair
+from dataset.pairs import PairDataset, counts, to_pair
 from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.policy import pair_log_probabilities, preference_loss
@@ -295,3 +295,19 @@ def test_a_pair_of_which_an_answer_is_masked_is_a_bad_record():
         to_pair({"chosen": [*ASKED, assistant(GOOD)], "rejected": pair[0]})
     with pytest.raises(ValueError, match="supervised where its answers differ"):
         to_pair({"prompt": "Hi", "chosen": GOOD, "rejected": BAD, "train": False})
+
+
+def test_the_tokens_of_a_pair_are_counted_by_hand():
+    """Two pairs: 2 and 1 supervised tokens of the chosen answers; the rejected ones do not count
+    among them. A first token is never predicted.
+    """
+    ids = torch.arange(20, 30)
+
+    def sample(length, supervised):
+        labels = torch.full((length,), IGNORE)
+        labels[length - supervised :] = ids[length - supervised : length]
+        return ids[:length], labels
+
+    rows = [[sample(5, 2), sample(7, 4)], [sample(3, 1), sample(4, 3)]]
+    assert counts(collate(rows)) == (2, 3, 19)
+    assert counts(collate([[sample(3, 3), sample(2, 1)]])) == (1, 2, 5)

@@ -293,3 +293,19 @@ def test_a_broken_history_is_named(shop, tmp_path):
     write_jsonl(tmp_path / "x.jsonl", [{"source": "gsm8k"}])
     with pytest.raises(UserError, match="line 1"):
         read_problems("sid", tmp_path / "x.jsonl")
+
+
+def test_rows_that_no_token_uses_become_those_of_new_tokens():
+    """Published weights have more rows than their tokenizer has tokens."""
+    tokenizer = load_tokenizer()
+    old = tokenizer.get_vocab_size()
+    model = small(SimpleNamespace(get_vocab_size=lambda: old + 5))
+    before = model.lm_head.weight.detach().clone()
+    assert extend_vocab(model, tokenizer, {"<a>": "", "<b>": ""}) == 2
+    assert model.config.vocab_size == len(model.lm_head.weight) == old + 5
+    assert tokenizer.token_to_id("<a>") == old and model.first_new_token == old
+    assert torch.equal(model.lm_head.weight[:old], before[:old])
+    mean = before[:old].mean(dim=0)
+    torch.testing.assert_close(model.lm_head.weight[old:], mean.expand(5, -1))
+    assert extend_vocab(model, tokenizer, dict.fromkeys("<c> <d> <e> <f>".split(), "")) == 4
+    assert model.config.vocab_size == old + 6 == tokenizer.get_vocab_size()

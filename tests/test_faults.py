@@ -270,3 +270,38 @@ def test_damaged_files_give_a_value_or_a_clear_error(name, tmp_path):
     for _ in range(40):
         path.write_bytes(damaged(sample, rng))
         assert outcome(read, path) in ("value", "error")
+
+
+@unix
+def test_nohup_is_respected(monkeypatch):
+    """Under nohup SIGHUP is ignored: closing the terminal does not stop the run."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = StopSignal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.received
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    order, sync, replace = [], os.fsync, Path.replace
+
+    def note_sync(descriptor):
+        order.append("sync")
+        sync(descriptor)
+
+    def note_replace(path, target):
+        order.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    checkpoint.save_tensors(tmp_path / "x.pth", {"a": 1})
+    assert order == ["sync", "rename"]

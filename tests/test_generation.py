@@ -204,3 +204,29 @@ def test_logits_of_half_precision_weights_are_not_rounded(prompts, use_compile, 
     # A number in bf16 has 8 bits; of 3,000 different ones most need more.
     assert (logits != logits.bfloat16().float()).float().mean() > 0.9
     assert model.lm_head(torch.zeros(1, 64).bfloat16()).dtype == torch.bfloat16  # as before
+
+
+def test_top_p_keeps_the_fewest_tokens_that_add_up_to_it():
+    """Probabilities 1/2, 1/4, 1/4 are exact: the first alone is half of all."""
+    logits = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    for top_p, kept in ((0.5, {1}), (0.51, {0, 1}), (1.0, {0, 1, 2}), (0.0, {1})):
+        generator = torch.Generator().manual_seed(1)
+        drawn = {sample(logits, 1.0, 0, top_p, generator).item() for _ in range(200)}
+        assert drawn == kept or (top_p == 0.51 and drawn == {1, 2})
+
+
+@pytest.mark.parametrize("penalty", [0.5, 0.9, 1.0])
+def test_a_penalty_of_at_most_1_is_that_of_transformers(penalty):
+    from transformers.generation import logits_process as judge
+
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    seen = torch.randint(0, 20, (3, 6), generator=torch.Generator().manual_seed(1))
+    expected = judge.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+    found = penalise(logits, seen, torch.zeros(3, 1, dtype=torch.long), penalty)
+    torch.testing.assert_close(found, expected)
+    ours, theirs = pair("qwen3")
+    prompt, options = list(range(20, 40)), {"max_new_tokens": 8, "repetition_penalty": penalty}
+    expected = theirs.generate(
+        torch.tensor([prompt]), do_sample=False, eos_token_id=2, pad_token_id=0, **options
+    )[0, len(prompt) :].tolist()
+    assert complete(ours, [prompt], temperature=0, stop_ids=(2,), **options) == [expected]

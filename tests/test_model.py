@@ -283,3 +283,19 @@ def test_a_frozen_output_layer_gets_no_gradient_and_costs_none():
         assert bool(of_weight) == is_trained, of_weight
         torch.testing.assert_close(hidden.grad, expected, atol=1e-5, rtol=1e-4)
         hidden.grad = None
+
+
+def test_the_loss_in_bf16_is_that_in_fp32_of_the_same_logits():
+    """Also of a vocabulary of another size than the chunk, and with one label left out."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 9, 16, generator=generator).bfloat16()
+    weight = torch.randn(50, 16, generator=generator).bfloat16()
+    labels = torch.randint(0, 50, (2, 9), generator=generator)
+    labels[0, 4] = -100
+    logits = (hidden @ weight.T).float()[:, :-1].flatten(0, 1)  # rounded to bf16, as there
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+    found = loss.summed_cross_entropy(hidden, weight, labels)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)

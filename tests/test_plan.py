@@ -175,3 +175,18 @@ def test_every_record_is_in_each_part_under_some_seed():
         chosen = [{i for i, p in enumerate(one) if p == part} for one in drawn]
         assert all(len(one) == 60 * share for one in chosen)
         assert evenly(chosen, range(60), share)
+
+
+def test_a_long_conversation_is_split_behind_its_answers():
+    """Nine tokens; answers end at the third and the seventh."""
+    ids, mask = np.array([9, 8, 2, 9, 9, 8, 2, 9, 9]), np.array([0, 1, 1, 0, 0, 1, 1, 0, 0])
+    dataset = SFTDataset.__new__(SFTDataset)
+    for overlong, limit, spans in (
+        ("split", 4, [(0, 3), (3, 7), (7, 9)]),
+        ("split", 3, [(0, 3), (3, 6), (5, 7), (7, 9)]),  # in the middle: a token is seen again
+        ("truncate", 4, [(0, 3)]),
+        ("truncate", 7, [(0, 7)]),
+        ("drop", 4, []),
+    ):
+        dataset.overlong = overlong
+        assert dataset.spans(ids, mask, limit) == spans, (overlong, limit)

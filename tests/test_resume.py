@@ -362,3 +362,24 @@ def test_an_optimizer_that_does_not_fit_is_said_even_by_force(data, tmp_path, mo
     done = run_here(SFT, *force, "--optimizer", "adamw")
     refused(done, "optimizer state does not fit this run", "was muon", "--from_weight full_sft")
     assert run_here(SFT, *force, "--learning_rate", 0.01).returncode == 0
+
+
+def test_a_finite_step_ends_a_row_of_bad_ones():
+    progress = Progress(["x"], 5, 8, 99)
+    counts = []
+    for grad_norm in (float("nan"), float("inf"), 1.0, float("nan"), 2.0):
+        progress.advance(10, grad_norm)
+        counts.append(progress.bad_steps)
+    assert counts == [1, 2, 0, 1, 0] and (progress.step, progress.tokens) == (5, 50)
+
+
+def test_a_folder_that_was_copied_elsewhere_goes_on_there(data, tmp_path, monkeypatch):
+    """To the same bits; the folder that it was copied from is neither read nor written."""
+    train_full_sft.main(flags(data, tmp_path / "whole", epochs=2))
+    stopped_at(3, flags(data, tmp_path / "first", epochs=2), monkeypatch)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*.*")}
+    resume(tmp_path / "second")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "second"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "first").rglob("*.*")}
+    assert len(log(tmp_path / "second")) == len(log(tmp_path / "whole"))

@@ -810,3 +810,107 @@ def test_a_draft_is_always_the_beginning_of_the_answer():
                 break
         seen |= {(draft.stopped, *text)}
     assert len(seen) >= 5
+
+
+# ----------------------------------------------- the second of something, and values by hand
+
+
+def drawn_by_hand(model, ids, count, seed, temperature):
+    """Draw tokens with one generator from the whole distribution of the model."""
+    generator, ids = torch.Generator().manual_seed(seed), list(ids)
+    begin = len(ids)
+    for _ in range(count):
+        with torch.inference_mode():
+            p = (model(torch.tensor([ids]))[0, -1].float() / temperature).softmax(dim=-1)
+        sums = p.cumsum(dim=0)
+        point = torch.rand(1, 1, generator=generator)[0, 0] * sums[-1]
+        ids.append(int((sums <= point).sum()))
+    return ids[begin:]
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_seeded_answer_is_drawn_by_one_generator(running, model, seed):
+    ids = [30 + i for i in range(12)]
+    expected = drawn_by_hand(model, ids, 9, seed, 1.5)
+    assert not set(expected) & {0, IM_END}  # else the answer would end there
+    body = {"prompt": ids, "max_tokens": 9, "temperature": 1.5, "seed": seed}
+    _, found = post(running, "/v1/completions", body | {"return_token_ids": True})
+    assert found["choices"][0]["token_ids"] == expected
+
+
+def test_the_second_stop_string_stops_too(running, model):
+    whole = alone(model, chat_ids("Who are you?"))
+    piece = whole[len(whole) // 2 :][:3]
+    for stream in (False, True):
+        body = {"messages": HI, "max_tokens": 24, "stop": ["nowhere in it", piece]}
+        if stream:
+            text = "".join(
+                part["choices"][0]["delta"].get("content", "")
+                for part in events(running, body | {"stream": True})
+            )
+        else:
+            _, found = post(running, CHAT, body)
+            text = found["choices"][0]["message"]["content"]
+            assert found["choices"][0]["finish_reason"] == "stop"
+        assert text == whole[: whole.index(piece)]
+
+
+def events(server, body):
+    """The parts of a streamed answer."""
+    data = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+    answer = raw(server, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    lines = [line[6:] for line in answer.decode().split("\n") if line.startswith("data: ")]
+    assert lines[-1].strip() == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_the_second_turn_follows_the_first(running, model):
+    turns = [*HI, {"role": "assistant", "content": "A model."}, {"role": "user", "content": "Why?"}]
+    ids = render(turns, add_generation_prompt=True)[0]
+    _, found = post(running, CHAT, {"messages": turns, "max_tokens": 24})
+    assert found["choices"][0]["message"]["content"] == alone(model, ids)
+    assert found["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_the_newer_name_of_the_limit_is_read_and_wins(running):
+    for limits, count in (({"max_completion_tokens": 3}, 3), ({"max_tokens": 4}, 4)):
+        _, found = post(running, CHAT, {"messages": HI, **limits})
+        assert found["usage"]["completion_tokens"] == count
+    _, found = post(running, CHAT, {"messages": HI, "max_tokens": 9, "max_completion_tokens": 2})
+    assert found["usage"]["completion_tokens"] == 2
+    assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + 2
+
+
+def test_top_k_and_top_p_of_a_request_are_used(running, model):
+    expected = alone(model, chat_ids("Who are you?"), max_new_tokens=9)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        body = {"messages": HI, "max_tokens": 9, "temperature": 5, "seed": 1, **narrow}
+        _, found = post(running, CHAT, body)
+        assert found["choices"][0]["message"]["content"] == expected
+
+
+def test_the_second_model_answers_what_is_asked_of_it(model):
+    torch.manual_seed(8)
+    other = CausalLM(model.config).eval()
+    models = {
+        name: Served(name, m, TOKENIZER, True, 200) for name, m in (("a", model), ("b", other))
+    }
+    server = serving.Server(models, "127.0.0.1", 0, 2, DEFAULTS, ROOT)
+    for batcher in server.batchers.values():
+        batcher.start()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        for name, of in (("b", other), ("a", model), ("gpt-4o", model)):
+            _, found = post(server, CHAT, {"model": name, "messages": HI, "max_tokens": 24})
+            text = found["choices"][0]["message"]["content"]
+            assert text == alone(of, chat_ids("Who are you?"))
+            assert found["model"] == (name if name in models else "a")
+    finally:
+        server.shutdown()
+        thread.join()
+        for batcher in server.batchers.values():
+            batcher.ended = True
+            batcher.join()
+        server.server_close()
