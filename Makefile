@@ -3,6 +3,7 @@
 # make test          sets itself up, runs every test on all cores
 # make mutants       puts realistic mistakes into the code and sees whether tests notice; an hour
 #                    ONLY=trainer: in these files alone
+# make mutants-random N=400 SEED=1   random mistakes, tried with the tests that reach their line
 # make lint          ruff, rules and format
 # make bench DATA=F TEXT=G  speed, side by side with others; F: GSM8K's training file, G: Tiny Shakespeare
 PYTHON ?= python3
@@ -12,7 +13,7 @@ else
 PY := .venv/bin/python
 endif
 
-.PHONY: demo test mutants lint bench
+.PHONY: demo test mutants mutants-random lint bench
 
 demo: .venv/ready
 	@$(PY) demo.py $(if $(FRESH),--fresh)
@@ -22,6 +23,9 @@ test: .venv/ready-dev
 
 mutants: test
 	$(PY) tests/mutants.py --only "$(ONLY)"
+
+mutants-random: .venv/ready-dev
+	$(PY) tests/mutants_random.py --count $(or $(N),400) --seed $(or $(SEED),1) --only "$(ONLY)"
 
 lint: .venv/ready-dev
 	$(PY) -m ruff check .

@@ -615,3 +615,36 @@ def test_each_process_answers_its_share_of_the_problems(gsm8k, monkeypatch, shar
     everything = SimpleNamespace(rank=0, world_size=3, sum=lambda _: [sum(solved)])
     score = trainer_utils.score_of(model, None, task, 0.0, everything)
     assert score == pytest.approx(sum(solved) / len(golds) / (3 if sharded else 1))
+
+
+def test_every_megabyte_of_weights_is_hashed(tmp_path, monkeypatch):
+    """Of a file, and of the parts of a folder in the order of their names."""
+    content = bytes(range(256)) * 10_000  # 2.6 MB
+    (tmp_path / "x.pth").write_bytes(content)
+    for name, part in (("b", content[:1_500_000]), ("a", content[1_500_000:])):
+        (tmp_path / f"{name}.safetensors").write_bytes(part)
+    for paths, expected in (
+        ([tmp_path / "x.pth"], content),
+        ([tmp_path], content[1_500_000:] + content[:1_500_000]),
+        ([tmp_path / "x.pth", tmp_path / "x.pth"], content * 2),  # weights and adapters
+    ):
+        monkeypatch.setattr(run_eval, "open_trained", lambda args, p=paths: (None, None, {}, p))
+        *_, weights = run_eval.open_model(None)
+        assert weights["weights_sha256"] == hashlib.sha256(expected).hexdigest()
+        assert weights["weights"] == " + ".join(map(str, paths))
+
+
+def test_the_seconds_of_an_answer_are_an_even_share_of_its_batch(monkeypatch):
+    """Three answers in batches of two: the first two share 6 s, the third has 6 s alone."""
+    now = itertools.count(0, 6)
+    monkeypatch.setattr(answers.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(
+        answers, "write_answers", lambda m, prompts, **_: [([9], True)] * len(prompts)
+    )
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+    problem = {"prompt": [{"role": "user", "content": "Hm?"}], "gold": "x"}
+    options = {"num_samples": 1, "batch_size": 2, "seed": 1}
+    rows = answers.answer_all([problem] * 3, model, load_tokenizer(), options)
+    assert [row["seconds"] for row in rows] == [3.0, 3.0, 6.0]
+    assert [row["problem"] for row in rows] == [0, 1, 2]
+    assert all(row["tokens"] == 1 and not row["truncated"] for row in rows)
