@@ -23,7 +23,7 @@ from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import ROOT, TINY, chat, fsdp, run, run_here, torchrun, write_jsonl
-from trainer import checkpoint, train_full_sft, train_pretrain, training_run
+from trainer import checkpoint, train_full_sft, train_pretrain, trainer_utils, training_run
 from trainer.arguments import parse_args, training_parser
 from trainer.optimizer import clip_and_step, learning_rate, make_optimizer
 
@@ -512,20 +512,14 @@ def test_sample_answers_are_shown_while_training_and_change_nothing(data, tmp_pa
     assert_equal(weights(tmp_path / "quiet"), weights(tmp_path / "shown"))
 
 
-def test_replay_counts_what_is_repeated_for_its_share(data, tmp_path, capsys):
-    """Its tokens are a share of those of the conversations as they are mixed."""
-    short = write_jsonl(tmp_path / "short.jsonl", [chat("Hi", "Hello.")])
-    long = write_jsonl(tmp_path / "long.jsonl", [chat("Hi", "one " * 30)] * 20)
-    more = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.5, "val_split": 0}
-    more["max_seq_len"], counts = 64, []
-    for share in (0.05, 0.95):
-        command = flags(data, tmp_path / str(share), **more)
-        at = command.index("--data_path")
-        command[at + 1 : at + 2] = [f"{short}:{1 - share:.2f}", f"{long}:{share}"]
-        train_full_sft.main(command)
-        printed = re.search(r"(\d+) samples of", capsys.readouterr().out)
-        counts.append(int(printed[1]) - 21)
-    assert 0 < counts[0] < counts[1] / 2
+def test_replay_counts_what_is_repeated_for_its_share(data, tmp_path):
+    """20 times one conversation, and half as many tokens of text, in stretches of up to 64."""
+    dataset, tokenizer = SFTDataset(data / "sft.jsonl", load_tokenizer(), 64), load_tokenizer()
+    args = {"replay_path": data / "pretrain.jsonl", "replay_share": 0.5, "seed": 1}
+    args |= {"max_seq_len": 64, "strict_data": False, "cache_dir": tmp_path}
+    new = trainer_utils.replay(dataset, [0] * 20, SimpleNamespace(**args), tokenizer)
+    wanted = 0.5 * 20 * int(dataset.lengths[0])
+    assert wanted <= dataset.lengths[list(new)].sum() < wanted + 64
 
 
 def test_the_speed_is_that_of_training_alone(data, tmp_path, monkeypatch):
