@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,26 @@ def write_jsonl(path, records):
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def serving_at(server, start=True):
+    """Context manager: a server of serving/server.py answers in a thread; start: its batchers."""
+    batchers = list(server.batchers.values())
+    for batcher in batchers if start else ():
+        batcher.start()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        for batcher in batchers:
+            batcher.ended = True
+            if batcher.is_alive():
+                batcher.join()
+        server.server_close()
 
 
 def pack(samples, max_seq_len, count=1):

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import threading
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from model.trace import trace
 from serving import page as pages
 from serving import server as serving
 from serving import views
-from tests.conftest import ROOT, write_jsonl
+from tests.conftest import ROOT, serving_at, write_jsonl
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -52,17 +51,8 @@ def logs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(models, logs):
     server = serving.Server(models, "127.0.0.1", 0, 4, DEFAULTS, logs)
-    for batcher in server.batchers.values():
-        batcher.start()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    thread.join()
-    for batcher in server.batchers.values():
-        batcher.ended = True
-        batcher.join()
-    server.server_close()
+    with serving_at(server):
+        yield f"http://127.0.0.1:{server.server_port}/"
 
 
 @pytest.fixture(scope="module")

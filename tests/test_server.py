@@ -28,7 +28,7 @@ from serving import start, views
 from serving.batching import Batcher, Request
 from serving.streaming import Draft
 from serving.views import Served
-from tests.conftest import ROOT, run_here, write_jsonl
+from tests.conftest import ROOT, run_here, serving_at, write_jsonl
 
 DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
 TOKENIZER = load_tokenizer()
@@ -47,19 +47,8 @@ def serve(model, chats=True, max_batch=4, start=True, logs=ROOT, hosts=()):
     models = {"tiny": Served("tiny", model, TOKENIZER, chats, 200)}
     server = serving.Server(models, "127.0.0.1", 0, max_batch, DEFAULTS, logs, hosts)
     server.batcher = server.batchers["tiny"]
-    if start:
-        server.batcher.start()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving_at(server, start):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.batcher.ended = True
-        if server.batcher.is_alive():
-            server.batcher.join()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -897,20 +886,9 @@ def test_the_second_model_answers_what_is_asked_of_it(model):
         name: Served(name, m, TOKENIZER, True, 200) for name, m in (("a", model), ("b", other))
     }
     server = serving.Server(models, "127.0.0.1", 0, 2, DEFAULTS, ROOT)
-    for batcher in server.batchers.values():
-        batcher.start()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving_at(server):
         for name, of in (("b", other), ("a", model), ("gpt-4o", model)):
             _, found = post(server, CHAT, {"model": name, "messages": HI, "max_tokens": 24})
             text = found["choices"][0]["message"]["content"]
             assert text == alone(of, chat_ids("Who are you?"))
             assert found["model"] == (name if name in models else "a")
-    finally:
-        server.shutdown()
-        thread.join()
-        for batcher in server.batchers.values():
-            batcher.ended = True
-            batcher.join()
-        server.server_close()
