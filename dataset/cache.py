@@ -125,7 +125,7 @@ def is_complete(folder):
     try:
         sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # the last: it holds no object
         return False
 
 

@@ -55,7 +55,8 @@ def read(path, verify=True):
     it is missing, damaged, or of another recording.
     """
     content = load_tensors(path, REMEDY, verify, mmap=True)
-    if not torch.equal(content["belongs"], belongs(path)):
+    mark = content.get("belongs") if isinstance(content, dict) else None
+    if mark is None or not torch.equal(mark, belongs(path)):
         raise UserError(
             f"{path} does not belong to the manifest.json and tokenizer.json of its folder; "
             f"{REMEDY}"

@@ -97,6 +97,7 @@ def test_a_damaged_cache_is_made_again_with_a_word(data, tmp_path, name, capsys)
         lambda: file.write_bytes(b""),
         lambda: file.write_bytes(content[:-1]),
         lambda: file.write_bytes(content[: len(content) // 2] + b"{"),
+        lambda: file.write_bytes(b"[1]"),
     ):
         harm()
         assert samples() == expected

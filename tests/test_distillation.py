@@ -480,6 +480,18 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
         assert all(torch.equal(part, was[key]) for key, part in made.items())
 
 
+@pytest.mark.parametrize("name", ["train/00000.pt", "output.pt"])
+def test_a_file_without_the_mark_of_its_recording_is_named(recorded, tmp_path, name):
+    shutil.copytree(recorded, tmp_path / "copy", ignore=shutil.ignore_patterns("out"))
+    path = tmp_path / "copy" / name
+    content = torch.load(path, weights_only=True)
+    del content["belongs"]
+    for other in (content, torch.zeros(2)):
+        torch.save(other, path)
+        with pytest.raises(UserError, match=f"{path.name} does not belong to the manifest.json"):
+            offline.read(path)
+
+
 def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data, tmp_path):
     command, folder = as_recorded(data), tmp_path / "copy"
     shutil.copytree(recorded, folder, ignore=shutil.ignore_patterns("out"))
