@@ -57,9 +57,10 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
-    parse_unchecked = argparse.ArgumentParser.parse_args
+    parse_unchecked = argparse.ArgumentParser.parse_args  # wrong values are Problems in it
 
     def parse_args(self, argv=None):
+        """Return the flags as a namespace. Exit with code 2 if a value is wrong."""
         args = self.parse_unchecked(argv)
         stop_at(wrong_values(args))
         return args

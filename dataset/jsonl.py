@@ -57,7 +57,8 @@ def read_records(path, notes=None):
             first_line = next(filter(None, lines), b"")
             file.seek(0)
             is_array = first_line.startswith(b"[") and not is_conversation(value_of(first_line))
-            for number, item in (array_items if is_array else line_items)(file, to_dict):
+            items = array_items(file, to_dict) if is_array else line_items(file, to_dict)
+            for index, (number, item) in enumerate(items):
                 if repeated:
                     notes["records with a repeated key, of which the last value is taken"] += 1
                     repeated.clear()
@@ -65,9 +66,8 @@ def read_records(path, notes=None):
                     item = {"messages": item}
                 if not isinstance(item, dict | ValueError):
                     item = ValueError(f"not a record in braces, but {type(item).__name__}")
-                if first_line and isinstance(item, ValueError) and not is_array:
+                if index == 0 and isinstance(item, ValueError) and not is_array:
                     require_lines(path)
-                first_line = b""
                 yield number, item
         except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged gzip file
             reason = getattr(error, "strerror", None) or error

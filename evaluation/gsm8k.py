@@ -60,13 +60,13 @@ def extract_answer(text, strict=False):
 def is_correct(answer, gold, strict=False):
     """Whether the final number of answer is that of gold, which is a whole solution or a number."""
     expected = extract_answer(gold, strict) or extract_answer(f"#### {gold}", strict)
-    given = extract_answer(answer, strict)
-    if given is None or expected is None:
+    number = extract_answer(answer, strict)
+    if number is None or expected is None:
         return False
-    if strict or given == expected or max(len(given), len(expected)) > LONGEST_NUMBER:
-        return given == expected
+    if strict or number == expected or max(len(number), len(expected)) > LONGEST_NUMBER:
+        return number == expected
     # "4 million", 4e+06, is 4000000, or 4 where the question asks for millions.
-    readings = (given, given.partition("e+0")[0])
+    readings = (number, number.partition("e+0")[0])
     try:
         return exact_value(expected) in map(exact_value, readings)
     except ZeroDivisionError:

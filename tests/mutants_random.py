@@ -159,7 +159,7 @@ def become_pytest(tree, tests):
         os.dup2(null, descriptor)
     import pytest
 
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests])
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
     os._exit(int(code))
 
 

@@ -1,4 +1,5 @@
-"""The flags of the train scripts, in groups, and the check of all of them before any work.
+"""The flags of the train scripts, in groups, the check of all of them before any work, and the
+command lines that a run prints.
 
 Defaults < the flags of the run that is resumed < the TOML file of --config < the command line.
 """

@@ -261,7 +261,7 @@ def gradient_sync(ddp_model, enabled):
 
 
 def seed_step(args, step, rank):
-    """Make the random numbers of a step (dropout) a function of its number: a resumed run draws
-    what an uninterrupted one would have drawn.
+    """Make the random numbers of a step (dropout) a function of its number: a resumed run gets
+    those of an uninterrupted one.
     """
     torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))

@@ -39,19 +39,18 @@ FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # mean
 
 @torch.no_grad()
 def reference_of(model, dataset, args, runtime):
-    """The log-probabilities of all pairs of a dataset before the training, (n, 2), on the CPU. Each
-    process computes its share.
+    """Return the log-probabilities of all pairs of a dataset before the training, (n, 2), on the
+    CPU. Each process computes its share.
     """
     rows = [[sample] for sample in range(len(dataset))]
     plan = cut(rows, args.batch_size)[runtime.rank :: runtime.world_size]
-    found = torch.zeros(len(dataset), 2)
-    mine = batches(dataset, plan, args, runtime.device)
+    logps = torch.zeros(len(dataset), 2)
+    loader = batches(dataset, plan, args, runtime.device)
     with eval_mode(model), runtime.autocast:
-        for part, batch in zip(plan, mine, strict=True):
-            found[flat(part)] = pair_log_probabilities(
-                model, to_device(batch, runtime.device)
-            ).cpu()
-    return torch.tensor(runtime.sum(*found.flatten().tolist())).view(-1, 2)
+        for part, batch in zip(plan, loader, strict=True):
+            batch = to_device(batch, runtime.device)
+            logps[flat(part)] = pair_log_probabilities(model, batch).cpu()
+    return torch.tensor(runtime.sum(*logps.flatten().tolist())).view(-1, 2)
 
 
 @torch.no_grad()
@@ -61,11 +60,11 @@ def validate(model, dataset, samples, reference, args, runtime):
     """
     steps = epoch_plan(dataset, samples, args, 0, runtime.rank, runtime.world_size)
     plan, sums = [micro_batch for step in steps for micro_batch in step], torch.zeros(len(FIGURES))
-    found = batches(dataset, plan, args, runtime.device)
+    loader = batches(dataset, plan, args, runtime.device)
     with eval_mode(model), runtime.autocast:
-        for of_batch, batch in zip(plan, found, strict=True):
+        for part, batch in zip(plan, loader, strict=True):
             policy = pair_log_probabilities(model, to_device(batch, runtime.device))
-            sums += preference_loss(policy, reference[flat(of_batch)], args.dpo_beta)[1].cpu()
+            sums += preference_loss(policy, reference[flat(part)], args.dpo_beta)[1].cpu()
     sums = runtime.sum(*sums.tolist())
     return {
         f"val_{name}": figure / len(samples) for name, figure in zip(FIGURES, sums, strict=True)
@@ -84,7 +83,7 @@ def main(argv=None):
     args, saved = parse_run(parser, argv)
     refuse(args, parser, parser.prog, "packing teacher_weight offline_dir")
 
-    # Where to runtime, what to train, and what to train it on.
+    # Where to compute, what to train, and what to train it on.
     runtime = start_runtime(args)
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)

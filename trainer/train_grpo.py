@@ -72,11 +72,11 @@ def validate(model, problems, prompts, reward, tokenizer, args, runtime):
     """{"pass_at_1": mean reward, "pass_at_k": mean of the best reward among k answers} of held-out
     problems. Each process answers its share.
     """
-    mine = range(len(problems))[runtime.rank :: runtime.world_size]
-    asked = [prompts[i] for i in mine for _ in range(args.pass_k)]
+    numbers = range(len(problems))[runtime.rank :: runtime.world_size]
+    asked = [prompts[i] for i in numbers for _ in range(args.pass_k)]
     with generating(model, runtime):
-        found = cut(answers_of(model, asked, args, [args.seed, runtime.rank]), args.pass_k)
-    rewards = rewards_of(reward, [problems[i] for i in mine], found, tokenizer)
+        groups = cut(answers_of(model, asked, args, [args.seed, runtime.rank]), args.pass_k)
+    rewards = rewards_of(reward, [problems[i] for i in numbers], groups, tokenizer)
     sums = runtime.sum(rewards.mean(dim=1).sum().item(), rewards.amax(dim=1).sum().item())
     return {"pass_at_1": sums[0] / len(problems), "pass_at_k": sums[1] / len(problems)}
 
@@ -143,7 +143,7 @@ def main(argv=None):
     refuse(args, parser, parser.prog, unused + "num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 
-    # Where to runtime, what to train, and the questions.
+    # Where to compute, what to train, and the questions.
     runtime = start_runtime(args)
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)

@@ -209,8 +209,8 @@ def print_new_schedule(progress, epochs, args):
         print(f"the learning rate was {before:.3g} and continues from {lr:.3g}")
 
 
-def resume(run, saved, args, model, optimizer, scaler):
-    """Return the Progress of a checkpoint, whose state is loaded into optimizer and scaler; run is
+def resume(new, saved, args, model, optimizer, scaler):
+    """Return the Progress of a checkpoint, whose state is loaded into optimizer and scaler; new is
     the Progress of this run before its first step.
 
     Prints which flags differ. Raises UserError with all that make it another run, unless
@@ -231,23 +231,23 @@ def resume(run, saved, args, model, optimizer, scaler):
     if "epochs" in differ and now["epochs"] > before["epochs"]:
         free.append("epochs")
     harm = [text for name, text in differ.items() if name not in free]
-    if (run.data, run.rows) != (then.data, then.rows):
+    if (new.data, new.rows) != (then.data, then.rows):
         harm.append("the data is not what it was when the run began")
     if shares_of(now) != shares_of(before):
         harm.append("--data_path gives other shares than when the run began")
-    if run.row_length not in (None, then.row_length or args.max_seq_len):  # earlier: always that
+    if new.row_length not in (None, then.row_length or args.max_seq_len):  # earlier: always that
         harm.append("samples are packed into other rows than by the version that began the run")
-    if run.teacher != then.teacher and then.teacher:
+    if new.teacher != then.teacher and then.teacher:
         harm.append("the teacher has other weights than when the run began")
-    if run.rows_per_step != then.rows_per_step:
+    if new.rows_per_step != then.rows_per_step:
         harm.append(
-            f"a step takes {run.rows_per_step} rows (batch_size x accumulation_steps x processes) "
+            f"a step takes {new.rows_per_step} rows (batch_size x accumulation_steps x processes) "
             f"and took {then.rows_per_step}"
         )
-    elif run.processes != then.processes:
+    elif new.processes != then.processes:
         print(
-            f"{run.processes} processes resume a run of {then.processes}: a step takes "
-            f"{run.rows_per_step} rows as before, so none is repeated or left out"
+            f"{new.processes} processes resume a run of {then.processes}: a step takes "
+            f"{new.rows_per_step} rows as before, so none is repeated or left out"
         )
     print("".join(f"{differ[name]}\n" for name in free if name not in QUIET), end="")
     if harm and not args.force_resume:
@@ -267,7 +267,7 @@ def resume(run, saved, args, model, optimizer, scaler):
             f"start a new run from the weights: --from_weight {args.save_weight} --save_weight NAME"
         ) from None
     known = ("data", "rows", "rows_per_step", "total_steps", "processes", "row_length", "teacher")
-    return dataclasses.replace(then, **{name: getattr(run, name) for name in known})
+    return dataclasses.replace(then, **{name: getattr(new, name) for name in known})
 
 
 def shares_of(flags):
