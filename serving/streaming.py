@@ -48,7 +48,7 @@ class Draft:
         character, nor the beginning of a stop, nor a newline that may belong to the markers.
         """
         piece = self.decode(self.waiting)
-        if not piece.endswith("\ufffd"):
+        if is_end or not piece.endswith("\ufffd"):
             self.text, self.waiting = self.text + piece, []
         begins, reasons = self.field not in self.sent, self.field == "reasoning_content"
         newlines = "\n" if reasons else "\n\n" if "reasoning_content" in self.sent else ""

@@ -5,6 +5,7 @@ import json
 import queue
 import random
 import re
+import shutil
 import socket
 import threading
 import time
@@ -892,3 +893,77 @@ def test_the_second_model_answers_what_is_asked_of_it(model):
             text = found["choices"][0]["message"]["content"]
             assert text == alone(of, chat_ids("Who are you?"))
             assert found["model"] == (name if name in models else "a")
+
+
+def test_the_page_begins_a_second_turn_as_the_template_does(model):
+    served = Served("tiny", model, TOKENIZER, True, 200)
+    turns = [*HI, {"role": "assistant", "content": "A model."}, {"role": "user", "content": "Why?"}]
+    expected = render(turns, add_generation_prompt=True)[0]
+    asked = views.turn(served, [], "Who are you?")["ids"]
+    assert asked == chat_ids("Who are you?")
+    answered = asked + TOKENIZER.encode("A model.").ids
+    for before in (answered, [*answered, IM_END]):  # an answer that was stopped has no end
+        assert views.turn(served, before, " Why? ")["ids"] == expected
+
+
+def test_the_curves_of_training_are_read_while_a_view_is_computed(running):
+    with views.ONE_AT_A_TIME:
+        assert post(running, "/views/runs", {})[0] == 200
+
+
+def test_weights_with_another_tokenizer_are_not_served_together(trained, tmp_path, monkeypatch):
+    paths = [trained / "full_sft_32.pth", tmp_path / "full_sft_32.pth"]
+    content = torch.load(paths[0], weights_only=True)
+    tokenizer = json.loads(content["tokenizer"])
+    vocab = tokenizer["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    content["tokenizer"] = json.dumps(tokenizer)
+    torch.save(content, paths[1])
+    flags = ["--save_dir", trained, "--export", tmp_path / "x.html", "--prompt", "x", "--weight"]
+    done = run_here("eval_llm.py", *flags, ",".join(map(str, paths)))
+    assert done.returncode == 2 and "they have different tokenizers" in done.stderr
+    shutil.copy(paths[0], paths[1])  # the same name, and another folder: the second is its path
+    done = run_here("eval_llm.py", *flags, ",".join(map(str, paths)))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    assert data["models"] == ["full_sft_32", str(paths[1])]
+
+
+def test_reasoning_that_ends_in_half_a_character_is_sent_before_the_answer():
+    half = TOKENIZER.encode("\u4f60").ids[:1]
+    draft = Draft(partial(TOKENIZER.decode, skip_special_tokens=False), True, [])
+    for token in (THINK, *TOKENIZER.encode("\nIt rains.").ids, *half):
+        draft.add(token)
+    assert draft.take() == {}  # the rest of the character may come
+    draft.add(END_THINK)
+    assert draft.take() == {"reasoning_content": "It rains.\ufffd"}
+
+
+NEUTRAL = {
+    **{"n": 1, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "min_p": 0},
+    **{"repetition_penalty": 1.0, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": []},
+    **{"functions": [], "add_generation_prompt": True, "enable_thinking": True},
+    "response_format": {"type": "text"},
+}
+CHANGING = {
+    **{"n": 2, "logit_bias": {"17": -100}, "frequency_penalty": 1, "presence_penalty": -1},
+    **{"repetition_penalty": 1.2, "min_tokens": 1, "ignore_eos": True, "stop_token_ids": [17]},
+    **{"min_p": 0.1, "functions": [{"name": "f"}], "skip_special_tokens": False, "mirostat": 1},
+    **{"typical_p": 0.9, "modalities": ["audio"], "response_format": {"type": "json_object"}},
+}
+
+
+def test_options_that_change_no_answer_are_taken_and_others_refused(running):
+    base = {"messages": HI, "max_tokens": 1}
+    for name, value in NEUTRAL.items():
+        status, found = post(running, CHAT, base | {name: value})
+        assert status == 200, (name, found)
+    for name, value in CHANGING.items():
+        status, found = post(running, CHAT, base | {name: value})
+        assert status == 400 and name in found["error"]["message"], name
+    text = {"prompt": "x", "max_tokens": 1}
+    for name, neutral, changing in (("best_of", 1, 2), ("echo", False, True), ("suffix", "", "y")):
+        assert post(running, "/v1/completions", text | {name: neutral})[0] == 200, name
+        status, found = post(running, "/v1/completions", text | {name: changing})
+        assert status == 400 and name in found["error"]["message"], name
