@@ -166,7 +166,8 @@ def become_pytest(tree, tests):
 def try_one(mistake, trees, reach):
     """Return (the exit code of the tests, or None without a test that reaches it; seconds)."""
     file, (line, start, end, text) = mistake
-    tests = choose(tests_of(line, reach["tests"].get(file, {})), reach["seconds"])
+    reached = tests_of(line, reach["tests"].get(file, {}))
+    tests = choose(reached or tests_named_after(file, reach["seconds"]), reach["seconds"])
     if not tests:
         return None, 0.0
     tree, began = trees.get(), time.perf_counter()
@@ -186,6 +187,11 @@ def try_one(mistake, trees, reach):
     finally:
         path.write_bytes(source)
         trees.put(tree)
+
+
+def tests_named_after(file, seconds):
+    """Return the tests of tests/test_NAME.py: of demo.py, which its tests run as a copy."""
+    return [test for test in seconds if test.startswith(f"tests/test_{Path(file).stem}.py::")]
 
 
 def main():

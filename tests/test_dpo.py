@@ -257,7 +257,8 @@ def test_a_steps_gradient_does_not_depend_on_its_split(trained, pairs, tmp_path)
 
 
 def test_two_processes_end_in_the_weights_of_one(trained, pairs, tmp_path):
-    more = ["--sft_weight", 0.3, "--epochs", 2, "--val_split", 0.2, "--batch_size"]
+    more = ["--sft_weight", 0.3, "--epochs", 2, "--val_split", 0.2]
+    more += ["--accumulation_steps", 2, "--batch_size"]
     train_dpo.main(dpo(trained, pairs, tmp_path / "one", *more, 4))
     two = dpo(trained, pairs, tmp_path / "two", *more, 2)
     done = torchrun(2, ROOT / "trainer" / "train_dpo.py", *two)

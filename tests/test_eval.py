@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from common import END_THINK, THINK, UserError
+from dataset import prepare
 from dataset.tokenizer import load_tokenizer
 from evaluation import answers, report, run_eval
 from evaluation.tasks import TASKS, judge, read_problems
@@ -99,6 +100,19 @@ def test_the_rest_is_split_in_three_without_an_official_test(gsm8k_raw, tmp_path
     assert run_here("recipes/prepare_math.py", "gsm8k", *flags).returncode == 0
     sizes = [len(read(tmp_path / f"{name}.jsonl")) for name in ("train", "valid", "test")]
     assert sum(sizes) == 45 and sizes[1] in (4, 5) and sizes[2] in (4, 5)
+
+
+def test_unstratified_parts_are_drawn_from_all_problems_as_one(gsm8k_raw, tmp_path):
+    total = [json.loads(line)["question"] for line in (gsm8k_raw / "train.jsonl").open()]
+    parts = {}
+    for stratify in (0, 1):
+        flags = ["--raw", gsm8k_raw, "--out", tmp_path / str(stratify), "--stratify", stratify]
+        assert run_here("recipes/prepare_math.py", "gsm8k", *flags).returncode == 0
+        valid = read(tmp_path / str(stratify) / "valid.jsonl")
+        parts[stratify] = {record["question"] for record in valid}
+    drawn = prepare.shares([""] * len(total), [8, 1], 1)
+    assert parts[0] == {q for q, part in zip(total, drawn, strict=True) if part == 1}
+    assert parts[0] != parts[1]
 
 
 def test_a_record_of_something_else_is_named(tmp_path):
@@ -319,6 +333,15 @@ def test_compare_shows_what_flipped(tmp_path, capsys):
     other = store(tmp_path, "other", rows, data_sha256="y")
     with pytest.raises(UserError, match="a and other are of different data"):
         run_eval.main(["--compare", str(paths[0]), str(other)])
+
+
+def test_a_question_of_a_long_chat_names_its_depth(tmp_path):
+    problem = {"conversations": [{"role": "user", "content": "Who?"}], "expected": ["Nelina"]}
+    problems = [problem | {"category": "about"}, problem | {"category": "recent", "depth": 8}]
+    path = write_jsonl(tmp_path / "x.jsonl", problems)
+    first, second = read_problems("tiny_world", path)
+    assert (first.get("level"), first["type"]) == (None, "about")
+    assert (second["level"], second["type"]) == ("after 8 exchanges", "recent")
 
 
 def test_few_shot_prompts_show_the_same_solved_problems(gsm8k):

@@ -544,3 +544,12 @@ TEMPLATE = """{%- for m in messages -%}
 {%- endif -%}
 {{- '\\n' -}}
 {%- endfor -%}"""
+
+
+def test_a_byte_order_mark_is_of_the_first_line_alone(tmp_path):
+    """Each part of files that were joined begins with one."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n' + b"\xef\xbb\xbf" + b'{"text": "b"}\n')
+    first, second = read_records(path)
+    assert first == (1, {"text": "a"})
+    assert second[0] == 2 and "not JSON" in str(second[1])

@@ -184,6 +184,19 @@ def test_a_folder_without_our_tokens_continues_text(tmp_path, capsys):
     assert config["vocab_size"] > rows and weights["config"]["vocab_size"] == config["vocab_size"]
 
 
+def test_a_template_within_the_configuration_of_the_tokenizer_is_read(tmp_path):
+    """Folders of before transformers 4.50 have no chat_template.jinja."""
+    published(tmp_path, "qwen3")
+    file = tmp_path / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8")
+    file.unlink()
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for text, stage in ((template, "full_sft"), ("{{ messages[0].content }}", "pretrain")):
+        path.write_text(json.dumps(config | {"chat_template": text}), encoding="utf-8")
+        assert checkpoint.load(tmp_path)["stage"] == stage
+
+
 def test_eval_llm_and_sft_begin_with_a_folder(tmp_path):
     published(tmp_path / "hf", "qwen2")
     data = write_jsonl(tmp_path / "x.jsonl", [chat("Hi?", f"Hello {i}.") for i in range(20)])

@@ -1,5 +1,6 @@
 """GRPO: advantage and loss by hand, exact resume, rewards of one's own, controls."""
 
+import re
 import sys
 from argparse import Namespace
 from functools import partial
@@ -168,6 +169,22 @@ def test_equal_rewards_change_nothing(trained, files, tmp_path, capsys):
     assert f"in {len(lines)} of {len(lines)} steps no group had a signal: all answers" in printed
     assert "--temperature" in printed and "loss none" in printed and "loss 0.000" not in printed
     assert_equal(weights(tmp_path, "grpo_32"), weights(trained))
+
+
+def test_the_log_counts_the_tokens_of_an_answer_and_samples_are_shown(
+    trained, files, tmp_path, capsys
+):
+    train_grpo.main(grpo(trained, files, tmp_path, "--sample_interval", 2, "--log_interval", 1))
+    lines, before = log(tmp_path, "grpo_32"), 0
+    for line in lines:
+        num_answers = 4 * min(6, 28 - 6 * (line["step"] - 1))
+        assert line["answer_tokens"] == (line["tokens"] - before) / num_answers
+        before = line["tokens"]
+    printed = capsys.readouterr().out
+    shown = re.findall(r"^  What is \d+\? -> (.*): ([\d.]+)$", printed, re.M)
+    assert len(shown) == 3 and len(lines) == 5  # steps 2, 4 and the last
+    for answer, reward in shown:
+        assert float(reward) == pytest.approx(answer.count("e") / 10)
 
 
 @pytest.mark.parametrize("more", [(), ("--use_lora", 1)])

@@ -206,6 +206,16 @@ def test_split_takes_every_record_once_and_keeps_the_shares(tmp_path):
         assert said["sha256"] == hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest()
 
 
+def test_a_part_of_ratio_0_is_left_empty(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": f"{i}"} for i in range(20)])
+    command = ["dataset/prepare.py", "split", path, "--out", tmp_path, "--ratios", "8:0:2"]
+    assert run_here(*command).returncode == 0
+    sizes = {file.stem: sum(1 for _ in file.open()) for file in tmp_path.glob("t*.jsonl")}
+    assert sizes == {"train": 16, "test": 4}
+    valid = tmp_path / "valid.jsonl"
+    assert not valid.exists() or valid.read_bytes() == b""
+
+
 def test_mistakes_are_told_in_a_sentence(tmp_path, data):
     for command, says in (
         (["check", "--data_path", tmp_path / "no.jsonl"], "no.jsonl"),

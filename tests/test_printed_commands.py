@@ -231,3 +231,20 @@ def test_a_run_that_began_with_a_relative_path_is_resumed_from_elsewhere(
     resume = ["--from_resume", 1, "--save_weight", "b", "--save_dir", base / "out"]
     done = run_here(SFT, *resume)
     assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr
+
+
+ROOMS = ("dataset", "evaluation", "trainer", "recipes", "convert")
+FILES = [
+    *ROOT.glob("*.py"),
+    *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))),
+]
+COMMANDS = [
+    path.relative_to(ROOT) for path in FILES if "__main__" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_each_command_finds_the_project_from_any_folder(command, tmp_path):
+    """In a Python of its own: nothing of the project has been imported there."""
+    done = run(ROOT / command, "--help", cwd=tmp_path, fork=False)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr

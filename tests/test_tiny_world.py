@@ -4,13 +4,23 @@ import json
 import random
 import re
 from collections import Counter
+from hashlib import sha256
 
 import pytest
 
+from dataset.tiny_world import generate
 from dataset.tiny_world.generate import SEED, write_tiny_world
 from dataset.tiny_world.text import World, steps
 from evaluation.tasks import tiny_world_is_correct as is_correct
 from tests.conftest import run, run_here
+
+VILLAGE = {  # 2026-11-29
+    "pretrain_tiny.jsonl": "d2e481de878c43926be18765258880e171c34516c49e5f2153f2f4adbb8a444f",
+    "sft_tiny.jsonl": "54c1c14ce1da259bfad29f5b31746672bee94ffd6e61bc3662275ef52afe6527",
+    "eval_tiny.jsonl": "6a5327eb055f3517c6e000d9e1043e7f013705921381bfb9245c1cdf2505185a",
+    "dpo_tiny.jsonl": "2ab35befdc654d44bcc626a879da033f8cef70deb14e565c6f7ffadb4a5e1aa4",
+    "practice_tiny.jsonl": "5bd71f7049d77c323c2f7fd16cefa6926e336da8e6c26f958bfa35d4cc5091c0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +48,18 @@ def test_same_seed_same_bytes_whatever_the_hash_seed(tmp_path):
     for name in ("pretrain_tiny.jsonl", "sft_tiny.jsonl", "eval_tiny.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert World(2).people != World(SEED).people
+
+
+def test_the_village_is_the_one_that_the_documentation_measures(tmp_path, monkeypatch):
+    """No version of Python and no system may change it. Who changes it on purpose trains the demo
+    again, measures what the documentation says, and writes the new hashes here.
+    """
+    write_tiny_world(tmp_path)
+    for name, file in (("PAIRS", "dpo_tiny.jsonl"), ("PRACTICE", "practice_tiny.jsonl")):
+        monkeypatch.setattr(generate, name, tmp_path / file)
+        generate.write_missing(tmp_path / file)
+    hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
+    assert hashes == VILLAGE
 
 
 def test_another_seed_is_another_village_in_all_files(files, tmp_path):

@@ -104,6 +104,18 @@ def test_an_orthogonal_matrix_has_the_directions_of_its_matrix_and_lengths_near_
         assert off.abs().max() < 1e-4
 
 
+def test_three_iterations_are_three_times_the_polynomial():
+    """Muon's quintic, a s + b s^3 + c s^5, on singular values that are known beforehand."""
+    generator = torch.Generator().manual_seed(4)
+    left, right = (torch.linalg.qr(torch.randn(5, 5, generator=generator))[0] for _ in range(2))
+    values = torch.tensor([3.0, 1.0, 0.5, 0.1, 0.02])
+    expected = values / values.norm()
+    for _ in range(3):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    result = orthogonal(left * values @ right.T)
+    torch.testing.assert_close(result, left * expected @ right.T, atol=1e-5, rtol=1e-4)
+
+
 def test_adapters_get_adamw():
     model = small()
     add_lora(model)
