@@ -205,6 +205,8 @@ def test_histories_become_conversations(shop_data):
         "<b_1>",
     ]
     assert len(json.loads((shop_data / "sids.json").read_text())) == 6
+    manifest = json.loads((shop_data / "manifest.json").read_text())
+    assert (manifest["task"], manifest["seed"], manifest["max_history"]) == ("sid", 1, 3)
 
 
 def test_nothing_but_the_new_rows_moves(extended, trained):

@@ -126,6 +126,9 @@ def test_data_is_checked_with_the_tokenizer_of_published_weights(tmp_path, comma
         f"tokens                    {len(ids)}\n" if command == "check" else f"{len(ids)} tokens;"
     )
     assert says in folder and says not in own
+    torch.save([1, 2], tmp_path / "list.pth")
+    done = run_here(*flags, "--weight", tmp_path / "list.pth")
+    assert done.returncode == 2 and "is not a weights file of this program" in done.stderr
     done = run_here(*flags, "--weight", tmp_path / "none.pth")
     assert done.returncode == 2 and "give the path of a .pth file or a folder" in done.stderr
 

@@ -260,6 +260,8 @@ def test_reasoning_traces_keep_their_braces_and_mask_the_prompt(tmp_path):
     assert done.returncode == 0, done.stderr
     found = [r for name in ("train", "valid") for _, r in read_records(tmp_path / f"{name}.jsonl")]
     prompts = {record["conversations"][0]["content"] for record in found}
+    sizes = [sum(1 for _ in read_records(tmp_path / f"{n}.jsonl")) for n in ("train", "valid")]
+    assert sizes == [18, 2]
     assert len(found) == 20 and len(prompts) == 2  # a template for every second record
     plain, shown = sorted(prompts, key=len)
     assert plain.startswith(

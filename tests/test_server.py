@@ -336,6 +336,8 @@ def test_a_header_that_lies_is_an_error_of_the_api(running, monkeypatch):
     assert short.startswith(b"HTTP/1.1 408") and b"fewer bytes than were announced" in short
     for length in (b"", b"Content-Length: x\r\n"):
         assert raw(running, head + length + b"\r\n{}").startswith(b"HTTP/1.1 411")
+    empty = raw(running, head + b"Content-Length: 0\r\n\r\n")
+    assert empty.startswith(b"HTTP/1.1 400") and b"JSON" in empty
     negative = raw(running, head + b"Content-Length: -5\r\n\r\n{}")
     assert negative.startswith(b"HTTP/1.1 413") and b"Connection: close" in negative
     # What follows a body that was too short is not read as another request.
@@ -480,6 +482,7 @@ def test_of_long_texts_a_part_is_shown_with_a_notice(model, monkeypatch):
         found = view(served, ids)
         assert found["first"] == 30 and found["ids"] == ids[30:]
         assert found["notice"].startswith("The last 20 of 50 tokens are shown.")
+        assert ("tokens before these is not shown" in found["notice"]) == (view is views.attention)
     found = views.compare({"tiny": served}, "a b c d e f g h i j k l m n o p q r s t u v w x y z")
     assert len(found["ids"]) == 20 and "The first 20 of" in found["notice"]
     monkeypatch.setattr(views, "MOST_WEIGHTS", 2 * 1 * 49)  # two layers of one head
@@ -967,3 +970,10 @@ def test_options_that_change_no_answer_are_taken_and_others_refused(running):
         assert post(running, "/v1/completions", text | {name: neutral})[0] == 200, name
         status, found = post(running, "/v1/completions", text | {name: changing})
         assert status == 400 and name in found["error"]["message"], name
+
+
+def test_an_answer_that_is_only_the_beginning_of_a_stop_is_sent_at_its_end(running, monkeypatch):
+    ids = TOKENIZER.encode("He").ids
+    answers_with(monkeypatch, running, ids)
+    choices = streamed(running, {"messages": HI, "max_tokens": len(ids), "stop": ["Hello"]})
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "He"
