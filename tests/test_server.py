@@ -977,3 +977,32 @@ def test_an_answer_that_is_only_the_beginning_of_a_stop_is_sent_at_its_end(runni
     answers_with(monkeypatch, running, ids)
     choices = streamed(running, {"messages": HI, "max_tokens": len(ids), "stop": ["Hello"]})
     assert "".join(choice["delta"].get("content", "") for choice in choices) == "He"
+
+
+def test_the_limits_of_each_number_are_taken_and_what_is_beyond_them_refused(running):
+    for name, inside, outside in (
+        ("temperature", (0, 100), (-0.01, 100.5)),
+        ("top_p", (0, 1), (-0.01, 1.01)),
+        ("top_k", (0, 1), (-1, 0.5)),
+        ("seed", (0, 2**63 - 1), (-1, 2**63)),
+        ("max_tokens", (1, 2), (0, 1.5)),
+        ("top_logprobs", (0, 20), (-1, 21)),
+    ):
+        for values, expected in ((inside, 200), (outside, 400)):
+            for value in values:
+                body = {"messages": HI, "max_tokens": 1, "logprobs": True, name: value}
+                status, answer = post(running, CHAT, body)
+                assert status == expected, (name, value, answer)
+                assert expected == 200 or answer["error"]["message"].startswith(f"{name} = {value}")
+
+
+def test_a_server_that_is_stopped_ends_its_threads(model):
+    models = {"tiny": Served("tiny", model, TOKENIZER, True, 200)}
+    server = serving.Server(models, "127.0.0.1", 0, 2, DEFAULTS, ROOT)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/health"
+    assert urllib.request.urlopen(url).status == 200
+    server.shutdown()
+    thread.join(20)
+    assert not thread.is_alive() and not server.batchers["tiny"].is_alive()
