@@ -2,6 +2,7 @@
 all, and the ids that data, model and evaluation agree on. It imports nothing of the project.
 """
 
+import json
 import os
 import sys
 import time
@@ -10,8 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 IGNORE = -100  # the label of a token that carries no loss
+GIT_LFS = b"version https://git-lfs"  # the first bytes of a file that Git LFS keeps elsewhere
 
-# The ids of the control tokens, which mark the structure of a conversation: dataset/tokenizer.py.
+# The ids of the control tokens, which mark the structure of a conversation: model/tokenizer.py.
 PAD = END_OF_TEXT = 0
 IM_START, IM_END, THINK, END_THINK = 1, 2, 3, 4
 TOOL_CALL, END_TOOL_CALL, TOOL_RESPONSE, END_TOOL_RESPONSE = 5, 6, 7, 8
@@ -93,42 +95,33 @@ def patiently(action, *args):
     return action(*args)
 
 
-def save_tensors(path, content):
-    """Writes plain values and tensors with torch.save. Raises UserError as `replacing` does."""
-    import torch  # here: a script that writes text does not wait for torch to load
-
-    with replacing(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch's error on a full disk
-            raise OSError(0, getattr(error.__context__, "strerror", None) or str(error)) from None
-
-
-def load_tensors(path, remedy="train anew, or get it again", verify=True, **options):
-    """What `save_tensors` wrote, by torch.load; no code in the file is run. verify compares the
-    checksum of every part, which reads all of it.
-
-    Raises UserError if it is missing, damaged, or holds more than plain values and tensors.
+def open_file(path):
+    """Return the file at path, open to be read as bytes. Raises UserError if it is missing, or a
+    pointer of Git LFS.
     """
-    import pickle
-    import zipfile
-
-    import torch
-
+    path = Path(path)
     try:
-        if verify and zipfile.is_zipfile(path):  # as torch.save writes it
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} isn't a file, and data is read more than once; give a file")
+        file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than plain values and tensors, or is damaged; it is not opened, "
-            f"because it could run any code; {remedy}"
-        ) from None
-    except Exception as error:  # the readers of zip and pickle raise nearly anything on any bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}); {remedy}") from None
+        raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
+    if file.read(len(GIT_LFS)) == GIT_LFS:
+        file.close()
+        raise UserError(f"{path} is a pointer of Git LFS, not the file; run: git lfs pull")
+    file.seek(0)
+    return file
+
+
+def read_json(path):
+    """Return the value of a JSON file. Raises UserError if it is not JSON."""
+    with open_file(path) as file:
+        try:
+            return json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} isn't JSON: {error}") from None
+
+
+def is_folder(path):
+    """Whether path is a folder. Path.is_dir would raise OSError for a name that is too long."""
+    return os.path.isdir(path)  # noqa: PTH112

@@ -123,12 +123,12 @@ class Chat:
         self.settings = {name: getattr(args, name) for name in SAMPLING}
         # Imported where it is used: --help and wrong flags answer before torch has loaded.
         from model.generation import generate
-        from trainer.trainer_utils import open_trained
+        from model.weights import open_model
 
-        self.model, self.tokenizer, content, _ = open_trained(args)
-        self.trained_length = content["training"].get("max_seq_len", 10**9)
+        trained = open_model(args)
+        self.model, self.tokenizer = trained.model, trained.tokenizer
+        self.trained_length, self.continues = trained.trained_length, not trained.chats
         self.generate = partial(generate, self.model, use_compile=args.use_compile)
-        self.continues = not content["chats"]
         self.start(args.system)
 
     def start(self, system):
@@ -141,7 +141,7 @@ class Chat:
         the answer, the oldest questions and their answers are removed, and a line says so. Raises
         UserError if text alone is too long for the model.
         """
-        from dataset.chat_template import render
+        from model.chat_template import render
 
         context = self.model.config.max_position_embeddings
         if self.continues:
@@ -168,7 +168,7 @@ class Chat:
 
     def answer(self, text):
         """Prints the answer to text while it is generated; Ctrl-C ends it early."""
-        from dataset.chat_template import parse_answer
+        from model.chat_template import parse_answer
 
         ids, new, waiting, stopped = self.prompt(text), [], [], ""
         begin = time.perf_counter()

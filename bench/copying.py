@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from common import IGNORE
-from dataset.loader import best_fit_decreasing, collate
+from dataset.step_plan import best_fit_decreasing, collate
 from dataset.tiny_world.text import words
-from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.device import keep_freed_memory
 from model.loss import supervised_tokens
-from trainer.runtime import keep_freed_memory
+from model.tokenizer import load_tokenizer
 
 STEPS, EVERY, RATE = 600, 100, 1e-3
 WORDS = [word for group in words.values.values() for word in group] + words.things

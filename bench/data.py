@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dataset.formats import format_of, to_conversation
 from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
-from dataset.loader import best_fit_decreasing, collate, pad
-from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
+from dataset.step_plan import best_fit_decreasing, collate, pad
 from model.causal_lm import CausalLM, ModelConfig
-from trainer.runtime import keep_freed_memory, pick_dtype
+from model.device import keep_freed_memory, pick_dtype
+from model.tokenizer import CONTROL_TOKENS, load_tokenizer
 
 TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}"

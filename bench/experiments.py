@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import loader
+from dataset import step_plan
 from dataset.tiny_world import chat, generate, text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,25 +79,25 @@ def shifted():
     """Labels are shifted by the data, and by the loss again: each position predicts the next but
     one.
     """
-    right = loader.batch
+    right = step_plan.batch
 
     def wrong(*args):
         ids, labels, *where = right(*args)
         return ids, torch.roll(labels, -1, dims=1), *where
 
-    loader.batch = wrong
+    step_plan.batch = wrong
 
 
 def mixed():
     """The samples of a row see each other, and positions count on from one to the next."""
-    right = loader.batch
+    right = step_plan.batch
 
     def wrong(*args):
         ids, labels, positions, documents = right(*args)
         positions = torch.arange(ids.shape[1]).expand_as(positions)
         return ids, labels, positions, torch.where(documents >= 0, 0, -1)
 
-    loader.batch = wrong
+    step_plan.batch = wrong
 
 
 def small():

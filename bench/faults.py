@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from common import ROOT, report_user_errors
+from model.weights import load
 from trainer import checkpoint, train_full_sft, train_pretrain
 
 TOY = """--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --from_weight none
@@ -84,7 +85,7 @@ def log_of(path):
 
 def result(stem, out):
     """(weights, log without timings) of a finished run."""
-    return checkpoint.load(out / f"{stem}.pth")["model"], log_of(out / "logs" / f"{stem}.jsonl")
+    return load(out / f"{stem}.pth")["model"], log_of(out / "logs" / f"{stem}.jsonl")
 
 
 def phase(out):
@@ -111,7 +112,7 @@ def trial(number, data, folder, references, seed):
     process.communicate()
     when = "after its end" if finished else phase(out)
     for path in out.rglob("*.pth"):
-        checkpoint.load(path)  # complete, or an error
+        load(path)  # complete, or an error
     saved = any(out.glob("checkpoints/*_resume.pth")) or any(out.glob("checkpoints/*_step*.pth"))
     process = start(command(name, data, out, *(["--from_resume", "1"] if saved else [])))
     printed, _ = process.communicate()
@@ -197,7 +198,7 @@ def newest_step(out, script, seed):
 def is_kept(out, earlier):
     """Whether an earlier run's weights and log are there, under whatever name."""
     stems = {path.stem for path in [*out.glob("*.pth"), *out.glob("logs/*.jsonl")]}
-    weights = [checkpoint.load(path)["model"] for path in out.glob("*.pth")]
+    weights = [load(path)["model"] for path in out.glob("*.pth")]
     logs = [log_of(out / "logs" / f"{stem}.jsonl") for stem in stems]
     return any(equal(found, earlier[0]) for found in weights) and earlier[1] in logs
 
@@ -235,7 +236,7 @@ def each_write(name, data, every):
         code, _ = go(out, seed, at)
         step, before = newest_step(out, script, seed), saved[at - 1] if at else 0
         for path in out.rglob("*.pth"):
-            checkpoint.load(path)  # complete, or an error
+            load(path)  # complete, or an error
         if code != -signal.SIGKILL or step < before:
             failures.append(f"{place}: {before} checkpoints were written, step {step} was found")
         if seed == 2 and step < steps and not is_kept(out, earlier):

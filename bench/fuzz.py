@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, report_user_errors
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.tokenizer import load_tokenizer
 from evaluation.tasks import read_problems
 from model.causal_lm import CausalLM, ModelConfig
-from trainer import checkpoint
-from trainer.arguments import parse_args, training_parser
+from model.tokenizer import load_tokenizer
+from model.weights import build_model, load, save
+from trainer.flags import parse_args, training_parser
 
 TOKENIZER = load_tokenizer()
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2, None]}}
@@ -57,7 +57,7 @@ def weights():
     file = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "w.pth"
-        checkpoint.save(path, CausalLM(config).state_dict(), config, TOKENIZER, "full_sft")
+        save(path, CausalLM(config).state_dict(), config, TOKENIZER, "full_sft")
         file.write(path.read_bytes())
     return file.getvalue()
 
@@ -77,7 +77,7 @@ READERS = {  # name: (what reads a path, a sample of what it reads)
     "GSM8K, JSONL": (lambda path: read_problems("gsm8k", path), lines(PROBLEMS)),
     "flags, TOML": (read_flags, FLAGS),
     "tokenizer, JSON": (lambda path: load_tokenizer(path), TOKENIZER.to_str().encode()),
-    "weights, .pth": (lambda path: checkpoint.build_model(checkpoint.load(path), path), weights()),
+    "weights, .pth": (lambda path: build_model(load(path), path), weights()),
 }
 
 

@@ -29,7 +29,7 @@ from common import ROOT, replacing
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
-from trainer.arguments import SHAPE
+from model.weights import SHAPE
 from trainer.optimizer import compile_layers
 
 VOCABULARY = 32_000

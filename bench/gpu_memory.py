@@ -20,7 +20,7 @@ import torch
 from common import ROOT
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import CHUNK
-from trainer.arguments import SHAPE
+from model.weights import SHAPE
 
 GIB = 2**30
 TOKENS = 256  # of a row of the measured pass

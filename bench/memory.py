@@ -22,8 +22,8 @@ import resource, sys, time
 import torch
 from types import SimpleNamespace
 from dataset.lm_dataset import PretrainDataset
-from dataset.loader import batches, epoch_plan
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import batches, epoch_plan
+from model.tokenizer import load_tokenizer
 began = time.perf_counter()
 tokenizer = load_tokenizer()
 if len(sys.argv) > 2:

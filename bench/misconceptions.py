@@ -22,10 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
-from dataset.chat_template import render
+from model.chat_template import render
 from model.generation import complete
+from model.weights import build_model, find, load
 from recipes.misconceptions import MARKS, conversation
-from trainer import checkpoint
 
 PROMPTS = ROOT / "recipes" / "misconceptions.toml"
 FORGOT = "The carry was forgotten."
@@ -91,7 +91,7 @@ def main():
     print(f"{len(learned)} records to learn from, {len(asked)} asked about afterwards; ", end="")
     print(f"always the commonest name: {most / len(asked):.1%}")
     for name in args.score or []:
-        print(f"{name}: {score(checkpoint.find(args.save_dir, name), asked):.1%} named rightly")
+        print(f"{name}: {score(find(args.save_dir, name), asked):.1%} named rightly")
     for name in () if args.score else ("with", "without"):
         path, out, weight = folder / f"{name}.jsonl", folder / name, f"misconceptions_{name}"
         shown = learned if name == "with" else [record | {"cot": ""} for record in learned]
@@ -104,7 +104,7 @@ def main():
             *["--save_dir", args.save_dir, "--save_weight", weight],
         )
         for state, known in (("before", args.from_weight), ("after", weight)):
-            share = score(checkpoint.find(args.save_dir, known), asked)
+            share = score(find(args.save_dir, known), asked)
             print(f"{name} reasoning, {state}: {share:.1%} named rightly")
 
 
@@ -116,7 +116,7 @@ def python(*words):
 
 def score(path, records):
     """The share of the records whose misconception a model names."""
-    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+    model, tokenizer = build_model(load(path), path)
     forms, right = tomllib.loads(PROMPTS.read_text(encoding="utf-8")), 0
     for start in range(0, len(records), 50):
         chosen = records[start : start + 50]

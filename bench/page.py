@@ -23,7 +23,7 @@ from playwright.sync_api import sync_playwright
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
 
 VIEWS = ("chat", "attention", "layers", "compare", "training")
 QUESTION = "Where does Nelina live?"

@@ -24,12 +24,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.chat_template import render
 from model.causal_lm import CausalLM
+from model.chat_template import render
 from model.generation import complete
-from model.trace import trace
-from trainer import checkpoint
-from trainer.arguments import training_parser
+from model.weights import build_model, load
+from serving.trace import trace
+from trainer.flags import training_parser
 from trainer.optimizer import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -567,7 +567,7 @@ def main():
     models = {}
     for name in ("pretrain", "full_sft"):
         file = args.runs / f"{name}_256.pth"
-        models[name], tokenizer = checkpoint.build_model(checkpoint.load(file), file)
+        models[name], tokenizer = build_model(load(file), file)
         models[name].eval()
     torch.manual_seed(1)
     models["new"] = CausalLM(models["pretrain"].config).eval()

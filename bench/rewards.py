@@ -26,12 +26,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
-from dataset.chat_template import render
 from dataset.tiny_world.chat import SHORT_KINDS, Pool, answer, ask, sentence
 from dataset.tiny_world.generate import SEED, write_sums
 from dataset.tiny_world.text import World
+from model.chat_template import render
 from model.generation import complete
-from trainer import checkpoint
+from model.weights import build_model, find, load
 
 SAMPLING = ["--temperature", 1, "--max_new_tokens", 48, "--batch_size", 128]
 WARM = ["--warmup_steps", 5]
@@ -80,8 +80,8 @@ def style(folder, weight):
     """(share of short answers, share with the right fact, mean tokens) of answers about villagers
     whom no pair and no conversation mentions.
     """
-    path = checkpoint.find(folder, weight)
-    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+    path = find(folder, weight)
+    model, tokenizer = build_model(load(path), path)
     rng, rows = random.Random(7), []
     for person in Pool(World(SEED), held_out=True).people:
         for kind in SHORT_KINDS:

@@ -31,10 +31,10 @@ import torch
 
 from common import ROOT
 from convert import to_gguf
-from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
-from trainer import checkpoint
+from model.tokenizer import load_tokenizer
+from model.weights import save
 
 SHAPES = {"the demo's model": (256, 3), "512 wide, 8 layers": (512, 8)}
 CLIENTS = 16
@@ -144,7 +144,7 @@ def main():
         model = CausalLM(config).eval()
         with tempfile.TemporaryDirectory() as folder:
             file, gguf = Path(folder) / "random.pth", Path(folder) / "random.gguf"
-            checkpoint.save(file, model.state_dict(), config, tokenizer, "pretrain", training={})
+            save(file, model.state_dict(), config, tokenizer, "pretrain", training={})
             to_gguf.main(["--weight", str(file), "--out", str(gguf)])
             flags = ["--weight", file, "--dtype", "fp32", "--max_batch", CLIENTS, "--serve", 0]
             ours = started(ROOT / "eval_llm.py", *flags)

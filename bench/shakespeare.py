@@ -26,8 +26,8 @@ import torch
 
 from common import ROOT
 from model.causal_lm import CausalLM, ModelConfig
+from model.device import keep_freed_memory
 from trainer.optimizer import compile_layers, make_optimizer
-from trainer.runtime import keep_freed_memory
 from trainer.train_tokenizer import train as train_tokenizer
 
 

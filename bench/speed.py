@@ -30,12 +30,12 @@ except ImportError:  # Windows
     resource = None
 
 from common import ROOT, replacing
-from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.device import keep_freed_memory
 from model.generation import complete
-from trainer import checkpoint
+from model.tokenizer import load_tokenizer
+from model.weights import save
 from trainer.optimizer import compile_layers
-from trainer.runtime import keep_freed_memory
 
 SHAPE = dict(vocab_size=6400, hidden_size=512, num_hidden_layers=8, intermediate_size=1600)
 ROWS = []
@@ -208,7 +208,7 @@ def sft(path, rounds, rows=80):
 
     from bench.data import TEMPLATE, trained_on
     from dataset.lm_dataset import SFTDataset
-    from dataset.loader import best_fit_decreasing, collate
+    from dataset.step_plan import best_fit_decreasing, collate
 
     tokenizer = trained_on(path, SHAPE["vocab_size"])
     data = SFTDataset(path, tokenizer, max_length=512)
@@ -279,7 +279,7 @@ def first_token(rounds):
     model, tokenizer = CausalLM(ModelConfig(**SHAPE)), load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "full_sft_512.pth"
-        checkpoint.save(path, model.state_dict(), model.config, tokenizer, "full_sft")
+        save(path, model.state_dict(), model.config, tokenizer, "full_sft")
         command = [sys.executable, str(ROOT / "eval_llm.py"), "--weight", str(path)]
         command += ["--prompt", "Hello", "--max_new_tokens", "1"]
         seconds = alternate(

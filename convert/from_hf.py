@@ -16,9 +16,9 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 from cli import Parser
-from common import ROOT, load_tensors
-from trainer import checkpoint
-from trainer.hf_folder import content_of, read_folder, wrong_values
+from common import ROOT
+from model.huggingface import content_of, read_folder, wrong_values
+from model.weights import build_model, file_name, load_tensors, save
 
 
 def minimind_config(weights, path):
@@ -75,12 +75,12 @@ def main(argv=None):
             content = content_of(config, weights, args.tokenizer_path)
     else:
         content = read_folder(args.source)
-    model, tokenizer = checkpoint.build_model(content, args.source)
-    target = args.save_dir / f"{checkpoint.file_name(args.save_weight, model.config)}.pth"
+    model, tokenizer = build_model(content, args.source)
+    target = args.save_dir / f"{file_name(args.save_weight, model.config)}.pth"
     if target.exists():
         raise UserError(f"{target} exists; give another --save_weight")
     weights, stage = model.state_dict(), content["stage"]
-    checkpoint.save(target, weights, model.config, tokenizer, stage, training={})
+    save(target, weights, model.config, tokenizer, stage, training={})
     print(f"written: {target}, {stage}")
 
 

@@ -16,10 +16,19 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 from cli import Parser
-from common import ROOT, replacing
-from dataset.jsonl import read_json
+from common import ROOT, read_json, replacing
 from model.lora import adapter_state, add_lora, merge
-from trainer import adapters, checkpoint
+from model.weights import (
+    adapters_name,
+    build_model,
+    description,
+    file_name,
+    find,
+    load,
+    load_adapters,
+    save,
+    weights_to_start_from,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"  # of the names in PEFT's files
@@ -36,19 +45,19 @@ UNSUPPORTED = {  # options of PEFT that these adapters do not have, with the val
 
 def main(argv=None):
     args = parse(argv)
-    base = adapters.weights_to_start_from(args)
-    path = checkpoint.find(args.save_dir, base)
-    content = checkpoint.load(path)
-    model, tokenizer = checkpoint.build_model(content, path)
+    base = weights_to_start_from(args)
+    path = find(args.save_dir, base)
+    content = load(path)
+    model, tokenizer = build_model(content, path)
     if args.from_peft:
         read_peft(args.from_peft, model)
         name, stage = f"lora_{args.save_weight}", "full_sft"  # what it nearly always is
         state = adapter_state(model.state_dict())
         more = {"under": base, "training": {}}
     else:
-        lora = adapters.adapters_name(args.lora)
-        found = checkpoint.find(args.save_dir, lora, model.config.hidden_size)
-        content = adapters.load_adapters(model, found)
+        lora = adapters_name(args.lora)
+        found = find(args.save_dir, lora, model.config.hidden_size)
+        content = load_adapters(model, found)
         if args.to_peft:
             write_peft(args.to_peft, model, base)
             return
@@ -56,9 +65,9 @@ def main(argv=None):
         name, stage = args.save_weight or merged, content["stage"]
         state = merge(model).state_dict()
         more = {"training": content["training"]}
-    more |= checkpoint.description(model)
-    target = args.save_dir / f"{checkpoint.file_name(name, model.config)}.pth"
-    checkpoint.save(target, state, model.config, tokenizer, stage, **more)
+    more |= description(model)
+    target = args.save_dir / f"{file_name(name, model.config)}.pth"
+    save(target, state, model.config, tokenizer, stage, **more)
     print(f"written: {target}")
 
 

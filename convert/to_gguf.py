@@ -21,9 +21,9 @@ import torch
 
 from common import END_OF_TEXT, IM_END, replacing
 from convert.to_hf import TEMPLATE, export_parser
-from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from model.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from model.weights import open_model
 from trainer.train_tokenizer import QWEN2
-from trainer.trainer_utils import open_trained
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 OUTSIDE = {  # names of tensors outside the layers, and in a layer
@@ -171,8 +171,8 @@ def main(argv=None):
         import gguf
     except ImportError:
         raise UserError("writing GGUF needs: pip install gguf") from None
-    model, tokenizer, content, paths = open_trained(args)
-    config = model.config
+    trained = open_model(args)
+    model, tokenizer, config = trained.model, trained.tokenizer, trained.model.config
     if config.use_moe and not (config.qk_norm and config.norm_topk_prob):
         raise UserError("llama.cpp has no mixture of experts without QK norm or norm_topk_prob")
     if config.rope_factor != 1:
@@ -186,8 +186,8 @@ def main(argv=None):
     arch = "qwen3moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2"
     with replacing(args.out) as file:
         writer = gguf.GGUFWriter(file.name, arch)
-        describe(writer, config, paths[-1].stem)
-        add_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType, content["chats"])
+        describe(writer, config, trained.paths[-1].stem)
+        add_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType, trained.chats)
         of_file = f"ALL_{TYPES[args.type]}" if args.type == "f32" else f"MOSTLY_{TYPES[args.type]}"
         writer.add_file_type(getattr(gguf.LlamaFileType, of_file))
         for name, tensor in tensors.items():
@@ -200,7 +200,7 @@ def main(argv=None):
         writer.write_tensors_to_file()
         writer.close()
     with replacing(args.out.with_name("Modelfile")) as file:
-        template = CHAT if content["chats"] else "{{ .Prompt }}"
+        template = CHAT if trained.chats else "{{ .Prompt }}"
         context = config.max_position_embeddings
         text = MODELFILE.format(name=args.out.name, context=context, template=template)
         file.write(text.encode("utf-8"))

@@ -20,8 +20,8 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 # isort: split
 from cli import Parser
 from common import END_OF_TEXT, IM_END, ROOT, replacing
-from trainer.hf_folder import EXPERTS, SAME, SCALING
-from trainer.trainer_utils import open_trained
+from model.huggingface import EXPERTS, SAME, SCALING
+from model.weights import open_model
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -61,7 +61,7 @@ def config_of(config, dtype, eos):
 
 def export_parser(doc, out):
     """The parser of a script that writes weights in another format; out: the help of --out. Its
-    flags, and the defaults that stand for no flag, are those of `open_trained`.
+    flags, and the defaults that stand for no flag, are those of `open_model`.
     """
     parser = Parser(doc)
     add = parser.add_argument
@@ -99,8 +99,9 @@ def main(argv=None):
         from safetensors.torch import save
     except ImportError:
         raise UserError("writing this folder needs: pip install safetensors") from None
-    model, tokenizer, content, _ = open_trained(args)
-    stop = [IM_END, END_OF_TEXT] if content["chats"] else [END_OF_TEXT]
+    trained = open_model(args)
+    model, tokenizer = trained.model, trained.tokenizer
+    stop = [IM_END, END_OF_TEXT] if trained.chats else [END_OF_TEXT]
     config, tensors = config_of(model.config, args.dtype, stop[0]), model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -114,7 +115,7 @@ def main(argv=None):
         with replacing(args.out / "model.safetensors") as file:
             file.write(save(tensors, {"format": "pt"}))
         write("tokenizer.json", tokenizer.to_str(pretty=True))
-        if content["chats"]:
+        if trained.chats:
             write("chat_template.jinja", TEMPLATE.read_text(encoding="utf-8"))
         write(
             "tokenizer_config.json",

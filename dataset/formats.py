@@ -14,7 +14,7 @@
     qa              {"question", "answer"}                                     GSM8K
     prompt          {"prompt", "completion"}, texts or lists of messages       trl
     input           {"input", "output"}
-    preference      {"chosen", "rejected"} and what comes before them, see pairs.py      DPO
+    preference      {"chosen", "rejected"} and what comes before them, see preference_pairs.py DPO
 
 The format of a file is that of its first record in one of these. A record may also be a list of
 messages (nanochat), and a conversation a list of texts, question and answer in turn (LIMA).
@@ -23,8 +23,8 @@ messages (nanochat), and a conversation a list of texts, question and answer in 
 import json
 import re
 
-from dataset.chat_template import ROLES, json_of, text_of
 from dataset.jsonl import list_hint
+from model.chat_template import ROLES, json_of, text_of
 
 ALIASES = {
     "user": "human user",

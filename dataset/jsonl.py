@@ -5,13 +5,12 @@ kind of file that people have.
 import codecs
 import gzip
 import json
-import os
 import re
 import zlib
 from collections import Counter
 from pathlib import Path
 
-from common import UserError
+from common import UserError, open_file
 
 SEPARATOR = re.compile(r"[\s,]*")  # between the items of a JSON array
 CSV_HEADER = re.compile(r'[\w "]+([,;\t][\w "]+)+')
@@ -28,7 +27,6 @@ KINDS = {  # the first bytes of files of another kind: what it is, and the remed
     b"GGUF": ("a GGUF file", "give the folder with config.json that it was made of"),
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
-    b"version https://git-lfs": ("a pointer of Git LFS, not the file", "run: git lfs pull"),
     b"<!doctype": ("a web page", "download the file itself"),
     b"<html": ("a web page", "download the file itself"),
 }
@@ -93,17 +91,6 @@ def is_conversation(value):
     return all({"content", "value", "tool_calls"} & set(message) for message in value)
 
 
-def open_file(path):
-    """Return the file at path, open to be read as bytes. Raises UserError if it is missing."""
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} isn't a file, and data is read more than once; give a file")
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
-
-
 def open_text(path):
     """Return a text file, open to be read as bytes; a gzip file is unpacked on the way. Raises
     UserError, which names the kind, for what its first bytes show to be no text.
@@ -157,20 +144,6 @@ def list_hint(record):
         if are_records and not is_message(items[0]):
             return f'; "{key}" holds a list of records: write only that list into a file'
     return ""
-
-
-def read_json(path):
-    """Return the value of a JSON file. Raises UserError if it is not JSON."""
-    with open_text(path) as file:
-        try:
-            return json.loads(file.read().decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} isn't JSON: {error}") from None
-
-
-def is_folder(path):
-    """Whether path is a folder. Path.is_dir would raise OSError for a name that is too long."""
-    return os.path.isdir(path)  # noqa: PTH112
 
 
 def line_items(file, to_dict):

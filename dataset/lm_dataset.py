@@ -6,7 +6,7 @@ token, happens in the loss. The steps from a record of a file to its samples:
 
     formats.py          its JSON -> messages, whatever format it is in
     chat_template.py    messages -> tokens and their loss mask
-    cache.py            the tokens of all records, kept on disk for the next start
+    token_cache.py      the tokens of all records, kept on disk for the next start
     here                tokens -> samples of at most max_seq_len tokens
 """
 
@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from common import END_OF_TEXT, IGNORE, IM_END, UserError
 from dataset import formats
-from dataset.cache import tokenised
-from dataset.chat_template import pieces
+from dataset.token_cache import tokenised
+from model.chat_template import pieces
 
 
 class TokenDataset(Dataset):

@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import cli
-from common import UserError, load_tensors, replacing, report_user_errors
+from common import UserError, is_folder, replacing, report_user_errors
 from dataset import formats
-from dataset.jsonl import is_folder, read_records
+from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.loader import best_fit_decreasing, flat, row_length
-from dataset.pairs import PairDataset
-from dataset.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
+from dataset.preference_pairs import PairDataset
+from dataset.step_plan import best_fit_decreasing, flat, row_length
+from model.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
+from model.weights import load_tensors
 
 STYLES = {  # how the terminal shows each kind of token: (before, after); colour, underlined
     "supervised": ("\033[32m", "\033[0m"),

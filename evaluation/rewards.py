@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from common import STOP, UserError
-from dataset.chat_template import parse_answer
 from evaluation.tasks import is_right, judge
+from model.chat_template import parse_answer
 
 
 def reward_function(task, own=None):

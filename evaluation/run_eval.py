@@ -23,9 +23,9 @@ from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 from cli import Parser, number, one_of, switch
 from dataset.tiny_world.generate import EVAL
 from evaluation import competition_math, report
-from evaluation.answers import Part, answer_all, read_result, require_same_run
+from evaluation.generate_answers import Part, answer_all, read_result, require_same_run
 from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer
-from trainer.trainer_utils import open_trained
+from model.weights import open_model
 
 
 def parse(argv):
@@ -75,17 +75,17 @@ def options_of(args):
     return {name: getattr(args, name) for name in names}
 
 
-def open_model(args):
-    """(model, tokenizer, {"weights", "weights_sha256"}) of --weight and --lora."""
-    model, tokenizer, _, paths = open_trained(args)
+def hash_of_files(paths):
+    """Return the sha256 of weights files, or of the folders of published models, one after the
+    other.
+    """
     digest = hashlib.sha256()
     for path in paths:
         for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
             with part.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-    weights = " + ".join(map(str, paths))
-    return model, tokenizer, {"weights": weights, "weights_sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def main(argv=None):
@@ -99,26 +99,27 @@ def main(argv=None):
 
     problems = read_problems(args.task, args.data_path, args.prompt_style, args.shots_path)
     problems = problems[: args.limit or None]
-    model, tokenizer, weights = open_model(args)
+    trained = open_model(args)
     data = args.data_path or EVAL
     how = ("prompt_style", "num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
     result = {
         "task": args.task,
-        "run": args.run or run_name(args, parser),
+        "run": args.run or run_name(trained.name, args, parser),
         "command": shlex.join(["python", "evaluation/run_eval.py", *typed]),
-        **weights,
+        "weights": " + ".join(map(str, trained.paths)),
+        "weights_sha256": hash_of_files(trained.paths),
         "data": str(data),
         "data_sha256": sha256_of(data),
         "shots_sha256": sha256_of(args.shots_path),
-        "params": sum(weight.numel() for weight in model.parameters()),
+        "params": sum(weight.numel() for weight in trained.model.parameters()),
         "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
     if path.exists():
         require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
     part = Part(path.with_suffix(".part"), result, args.batch_size, "--run NAME")
-    options = options_of(args) | {"allowed": allowed_ids(args.task, data, tokenizer)}
-    rows = answer_all(problems, model, tokenizer, options, part)
+    options = options_of(args) | {"allowed": allowed_ids(args.task, data, trained.tokenizer)}
+    rows = answer_all(problems, trained.model, trained.tokenizer, options, part)
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
     scores = finish(result | {"problems": rows}, path)
     part.path.unlink()
@@ -130,13 +131,13 @@ def sha256_of(path):
     return path and hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def run_name(args, parser):
+def run_name(name, args, parser):
     """Return the name of the weights, with the options of this run that are not the defaults."""
-    words = [Path(args.from_weight).stem]
+    words = [Path(name).stem]
     words += [f"lora_{Path(args.lora).stem.removeprefix('lora_')}"] if args.lora else []
-    for name in ("prompt_style", "num_samples", "temperature", "limit", "dtype", "use_compile"):
-        value = getattr(args, name)
-        words += [f"{name}_{value}"] if value != parser.get_default(name) else []
+    for flag in ("prompt_style", "num_samples", "temperature", "limit", "dtype", "use_compile"):
+        value = getattr(args, flag)
+        words += [f"{flag}_{value}"] if value != parser.get_default(flag) else []
     return "_".join(words)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from dataset.prepare import STYLES, has_colours, open_data
 from dataset.tiny_world.generate import SFT, write_missing
-from trainer import checkpoint
+from model.weights import build_model, find, load
 
 
 def probabilities(model, input_ids):
@@ -59,8 +59,8 @@ def main(argv=None):
     add("--weight", nargs="+", default=["pretrain", "full_sft"], metavar="NAME", help=weights)
     add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     args = parser.parse_args(argv)
-    paths = [checkpoint.find(args.save_dir, name) for name in args.weight]
-    opened = [checkpoint.build_model(checkpoint.load(path), path) for path in paths]
+    paths = [find(args.save_dir, name) for name in args.weight]
+    opened = [build_model(load(path), path) for path in paths]
     tokenizer = opened[0][1]
     if len({each.to_str() for _, each in opened}) > 1:
         raise UserError(f"{', '.join(args.weight)} have different tokenizers; show one at a time")

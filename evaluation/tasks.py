@@ -6,12 +6,12 @@ import re
 import tomllib
 from pathlib import Path
 
-from common import IM_END, UserError
-from dataset.chat_template import pieces
+from common import IM_END, UserError, read_json
 from dataset.formats import format_of
-from dataset.jsonl import list_hint, read_json, read_records
+from dataset.jsonl import list_hint, read_records
 from dataset.tiny_world.generate import EVAL, write_missing
 from evaluation import competition_math, gsm8k
+from model.chat_template import pieces
 
 PROMPTS = Path(__file__).parent / "prompts.toml"
 TASKS = ("tiny_world", "gsm8k", "math", "sid")

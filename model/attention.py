@@ -189,4 +189,4 @@ def compiled(function):
 
 @cache
 def compile_once(function):
-    return torch.compile(function, dynamic=False)  # one shape of batches: see `dataset.loader`
+    return torch.compile(function, dynamic=False)  # one shape of batches: see `dataset.step_plan`

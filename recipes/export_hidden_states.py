@@ -23,16 +23,17 @@ import torch
 from tqdm import tqdm
 
 from cli import Parser, number, one_of
-from common import IGNORE, ROOT, replacing, save_tensors
-from dataset import offline
+from common import IGNORE, ROOT, replacing
 from dataset.lm_dataset import SFTDataset
-from dataset.loader import cut, pad
+from dataset.step_plan import cut, pad
 from dataset.tiny_world.generate import SFT
-from model.distillation import Teacher
+from model.device import DTYPES, pick_device, pick_dtype
 from model.lora import hash_of
-from trainer import checkpoint
-from trainer.arguments import conversation_flags, source
-from trainer.runtime import DTYPES, autocast_to, pick_device, pick_dtype
+from model.weights import build_model, find, load, save_tensors
+from trainer import recorded_teacher
+from trainer.distillation import Teacher
+from trainer.flags import conversation_flags, source
+from trainer.runtime import autocast_to
 from trainer.teacher import layers_of
 from trainer.trainer_utils import conversation_options, open_data, replay
 
@@ -43,8 +44,8 @@ def main(argv=None):
     dtype = pick_dtype(args.dtype, device)
     # auto would be another one on another machine
     args.dtype = next(name for name in DTYPES if DTYPES[name] == dtype)
-    path = checkpoint.find(args.save_dir, args.teacher_weight)
-    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+    path = find(args.save_dir, args.teacher_weight)
+    model, tokenizer = build_model(load(path), path)
     layers = layers_of(args.aux_layers, model, path)
     dataset, parts = read_data(args, tokenizer)
 
@@ -126,7 +127,7 @@ def begin(folder, manifest, model, tokenizer):
 
 
 def save(path, content):
-    save_tensors(path, content | {"belongs": offline.belongs(path)})
+    save_tensors(path, content | {"belongs": recorded_teacher.belongs(path)})
 
 
 def is_complete(path):
@@ -134,7 +135,7 @@ def is_complete(path):
     if not path.exists():
         return False
     try:
-        offline.read(path)
+        recorded_teacher.read(path)
     except UserError:
         tqdm.write(f"{path} is damaged, or of another recording: it is written again")
         return False

@@ -14,8 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, number
-from common import UserError, report_user_errors
-from dataset.jsonl import is_folder
+from common import UserError, is_folder, report_user_errors
 from dataset.prepare import shares, write_parts
 from evaluation.tasks import RECORD_OF, read_task
 

@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, number, one_of
 from common import ROOT, replacing, report_user_errors
-from evaluation.answers import Part, answer_all, require_same_run
-from evaluation.run_eval import answering_flags, open_model, options_of, sha256_of
+from evaluation.generate_answers import Part, answer_all, require_same_run
+from evaluation.run_eval import answering_flags, hash_of_files, options_of, sha256_of
 from evaluation.tasks import is_right, judge, read_problems
+from model.weights import open_model
 
 SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit keep dtype
     use_compile""".split()  # with another one it is another run
@@ -38,16 +39,16 @@ def main(argv=None):
         parser.error("--temperature 0: all samples are the same; give a number above 0")
 
     problems = read_problems(args.task, args.data_path)[: args.limit or None]
-    model, tokenizer, weights = open_model(args)
+    trained = open_model(args)
     source = {name: getattr(args, name) for name in SETTINGS}
-    source["weights_sha256"] = weights["weights_sha256"]
+    source["weights_sha256"] = hash_of_files(trained.paths)
     source["data_sha256"] = sha256_of(args.data_path)
     if args.out.exists() and args.out.stat().st_size:
         with args.out.open(encoding="utf-8", errors="replace") as file:
             head = file.readline()
         require_same_run(args.out, head, source, "--out FILE")
     part = Part(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
-    rows = answer_all(problems, model, tokenizer, options_of(args), part)
+    rows = answer_all(problems, trained.model, trained.tokenizer, options_of(args), part)
 
     kept = accepted(rows, args.task, args.keep)
     with replacing(args.out) as file:

@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, number
-from common import UserError, report_user_errors
+from common import UserError, is_folder, read_json, report_user_errors
 from dataset.formats import is_texts
-from dataset.jsonl import is_folder, open_text, read_json
+from dataset.jsonl import open_text
 from dataset.prepare import shares, write_parts
 
 ASK = {  # task: the question; {0} is the history, the title or the id

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from common import END_OF_TEXT, ROOT, STOP, UserError
 from dataset import formats
-from dataset.chat_template import parse_answer, render, text_of
+from model.chat_template import parse_answer, render, text_of
 from serving import views
 from serving.batching import Batcher, Request
 from serving.handler import ApiError, JsonHandler

@@ -2,16 +2,14 @@
 write a page that needs no server.
 """
 
-import copy
-
 import torch
 
 from common import UserError
 from model.causal_lm import CausalLM
+from model.weights import open_model
 from serving.page import export
 from serving.server import Server
 from serving.views import Served
-from trainer.trainer_utils import open_trained
 
 
 def start(args, settings):
@@ -42,11 +40,11 @@ def opened(args):
             tokenizer, chats, length = first.tokenizer, first.chats, first.trained_length
             model = model.to(weight.device, weight.dtype)
         else:
-            args.from_weight = name
-            model, tokenizer, content, paths = open_trained(copy.copy(args))
-            chats = content["chats"]
-            length = content["training"].get("max_seq_len", 10**9)
-            name = paths[-1].stem if paths[-1].stem not in found else str(paths[-1])
+            trained = open_model(args, name)
+            model, tokenizer = trained.model, trained.tokenizer
+            chats, length = trained.chats, trained.trained_length
+            path = trained.paths[-1]
+            name = path.stem if path.stem not in found else str(path)
         found[name] = Served(name, model.eval(), tokenizer, chats, length)
     if len({served.tokenizer.to_str() for served in found.values()}) > 1:
         raise UserError(f"--weight {','.join(names)}: they have different tokenizers; give one")

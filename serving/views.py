@@ -18,8 +18,8 @@ import torch
 
 from common import END_OF_TEXT, IM_END, IM_START
 from dataset import formats
-from dataset.chat_template import ROLES, json_of, parse_answer, render, text_of
-from model.trace import trace
+from model.chat_template import ROLES, json_of, parse_answer, render, text_of
+from serving.trace import trace
 
 MOST_READ, LAST = 2048, 256  # tokens that the model reads for a view; the last ones, which it shows
 MOST_WEIGHTS = 1 << 23  # attention weights that a view shows: of a large model, fewer tokens

@@ -184,7 +184,7 @@ def serving_at(server, start=True):
 
 def pack(samples, max_seq_len, count=1):
     """A batch of packed rows, as the plan and `collate` make it; with a count, as on a GPU."""
-    from dataset.loader import best_fit_decreasing, collate
+    from dataset.step_plan import best_fit_decreasing, collate
 
     rows = best_fit_decreasing([len(input_ids) for input_ids, _ in samples], max_seq_len)
     rows = [[samples[item] for item in row] for row in rows]

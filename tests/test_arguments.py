@@ -5,10 +5,10 @@ import re
 import pytest
 
 from cli import Problem, number, one_of, switch
-from dataset.loader import Source
+from dataset.step_plan import Source
 from tests.conftest import ROOT, TINY, run_here
 from trainer import train_full_sft
-from trainer.arguments import conversation_flags, parse_args, training_parser
+from trainer.flags import conversation_flags, parse_args, training_parser
 
 
 @pytest.mark.parametrize("kind", [int, float])

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from common import UserError
-from dataset import cache
+from dataset import token_cache
 from dataset.formats import KEYS
 from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.pairs import PairDataset
-from dataset.tokenizer import load_tokenizer
+from dataset.preference_pairs import PairDataset
+from model.tokenizer import load_tokenizer
 from tests.conftest import ROOT, chat, run, write_jsonl
 from trainer.train_tokenizer import train
 
@@ -35,7 +35,7 @@ def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
 ):
     plain = kind(data / name, load_tokenizer(), 40)
     first = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
-    monkeypatch.setattr(cache, "render_batch", None)  # tokenises nothing from here on
+    monkeypatch.setattr(token_cache, "render_batch", None)  # tokenises nothing from here on
     again = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
     assert samples_of(plain) == samples_of(first) == samples_of(again)
     assert len({path.name for path in tmp_path.iterdir()}) == 1
@@ -109,7 +109,7 @@ def test_a_damaged_cache_is_made_again_with_a_word(data, tmp_path, name, capsys)
 BUILD = """
 import sys
 from dataset.lm_dataset import SFTDataset
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
 print(len(SFTDataset(sys.argv[1], load_tokenizer(), cache_dir=sys.argv[2])))
 """
 
@@ -146,8 +146,8 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(many, tmp_path)
 
 SHIPPED = load_tokenizer()
 # The hash of what `every_kind_of_record` becomes, for the version of the cache that makes it so.
-# Where the first differs, the code makes other tokens than before: raise cache.VERSION, so that no
-# cache of an earlier version is read, and write the new pair down here.
+# Where the first differs, the code makes other tokens than before: raise token_cache.VERSION, so
+# that no cache of an earlier version is read, and write the new pair down here.
 TOKENS_OF_VERSION = (2, "5fd4802e2aa0995c9d0dd5260349d271bff7c4ef2d93a51e59091900aa56bda3")
 
 
@@ -188,18 +188,20 @@ def test_the_version_of_the_cache_follows_the_tokens(tmp_path):
         for array in (tokens.ids, tokens.mask, tokens.offsets, tokens.supervised, tokens.lines):
             digest.update(array.tobytes())
         digest.update(json.dumps(tokens.report, sort_keys=True).encode())
-    assert (cache.VERSION, digest.hexdigest()) == TOKENS_OF_VERSION
+    assert (token_cache.VERSION, digest.hexdigest()) == TOKENS_OF_VERSION
 
 
 def test_the_version_is_in_the_key(monkeypatch):
-    key = cache.cache_key("content", SHIPPED, [])
-    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
-    assert cache.cache_key("content", SHIPPED, []) != key
+    key = token_cache.cache_key("content", SHIPPED, [])
+    monkeypatch.setattr(token_cache, "VERSION", token_cache.VERSION + 1)
+    assert token_cache.cache_key("content", SHIPPED, []) != key
 
 
 def test_an_edited_comment_leaves_the_cache(monkeypatch):
     monkeypatch.setattr(Path, "read_text", None)  # the source of no module is read
-    assert cache.cache_key("content", SHIPPED, []) == cache.cache_key("content", SHIPPED, [])
+    assert token_cache.cache_key("content", SHIPPED, []) == token_cache.cache_key(
+        "content", SHIPPED, []
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_said_in_a_sentence(data, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 import eval_llm
 from common import THINK
-from dataset.chat_template import render
+from model.chat_template import render
 from tests.conftest import ROOT, run, run_here
 
 

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from common import END_TOOL_CALL, IM_START, THINK, TOOL_CALL
-from dataset.chat_template import parse_answer, render
-from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
+from model.chat_template import parse_answer, render
+from model.tokenizer import CONTROL_TOKENS, load_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
 

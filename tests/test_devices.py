@@ -20,21 +20,22 @@ import torch.distributed as dist
 from torch.nn.attention.flex_attention import BlockMask
 
 from common import IGNORE, UserError, replacing
-from dataset import loader
+from dataset import step_plan
 from dataset.lm_dataset import PretrainDataset
-from dataset.loader import batches, collate, pad, to_device
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import batches, collate, pad, to_device
 from model import attention
 from model.causal_lm import CausalLM, KVCache, ModelConfig
-from model.distillation import Distillation, Teacher, add_projections
+from model.device import auto_dtype, pick_device, pick_dtype, require_compiler
 from model.generation import complete, seeded
 from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
-from model.policy import pair_log_probabilities, policy_loss, preference_loss
+from model.preference_losses import pair_log_probabilities, policy_loss, preference_loss
+from model.tokenizer import load_tokenizer
 from serving.batching import Batcher, Request
 from serving.views import ONE_AT_A_TIME
 from tests.conftest import ROOT, TINY, fsdp, pack, run, sft, torchrun
 from trainer import runtime
-from trainer.optimizer import Muon, Optimizers, clip_and_step, compile_layers, require_compiler
+from trainer.distillation import Distillation, Teacher, add_projections
+from trainer.optimizer import Muon, Optimizers, clip_and_step, compile_layers
 from trainer.trainer_utils import generating
 
 META = torch.device("meta")
@@ -63,7 +64,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, name, local_rank, pick
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     device = torch.device(picked)
-    assert runtime.pick_device(name) == device
+    assert pick_device(name) == device
     assert taken == ([device] if device.type == "cuda" else [])  # set_device needs the number
 
 
@@ -75,7 +76,7 @@ def test_auto_takes_an_apple_gpu_for_one_process_alone(monkeypatch, rank, picked
     monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
     if rank:
         monkeypatch.setenv("RANK", rank)
-    assert runtime.pick_device("auto") == torch.device(picked)
+    assert pick_device("auto") == torch.device(picked)
 
 
 def test_auto_takes_fp16_on_a_gpu_that_only_emulates_bf16(monkeypatch):
@@ -83,8 +84,8 @@ def test_auto_takes_fp16_on_a_gpu_that_only_emulates_bf16(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
         )
-        assert runtime.auto_dtype(torch.device("cuda")) == picked
-    assert runtime.auto_dtype(torch.device("mps")) == "fp32"
+        assert auto_dtype(torch.device("cuda")) == picked
+    assert auto_dtype(torch.device("mps")) == "fp32"
 
 
 def test_what_an_apple_gpu_needs_a_newer_torch_for_is_a_sentence(monkeypatch):
@@ -98,21 +99,21 @@ def test_what_an_apple_gpu_needs_a_newer_torch_for_is_a_sentence(monkeypatch):
 
 
 def test_a_gpu_without_triton_compiles_nothing(monkeypatch):
-    monkeypatch.setattr("trainer.optimizer.has_triton", lambda: False)
+    monkeypatch.setattr("model.device.has_triton", lambda: False)
     with pytest.raises(UserError, match="--use_compile 1 on a GPU needs Triton"):
         require_compiler(torch.device("cuda"))
-    monkeypatch.setattr("trainer.optimizer.has_triton", lambda: True)
-    monkeypatch.setattr("trainer.optimizer.shutil.which", lambda name: None)
+    monkeypatch.setattr("model.device.has_triton", lambda: True)
+    monkeypatch.setattr("model.device.shutil.which", lambda name: None)
     with pytest.raises(UserError, match="--use_compile 1 on a GPU needs a C compiler"):
         require_compiler(torch.device("cuda"))
 
 
 def test_several_processes_do_not_share_an_apple_gpu(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
-    assert runtime.pick_device("mps") == torch.device("mps")
+    assert pick_device("mps") == torch.device("mps")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="several processes cannot share an Apple GPU"):
-        runtime.pick_device("mps")
+        pick_device("mps")
 
 
 def test_processes_of_one_machine_take_no_gpu_by_its_number(monkeypatch):
@@ -120,16 +121,16 @@ def test_processes_of_one_machine_take_no_gpu_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:1: each process needs a GPU of its own"):
-        runtime.pick_device("cuda:1")
-    assert runtime.pick_device("cuda") == torch.device("cuda:0")
+        pick_device("cuda:1")
+    assert pick_device("cuda") == torch.device("cuda:0")
 
 
 def test_weights_that_are_not_trained_are_fp32_where_bf16_is_emulated(monkeypatch):
     """There is no scaler, and an overflow would end the answer without a word."""
     for auto, taken in (("fp16", torch.float32), ("bf16", torch.bfloat16)):
-        monkeypatch.setattr(runtime, "auto_dtype", lambda device, auto=auto: auto)
-        assert runtime.pick_dtype("auto", torch.device("cuda")) == taken
-        assert runtime.pick_dtype("fp16", torch.device("cuda")) == torch.float16
+        monkeypatch.setattr("model.device.auto_dtype", lambda device, auto=auto: auto)
+        assert pick_dtype("auto", torch.device("cuda")) == taken
+        assert pick_dtype("fp16", torch.device("cuda")) == torch.float16
 
 
 @pytest.mark.parametrize("name, at_once", [("mps", False), ("cpu", False), ("cuda", True)])
@@ -382,8 +383,8 @@ def test_other_processes_prepare_the_batches_of_a_gpu(
 ):
     """Not on Windows, where each validation would wait for them to load torch."""
     given = []
-    monkeypatch.setattr(loader, "DataLoader", lambda *_, **how: given.append(how) or iter(()))
-    monkeypatch.setattr("dataset.loader.sys.platform", system)
+    monkeypatch.setattr(step_plan, "DataLoader", lambda *_, **how: given.append(how) or iter(()))
+    monkeypatch.setattr("dataset.step_plan.sys.platform", system)
     dataset = PretrainDataset(data / "pretrain.jsonl", load_tokenizer(), 64)
     args = SimpleNamespace(packing=1, max_seq_len=64, num_workers=flag, batch_size=3)
     assert not list(batches(dataset, [], args, torch.device(device)))

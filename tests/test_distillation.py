@@ -12,15 +12,21 @@ import pytest
 import torch
 
 from common import IGNORE, UserError
-from dataset import offline
 from dataset.lm_dataset import SFTDataset
-from dataset.loader import split_samples
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import split_samples
 from model.causal_lm import CausalLM, ModelConfig
-from model.distillation import Distillation, Teacher, add_projections
+from model.tokenizer import load_tokenizer
+from model.weights import build_model, load
 from tests.conftest import ROOT, TINY, export, run, torchrun, write_jsonl
 from tests.test_training import assert_like_one
-from trainer import checkpoint, optimizer, train_distillation, train_full_sft, train_tokenizer
+from trainer import (
+    optimizer,
+    recorded_teacher,
+    train_distillation,
+    train_full_sft,
+    train_tokenizer,
+)
+from trainer.distillation import Distillation, Teacher, add_projections
 from trainer.teacher import with_teacher
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -235,8 +241,7 @@ def test_a_run_and_its_resumption(trained, data, tmp_path, capsys):
     earlier.replace(folder / "distilled_16_resume.pth")
     train_distillation.main(["--from_resume", "1", "--save_dir", str(parts)])
     one, other = (
-        checkpoint.load(tmp_path / f"{name}/distilled_16.pth")["model"]
-        for name in ("whole", "parts")
+        load(tmp_path / f"{name}/distilled_16.pth")["model"] for name in ("whole", "parts")
     )
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
@@ -266,7 +271,7 @@ def same_runs(one, other):
             for out in (one, other)
         ]
         assert values[0] == pytest.approx(values[1], abs=1e-4) and len(values[0]) > 3
-    states = [checkpoint.load(out / "distilled_16.pth")["model"] for out in (one, other)]
+    states = [load(out / "distilled_16.pth")["model"] for out in (one, other)]
     assert not any("projections" in name for name in states[0])
     assert states[0].keys() == states[1].keys()
     for name, weight in states[0].items():
@@ -316,8 +321,8 @@ def test_recorded_samples_count_their_supervised_tokens_as_others_do(recorded):
 
 
 def test_a_shard_holds_the_states_of_each_sample_alone(recorded, trained):
-    content = checkpoint.load(trained / "full_sft_32.pth")
-    model, _ = checkpoint.build_model(content, "it")
+    content = load(trained / "full_sft_32.pth")
+    model, _ = build_model(content, "it")
     teacher = Teacher(model, layers=[1, 2])
     shard, start = torch.load(recorded / "train" / "00000.pt", weights_only=True), 0
     assert len(set(shard["lengths"].tolist())) > 3
@@ -342,8 +347,7 @@ def test_projections_are_resumed(recorded, tmp_path):
     again = ["--from_resume", "1", "--save_dir", parts, "--offline_dir", moved]
     train_distillation.main(list(map(str, again)))
     one, other = (
-        checkpoint.load(tmp_path / name / "checkpoints/distilled_16_resume.pth")
-        for name in ("whole", "parts")
+        load(tmp_path / name / "checkpoints/distilled_16_resume.pth") for name in ("whole", "parts")
     )
     assert one["model"]["projections.0.weight"].shape == (32, 16)
     assert one["run"]["step"] == other["run"]["step"]
@@ -457,8 +461,8 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
 
     def read():
         for part in ("train", "valid"):
-            offline.tokens_of(folder / part)
-        return offline.OfflineTeacher(folder, "cpu")
+            recorded_teacher.tokens_of(folder / part)
+        return recorded_teacher.OfflineTeacher(folder, "cpu")
 
     read()
     for name in names:
@@ -489,7 +493,7 @@ def test_a_file_without_the_mark_of_its_recording_is_named(recorded, tmp_path, n
     for other in (content, torch.zeros(2)):
         torch.save(other, path)
         with pytest.raises(UserError, match=f"{path.name} does not belong to the manifest.json"):
-            offline.read(path)
+            recorded_teacher.read(path)
 
 
 def test_a_recording_whose_manifest_is_damaged_is_mended(recorded, trained, data, tmp_path):

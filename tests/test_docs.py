@@ -24,11 +24,11 @@ import pytest
 import serving.start  # noqa: F401  the package, before a script of bench/ puts its own on the path
 from convert import peft as merge_lora
 from dataset.tiny_world import generate as tiny_world
-from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
+from model.weights import save
 from recipes import misconceptions
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
-from trainer import checkpoint
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -208,7 +208,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         if "full_sft_256" in line:
             new, tokenizer = CausalLM(ModelConfig()), load_tokenizer()
             path = tmp_path / "full_sft_256.pth"
-            checkpoint.save(path, new.state_dict(), new.config, tokenizer, "full_sft")
+            save(path, new.state_dict(), new.config, tokenizer, "full_sft")
         words = [re.sub(r"\b(out|dataset)/", f"{tmp_path.as_posix()}/", word) for word in words]
     elif "split" in words:
         words += ["--out", tmp_path]

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from common import IGNORE
-from dataset.chat_template import render
 from dataset.formats import format_of
-from dataset.loader import collate
-from dataset.pairs import PairDataset, counts, to_pair
-from dataset.tokenizer import load_tokenizer
+from dataset.preference_pairs import PairDataset, counts, to_pair
+from dataset.step_plan import collate
 from model.causal_lm import CausalLM, ModelConfig
-from model.policy import pair_log_probabilities, preference_loss
+from model.chat_template import render
+from model.preference_losses import pair_log_probabilities, preference_loss
+from model.tokenizer import load_tokenizer
+from model.weights import load
 from tests.conftest import ROOT, run_here, torchrun, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import assert_equal, assert_like_one, log, stopped_and_resumed, weights
-from trainer import checkpoint, train_dpo
+from trainer import train_dpo
 
 TOKENIZER = load_tokenizer()
 SHARED = ROOT.parent / "shared" / "data"
@@ -222,7 +223,7 @@ def test_the_chosen_answers_gain_and_the_first_loss_is_ln_2(trained, pairs, tmp_
     assert lines[-1]["margin"] > 0.5 and lines[-1]["val_accuracy"] == 1
     gained = [lines[-1][name] - lines[0][name] for name in ("logp_chosen", "logp_rejected")]
     assert gained[0] > gained[1]
-    assert "reference" not in checkpoint.load(tmp_path / "dpo_32.pth")["training"]
+    assert "reference" not in load(tmp_path / "dpo_32.pth")["training"]
 
 
 @pytest.mark.parametrize("more", [(), ("--use_lora", 1, "--lora_dropout", 0.1)])

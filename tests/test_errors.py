@@ -14,9 +14,10 @@ import torch
 
 from common import UserError, replacing
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
+from model.weights import build_model, load
 from tests.conftest import ROOT, TINY, chat, run, run_here, write_jsonl
-from trainer import checkpoint
+from trainer.checkpoint import build_resumed
 
 SFT = ["trainer/train_full_sft.py", "--from_weight", "none", *TINY]
 
@@ -250,7 +251,7 @@ def test_crafted_weights_are_refused_in_a_sentence(trained, tmp_path, part, name
         path = tmp_path / "crafted_32.pth"
         torch.save(changed(content, part, name, value), path)
         with pytest.raises(UserError, match="crafted_32.pth"):
-            checkpoint.build_model(checkpoint.load(path), path)
+            (build_resumed if name == "projections" else build_model)(load(path), path)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -259,7 +260,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(trained, tmp_pat
     content["model"]["model.norm.weight"] = WEIGHTS[kind](content["model"]["model.norm.weight"])
     torch.save(content, tmp_path / "crafted_32.pth")
     with pytest.raises(UserError, match="crafted_32.pth.*model"):
-        checkpoint.build_model(checkpoint.load(tmp_path / "crafted_32.pth"), "crafted_32.pth")
+        build_model(load(tmp_path / "crafted_32.pth"), "crafted_32.pth")
 
 
 @pytest.mark.parametrize("name", ["run", "arguments", "optimizer", "scaler"])
@@ -324,7 +325,7 @@ def test_a_mixture_of_experts_of_the_smallest_width_trains(data, tmp_path):
     small = ["--use_moe", 1, "--intermediate_size", 1, "--save_dir", tmp_path]
     done = run_here(*SFT, "--data_path", data / "sft.jsonl", *small)
     assert done.returncode == 0, done.stderr
-    assert checkpoint.load(tmp_path / "full_sft_32_moe.pth")["config"]["moe_intermediate_size"] == 1
+    assert load(tmp_path / "full_sft_32_moe.pth")["config"]["moe_intermediate_size"] == 1
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

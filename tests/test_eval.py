@@ -17,10 +17,10 @@ import pytest
 
 from common import END_THINK, THINK, UserError
 from dataset import prepare
-from dataset.tokenizer import load_tokenizer
-from evaluation import answers, report, run_eval
+from evaluation import generate_answers, report, run_eval
 from evaluation.tasks import TASKS, judge, read_problems
 from model.causal_lm import CausalLM, ModelConfig
+from model.tokenizer import load_tokenizer
 from tests.conftest import ROOT, run, run_here, write_jsonl
 from tests.solutions import gsm8k_records, math_records
 from trainer import trainer_utils
@@ -478,9 +478,9 @@ def test_a_result_that_was_tampered_with_is_refused(evaluated, tmp_path, where, 
 def test_an_answer_is_truncated_unless_it_came_to_its_stop_token(monkeypatch):
     """Its length says nothing: it may end at its last token, or fill the context before that."""
     steps = [[5, 6, 2, 0], [5, 2, None, None], [5, None, None, None]]
-    monkeypatch.setattr(answers, "generate", lambda *a, **k: iter(steps))
+    monkeypatch.setattr(generate_answers, "generate", lambda *a, **k: iter(steps))
     for longest in (3, 50):
-        got = answers.write_answers(None, [[3]] * 4, max_new_tokens=longest)
+        got = generate_answers.write_answers(None, [[3]] * 4, max_new_tokens=longest)
         assert got == [([5, 5, 5], False), ([6], True), ([], True), ([], True)]
 
 
@@ -492,12 +492,12 @@ def test_reasoning_is_stored_apart_from_the_answer_and_not_judged(monkeypatch):
         [THINK, *tokenizer.encode("\nHm").ids],
     ]
     monkeypatch.setattr(
-        answers, "write_answers", lambda *a, **k: [(wrote[0], True), (wrote[1], False)]
+        generate_answers, "write_answers", lambda *a, **k: [(wrote[0], True), (wrote[1], False)]
     )
     asked = [{"prompt": [{"role": "user", "content": "?"}], "gold": "It is 5."}] * 2
     options = {"num_samples": 1, "batch_size": 2, "seed": 1}
     model = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    rows = answers.answer_all(asked, model, tokenizer, options)
+    rows = generate_answers.answer_all(asked, model, tokenizer, options)
     assert [(row["output"], row["reasoning"]) for row in rows] == [("It is 5.", "18"), ("", "Hm")]
     assert judge("tiny_world", rows[0]["output"], "It is 5.", False)["verdict"] == "correct"
 
@@ -508,7 +508,7 @@ def test_each_batch_has_draws_of_its_own_and_a_repeated_one_the_same():
     options = {"num_samples": 6, "batch_size": 2, "max_new_tokens": 8, "temperature": 5}
 
     def drawn(seed):
-        rows = answers.answer_all(asked, model, load_tokenizer(), options | {"seed": seed})
+        rows = generate_answers.answer_all(asked, model, load_tokenizer(), options | {"seed": seed})
         return [row["output"] for row in rows]
 
     assert drawn(1) == drawn(1) and len(set(drawn(1))) == 6
@@ -619,15 +619,15 @@ def test_weights_are_hashed_without_being_held_in_memory_twice(
 @pytest.mark.parametrize("sharded", [False, True])
 def test_each_process_answers_its_share_of_the_problems(gsm8k, monkeypatch, sharded):
     """A sharded model is gathered for each token, so there all answer everything."""
-    task, asked = answers.TaskScore("gsm8k", gsm8k / "test.jsonl"), []
+    task, asked = generate_answers.TaskScore("gsm8k", gsm8k / "test.jsonl"), []
 
     def answer_all(problems, *_):
         asked.append([problem["gold"] for problem in problems])
         return [{**p, "output": f"#### {p['gold']}", "truncated": False} for p in problems[::2]]
 
-    monkeypatch.setattr(answers, "answer_all", answer_all)
+    monkeypatch.setattr(generate_answers, "answer_all", answer_all)
     monkeypatch.setattr(trainer_utils, "generating", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(answers, "is_right", lambda verdict: True)
+    monkeypatch.setattr(generate_answers, "is_right", lambda verdict: True)
     solved, model = [], SimpleNamespace(**{"reshard": None} if sharded else {})
     for rank in range(3):
         keep = lambda value: solved.append(value) or [value]  # noqa: E731
@@ -651,23 +651,20 @@ def test_every_megabyte_of_weights_is_hashed(tmp_path, monkeypatch):
         ([tmp_path], content[1_500_000:] + content[:1_500_000]),
         ([tmp_path / "x.pth", tmp_path / "x.pth"], content * 2),  # weights and adapters
     ):
-        monkeypatch.setattr(run_eval, "open_trained", lambda args, p=paths: (None, None, {}, p))
-        *_, weights = run_eval.open_model(None)
-        assert weights["weights_sha256"] == hashlib.sha256(expected).hexdigest()
-        assert weights["weights"] == " + ".join(map(str, paths))
+        assert run_eval.hash_of_files(paths) == hashlib.sha256(expected).hexdigest()
 
 
 def test_the_seconds_of_an_answer_are_an_even_share_of_its_batch(monkeypatch):
     """Three answers in batches of two: the first two share 6 s, the third has 6 s alone."""
     now = itertools.count(0, 6)
-    monkeypatch.setattr(answers.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(generate_answers.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(
-        answers, "write_answers", lambda m, prompts, **_: [([9], True)] * len(prompts)
+        generate_answers, "write_answers", lambda m, prompts, **_: [([9], True)] * len(prompts)
     )
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
     problem = {"prompt": [{"role": "user", "content": "Hm?"}], "gold": "x"}
     options = {"num_samples": 1, "batch_size": 2, "seed": 1}
-    rows = answers.answer_all([problem] * 3, model, load_tokenizer(), options)
+    rows = generate_answers.answer_all([problem] * 3, model, load_tokenizer(), options)
     assert [row["seconds"] for row in rows] == [3.0, 3.0, 6.0]
     assert [row["problem"] for row in rows] == [0, 1, 2]
     assert all(row["tokens"] == 1 and not row["truncated"] for row in rows)

@@ -12,16 +12,16 @@ import torch
 from common import UserError
 from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
-from dataset.tokenizer import load_tokenizer
 from evaluation import run_eval
 from evaluation.tasks import Allowed, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from model.generation import complete
+from model.tokenizer import load_tokenizer
+from model.weights import build_model, load
 from recipes import sid
 from tests.conftest import run_here, sft, write_jsonl
-from trainer import checkpoint
-from trainer.trainable import read_tokens
+from trainer.parameters import read_tokens
 
 TOKENS = ["<a_1>", "<a_2>", "<b_1>"]
 
@@ -210,8 +210,8 @@ def test_histories_become_conversations(shop_data):
 
 
 def test_nothing_but_the_new_rows_moves(extended, trained):
-    before = checkpoint.load(trained / "pretrain_32.pth")["model"]
-    after = checkpoint.load(extended / "full_sft_32.pth")
+    before = load(trained / "pretrain_32.pth")["model"]
+    after = load(extended / "full_sft_32.pth")
     for name, weight in before.items():
         assert torch.equal(after["model"][name][: len(weight)], weight), name
     old = len(before["lm_head.weight"])
@@ -225,8 +225,8 @@ def test_a_later_run_goes_on_with_them(extended, shop_data, tmp_path):
     weights = extended / "full_sft_32.pth"
     data = ["--data_path", shop_data / "train.jsonl"]
     sft(tmp_path, *data, "--from_weight", weights, "--freeze_base", 1)
-    one, other = (checkpoint.load(out / "full_sft_32.pth")["model"] for out in (extended, tmp_path))
-    old = checkpoint.load(weights)["first_new_token"]
+    one, other = (load(out / "full_sft_32.pth")["model"] for out in (extended, tmp_path))
+    old = load(weights)["first_new_token"]
     assert torch.equal(one["lm_head.weight"][:old], other["lm_head.weight"][:old])
     assert not torch.equal(one["lm_head.weight"][old:], other["lm_head.weight"][old:])
 
@@ -259,8 +259,8 @@ def test_recommendations_are_items_that_exist(extended, shop_data, tmp_path):
 
 def test_answers_held_to_some_texts_are_the_likeliest_of_them(extended):
     """Against the score of each text, when the tree leaves a choice at the first token alone."""
-    content = checkpoint.load(extended / "full_sft_32.pth")
-    model, tokenizer = checkpoint.build_model(content, extended)
+    content = load(extended / "full_sft_32.pth")
+    model, tokenizer = build_model(content, extended)
     prompt = tokenizer.encode("Which item?").ids
     texts = [f"<a_{i}><b_0>" for i in range(3)]
     options = {"max_new_tokens": 5, "temperature": 0, "allowed": Allowed(texts, tokenizer)}
@@ -272,8 +272,8 @@ def test_answers_held_to_some_texts_are_the_likeliest_of_them(extended):
 
 
 def test_new_tokens_are_one_token_in_the_data(extended, shop_data):
-    content = checkpoint.load(extended / "full_sft_32.pth")
-    _, tokenizer = checkpoint.build_model(content, extended)
+    content = load(extended / "full_sft_32.pth")
+    _, tokenizer = build_model(content, extended)
     data = SFTDataset(shop_data / "test.jsonl", tokenizer, 96)
     _, labels = data[0]
     assert (labels != -100).sum() == 3  # two of the item, and the end of the turn

@@ -14,10 +14,11 @@ import pytest
 
 from bench.fuzz import READERS, damaged, outcome
 from common import UserError
+from model.weights import load, save_tensors
 from tests.conftest import ROOT, run, run_here
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
-from trainer import checkpoint, train_full_sft, training_run
+from trainer import train_full_sft, training_run
 from trainer.signals import RunLock, StopSignal
 
 NAME = "trainer/train_full_sft.py"
@@ -170,7 +171,7 @@ def test_a_terminal_that_goes_away_stops_the_run_saved(data, tmp_path):
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 130
-    saved = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    saved = load(tmp_path / "checkpoints/full_sft_32_resume.pth")
     assert 0 < saved["run"]["step"] < 25000
 
 
@@ -303,5 +304,5 @@ def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "replace", note_replace)
-    checkpoint.save_tensors(tmp_path / "x.pth", {"a": 1})
+    save_tensors(tmp_path / "x.pth", {"a": 1})
     assert order == ["sync", "rename"]

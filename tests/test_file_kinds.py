@@ -11,7 +11,7 @@ import pytest
 from common import UserError
 from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
 from tests.conftest import ROOT, chat, run_here, write_jsonl
 from tests.test_errors import refused
 

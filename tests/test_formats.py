@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from dataset.chat_template import call_text, list_of, render, tools_text
 from dataset.formats import format_of, to_conversation, to_text
 from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
+from model.chat_template import call_text, list_of, render, tools_text
+from model.tokenizer import CONTROL_TOKENS, load_tokenizer
 from tests.conftest import ROOT, write_jsonl
 
 SHARED = ROOT.parent / "shared" / "data"

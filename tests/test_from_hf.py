@@ -9,12 +9,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from convert import from_hf, to_hf
-from dataset.chat_template import render
-from dataset.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from model.chat_template import render
 from model.generation import complete
 from model.lora import add_lora
+from model.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
+from model.weights import build_model, load
 from tests.conftest import chat, run_here, write_jsonl
-from trainer import checkpoint
 
 transformers = pytest.importorskip("transformers")
 load_file = pytest.importorskip("safetensors.torch").load_file
@@ -87,7 +87,7 @@ def ids_of(tokenizer, folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_logits_are_those_of_transformers(tmp_path, family):
     theirs = published(tmp_path, family)
-    model, tokenizer = checkpoint.build_model(checkpoint.load(tmp_path), tmp_path)
+    model, tokenizer = build_model(load(tmp_path), tmp_path)
     model.eval()
     pairs = ids_of(tokenizer, tmp_path)
     assert len(pairs) >= 280  # all of them
@@ -118,7 +118,7 @@ def test_data_is_checked_with_the_tokenizer_of_published_weights(tmp_path, comma
         for more in ([], ["--weight", tmp_path / "qwen"], ["--weight", tmp_path / "qwen_64.pth"])
     )
     assert folder == file != own
-    _, tokenizer = checkpoint.build_model(checkpoint.load(tmp_path / "qwen"), tmp_path)
+    _, tokenizer = build_model(load(tmp_path / "qwen"), tmp_path)
     ids, _ = render(
         chat("Where does she live?", "At the mill.")["conversations"], tokenizer=tokenizer
     )
@@ -136,7 +136,7 @@ def test_data_is_checked_with_the_tokenizer_of_published_weights(tmp_path, comma
 def test_bf16_in_several_files_is_read(tmp_path):
     theirs = published(tmp_path, "qwen3", dtype=torch.bfloat16, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    model, _ = checkpoint.build_model(checkpoint.load(tmp_path), tmp_path)
+    model, _ = build_model(load(tmp_path), tmp_path)
     ours = model.model.layers[1].mlp.up_proj.weight
     assert torch.equal(ours, theirs.model.layers[1].mlp.up_proj.weight.float())
 
@@ -144,7 +144,7 @@ def test_bf16_in_several_files_is_read(tmp_path):
 @pytest.mark.parametrize("kind", OWN)
 def test_a_text_has_the_tokens_it_had(tmp_path, kind):
     published(tmp_path, "llama 3", kind)
-    _, tokenizer = checkpoint.build_model(checkpoint.load(tmp_path), tmp_path)
+    _, tokenizer = build_model(load(tmp_path), tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for number, token in enumerate(CONTROL_TOKENS[:NAMED_CONTROL_TOKENS]):
         assert tokenizer.token_to_id(token) == number
@@ -159,9 +159,9 @@ def test_a_text_has_the_tokens_it_had(tmp_path, kind):
 def test_a_conversation_has_the_tokens_of_the_folder(tmp_path):
     """The folder has ChatML: our ids name the same tokens as the ids of transformers."""
     published(tmp_path, "qwen3")
-    content = checkpoint.load(tmp_path)
+    content = load(tmp_path)
     assert content["stage"] == "full_sft"
-    _, tokenizer = checkpoint.build_model(content, tmp_path)
+    _, tokenizer = build_model(content, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = chat("Where does she live?", "At the mill.")["conversations"]
     messages[1]["reasoning_content"] = "She is the miller."
@@ -172,10 +172,10 @@ def test_a_conversation_has_the_tokens_of_the_folder(tmp_path):
 
 def test_a_folder_without_our_tokens_continues_text(tmp_path, capsys):
     theirs = published(tmp_path, "llama 3", "llama")
-    content = checkpoint.load(tmp_path)
+    content = load(tmp_path)
     assert content["stage"] == "pretrain"
     assert "do not know ChatML" in capsys.readouterr().out
-    model, tokenizer = checkpoint.build_model(content, tmp_path)
+    model, tokenizer = build_model(content, tmp_path)
     # Its end of a document is ours, under our name.
     end = theirs.config.eos_token_id
     assert torch.equal(model.lm_head.weight[0], theirs.lm_head.weight[end])
@@ -183,7 +183,7 @@ def test_a_folder_without_our_tokens_continues_text(tmp_path, capsys):
     published(tmp_path, "smollm2", "llama")
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     rows = len(tokenizer.get_vocab()) - 8  # as many as their tokenizer has
-    weights = checkpoint.load(tmp_path)
+    weights = load(tmp_path)
     assert config["vocab_size"] > rows and weights["config"]["vocab_size"] == config["vocab_size"]
 
 
@@ -197,7 +197,7 @@ def test_a_template_within_the_configuration_of_the_tokenizer_is_read(tmp_path):
     config = json.loads(path.read_text(encoding="utf-8"))
     for text, stage in ((template, "full_sft"), ("{{ messages[0].content }}", "pretrain")):
         path.write_text(json.dumps(config | {"chat_template": text}), encoding="utf-8")
-        assert checkpoint.load(tmp_path)["stage"] == stage
+        assert load(tmp_path)["stage"] == stage
 
 
 def test_eval_llm_and_sft_begin_with_a_folder(tmp_path):
@@ -213,9 +213,9 @@ def test_eval_llm_and_sft_begin_with_a_folder(tmp_path):
         "--save_dir", tmp_path, "--batch_size", 2, "--max_seq_len", 64,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    trained = checkpoint.load(tmp_path / "full_sft_64.pth")
+    trained = load(tmp_path / "full_sft_64.pth")
     assert trained["config"]["qkv_bias"] is True
-    before = checkpoint.load(tmp_path / "hf")["model"]["model.layers.0.self_attn.q_proj.bias"]
+    before = load(tmp_path / "hf")["model"]["model.layers.0.self_attn.q_proj.bias"]
     assert not torch.equal(before, trained["model"]["model.layers.0.self_attn.q_proj.bias"])
 
 
@@ -229,7 +229,7 @@ def test_out_and_in_again_are_the_same_logits(tmp_path):
         to_hf.main(["--weight", str(file), "--out", str(folder / "again")])
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "again").eval()
         assert theirs.config.model_type == family.split(" ")[0]
-        model, _ = checkpoint.build_model(checkpoint.load(file), file)
+        model, _ = build_model(load(file), file)
         ids = torch.arange(9, 200)[None]
         with torch.inference_mode():
             torch.testing.assert_close(theirs(ids).logits, model.eval()(ids), atol=1e-4, rtol=1e-4)
@@ -267,7 +267,7 @@ def test_the_weights_of_minimind_are_read(tmp_path, moe):
     done_wrong = run_here(*args, "--tokenizer_path", wrong)
     assert done_wrong.returncode == 2 and f"{wrong}: a JSON file" in done_wrong.stderr
     path = tmp_path / f"minimind_64{'_moe' if moe else ''}.pth"
-    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+    model, tokenizer = build_model(load(path), path)
     pairs = ids_of(tokenizer, tmp_path)
     ours, their_ids = torch.tensor(list(pairs)), torch.tensor(list(pairs.values()))
     with torch.inference_mode():
@@ -278,7 +278,7 @@ def test_the_weights_of_minimind_are_read(tmp_path, moe):
 
 def test_adapters_fit_a_model_with_biases(tmp_path):
     published(tmp_path / "hf", "qwen2")
-    model, _ = checkpoint.build_model(checkpoint.load(tmp_path / "hf"), tmp_path / "hf")
+    model, _ = build_model(load(tmp_path / "hf"), tmp_path / "hf")
     ids = torch.arange(9, 60)[None]
     with torch.inference_mode():
         before = model.eval()(ids)

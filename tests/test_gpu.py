@@ -14,18 +14,18 @@ import pytest
 import torch
 
 from common import IGNORE
-from dataset.loader import collate, to_device
+from dataset.step_plan import collate, to_device
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
-from model.distillation import Distillation, Teacher
+from model.device import auto_dtype, pick_device
 from model.generation import complete
 from model.loss import plain_cross_entropy
-from model.policy import pair_log_probabilities
-from model.trace import trace
+from model.preference_losses import pair_log_probabilities
+from model.weights import load
 from serving.batching import Batcher, Request
+from serving.trace import trace
 from tests.conftest import ROOT, export, pack, run, write_jsonl
 from trainer import (
-    checkpoint,
     runtime,
     train_distillation,
     train_dpo,
@@ -34,6 +34,7 @@ from trainer import (
     train_pretrain,
     training_run,
 )
+from trainer.distillation import Distillation, Teacher
 
 # cuBLAS reads it once, before its first product; --deterministic 1 sets it for its own process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,14 +61,14 @@ def exact():
 @no_rehearsal
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_gpu_by_any_of_its_names(name, monkeypatch):
-    assert runtime.pick_device(name) == GPU
-    assert torch.zeros(1, device=runtime.pick_device(name)).device == GPU
+    assert pick_device(name) == GPU
+    assert torch.zeros(1, device=pick_device(name)).device == GPU
 
 
 @no_rehearsal
 def test_auto_takes_what_the_gpu_computes_natively():
     native = torch.cuda.get_device_capability(GPU) >= (8, 0)
-    assert runtime.auto_dtype(GPU) == ("bf16" if native else "fp16")
+    assert auto_dtype(GPU) == ("bf16" if native else "fp16")
 
 
 @no_rehearsal
@@ -289,7 +290,7 @@ HOW = {
 def pretrain(data, out, *more):
     flags = ["--data_path", data / "pretrain.jsonl", "--save_dir", out, "--epochs", 20]
     train_pretrain.main(list(map(str, [*SMALL, *flags, *more])))
-    return checkpoint.load(next(out.glob("*.pth")))["model"]
+    return load(next(out.glob("*.pth")))["model"]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -311,7 +312,7 @@ def test_deterministic_runs_and_resumed_ones_end_in_the_same_bits(data, tmp_path
         with pytest.raises(SystemExit):
             pretrain(data, tmp_path / "c", *exact)
     train_pretrain.main(["--from_resume", "1", "--save_dir", str(tmp_path / "c")])
-    resumed = checkpoint.load(tmp_path / "c" / "pretrain_128.pth")["model"]
+    resumed = load(tmp_path / "c" / "pretrain_128.pth")["model"]
     assert all(torch.equal(weight, resumed[name]) for name, weight in one.items())
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from common import IM_END, UserError
-from dataset.loader import pad
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import pad
 from evaluation.rewards import reward_function, rewards_of
 from model.causal_lm import CausalLM, ModelConfig
-from model.policy import advantages_of, policy_loss
+from model.preference_losses import advantages_of, policy_loss
+from model.tokenizer import load_tokenizer
+from model.weights import load
 from tests.conftest import ROOT, chat, run, run_here, torchrun, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import assert_equal, assert_like_one, log, stopped_and_resumed, weights
-from trainer import checkpoint, train_grpo
+from trainer import train_grpo
 from trainer.train_grpo import answers_of, as_sample
 
 TOKENIZER = load_tokenizer()
@@ -153,7 +154,7 @@ def test_a_reward_that_can_be_earned_grows(trained, files, tmp_path):
     assert last > first + 0.1
     assert lines[0]["pass_at_1"] <= lines[0]["pass_at_k"] and lines[-1]["pass_at_1"] > first
     assert "pass_at_1" in (tmp_path / "logs/grpo_32_loss.svg").read_text()
-    trained_length = checkpoint.load(tmp_path / "grpo_32.pth")["training"]["max_seq_len"]
+    trained_length = load(tmp_path / "grpo_32.pth")["training"]["max_seq_len"]
     assert trained_length == 768  # up to there, a chat with these weights forgets nothing
 
 
@@ -213,6 +214,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_split(trained, files, tmp
 PROCESSES = """
 import numpy as np
 from trainer import train_grpo
+from model.weights import load
 
 def answers_of(model, prompts, args, seed):
     # Text of the prompt, so that it does not depend on which process is asked.

@@ -14,10 +14,11 @@ from convert import peft as merge_lora
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, add_lora, hash_of, merge
+from model.weights import build_model, load, save_tensors
 from tests.conftest import LORA, ROOT, run_here, sft, torchrun
-from trainer import checkpoint, train_full_sft
-from trainer.adapters import build_resumed
-from trainer.trainable import choose_trainable
+from trainer import train_full_sft
+from trainer.checkpoint import build_resumed
+from trainer.parameters import choose_trainable
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -128,13 +129,13 @@ def test_a_name_that_fits_nothing_is_refused():
 
 
 def test_only_the_adapters_move_and_only_they_are_saved(lora_run):
-    saved = checkpoint.load(lora_run / "lora_full_sft_32.pth")
+    saved = load(lora_run / "lora_full_sft_32.pth")
     assert all(name.endswith(("lora_A", "lora_B")) for name in saved["model"])
     assert any(weight.abs().max() > 0 for n, weight in saved["model"].items() if "lora_B" in n)
     attention, mlp = 2 * (32 + 32) + 2 * (32 + 16), 3 * (32 + 96)  # of rank 1, in a layer
     assert sum(weight.numel() for weight in saved["model"].values()) == 2 * 4 * (attention + mlp)
     # The checkpoint has the adapters twice more, as AdamW's moments, and no other weights.
-    resume = checkpoint.load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")
+    resume = load(lora_run / "checkpoints" / "lora_full_sft_32_resume.pth")
     assert resume["model"].keys() == saved["model"].keys() == resume["optimizer"]["state"].keys()
     # What is trained on fits the weights as they were before: `attach_adapters` compares them.
     model, _ = build_resumed(resume, lora_run / "checkpoints" / "x")
@@ -147,9 +148,9 @@ def test_a_checkpoint_of_lora_whose_weights_have_changed_or_gone_is_refused(
     shutil.copytree(lora_run, tmp_path / "out")
     base = tmp_path / "out" / "pretrain_32.pth"
     go_on = ["--from_resume", 1, "--save_dir", tmp_path / "out", "--use_lora", 1, "--epochs", 9]
-    content = checkpoint.load(base)
+    content = load(base)
     content["model"]["model.norm.weight"][0] += 1
-    checkpoint.save_tensors(base, content)
+    save_tensors(base, content)
     done = run_here("trainer/train_full_sft.py", *go_on)
     assert done.returncode == 2 and "was trained on other weights than these" in done.stderr
     base.unlink()
@@ -161,10 +162,10 @@ def test_a_checkpoint_of_lora_with_all_weights_is_resumed(lora_run, tmp_path):
     """As versions before wrote them."""
     shutil.copytree(lora_run, tmp_path / "out")
     path = tmp_path / "out" / "checkpoints" / "lora_full_sft_32_resume.pth"
-    content, base = checkpoint.load(path), checkpoint.load(tmp_path / "out" / "pretrain_32.pth")
+    content, base = load(path), load(tmp_path / "out" / "pretrain_32.pth")
     content["model"] |= base["model"]
     del content["under"], content["run"]["row_length"]
-    checkpoint.save_tensors(path, content)
+    save_tensors(path, content)
     (tmp_path / "out" / "pretrain_32.pth").unlink()
     flags = ["--from_resume", 1, "--save_dir", tmp_path / "out", "--use_lora", 1]
     done = run_here("trainer/train_full_sft.py", *flags)
@@ -203,9 +204,7 @@ def test_resumed_is_uninterrupted(lora_run, data, tmp_path, capsys):
     go_on = ["--use_lora", "1", "--from_resume", "1", "--save_dir", str(tmp_path)]
     train_full_sft.main(go_on)
     assert f"at step {middle}" in capsys.readouterr().out
-    one, other = (
-        checkpoint.load(out / "lora_full_sft_32.pth")["model"] for out in (lora_run, tmp_path)
-    )
+    one, other = (load(out / "lora_full_sft_32.pth")["model"] for out in (lora_run, tmp_path))
     assert one.keys() == other.keys()
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
@@ -225,7 +224,7 @@ def test_several_processes_and_compiled_layers_give_the_same_adapters(
     train_full_sft.main(list(map(str, [*how, *out])))
     assert len(compiled) == 2
     one, *others = (
-        checkpoint.load(tmp_path / name / "lora_full_sft_32.pth")["model"]
+        load(tmp_path / name / "lora_full_sft_32.pth")["model"]
         for name in ("one", "two", "compiled")
     )
     assert any(weight.abs().max() > 1e-3 for n, weight in one.items() if "lora_B" in n)
@@ -248,11 +247,11 @@ def test_chat_with_adapters_and_with_them_merged(lora_run):
 
 def test_merged_weights_still_know_which_tokens_are_new(extended, shop_data, tmp_path):
     under = extended / "full_sft_32.pth"
-    mark = checkpoint.load(under)["first_new_token"]
+    mark = load(under)["first_new_token"]
     flags = ["--data_path", shop_data / "train.jsonl", "--from_weight", under, "--epochs", 1]
     sft(tmp_path, *flags, *LORA)
     merge_lora.main(["--lora", "full_sft", "--save_dir", str(tmp_path)])
-    merged = checkpoint.load(tmp_path / "full_sft_merged_32.pth")
+    merged = load(tmp_path / "full_sft_merged_32.pth")
     assert merged.get("first_new_token") == mark and mark is not None
     assert "lora" not in merged
 
@@ -266,7 +265,7 @@ def test_an_evaluation_is_of_weights_and_adapters_together(lora_run, gsm8k, tmp_
     done = run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft")
     assert done.returncode == 0, done.stderr
     assert run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft").returncode == 0
-    saved = checkpoint.load(tmp_path / "lora_full_sft_32.pth")
+    saved = load(tmp_path / "lora_full_sft_32.pth")
     for weight in saved["model"].values():
         weight += 1
     torch.save(saved, tmp_path / "lora_full_sft_32.pth")
@@ -283,7 +282,7 @@ def test_other_weights_beneath_are_refused(lora_run, trained):
     assert done.returncode == 2 and "trained on other weights" in done.stderr
     path = lora_run / "lora_full_sft_32.pth"
     with pytest.raises(UserError, match="--lora"):
-        checkpoint.build_model(checkpoint.load(path), path)
+        build_model(load(path), path)
 
 
 def test_adapters_from_scratch_are_refused(data, tmp_path, capsys):

@@ -10,10 +10,10 @@ import torch
 
 from common import IGNORE
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.loader import SHORTEST, batches, best_fit_decreasing, epoch_plan, pad, row_length
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import SHORTEST, batches, best_fit_decreasing, epoch_plan, pad, row_length
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import summed_cross_entropy, supervised_tokens
+from model.tokenizer import load_tokenizer
 from tests.conftest import chat, pack, write_jsonl
 from tests.test_chat_template import marked
 

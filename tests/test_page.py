@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset.chat_template import render
-from dataset.tokenizer import load_tokenizer
 from model import generation
 from model.causal_lm import CausalLM, ModelConfig
+from model.chat_template import render
 from model.generation import complete
-from model.trace import trace
+from model.tokenizer import load_tokenizer
 from serving import page as pages
 from serving import server as serving
 from serving import views
+from serving.trace import trace
 from tests.conftest import ROOT, serving_at, write_jsonl
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")

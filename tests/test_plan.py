@@ -8,9 +8,9 @@ import torch
 
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.loader import Source, epoch_plan, mix, split_samples
 from dataset.prepare import shares
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import Source, epoch_plan, mix, split_samples
+from model.tokenizer import load_tokenizer
 from tests.conftest import TINY, chat, run_here, write_jsonl
 
 CPU = torch.device("cpu")

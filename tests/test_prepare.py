@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from dataset import prepare
-from dataset.chat_template import render
 from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.loader import best_fit_decreasing, epoch_plan
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import best_fit_decreasing, epoch_plan
 from evaluation.tasks import read_task
+from model.chat_template import render
+from model.tokenizer import load_tokenizer
 from recipes.prepare_math import official_files
 from tests.conftest import chat, run, run_here, write_jsonl
 

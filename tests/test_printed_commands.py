@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from common import ROOT, UserError
+from model.weights import load
 from tests.conftest import LORA, TINY, run, run_here
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, log, weights
@@ -21,7 +22,7 @@ from trainer import (
     train_pretrain,
     training_run,
 )
-from trainer.arguments import next_command, resume_command
+from trainer.flags import next_command, resume_command
 from trainer.optimizer import learning_rate
 
 SFT = "trainer/train_full_sft.py"
@@ -167,7 +168,7 @@ def test_more_epochs_say_what_becomes_of_the_learning_rate(base, data, capsys):
     resume = ["--save_dir", str(base), "--from_resume", "1", "--epochs", "3"]
     train_full_sft.main(resume)
     printed = capsys.readouterr().out
-    content = checkpoint.load(base / "checkpoints/full_sft_32_resume.pth")
+    content = load(base / "checkpoints/full_sft_32_resume.pth")
     assert content["run"]["step"] == 3 * steps
     (said,) = [x for x in printed.splitlines() if "the schedule now ends after 3 epochs" in x]
     flags_then = type("Flags", (), content["arguments"])
@@ -213,7 +214,7 @@ def test_an_error_of_reading_does_not_blame_the_target(base, data, monkeypatch):
     with monkeypatch.context() as patch:  # a second time, after `load` has read all of it
         patch.setattr(Path, "open", unreadable)
         checkpoint.put_best_in_place(run)
-    assert_equal(weights(base), checkpoint.load(best)["model"])
+    assert_equal(weights(base), load(best)["model"])
     best.unlink()
     with pytest.raises(UserError, match="full_sft_32_best.pth cannot be read"):
         checkpoint.put_best_in_place(run)

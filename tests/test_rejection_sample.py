@@ -6,7 +6,7 @@ import pytest
 
 from common import UserError
 from dataset.lm_dataset import SFTDataset
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
 from recipes import rejection_sample
 from tests.conftest import write_jsonl
 

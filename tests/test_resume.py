@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from common import UserError
+from model.weights import find, load, save_tensors
 from tests.conftest import chat, flags_read, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
-from trainer import checkpoint, train_full_sft, training_run
+from trainer import checkpoint, train_full_sft, trainer_utils, training_run
 from trainer.optimizer import set_learning_rate
 from trainer.training_run import FREE, Progress
 from trainer.training_run import resume as resume_run
@@ -56,12 +57,12 @@ def test_a_finished_run_that_is_resumed_writes_the_weights_that_are_missing(
     more = {"val_interval": 1, "save_interval": 1, "save_best_at_end": best}
     train_full_sft.main(flags(data, tmp_path, **more))
     expected = weights(tmp_path)
-    last = checkpoint.load(tmp_path / RESUME)
-    assert (checkpoint.load(tmp_path / "full_sft_32.pth")["training"]["step"] == 2) == best
+    last = load(tmp_path / RESUME)
+    assert (load(tmp_path / "full_sft_32.pth")["training"]["step"] == 2) == best
     (tmp_path / "full_sft_32.pth").unlink()
     if left == "earlier weights":
-        content = checkpoint.load(tmp_path / "checkpoints/full_sft_32_step000004.pth")
-        checkpoint.save_tensors(tmp_path / "full_sft_32.pth", content)
+        content = load(tmp_path / "checkpoints/full_sft_32_step000004.pth")
+        save_tensors(tmp_path / "full_sft_32.pth", content)
     resume(tmp_path)
     assert_equal(expected, weights(tmp_path))
     assert torch.equal(expected["model.norm.weight"], last["model"]["model.norm.weight"]) != best
@@ -102,7 +103,7 @@ def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
     assert kept <= files(tmp_path)
     assert_equal(old, weights(tmp_path, "full_sft_previous_32"))
     assert log(tmp_path, "full_sft_previous_32") == old_log
-    assert checkpoint.load(tmp_path / RESUME)["run"]["step"] == 1
+    assert load(tmp_path / RESUME)["run"]["step"] == 1
 
     stopped_at(1, [*command, "--seed", "6"], monkeypatch)  # and again: neither is lost
     assert kept <= files(tmp_path) and "full_sft_previous2_32.pth" in files(tmp_path)
@@ -110,7 +111,7 @@ def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
 
     with pytest.raises(UserError, match="those of an earlier run are full_sft_previous"):
         shutil.move(tmp_path / "full_sft_32.pth", tmp_path / "x")
-        checkpoint.find(tmp_path, "full_sft")
+        find(tmp_path, "full_sft")
     shutil.copytree(tmp_path, tmp_path.with_name("other"))
     resume(tmp_path.with_name("other"), "--save_weight", "full_sft_previous", "--epochs", 2)
     assert log(tmp_path.with_name("other"), "full_sft_previous_32")[-1]["step"] == 10
@@ -186,7 +187,7 @@ def test_of_several_sizes_the_newest_run_goes_on_and_the_newest_weights_are_take
             os.utime(path, (1_000_000, 1_000_000))
         for path in tmp_path.rglob(f"*{newest}*.pth"):
             os.utime(path, (2_000_000, 2_000_000))
-        assert checkpoint.find(tmp_path, "full_sft").name == f"full_sft_{newest}.pth"
+        assert find(tmp_path, "full_sft").name == f"full_sft_{newest}.pth"
         args = parse(["--save_dir", str(tmp_path)])
         assert checkpoint.load_latest(args)["path"].name == f"full_sft_{newest}_resume.pth"
 
@@ -214,8 +215,8 @@ def as_earlier_versions_wrote(content):
 def test_a_checkpoint_of_an_earlier_version_ends_in_the_same_bits(data, tmp_path, monkeypatch):
     train_full_sft.main(flags(data, tmp_path / "whole", optimizer="adamw"))
     stopped_at(3, flags(data, tmp_path / "parts", optimizer="adamw"), monkeypatch)
-    content = as_earlier_versions_wrote(checkpoint.load(tmp_path / "parts" / RESUME))
-    checkpoint.save_tensors(tmp_path / "parts" / RESUME, content)
+    content = as_earlier_versions_wrote(load(tmp_path / "parts" / RESUME))
+    save_tensors(tmp_path / "parts" / RESUME, content)
     resume(tmp_path / "parts")
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
@@ -223,10 +224,10 @@ def test_a_checkpoint_of_an_earlier_version_ends_in_the_same_bits(data, tmp_path
 def test_the_tensors_of_a_loaded_file_are_not_kept_in_memory(data, tmp_path, monkeypatch):
     """The model and the optimizer hold their own; a second copy would stay for the whole run."""
     stopped_at(3, flags(data, tmp_path), monkeypatch)
-    loaded, load = [], checkpoint.load
+    loaded, load_file = [], load
 
     def watched(path):
-        content = load(path)
+        content = load_file(path)
         model, state = content["model"], content.get("optimizer", {"state": {}})["state"]
         tensors = [*model.values(), *(v for values in state.values() for v in values.values())]
         loaded.append([weakref.ref(tensor) for tensor in tensors])
@@ -240,7 +241,8 @@ def test_the_tensors_of_a_loaded_file_are_not_kept_in_memory(data, tmp_path, mon
             alive.append([r() for r in references if r() is not None and r().numel() > 1])
         return set_learning_rate(*given)
 
-    monkeypatch.setattr(checkpoint, "load", watched)
+    for module in (checkpoint, trainer_utils):
+        monkeypatch.setattr(module, "load", watched)
     monkeypatch.setattr(train_full_sft, "set_learning_rate", step)
     resume(tmp_path)
     assert loaded and alive and not any(alive)
@@ -326,9 +328,9 @@ def test_a_teacher_with_other_weights_is_refused_on_resume(data, trained, tmp_pa
     teacher.write_bytes((trained / "full_sft_32.pth").read_bytes())
     more = {"teacher_weight": teacher, "from_weight": "none"}
     stopped_at(3, flags(data, tmp_path / "out", **more), monkeypatch)
-    content = checkpoint.load(teacher)
+    content = load(teacher)
     content["model"]["model.norm.weight"] += 0.01
-    checkpoint.save_tensors(teacher, content)
+    save_tensors(teacher, content)
     again = ["--save_dir", tmp_path / "out", "--from_resume", 1]
     refused(run_here(SFT, *again), "the teacher has other weights than when the run began")
     teacher.write_bytes((trained / "full_sft_32.pth").read_bytes())

@@ -20,10 +20,10 @@ import torch
 from tokenizers import Tokenizer, models
 
 from common import END_THINK, END_TOOL_CALL, IM_END, THINK, TOOL_CALL
-from dataset.chat_template import parse_answer, render
-from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.chat_template import parse_answer, render
 from model.generation import complete
+from model.tokenizer import load_tokenizer
 from serving import server as serving
 from serving import start, views
 from serving.batching import Batcher, Request

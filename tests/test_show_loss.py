@@ -7,10 +7,10 @@ import re
 import torch
 
 from dataset.lm_dataset import SFTDataset
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
+from model.weights import build_model, load
 from recipes import python_text
 from tests.conftest import chat, run_here, write_jsonl
-from trainer import checkpoint
 
 
 def rows_of(printed):
@@ -32,7 +32,7 @@ def test_the_table_is_what_the_loss_computes(trained, tmp_path):
     assert len(rows) == len(input_ids) - 1
     assert [row[2] for row in rows] == ["-" if n == -100 else str(n) for n in labels[1:].tolist()]
     file = trained / "pretrain_32.pth"
-    model, _ = checkpoint.build_model(checkpoint.load(file), file)
+    model, _ = build_model(load(file), file)
     supervised = int((labels[1:] != -100).sum())
     with torch.inference_mode():
         loss = (model.eval()(input_ids[None], labels=labels[None]) / supervised).item()

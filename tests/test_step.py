@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from common import END_OF_TEXT, IGNORE
-from dataset.chat_template import render
-from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.chat_template import render
+from model.tokenizer import load_tokenizer
+from model.weights import load, save
 from tests.conftest import ROOT, chat, torchrun, write_jsonl
-from trainer import checkpoint, runtime, train_full_sft, train_pretrain, training_run
+from trainer import runtime, train_full_sft, train_pretrain, training_run
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
 MODELS = {
@@ -43,7 +44,7 @@ def world(tmp_path_factory):
             if "mlp.gate" in parameter_name:  # an uneven router: its balance loss has a gradient
                 torch.nn.init.normal_(weight, std=1.0)
         path = folder / f"{name}.pth"
-        checkpoint.save(path, model.state_dict(), model.config, tokenizer, "pretrain")
+        save(path, model.state_dict(), model.config, tokenizer, "pretrain")
     for name, first in (("train", 0), ("valid", 3)):
         texts = [" and ".join(WORDS[first : first + n]) + "." for n in (1, 7, 2, 4, 6, 3, 5)]
         chats = [
@@ -140,7 +141,7 @@ def states(world, out, stage, model):
     """The weights at the start and after each step."""
     name, folder = name_of(stage, model), out / "checkpoints"
     paths = [world / f"{model}.pth", *sorted(folder.glob(f"{name}_step*.pth"))]
-    return [checkpoint.load(path)["model"] for path in [*paths, folder / f"{name}_resume.pth"]]
+    return [load(path)["model"] for path in [*paths, folder / f"{name}_resume.pth"]]
 
 
 def log(out, stage, model):
@@ -149,7 +150,7 @@ def log(out, stage, model):
 
 
 def model_with(world, model, state):
-    config = ModelConfig(**checkpoint.load(world / f"{model}.pth")["config"])
+    config = ModelConfig(**load(world / f"{model}.pth")["config"])
     model = CausalLM(config)
     model.load_state_dict(state)
     return model
@@ -302,7 +303,7 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(
     SCRIPTS[stage].main(flags(world, tmp_path, stage, save_best_at_end=1))
     second = states(world, tmp_path, stage, "dense")[2]
     for path in (tmp_path / f"{stage}_32.pth", tmp_path / f"checkpoints/{stage}_32_best.pth"):
-        best = checkpoint.load(path)
+        best = load(path)
         assert best["training"]["step"] == 2
         assert all(torch.equal(weight, second[name]) for name, weight in best["model"].items())
 
@@ -364,6 +365,6 @@ def test_every_process_draws_random_numbers_of_its_own_in_each_step(two_processe
 def test_fsdp_shards_what_ddp_copies(world, two_processes):
     for name, (_, model, more) in TWO.items():
         held = [part[0]["held"] for part in seen_by_both(two_processes / name)]
-        state = checkpoint.load(world / f"{model}.pth")["model"]
+        state = load(world / f"{model}.pth")["model"]
         size = sum(w.numel() for n, w in state.items() if n != "lm_head.weight")  # it is tied
         assert held == [size / 2 if "parallel" in more else size] * 2

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Regex, pre_tokenizers, trainers
 
 from common import UserError
-from dataset import chat_template
-from dataset.chat_template import encode_all
-from dataset.tokenizer import CONTROL_TOKENS, load_tokenizer
+from model import chat_template
+from model.chat_template import encode_all
+from model.tokenizer import CONTROL_TOKENS, load_tokenizer
 from tests.conftest import chat, run, run_here, write_jsonl
 from trainer.train_tokenizer import train, without_endless_words
 

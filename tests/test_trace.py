@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.causal_lm import CausalLM, ModelConfig
-from model.trace import GUESSES, trace
+from serving.trace import GUESSES, trace
 from tests.test_model import SHAPE, pair, randomised
 
 IDS = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(1)).tolist()

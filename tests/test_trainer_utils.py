@@ -12,16 +12,17 @@ import torch
 
 from common import UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.tokenizer import load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.device import pick_device, pick_dtype, require_compiler
 from model.extend_vocab import extend_vocab, freeze_base
 from model.lora import add_lora
+from model.tokenizer import load_tokenizer
+from model.weights import SHAPE, description
 from tests.conftest import chat, curves_of, flags_read, write_jsonl
-from trainer import checkpoint, runtime, train_distillation, trainable
-from trainer.arguments import SHAPE
+from trainer import parameters, runtime, train_distillation
 from trainer.metrics import MetricsLog
-from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonal, require_compiler
-from trainer.runtime import pick_device, pick_dtype, seed_step
+from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonal
+from trainer.runtime import seed_step
 from trainer.trainer_utils import describe, init_model
 from trainer.training_run import Progress
 
@@ -203,7 +204,7 @@ def test_a_missing_compiler_is_told_before_the_first_step(monkeypatch):
         shutil, "which", lambda name: name if name in ("clang", "clang++") else None
     )
     require_compiler(torch.device("cpu"))
-    monkeypatch.setattr("trainer.optimizer.has_triton", lambda: True)
+    monkeypatch.setattr("model.device.has_triton", lambda: True)
     monkeypatch.setattr(shutil, "which", lambda name: name if name == "gcc" else None)
     require_compiler(torch.device("cuda"))  # Triton compiles there, which needs C only
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -227,19 +228,19 @@ def test_new_rows_alone_are_counted(tmp_path, capsys):
     tokenizer = load_tokenizer()
     model = small(tokenizer.get_vocab_size())
     args = args_of(extend_tokens=tmp_path / "new.txt", freeze_base=True)
-    trainable.choose_trainable(model, tokenizer, args)
+    parameters.choose_trainable(model, tokenizer, args)
     said = capsys.readouterr().out
     assert "2 new tokens; the vocabulary has 2050 entries" in said and "\n64 of " in said
-    assert checkpoint.description(model) == {"first_new_token": 2048}
+    assert description(model) == {"first_new_token": 2048}
     args.parallel = "fsdp"
     with pytest.raises(UserError, match="--freeze_base 1 needs whole matrices"):
-        trainable.choose_trainable(model, tokenizer, args)
+        parameters.choose_trainable(model, tokenizer, args)
 
 
 def test_a_model_that_is_trained_as_a_whole_needs_no_line(capsys):
     model = small()
-    trainable.choose_trainable(model, None, args_of())
-    assert capsys.readouterr().out == "" and checkpoint.description(model) == {}
+    parameters.choose_trainable(model, None, args_of())
+    assert capsys.readouterr().out == "" and description(model) == {}
 
 
 # --------------------------------------------------------------------------------------- figures

@@ -18,14 +18,15 @@ import torch
 
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.loader import Source, batches, epoch_plan, flat, mix, split_samples
-from dataset.tokenizer import load_tokenizer
+from dataset.step_plan import Source, batches, epoch_plan, flat, mix, split_samples
 from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
+from model.tokenizer import load_tokenizer
+from model.weights import load
 from tests.conftest import ROOT, TINY, chat, fsdp, run, run_here, torchrun, write_jsonl
-from trainer import checkpoint, train_full_sft, train_pretrain, trainer_utils, training_run
-from trainer.arguments import parse_args, training_parser
+from trainer import train_full_sft, train_pretrain, trainer_utils, training_run
+from trainer.flags import parse_args, training_parser
 from trainer.optimizer import clip_and_step, learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def flags(data, out, stage="full_sft", **more):
 
 
 def weights(out, name="full_sft_32"):
-    return checkpoint.load(out / f"{name}.pth")["model"]
+    return load(out / f"{name}.pth")["model"]
 
 
 def log(out, name="full_sft_32"):
@@ -72,7 +73,7 @@ def assert_like_one(folder, name, logged, start):
     has moved away from the weights in the file start.
     """
     one, two = (weights(folder / part, name) for part in ("one", "two"))
-    before = checkpoint.load(start)["model"]
+    before = load(start)["model"]
     assert max((one[key] - before[key]).abs().max() for key in one) > 1e-3
     assert_equal(one, two, atol=2e-5, rtol=1e-4)
     logs = [log(folder / part, name) for part in ("one", "two")]
@@ -100,7 +101,7 @@ def test_a_steps_gradient_does_not_depend_on_its_split(
         flags(tmp_path, tmp_path, **split, learning_rate=1, grad_clip=0, val_split=0)
     )
 
-    model = CausalLM(ModelConfig(**checkpoint.load(tmp_path / "full_sft_32.pth")["config"]))
+    model = CausalLM(ModelConfig(**load(tmp_path / "full_sft_32.pth")["config"]))
     model.load_state_dict(start)
     dataset = SFTDataset(tmp_path / "sft.jsonl", load_tokenizer())
     rows = [dataset[i] for i in range(8)]
@@ -219,7 +220,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Go on with:\npython trainer/train_full_sft.py --from_resume 1 --save_weight" in printed
-    resume = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    resume = load(tmp_path / "checkpoints/full_sft_32_resume.pth")
     assert 0 < resume["run"]["step"] < 2000 * 5
 
 
@@ -289,7 +290,7 @@ def test_a_process_of_a_job_leaves_before_python_takes_itself_apart(code):
 @pytest.mark.parametrize("dtype", ["bf16", "auto"])
 def test_lower_precision_keeps_fp32_weights(data, tmp_path, dtype):
     train_pretrain.main(flags(data, tmp_path, "pretrain", dtype=dtype, epochs=2))
-    saved = checkpoint.load(tmp_path / "pretrain_32.pth")
+    saved = load(tmp_path / "pretrain_32.pth")
     assert {weight.dtype for weight in saved["model"].values()} == {torch.float32}
     assert saved["training"]["dtype"] in ("bf16", "fp32")
     losses = [line["loss"] for line in log(tmp_path, "pretrain_32")]
@@ -325,7 +326,7 @@ def test_too_many_bad_steps_in_a_row_save_point_at_the_data_and_stop(data, tmp_p
         train_full_sft.main(flags(data, tmp_path, max_bad_steps=2, epochs=2))
     lines = [int(n) for n in re.findall(r"\d+", str(error.value).split("lines [")[1].split("]")[0])]
     assert len(lines) == 8 and all(1 <= line <= 40 for line in lines)
-    saved = checkpoint.load(tmp_path / "checkpoints/full_sft_32_resume.pth")
+    saved = load(tmp_path / "checkpoints/full_sft_32_resume.pth")
     assert saved["run"]["step"] == 4
     assert all(weight.isfinite().all() for weight in saved["model"].values())
 
@@ -344,9 +345,9 @@ def test_rolling_and_best_checkpoints(data, tmp_path, monkeypatch):
         "full_sft_32_step000008.pth",
     ]
     folder = tmp_path / "checkpoints"
-    assert checkpoint.load(folder / names[1])["run"]["step"] == 10
-    assert checkpoint.load(folder / names[2])["run"]["step"] == 6
-    best = checkpoint.load(folder / names[0])
+    assert load(folder / names[1])["run"]["step"] == 10
+    assert load(folder / names[2])["run"]["step"] == 6
+    best = load(folder / names[0])
     assert best["training"]["step"] == 4 and best["stage"] == "full_sft"
     assert_equal(best["model"], weights(tmp_path))
     train_full_sft.main([*flags(data, tmp_path, **more), "--from_resume", "1"])  # does nothing
@@ -359,7 +360,7 @@ def test_the_best_weights_can_be_those_that_answer_best(data, tmp_path, monkeypa
     monkeypatch.setattr(train_full_sft.TaskScore, "count_solved", score)
     more = {"val_interval": 2, "best_metric": "tiny_world"}
     train_full_sft.main(flags(data, tmp_path, **more))
-    best = checkpoint.load(tmp_path / "checkpoints/full_sft_32_best.pth")
+    best = load(tmp_path / "checkpoints/full_sft_32_best.pth")
     assert best["training"]["step"] == 4 and best["training"]["best_score"] == 0.6
 
 
@@ -372,12 +373,12 @@ def test_muon_moves_the_layers_matrices_and_resumes_to_the_bit(data, tmp_path, m
             train_full_sft.main(flags(data, tmp_path / "parts", **more))
     train_full_sft.main(["--save_dir", str(tmp_path / "parts"), "--from_resume", "1"])
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    saved = checkpoint.load(tmp_path / "parts/checkpoints/full_sft_32_resume.pth")["optimizer"]
+    saved = load(tmp_path / "parts/checkpoints/full_sft_32_resume.pth")["optimizer"]
     moved = [values for values in saved["state"].values() if "momentum_buffer" in values]
     assert len(moved) == 2 * 7  # two layers: q, k, v, o, gate, up, down
 
     # But for its size, the first step of a matrix has most singular values near 1.
-    start = CausalLM(ModelConfig(**checkpoint.load(tmp_path / "whole/full_sft_32.pth")["config"]))
+    start = CausalLM(ModelConfig(**load(tmp_path / "whole/full_sft_32.pth")["config"]))
     model = copy.deepcopy(start)
     args = args_of(**(more | {"learning_rate": 1.0}))
     ids = torch.randint(2048, (4, 50))
@@ -411,8 +412,8 @@ def test_metrics_have_their_documented_keys_and_the_loss_falls(trained):
 
 
 def test_sft_starts_from_the_pretrained_weights_and_not_from_its_flags(trained):
-    pretrained = checkpoint.load(trained / "pretrain_32.pth")
-    tuned = checkpoint.load(trained / "full_sft_32.pth")
+    pretrained = load(trained / "pretrain_32.pth")
+    tuned = load(trained / "full_sft_32.pth")
     assert tuned["config"] == pretrained["config"] and tuned["stage"] == "full_sft"
     assert set(tuned) == {"format", "stage", "config", "tokenizer", "model", "training"}
     distance = sum((tuned["model"][k] - w).norm() for k, w in pretrained["model"].items())

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dataset.lm_dataset import SFTDataset
-from dataset.loader import split_samples
+from dataset.step_plan import split_samples
+from model.weights import build_model, load
 from tests.conftest import TINY, chat, curves_of, sft, write_jsonl
-from trainer import checkpoint, train_full_sft
+from trainer import train_full_sft
 
 
 def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path):
@@ -24,7 +25,7 @@ def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path):
     log = (out / "logs/full_sft_32.jsonl").read_text(encoding="utf-8").splitlines()
     line = json.loads(log[-1])
 
-    model, tokenizer = checkpoint.build_model(checkpoint.load(out / "full_sft_32.pth"), "it")
+    model, tokenizer = build_model(load(out / "full_sft_32.pth"), "it")
     dataset = SFTDataset(files, tokenizer, max_length=96)
     _, rows = split_samples(dataset, 0.2, seed=1)
     losses, counts = {name: 0.0 for name in ("sft.jsonl", "other.jsonl")}, {}
@@ -84,16 +85,16 @@ def test_the_best_weights_of_every_way(
     every = ["--val_interval", 1, "--save_interval", 1, "--early_stop_patience", 2]
     sft(tmp_path, *start, *read, *KINDS[kind], *every, "--save_best_at_end", 1)
     name = "lora_full_sft_32" if kind == "lora" else "full_sft_32"
-    kept = checkpoint.load(tmp_path / f"{name}.pth")
+    kept = load(tmp_path / f"{name}.pth")
     assert kept["training"]["step"] == 2
     folder = tmp_path / "checkpoints"
     steps = {
-        path.name.removeprefix(f"{name}_"): checkpoint.load(path)["run"]["step"]
+        path.name.removeprefix(f"{name}_"): load(path)["run"]["step"]
         for path in folder.glob("*.pth")
         if "best" not in path.name
     }
     assert steps == {"resume.pth": 4, "step000003.pth": 3}
-    last = checkpoint.load(folder / f"{name}_resume.pth")["model"]
+    last = load(folder / f"{name}_resume.pth")["model"]
     assert set(kept["model"]) <= set(last)
     assert any(not torch.equal(weight, last[name]) for name, weight in kept["model"].items())
     assert ("lora" in kept) == (kind == "lora")

@@ -1,13 +1,10 @@
 """From gradients to steps: the optimizer, its learning rate, and torch.compile."""
 
 import math
-import os
-import shutil
 
 import torch
-from torch.utils._triton import has_triton
 
-from common import UserError
+from model.device import require_compiler
 
 
 def make_optimizer(model, args):
@@ -172,26 +169,6 @@ def load_full_state(model, optimizer, state):
     state["param_groups"] = [group for group in state["param_groups"] if group["params"]]
     options = state_dict.StateDictOptions(full_state_dict=True)
     state_dict.set_optimizer_state_dict(model, parts, state, options=options)
-
-
-def require_compiler(device):
-    """Raises UserError where torch.compile has nothing to compile with."""
-    if device.type == "cuda" and not has_triton():
-        raise UserError(
-            "--use_compile 1 on a GPU needs Triton, which torch brings on Linux alone, and a GPU "
-            "of 2017 or newer (Volta)"
-        )
-    for_c = (os.environ.get("CC", "gcc"), "gcc", "clang")
-    if device.type == "cuda" and not any(map(shutil.which, for_c)):
-        raise UserError("--use_compile 1 on a GPU needs a C compiler: install gcc, or set CC")
-    if device.type == "mps" and torch.__version__ < "2.8":
-        raise UserError("--use_compile 1 on an Apple GPU needs torch 2.8 or newer")
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError(
-            "--use_compile 1 needs a C++ compiler, and none is on the PATH: install g++ (Linux), "
-            "the command line tools (macOS) or Visual Studio's (Windows), or leave the flag out"
-        )
 
 
 def compile_layers(model):

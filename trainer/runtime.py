@@ -4,7 +4,6 @@
 one process, and what concerns others does nothing.
 """
 
-import ctypes
 import io
 import os
 import re
@@ -19,8 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from model.device import DTYPES, auto_dtype, keep_freed_memory, pick_device
 
 
 @dataclass
@@ -83,66 +81,6 @@ def join():
         return 0, 1
     dist.init_process_group("gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size()
-
-
-def pick_device(name, deterministic=False):
-    """The torch.device of --device; auto takes an NVIDIA or Apple GPU if there is one. Of several
-    NVIDIA GPUs each process takes its own; a job of several processes uses no Apple GPU.
-
-    A CPU computes the same bits each time; a GPU does so with deterministic.
-    """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if name == "auto":
-        apple = torch.backends.mps.is_available() and "RANK" not in os.environ
-        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
-    try:
-        device = torch.device(name)
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try auto") from None
-    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--device mps: several processes cannot share an Apple GPU; give cpu")
-    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise UserError(f"--device {name}: each process needs a GPU of its own; give cuda")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def pick_dtype(name, device):
-    """The torch.dtype of --dtype, for weights that are not trained. auto does not take fp16 there,
-    which can overflow.
-    """
-    if name == "auto":
-        name = "bf16" if auto_dtype(device) == "bf16" else "fp32"
-    return DTYPES[name]
-
-
-def auto_dtype(device):
-    """What --dtype auto stands for: bf16 where the processor has instructions for it (emulated, it
-    is slower than fp32), fp16 on older NVIDIA GPUs, else fp32.
-    """
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # since torch 2.6
-    native = any(getattr(torch.cpu, name, bool)() for name in names)
-    return "bf16" if device.type == "cpu" and native else "fp32"
-
-
-def keep_freed_memory():
-    """Makes glibc keep what is freed. It returns large blocks to the system, and a training step,
-    which takes the same blocks again and again, then waits for every page to be zeroed.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def is_first():

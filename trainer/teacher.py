@@ -1,13 +1,13 @@
-"""Adds a teacher to the model of a run; the loss is in model/distillation.py."""
+"""Adds a teacher to the model of a run; the loss is in trainer/distillation.py."""
 
 import torch
 
 from common import UserError
-from dataset.offline import OfflineTeacher, read_manifest
-from dataset.tokenizer import load_tokenizer
-from model.distillation import Distillation, Teacher, add_projections
 from model.lora import hash_of
-from trainer import checkpoint
+from model.tokenizer import load_tokenizer
+from model.weights import build_model, find, load
+from trainer.distillation import Distillation, Teacher, add_projections
+from trainer.recorded_teacher import OfflineTeacher, read_manifest
 
 
 def with_teacher(model, tokenizer, args):
@@ -28,8 +28,8 @@ def with_teacher(model, tokenizer, args):
         teacher_hash = manifest["teacher"]
         teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
     else:
-        path = checkpoint.find(args.save_dir, args.teacher_weight)
-        weights, teacher_tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+        path = find(args.save_dir, args.teacher_weight)
+        weights, teacher_tokenizer = build_model(load(path), path)
         teacher_hash = hash_of(weights)
         teacher = Teacher(weights.to(device), layers_of(args.aux_layers, weights, path))
     if teacher_tokenizer.to_str() != tokenizer.to_str():

@@ -5,7 +5,7 @@
     python trainer/train_distillation.py --offline_dir out/offline --from_weight pretrain_small
 
 The loop is that of train_full_sft.py, and so are all other flags; the loss is in
-model/distillation.py.
+trainer/distillation.py.
 """
 
 import sys

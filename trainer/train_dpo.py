@@ -20,16 +20,16 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 import torch
 from tqdm import tqdm
 
-from dataset.loader import StepPlan, batches, cut, epoch_plan, flat, to_device
-from dataset.pairs import PairDataset, counts
+from dataset.preference_pairs import PairDataset, counts
+from dataset.step_plan import StepPlan, batches, cut, epoch_plan, flat, to_device
 from dataset.tiny_world.generate import PAIRS
 from model.generation import eval_mode
 from model.moe import router_loss
-from model.policy import pair_log_probabilities, preference_loss
-from trainer.arguments import training_parser
+from model.preference_losses import pair_log_probabilities, preference_loss
+from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
+from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
-from trainer.trainable import choose_trainable
 from trainer.trainer_utils import describe, init_model, open_data, show_sample
 from trainer.training_run import Progress, TrainingRun, parse_run
 

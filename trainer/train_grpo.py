@@ -27,19 +27,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.cache import content_hash
-from dataset.chat_template import render
-from dataset.loader import cut, pad, to_device
+from dataset.step_plan import cut, pad, to_device
 from dataset.tiny_world.generate import PRACTICE, write_missing
+from dataset.token_cache import content_hash
 from evaluation.rewards import reward_function, rewards_of
 from evaluation.tasks import read_problems
+from model.chat_template import render
 from model.generation import generate
 from model.moe import router_loss
-from model.policy import advantages_of, policy_loss
-from trainer.arguments import training_parser
+from model.preference_losses import advantages_of, policy_loss
+from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
+from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
-from trainer.trainable import choose_trainable
 from trainer.trainer_utils import generating, init_model
 from trainer.training_run import Progress, TrainingRun, parse_run
 

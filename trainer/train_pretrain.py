@@ -17,14 +17,14 @@ from common import report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 from dataset.lm_dataset import PretrainDataset
-from dataset.loader import StepPlan, to_device, token_counts
+from dataset.step_plan import StepPlan, to_device, token_counts
 from dataset.tiny_world.generate import PRETRAIN
 from model.moe import router_loss
-from trainer.arguments import training_parser
+from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
+from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
 from trainer.teacher import with_teacher
-from trainer.trainable import choose_trainable
 from trainer.trainer_utils import (
     describe,
     init_model,

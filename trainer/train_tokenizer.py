@@ -17,11 +17,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from cli import Parser, number
 from common import UserError, replacing, report_user_errors
-from dataset.chat_template import encode_all
 from dataset.formats import format_of, to_conversation, to_text
 from dataset.jsonl import read_records
 from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
-from dataset.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
+from model.chat_template import encode_all
+from model.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
 # Qwen2's pre-tokenizer expression, exactly: other programs know it by name and cut any text alike.
 # Tokens are merged only within one of its pieces: a contraction, a word with the space or the mark

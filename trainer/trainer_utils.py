@@ -11,18 +11,24 @@ import torch
 from tqdm import tqdm
 
 from common import UserError
-from dataset.chat_template import render
 from dataset.lm_dataset import PretrainDataset
-from dataset.loader import Source, batches, epoch_plan, mix, split_samples, to_device
+from dataset.step_plan import Source, batches, epoch_plan, mix, split_samples, to_device
 from dataset.tiny_world.generate import PRETRAIN, write_missing
-from dataset.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.causal_lm import CausalLM, ModelConfig
+from model.chat_template import render
 from model.generation import complete
 from model.loss import supervised_tokens
-from trainer import adapters, checkpoint
-from trainer.arguments import SHAPE
-from trainer.optimizer import require_compiler
-from trainer.runtime import first_process_first, pick_device, pick_dtype
+from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
+from model.weights import (
+    SHAPE,
+    build_model,
+    find,
+    load,
+    print_summary,
+    require_same_shape,
+)
+from trainer.checkpoint import build_resumed
+from trainer.runtime import first_process_first
 
 
 def init_model(args, device="cpu", saved=None):
@@ -36,7 +42,7 @@ def init_model(args, device="cpu", saved=None):
     Shape flags that the user gave must agree with the file; those left out come from it.
     Raises UserError, with the remedy, if there is no such file or if it does not fit.
     """
-    name, dropout = args.from_weight, getattr(args, "dropout", 0.0)
+    name = args.from_weight
     if saved:
         content, path = saved, saved["path"]
         origin = f"resuming {path} at step {content['run']['step']}"
@@ -46,42 +52,19 @@ def init_model(args, device="cpu", saved=None):
         expected = math.log(model.config.vocab_size) + 0.5
         print(f"the first loss of a new model is near ln V + 1/2 = {expected:.2f}")
     else:
-        path = checkpoint.find(
-            args.save_dir, name, args.hidden_size, getattr(args, "use_moe", None)
-        )
+        path = find(args.save_dir, name, args.hidden_size, args.use_moe)
         if path == Path(name):  # not a name but a path, wherever the run is resumed from
             args.from_weight = str(path.resolve())
-        content = checkpoint.load(path) | {"path": path}
+        content = load(path) | {"path": path}
         origin = f"starting from the {content['stage']} weights {path}"
     if content:
-        build = adapters.build_resumed if saved else checkpoint.build_model
-        model, tokenizer = build(content, path, dropout=dropout)
-        require_same_shape(args, model.config, tokenizer, path)
+        build = build_resumed if saved else build_model
+        model, tokenizer = build(content, path, args.dropout)
+        require_same_shape(args, model.config, path)
+        require_same_tokenizer(args, tokenizer, path)
         del content["model"]  # not kept in memory
-    parameters = sum(weight.numel() for weight in model.parameters())
-    print(f"{origin}: {parameters / 1e6:.2f} M parameters, vocabulary {model.config.vocab_size}")
+    print_summary(origin, model)
     return model.to(device), tokenizer, content
-
-
-def open_trained(args):
-    """Return (model, tokenizer, the rest of its file, the paths of its files): the weights of
-    --weight with the adapters of --lora, on --device and in --dtype. "chats" of the rest says
-    whether they answer; weights that were only pretrained continue a text. Raises UserError if
-    there are none.
-    """
-    device = pick_device(args.device)
-    if args.use_compile:
-        require_compiler(device)
-    args.from_weight = adapters.weights_to_start_from(args)
-    if args.from_weight == "none":
-        raise UserError("--weight none: only trained weights can answer; give a name or a path")
-    model, tokenizer, content = init_model(args, device)
-    paths, stage = [content["path"]], content["stage"]
-    if args.lora:
-        path, stage = adapters.merge_adapters(model, args)
-        paths.append(path)
-    content["chats"] = stage != "pretrain"
-    return model.to(pick_dtype(args.dtype, device)), tokenizer, content, paths
 
 
 def new_model(args):
@@ -97,23 +80,12 @@ def new_model(args):
     return CausalLM(config), tokenizer
 
 
-def require_same_shape(args, config, tokenizer, path):
-    """Raises UserError where flags differ from the weights of a file."""
-    differ = []
-    for name in SHAPE:
-        value = getattr(args, name, None)
-        if value not in (None, getattr(config, name)):
-            differ.append(f"--{name} {value}, but {path} has {getattr(config, name)}")
-    longest, limit = getattr(args, "max_seq_len", 0), config.max_position_embeddings
-    if longest > limit:
-        differ.append(f"--max_seq_len {longest}, but {path} has a context of {limit}")
-    if differ:
-        raise UserError(f"{'; '.join(differ)}. Leave the flag out, or train such weights first")
-    given = getattr(args, "tokenizer_path", None)
-    if given and load_tokenizer(given).to_str() != tokenizer.to_str():
+def require_same_tokenizer(args, tokenizer, path):
+    """Raise UserError where --tokenizer_path isn't the tokenizer of a weights file."""
+    if args.tokenizer_path and load_tokenizer(args.tokenizer_path).to_str() != tokenizer.to_str():
         raise UserError(
-            f"--tokenizer_path {given} is not the tokenizer that {path} was trained with; its "
-            "vocabulary would not fit. Leave the flag out, or start from scratch"
+            f"--tokenizer_path {args.tokenizer_path} is not the tokenizer that {path} was trained "
+            "with; its vocabulary would not fit. Leave the flag out, or start from scratch"
         )
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from common import UserError
+from model.weights import file_name
 from trainer import checkpoint
-from trainer.arguments import next_command, parse_args, resume_command
+from trainer.flags import next_command, parse_args, resume_command
 from trainer.metrics import MetricsLog
 from trainer.optimizer import learning_rate, load_full_state
 from trainer.runtime import end_job, seed_step
@@ -88,7 +89,7 @@ class TrainingRun:
     def __init__(self, args, stage, model, tokenizer, optimizer, runtime, progress, saved=None):
         self.args, self.stage, self.runtime = args, stage, runtime
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        self.name = checkpoint.file_name(args.save_weight, model.config)
+        self.name = file_name(args.save_weight, model.config)
         self.weights_path = args.save_dir / f"{self.name}.pth"
         is_first = runtime.rank == 0
         self.lock = RunLock(self.checkpoint_path(".lock")) if is_first else None

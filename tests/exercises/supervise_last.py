@@ -1,7 +1,7 @@
 """Exercise 4 of docs/5_sft.md: only the last answer of a conversation is supervised."""
 
 from dataset.lm_dataset import SFTDataset
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
 from tests.conftest import chat, write_jsonl
 
 

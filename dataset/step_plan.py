@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common import IGNORE, PAD, UserError
-from dataset.jsonl import open_file
+from common import IGNORE, PAD, UserError, open_file
 from model.loss import supervised_tokens
 
 SHORTEST = 128  # tokens of a packed row at least, where max_seq_len is not shorter than that

@@ -14,13 +14,10 @@ from pathlib import Path
 from cli import Parser, Problem, number, one_of, stop_at, switch, wrong_values
 from common import ROOT, UserError
 from dataset.formats import KEYS
-from dataset.loader import Source
+from dataset.step_plan import Source
 from evaluation.tasks import TASKS
+from model.weights import SHAPE
 
-# Flags of the model's shape. Their default is None: ModelConfig's for a new model, and the file's
-# for weights that are loaded.
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPE += ("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok")
 # Earlier names of flags, which are still read in checkpoints.
 RENAMED = {"eval_split": "val_split", "eval_data_path": "val_data_path"}
 RENAMED |= {"eval_interval": "val_interval", "student": "from_weight"}

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import UserError, load_tensors
+from common import UserError
+from model.weights import load_tensors
 
 REMEDY = "give the command of recipes/export_hidden_states.py that wrote it again: it continues"
 
@@ -71,7 +72,7 @@ def shards(part, verify=True):
 
 
 def tokens_of(part):
-    """The samples of DIR/train or another part, as the fields of `cache.Tokens`."""
+    """The samples of DIR/train or another part, as the fields of `token_cache.Tokens`."""
     part = Path(part)
     found = list(shards(part))
     if not found:
@@ -97,8 +98,8 @@ def tokens_of(part):
 
 
 class OfflineTeacher:
-    """The recorded states of DIR/train, instead of `model.distillation.Teacher`. A sample is found
-    by its tokens. with_layers: also those of the further layers.
+    """The recorded states of DIR/train, instead of a `Teacher`. A sample is found by its tokens.
+    with_layers: also those of the further layers.
     """
 
     def __init__(self, folder, device, with_layers=True):

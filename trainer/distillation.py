@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common import UserError
 from model.loss import chunk_size, supervised_positions
 
 
@@ -51,6 +52,17 @@ def add_projections(model, width, count):
     model.projections = nn.ModuleList(layers)
 
 
+def load_projections(model, shape, weights, path):
+    """Add the projections of a checkpoint to a student. Raises UserError if they don't fit."""
+    try:
+        add_projections(model, *shape)
+        own = {name.removeprefix("projections."): weight for name, weight in weights.items()}
+        model.projections.load_state_dict(own)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged: its projections do not fit ({reason:.300})") from None
+
+
 class Distillation(nn.Module):
     """alpha * CE + (1 - alpha) * T^2 * KL(teacher || student) + beta * MSE, summed over supervised
     positions.
@@ -59,7 +71,7 @@ class Distillation(nn.Module):
     too; T^2 keeps the size of the gradient. MSE, a mean over D, compares projected hidden states of
     the student with those of the teacher: of the last layer, and of the teacher's chosen layers
     with the student's layers at the same fraction of the depth. Called like a CausalLM with labels.
-    The teacher is a Teacher or a recorded one (dataset/offline.py).
+    The teacher is a Teacher or a recorded one (trainer/recorded_teacher.py).
     """
 
     def __init__(self, student, teacher, alpha, temperature, beta=0.0):

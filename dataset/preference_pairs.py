@@ -4,8 +4,8 @@ import numpy as np
 
 from common import IGNORE
 from dataset import formats
-from dataset.chat_template import pieces, text_of
 from dataset.lm_dataset import TokenDataset
+from model.chat_template import pieces, text_of
 
 # Where a record has what comes before the answers.
 SHARED = ("prompt", "conversations", "messages", "instruction", "question", "input")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from common import UserError
-from dataset.jsonl import is_folder, open_text, read_json
+from common import UserError, is_folder, open_file, read_json
 
 SHIPPED_TOKENIZER = Path(__file__).resolve().parents[1] / "model" / "tokenizer.json"
 
@@ -43,7 +42,7 @@ def load_tokenizer(path=SHIPPED_TOKENIZER, json_text=None):
             config = read_json(Path(path) / "config.json")
             json_text, *_ = with_our_ids(Path(path), config.get("eos_token_id"))
         if json_text is None:
-            with open_text(path) as file:
+            with open_file(path) as file:
                 json_text = file.read().decode("utf-8-sig")
         tokenizer = Tokenizer.from_str(json_text)
     except UserError:

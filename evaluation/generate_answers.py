@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import STOP, UserError, replacing
-from dataset.chat_template import parse_answer, render
 from evaluation.tasks import allowed_ids, is_right, judge, problem, read_problems
+from model.chat_template import parse_answer, render
 from model.generation import generate
 
 TEXT = "task run command weights weights_sha256 data data_sha256".split()

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from common import UserError
-from dataset.jsonl import open_text, read_json
-from dataset.tokenizer import with_our_ids
+from common import UserError, open_file, read_json
 from model.causal_lm import ModelConfig
+from model.tokenizer import with_our_ids
 
 FAMILIES = {  # model_type: fields of ModelConfig
     "qwen3": {"qk_norm": True},
@@ -56,8 +55,8 @@ NO_EFFECT = set(  # fields that change nothing in what we compute, or are checke
 
 
 def read_folder(folder):
-    """The content of a weights file, as `checkpoint.load` returns it. Raises UserError, which names
-    the file, for what is missing, damaged or not supported.
+    """Return the content of a weights file, as `load` of model/weights.py does. Raises UserError,
+    which names the file, for what is missing, damaged or not supported.
     """
     if not (folder / "config.json").is_file():
         remedy = remedy_for(folder) or "it is not the folder of a published model"
@@ -205,7 +204,7 @@ def read_weights(folder):
             with safe_open(path, "pt") as file:
                 weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            open_text(path).close()  # raises an error for a pointer of Git LFS
+            open_file(path).close()  # raises an error for a pointer of Git LFS
             raise UserError(f"{path} is damaged ({error}); download it again") from None
     return {name: weight for name, weight in weights.items() if not name.endswith("inv_freq")}
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError
-from dataset import offline
-from dataset.chat_template import render_batch
-from dataset.jsonl import is_folder, open_file, read_records
+from common import UserError, is_folder, open_file
+from dataset.jsonl import read_records
+from model.chat_template import render_batch
+from trainer import recorded_teacher
 
 VERSION = 2  # to be raised when the code makes other tokens of a file; a test notices
 ARRAYS = ("offsets", "supervised", "lines")
@@ -76,7 +76,7 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None)
     Raises UserError for a missing file, a full disk, and with strict for the first bad record.
     """
     if is_folder(path):  # tokens and a teacher's outputs
-        return Tokens(**offline.tokens_of(path))
+        return Tokens(**recorded_teacher.tokens_of(path))
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     if cache_dir is None:

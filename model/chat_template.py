@@ -25,7 +25,7 @@ from common import (
     TOOL_CALL,
     TOOL_RESPONSE,
 )
-from dataset.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 AT_ONCE, LONG_TEXT = 1_000_000, 100_000  # characters that are encoded at once; of a part
