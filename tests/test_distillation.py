@@ -369,7 +369,7 @@ def test_projections_learn_though_all_else_is_frozen(recorded):
     assert len(module.teacher.states) == 1
 
 
-def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
+def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path, capsys):
     how, folder = as_recorded(data), tmp_path / "again"
     export(trained, data, folder, *how)
     shards = sorted(folder.glob("*/*.pt"))
@@ -389,6 +389,10 @@ def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path):
     assert all(torch.equal(part, lost_before[name]) for name, part in made.items())
     with pytest.raises(UserError, match="other data, flags or weights"):
         export(trained, data, folder, *how, "--seed", 2)
+    (folder / "manifest.json").write_text("{", encoding="utf-8")
+    capsys.readouterr()
+    export(trained, data, folder, *how)
+    assert "manifest.json is damaged: it is written again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

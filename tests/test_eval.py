@@ -71,6 +71,8 @@ def test_gsm8k_is_prepared(gsm8k, gsm8k_raw, tmp_path):
     assert steps == pytest.approx([22 / 45, 22 / 45], abs=0.1)  # stratified
     manifest = json.loads((gsm8k / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["files"]["valid.jsonl"]["records"] == 5 and manifest["task"] == "gsm8k"
+    options = [manifest[name] for name in ("seed", "calculator", "stratify")]
+    assert options == [1, "strip", True]
 
     flags = ["--raw", gsm8k_raw, "--out", tmp_path, "--calculator", "keep"]
     assert run_here("recipes/prepare_math.py", "gsm8k", *flags).returncode == 0

@@ -180,7 +180,7 @@ def test_items_with_the_same_tokens_are_told(shop, tmp_path):
     )
 
 
-def test_histories_become_conversations(shop_data):
+def test_histories_become_conversations(shop, shop_data):
     train, test = read(shop_data / "train.jsonl"), read(shop_data / "test.jsonl")
     assert {record["task"] for record in test} == {"next_id"} and len(test) == 3
     kinds = {record["task"] for record in train}
@@ -207,6 +207,13 @@ def test_histories_become_conversations(shop_data):
     assert len(json.loads((shop_data / "sids.json").read_text())) == 6
     manifest = json.loads((shop_data / "manifest.json").read_text())
     assert (manifest["task"], manifest["seed"], manifest["max_history"]) == ("sid", 1, 3)
+    items = json.loads((shop / "Shop.item.json").read_text())
+    descriptions = {item["description"] for item in items.values()}
+    asked = [
+        r for _, r in read_records(shop_data / "train.jsonl") if r["task"] == "next_description"
+    ]
+    answers = {record["conversations"][-1]["content"] for record in asked}
+    assert answers and answers <= descriptions  # an item without one, number 5, isn't asked for
 
 
 def test_nothing_but_the_new_rows_moves(extended, trained):

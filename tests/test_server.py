@@ -416,6 +416,8 @@ def test_the_page_may_load_nothing_and_is_in_no_frame(running):
     with urllib.request.urlopen(url) as answer:
         text = answer.read().decode()
         assert answer.headers["X-Frame-Options"] == "DENY"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store"
     assert "default-src 'none'" in text and "http://" not in text.replace("http://www.w3.org", "")
     assert len(text.splitlines()) <= 700
     with urllib.request.urlopen(f"{url}docs/3_model.md") as answer:
@@ -523,6 +525,13 @@ def test_several_weights_are_served_by_their_names(trained, tmp_path):
     assert text.count("</script>") == 2
     data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
     assert data["models"] == ["full_sft_32", "pretrain_32", "none"]
+    prompt = render([{"role": "user", "content": "What is </script>?"}], add_generation_prompt=True)
+    assert data["ids"][: data["begun"]] == prompt[0] and data["begun"] < len(data["ids"])
+    turns = json.loads(data["text"])
+    answer = data["ids"][data["begun"] :]
+    answer = answer[:-1] if answer[-1] in (0, IM_END) else answer
+    assert turns[0]["content"] == "What is </script>?"
+    assert turns[1]["content"] == TOKENIZER.decode(answer, skip_special_tokens=False)
     assert len(set(data["recorded"]["compare"]["losses"].values())) == 3
     assert {"tokens none", "layers pretrain_32", "attention full_sft_32 packed"} <= {
         *data["recorded"]
@@ -909,9 +918,17 @@ def test_the_page_begins_a_second_turn_as_the_template_does(model):
         assert views.turn(served, before, " Why? ")["ids"] == expected
 
 
-def test_the_curves_of_training_are_read_while_a_view_is_computed(running):
+def test_views_of_a_model_are_computed_one_at_a_time_and_curves_are_read_meanwhile(running):
+    answers = []
+    body = {"model": "tiny", "id": 17}
+    waiting = threading.Thread(target=lambda: answers.append(post(running, "/views/token", body)))
     with views.ONE_AT_A_TIME:
+        waiting.start()
         assert post(running, "/views/runs", {})[0] == 200
+        time.sleep(0.1)
+        assert answers == []
+    waiting.join(20)
+    assert answers[0][0] == 200
 
 
 def test_weights_with_another_tokenizer_are_not_served_together(trained, tmp_path, monkeypatch):
@@ -972,11 +989,34 @@ def test_options_that_change_no_answer_are_taken_and_others_refused(running):
         assert status == 400 and name in found["error"]["message"], name
 
 
-def test_an_answer_that_is_only_the_beginning_of_a_stop_is_sent_at_its_end(running, monkeypatch):
-    ids = TOKENIZER.encode("He").ids
-    answers_with(monkeypatch, running, ids)
-    choices = streamed(running, {"messages": HI, "max_tokens": len(ids), "stop": ["Hello"]})
-    assert "".join(choice["delta"].get("content", "") for choice in choices) == "He"
+@pytest.mark.parametrize("text", ["He", "I say: He"])
+def test_an_answer_that_ends_with_the_beginning_of_a_stop_is_whole(running, monkeypatch, text):
+    ids = TOKENIZER.encode(text).ids
+    with serve(running.batchers["tiny"].model, start=False) as server:
+        monkeypatch.setattr(server.batcher, "submit", writes(ids))
+        choices = streamed(server, {"messages": HI, "max_tokens": len(ids), "stop": ["Hello"]})
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == text
+
+
+def test_without_top_logprobs_none_are_listed(running):
+    _, found = post(running, CHAT, {"messages": HI, "logprobs": True, "max_tokens": 2})
+    assert [token["top_logprobs"] for token in found["choices"][0]["logprobs"]["content"]] == [
+        [],
+        [],
+    ]
+
+
+def test_tool_choice_none_leaves_the_tools_out_of_the_prompt(running):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    lengths = {}
+    for choice in ("auto", "none", None):
+        body = {"messages": HI, "max_tokens": 1, "tools": tools, "tool_choice": choice}
+        _, found = post(running, CHAT, body)
+        lengths[choice] = found["usage"]["prompt_tokens"]
+    assert lengths["none"] == len(chat_ids("Who are you?"))
+    message = [{"role": "user", "content": "Who are you?"}]
+    with_tools = len(render(message, tools, add_generation_prompt=True)[0])
+    assert lengths["auto"] == lengths[None] == with_tools > lengths["none"]
 
 
 def test_the_limits_of_each_number_are_taken_and_what_is_beyond_them_refused(running):
