@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from common import IGNORE
-from dataset.step_plan import best_fit_decreasing, collate
+from dataset.packing import best_fit_decreasing, collate
 from dataset.tiny_world.text import words
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import keep_freed_memory

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dataset.formats import format_of, to_conversation
 from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
-from dataset.step_plan import best_fit_decreasing, collate, pad
+from dataset.packing import best_fit_decreasing, collate, pad
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import keep_freed_memory, pick_dtype
 from model.tokenizer import CONTROL_TOKENS, load_tokenizer

@@ -79,25 +79,25 @@ def shifted():
     """Labels are shifted by the data, and by the loss again: each position predicts the next but
     one.
     """
-    right = step_plan.batch
+    right = step_plan.collate
 
-    def wrong(*args):
-        ids, labels, *where = right(*args)
+    def wrong(*args, **options):
+        ids, labels, *where = right(*args, **options)
         return ids, torch.roll(labels, -1, dims=1), *where
 
-    step_plan.batch = wrong
+    step_plan.collate = wrong
 
 
 def mixed():
     """The samples of a row see each other, and positions count on from one to the next."""
-    right = step_plan.batch
+    right = step_plan.collate
 
-    def wrong(*args):
-        ids, labels, positions, documents = right(*args)
+    def wrong(*args, **options):
+        ids, labels, positions, documents = right(*args, **options)
         positions = torch.arange(ids.shape[1]).expand_as(positions)
         return ids, labels, positions, torch.where(documents >= 0, 0, -1)
 
-    step_plan.batch = wrong
+    step_plan.collate = wrong
 
 
 def small():

@@ -104,8 +104,8 @@ COMMANDS = f"""
     trainer/train_full_sft.py --save_dir OUT --device cpu --from_weight FILE --data_path CHATS
     trainer/train_full_sft.py --save_dir OUT --device cpu --from_weight WEIGHTS --data_path CHATS
         --extend_tokens FILE
-    trainer/train_full_sft.py {TRAIN} --from_weight none --data_path CHATS --teacher_weight FILE
-    trainer/train_full_sft.py {TRAIN} --from_weight none --offline_dir FOLDER
+    trainer/train_distillation.py {TRAIN} --from_weight none --data_path CHATS --teacher_weight FILE
+    trainer/train_distillation.py {TRAIN} --from_weight none --offline_dir FOLDER
     recipes/export_hidden_states.py --teacher_weight WEIGHTS --save_dir OUT --offline_dir OUT/o
         --device cpu --data_path FILE
     convert/peft.py --from_peft FOLDER --weight WEIGHTS --save_weight m --save_dir OUT

@@ -39,8 +39,7 @@ class TokenDataset(Dataset):
         self.files, self.dropped, self.cut = [], 0, 0
         samples = []
         for path in paths:
-            options = [type(self).__name__, *self.options]
-            tokens = tokenised(path, tokenizer, self.to_pieces, options, strict, **cache)
+            tokens = self.read(path, tokenizer, strict, **cache)
             require_records(tokens.report, path)
             if tokens.content in self.content:
                 first = self.files[self.content.index(tokens.content)].path
@@ -56,6 +55,11 @@ class TokenDataset(Dataset):
                 f"{', '.join(map(str, paths))}: no supervised token, say an assistant's turn, "
                 f"is within --max_seq_len {max_length}; raise it, or use dataset/prepare.py check"
             )
+
+    def read(self, path, tokenizer, strict, **cache):
+        """Return the Tokens of a file."""
+        options = [type(self).__name__, *self.options]
+        return tokenised(path, tokenizer, self.to_pieces, options, strict, **cache)
 
     def samples_of(self, tokens, file, max_seq_len):
         """The samples of a file, (n, 4). A record is one sample; one that is too long is cut."""

@@ -26,8 +26,9 @@ from common import UserError, is_folder, replacing, report_user_errors
 from dataset import formats
 from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.packing import best_fit_decreasing, row_length
 from dataset.preference_pairs import PairDataset
-from dataset.step_plan import best_fit_decreasing, flat, row_length
+from dataset.step_plan import flat
 from model.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 from model.weights import load_tensors
 

@@ -1,19 +1,14 @@
-"""Which samples each optimizer step takes, in what order, and how they are packed into rows.
+"""Step planning: the validation split, the mixture of files, and the samples of each step.
 
-All of it is a pure function of the data, the flags and the seed: it is the same in every process,
-and a run that was stopped continues with the samples that it had not seen.
-
-Several short samples share a packed row, because padding costs as much as text. Beside its ids a
-row has the place of each token in its sample (position_ids, from 0 in each) and the number of the
-sample in the row (document_ids, -1 for padding), so that the model treats each as if it were alone.
+All of it is a pure function of the data, the flags and the seed: every process computes the same
+plan, and a resumed run continues with the samples that it has not seen.
 """
 
 import math
 import os
 import re
 import sys
-from bisect import bisect_left, insort
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common import IGNORE, PAD, UserError, open_file
+from common import UserError, open_file
+from dataset.packing import MULTIPLE, best_fit_decreasing, collate, row_length
 from model.loss import supervised_tokens
-
-SHORTEST = 128  # tokens of a packed row at least, where max_seq_len is not shorter than that
-MULTIPLE = 64  # a CPU keeps compiled code for each size of product, so rows have few lengths
-ATTENTION = 2000  # see `row_length`; measured with the default model on a CPU
-SAMPLED = 2000  # samples that are packed to choose the length of rows
 
 
 class Source(NamedTuple):
@@ -102,13 +93,18 @@ class StepPlan:
         self.dataset, self.args, self.device = dataset, args, runtime.device
         self.row_length = row_length(dataset.lengths, args) if args.packing else None
         self.rows_per_step = args.batch_size * args.accumulation_steps * runtime.world_size
-        ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
-        self.of_epoch = lru_cache(1)(partial(epoch_plan, dataset, samples, args, **ranks))
-        self.steps_per_epoch = len(self.of_epoch(0))
-        self.samples = []
+        self.rank, self.world_size = runtime.rank, runtime.world_size
+        self.train_samples, self.samples = samples, []
+        self.epoch, self.epoch_steps = 0, self.plan_epoch(0)
+        self.steps_per_epoch = len(self.epoch_steps)
 
     def __len__(self):
         return self.steps_per_epoch * self.args.epochs
+
+    def plan_epoch(self, epoch):
+        """Return the steps of an epoch, as `epoch_plan` does."""
+        ranks = self.rank, self.world_size
+        return epoch_plan(self.dataset, self.train_samples, self.args, epoch, *ranks)
 
     def after(self, step):
         """Yield a list of batches for each step after the first `step` ones, as `collate` returns
@@ -116,7 +112,9 @@ class StepPlan:
         """
         while step < len(self):
             epoch, done = divmod(step, self.steps_per_epoch)
-            steps = self.of_epoch(epoch)[done:]
+            if epoch != self.epoch:
+                self.epoch, self.epoch_steps = epoch, self.plan_epoch(epoch)
+            steps = self.epoch_steps[done:]
             loader = batches(self.dataset, flat(steps), self.args, self.device)
             for of_step in steps:
                 self.samples = flat(flat(of_step))
@@ -147,23 +145,6 @@ def epoch_plan(dataset, samples, args, epoch, rank=0, world_size=1):
         micro_batches += [[] for _ in range(-len(micro_batches) % world_size)]
         plan.append(micro_batches[rank::world_size])
     return plan
-
-
-def row_length(lengths, args):
-    """Return the tokens of a packed row: args.max_seq_len, or, where all samples are shorter, the
-    half, a third ... of it that costs least. Short rows are filled less well. But a token attends
-    to its whole row, where other samples are only masked out: in a row of ATTENTION tokens that
-    takes as long as everything else. Without args.packing it is the longest sample.
-    """
-    longest = int(lengths.max(initial=1))
-    if not args.packing:
-        return longest
-    some, costs = lengths[:: math.ceil(max(1, len(lengths)) / SAMPLED)].tolist(), {}
-    for parts in range(1, 1 + args.max_seq_len // max(SHORTEST, longest)):
-        T = args.max_seq_len // parts
-        if parts == 1 or T * parts == args.max_seq_len and T % MULTIPLE == 0:
-            costs[T] = len(best_fit_decreasing(some, T)) * T * (ATTENTION + T)
-    return min(costs, key=costs.get, default=args.max_seq_len)
 
 
 def flat(lists):
@@ -230,62 +211,3 @@ def to_device(batch, device):
     at_once = device.type == "cuda"  # see `model.loss.supervised_positions`
     input_ids, *where = (part.to(device, non_blocking=at_once) for part in (input_ids, *where))
     return input_ids, labels, *where
-
-
-def best_fit_decreasing(lengths, max_seq_len):
-    """Which items share a row: a list of rows, each a list of indices into lengths.
-
-    From the longest to the shortest, each goes where it leaves the least space. No length may
-    exceed max_seq_len. This is at most 22 % above the fewest rows possible (Johnson, 1973).
-    """
-    rows, with_space, spaces = [], [[] for _ in range(max_seq_len + 1)], []  # spaces is sorted
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
-    for item in order:
-        at = bisect_left(spaces, lengths[item])
-        if at == len(spaces):
-            row, space = len(rows), max_seq_len
-            rows.append([])
-        else:
-            space = spaces[at]
-            row = with_space[space].pop()
-            if not with_space[space]:
-                spaces.pop(at)
-        rows[row].append(item)
-        space -= lengths[item]
-        if not with_space[space]:
-            insort(spaces, space)
-        with_space[space].append(row)
-    return rows
-
-
-def pad(documents, T=1, count=1):
-    """Return samples (input_ids, labels) as one batch, each in a row of its own. The length of the
-    rows is a multiple of T; there are at least count.
-    """
-    return collate([[document] for document in documents], multiple=T, count=count)
-
-
-def collate(rows, longest=None, multiple=1, count=1):
-    """Return rows of samples as input_ids, labels, position_ids and document_ids, each (B, T): T is
-    the length of the longest row, rounded up to a multiple, but not above longest; B is at least
-    count.
-
-    A sample's first token has no label: what stands before it is another sample. No rows at
-    all give one token without loss, the share of a process that has nothing left to do.
-    """
-    T = max((sum(len(row_ids) for row_ids, _ in row) for row in rows), default=1)
-    T = math.ceil(T / multiple) * multiple
-    T = T if longest is None else min(T, longest)
-    shape = (max(count, len(rows)), T)
-    ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
-    position_ids, document_ids = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    for index, row in enumerate(rows):
-        start = 0
-        for number, (row_ids, row_labels) in enumerate(row):
-            end = start + len(row_ids)
-            ids[index, start:end] = row_ids
-            labels[index, start + 1 : end] = row_labels[1:]
-            position_ids[index, start:end] = torch.arange(len(row_ids))
-            document_ids[index, start:end] = number
-            start = end
-    return ids, labels, position_ids, document_ids

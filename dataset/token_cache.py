@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, is_folder, open_file
+from common import UserError, open_file
 from dataset.jsonl import read_records
 from model.chat_template import render_batch
-from trainer import recorded_teacher
 
 VERSION = 2  # to be raised when the code makes other tokens of a file; a test notices
 ARRAYS = ("offsets", "supervised", "lines")
@@ -75,8 +74,6 @@ def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None)
     bad record. options is a list of whatever else decides what it returns.
     Raises UserError for a missing file, a full disk, and with strict for the first bad record.
     """
-    if is_folder(path):  # tokens and a teacher's outputs
-        return Tokens(**recorded_teacher.tokens_of(path))
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     if cache_dir is None:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from common import PAD, STOP
-from model.causal_lm import KVCache
 from model.fast_decode import compiled_step, weights_laid_out
+from model.kv_cache import KVCache
 
 
 @torch.inference_mode()

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from cli import Parser, number, one_of
 from common import IGNORE, ROOT, replacing
 from dataset.lm_dataset import SFTDataset
-from dataset.step_plan import cut, pad
+from dataset.packing import pad
+from dataset.step_plan import cut
 from dataset.tiny_world.generate import SFT
 from model.device import DTYPES, pick_device, pick_dtype
 from model.lora import hash_of

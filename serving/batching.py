@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from common import STOP
-from model.causal_lm import KVCache
 from model.fast_decode import weights_laid_out
 from model.generation import eval_mode, sample, seeded
+from model.kv_cache import KVCache
 from serving.views import ONE_AT_A_TIME
 
 ROOM = 64  # columns of the cache that are allocated ahead

@@ -197,27 +197,26 @@ def chat(*texts):
     return {"conversations": messages}
 
 
-def sft(out, *flags):
-    """A few steps of SFT, in this process."""
+def sft(out, *flags, script=None):
+    """A few steps of SFT, or of another script of trainer/, in this process."""
     from trainer import train_full_sft
 
     common = ["--save_dir", out, "--batch_size", 2, "--learning_rate", 1e-2, "--max_seq_len", 96]
     common += ["--dtype", "fp32", "--device", "cpu", "--log_interval", 1]
-    train_full_sft.main(list(map(str, [*common, *flags])))
+    (script or train_full_sft).main(list(map(str, [*common, *flags])))
 
 
 def flags_read(main, *line):
     """The flags that the main() of SFT or distillation reads, without running it."""
-    from trainer import train_full_sft
-
-    found, read = [], train_full_sft.parse_run
+    script = sys.modules[main.__module__]
+    found, read = [], script.parse_run
 
     def keep(*given):
         found.append(read(*given)[0])
         sys.exit()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_full_sft, "parse_run", keep)
+        patch.setattr(script, "parse_run", keep)
         with pytest.raises(SystemExit):
             main([str(part) for part in line])
     return found[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset.step_plan import pad
+from dataset.packing import pad
 from model import attention
 from model.attention import attend, plain_attention, visible
 from model.causal_lm import CausalLM, ModelConfig

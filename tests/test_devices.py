@@ -22,11 +22,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from common import IGNORE, UserError, replacing
 from dataset import step_plan
 from dataset.lm_dataset import PretrainDataset
-from dataset.step_plan import batches, collate, pad, to_device
+from dataset.packing import collate, pad
+from dataset.step_plan import batches, to_device
 from model import attention
-from model.causal_lm import CausalLM, KVCache, ModelConfig
+from model.causal_lm import CausalLM, ModelConfig
 from model.device import auto_dtype, pick_device, pick_dtype, require_compiler
 from model.generation import complete, seeded
+from model.kv_cache import KVCache
 from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
 from model.preference_losses import pair_log_probabilities, policy_loss, preference_loss
 from model.tokenizer import load_tokenizer

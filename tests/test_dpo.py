@@ -9,8 +9,8 @@ import torch
 
 from common import IGNORE
 from dataset.formats import format_of
+from dataset.packing import collate
 from dataset.preference_pairs import PairDataset, counts, to_pair
-from dataset.step_plan import collate
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
 from model.preference_losses import pair_log_probabilities, preference_loss

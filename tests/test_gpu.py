@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from common import IGNORE
-from dataset.step_plan import collate, to_device
+from dataset.packing import collate
+from dataset.step_plan import to_device
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import auto_dtype, pick_device

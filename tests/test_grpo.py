@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import IM_END, UserError
-from dataset.step_plan import pad
+from dataset.packing import pad
 from evaluation.rewards import reward_function, rewards_of
 from model.causal_lm import CausalLM, ModelConfig
 from model.preference_losses import advantages_of, policy_loss

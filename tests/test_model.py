@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import attention, loss
-from model.causal_lm import CausalLM, KVCache, ModelConfig
+from model.causal_lm import CausalLM, ModelConfig
+from model.kv_cache import KVCache
 
 transformers = pytest.importorskip("transformers")
 SHAPE = dict(

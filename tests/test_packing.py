@@ -10,7 +10,8 @@ import torch
 
 from common import IGNORE
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.step_plan import SHORTEST, batches, best_fit_decreasing, epoch_plan, pad, row_length
+from dataset.packing import SHORTEST, best_fit_decreasing, pad, row_length
+from dataset.step_plan import batches, epoch_plan
 from model.causal_lm import CausalLM, ModelConfig
 from model.loss import summed_cross_entropy, supervised_tokens
 from model.tokenizer import load_tokenizer

@@ -17,7 +17,8 @@ import pytest
 from dataset import prepare
 from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.step_plan import best_fit_decreasing, epoch_plan
+from dataset.packing import best_fit_decreasing
+from dataset.step_plan import epoch_plan
 from evaluation.tasks import read_task
 from model.chat_template import render
 from model.tokenizer import load_tokenizer

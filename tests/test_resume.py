@@ -18,7 +18,7 @@ from model.weights import find, load, save_tensors
 from tests.conftest import chat, flags_read, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
-from trainer import checkpoint, train_full_sft, trainer_utils, training_run
+from trainer import checkpoint, train_distillation, train_full_sft, trainer_utils, training_run
 from trainer.optimizer import set_learning_rate
 from trainer.training_run import FREE, Progress
 from trainer.training_run import resume as resume_run
@@ -27,12 +27,12 @@ SFT = "trainer/train_full_sft.py"
 RESUME = "checkpoints/full_sft_32_resume.pth"
 
 
-def stopped_at(step, command, monkeypatch):
+def stopped_at(step, command, monkeypatch, script=train_full_sft):
     """The run of these flags, stopped after some steps."""
     with monkeypatch.context() as patch:
         patch.setattr(training_run, "StopSignal", StopAt(step))
         with pytest.raises(SystemExit):
-            train_full_sft.main(command)
+            script.main(command)
 
 
 def resume(out, *more):
@@ -255,9 +255,9 @@ def test_the_tensors_of_a_loaded_file_are_not_kept_in_memory(data, tmp_path, mon
 # ------------------------------------------------------------------------------ what may change
 
 
-def parse(line):
-    """The flags of the SFT script, as it reads them."""
-    return flags_read(train_full_sft.main, *line)
+def parse(line, script=train_full_sft):
+    """The flags of a script, as it reads them; distillation has all of SFT and its own."""
+    return flags_read(script.main, *line)
 
 
 OTHER = {  # a value that each flag that decides the result may have instead
@@ -276,7 +276,7 @@ OTHER = {  # a value that each flag that decides the result may have instead
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_flag_that_decides_the_result_may_not_change(name):
-    args = parse(["--from_weight", "none"])
+    args = parse(["--from_weight", "none"], train_distillation)
     saved = {"arguments": vars(args), "run": vars(Progress(["x"], 5, 8, 1)), "path": "it.pth"}
     changed = copy.copy(args)
     setattr(changed, name, OTHER[name])
@@ -286,7 +286,7 @@ def test_a_flag_that_decides_the_result_may_not_change(name):
 
 def test_every_flag_may_change_or_may_not():
     """A new flag must be put on one of the two sides."""
-    known = set(vars(parse(["--from_weight", "none"])))
+    known = set(vars(parse(["--from_weight", "none"], train_distillation)))
     assert known == set(OTHER) | set(FREE) and not set(OTHER) & set(FREE)
 
 
@@ -327,14 +327,16 @@ def test_a_teacher_with_other_weights_is_refused_on_resume(data, trained, tmp_pa
     teacher = tmp_path / "teacher_32.pth"
     teacher.write_bytes((trained / "full_sft_32.pth").read_bytes())
     more = {"teacher_weight": teacher, "from_weight": "none"}
-    stopped_at(3, flags(data, tmp_path / "out", **more), monkeypatch)
+    command = flags(data, tmp_path / "out", **more)
+    stopped_at(3, command, monkeypatch, train_distillation)
     content = load(teacher)
     content["model"]["model.norm.weight"] += 0.01
     save_tensors(teacher, content)
     again = ["--save_dir", tmp_path / "out", "--from_resume", 1]
-    refused(run_here(SFT, *again), "the teacher has other weights than when the run began")
+    script = "trainer/train_distillation.py"
+    refused(run_here(script, *again), "the teacher has other weights than when the run began")
     teacher.write_bytes((trained / "full_sft_32.pth").read_bytes())
-    assert run_here(SFT, *again).returncode == 0
+    assert run_here(script, *again).returncode == 0
 
 
 def test_new_tokens_come_from_the_checkpoint_and_their_file_is_not_needed(

@@ -11,7 +11,7 @@ from dataset.lm_dataset import SFTDataset
 from dataset.step_plan import split_samples
 from model.weights import build_model, load
 from tests.conftest import TINY, chat, curves_of, sft, write_jsonl
-from trainer import train_full_sft
+from trainer import train_distillation, train_full_sft
 
 
 def test_each_source_has_a_validation_loss_of_its_own(data, tmp_path):
@@ -74,8 +74,10 @@ def test_the_best_weights_of_every_way(
     kind, trained, data, shop_data, recorded, tmp_path, monkeypatch
 ):
     losses = iter([3.0, 2.0, 4.0, 5.0])
-    monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: {"val_loss": next(losses)})
+    script = train_distillation if kind == "taught" else train_full_sft
+    monkeypatch.setattr(script, "validation_loss", lambda *_: {"val_loss": next(losses)})
     start = ["--from_weight", trained / "pretrain_32.pth", "--val_split", 0.1]
+    start += ["--save_weight", "full_sft"]
     sources = {
         "new_tokens": [shop_data / "train.jsonl", "--extend_tokens", shop_data / "tokens.txt"],
         "mixed": [f"{data / 'sft.jsonl'}:0.7", f"{shop_data / 'train.jsonl'}:0.3"],
@@ -83,7 +85,7 @@ def test_the_best_weights_of_every_way(
     read = ["--data_path", *sources.get(kind, [data / "sft.jsonl"])]
     read = ["--offline_dir", recorded] if kind == "taught" else read
     every = ["--val_interval", 1, "--save_interval", 1, "--early_stop_patience", 2]
-    sft(tmp_path, *start, *read, *KINDS[kind], *every, "--save_best_at_end", 1)
+    sft(tmp_path, *start, *read, *KINDS[kind], *every, "--save_best_at_end", 1, script=script)
     name = "lora_full_sft_32" if kind == "lora" else "full_sft_32"
     kept = load(tmp_path / f"{name}.pth")
     assert kept["training"]["step"] == 2

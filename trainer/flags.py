@@ -15,7 +15,6 @@ from cli import Parser, Problem, number, one_of, stop_at, switch, wrong_values
 from common import ROOT, UserError
 from dataset.formats import KEYS
 from dataset.step_plan import Source
-from evaluation.tasks import TASKS
 from model.weights import SHAPE
 
 # Earlier names of flags, which are still read in checkpoints.
@@ -115,13 +114,6 @@ def training_parser(doc, **defaults):
     new = "new tokens: JSON of item to tokens or of token to description, or a token a line"
     add("extend_tokens", None, new, Path, metavar="FILE")
     add("freeze_base", 0, "1: train only the rows of new tokens", switch)
-    add("teacher_weight", None, "weights of a teacher (distillation)", metavar="NAME")
-    recorded = "recorded hidden states of a teacher, and its data: see export_hidden_states.py"
-    add("offline_dir", None, recorded, Path, metavar="DIR")
-    add("distill_alpha", 0.1, "weight of the data's own loss; the rest is the teacher's", share)
-    add("distill_temperature", 1.0, "temperature of both distributions", number(float, 0.01))
-    add("hidden_weight", 0.0, "weight of the squared error of hidden states", number(float, 0))
-    add("aux_layers", "", "further layers of the teacher to compare, as 1,2", metavar="LAYERS")
     parser.set_defaults(**defaults)
     return parser
 
@@ -139,13 +131,16 @@ def conversation_flags(parser, training=True):
     add("keep_think", "all", think, one_of("all", "last", "none"))
     what = "what is supervised: answers, no_end (without their <|im_end|>), or all that is said"
     add("supervise", "answers", what, one_of("answers", "no_end", "all"))
-    best = f"what makes weights the best: val_loss, or a score: {'|'.join(TASKS)}"
     if training:
+        from evaluation.tasks import TASKS  # here: pretraining loads no graders
+
+        best = f"what makes weights the best: val_loss, or a score: {'|'.join(TASKS)}"
         add("best_metric", "val_loss", best, one_of("val_loss", *TASKS))
 
 
-def parse_args(parser, argv=None, saved=None):
-    """The flags as a namespace; saved are those of the run that is resumed.
+def parse_args(parser, argv=None, saved=None, check=None):
+    """Return the flags as a namespace. saved: the flags of the run that is resumed. check(args,
+    parser) returns the problems of the flags that only one script has.
 
     Exits with code 2 and every problem, one a line, if there are any.
     """
@@ -155,7 +150,9 @@ def parse_args(parser, argv=None, saved=None):
     config = parser.parse_known_args(argv)[0].config
     from_file, problems = read_config(config, parser) if config else ([], [])
     args = parser.parse_unchecked([*from_file, *argv])
-    problems += wrong_values(args) + contradictions(args, parser)
+    problems += wrong_values(args)
+    problems += check(args, parser) if check else []
+    problems += contradictions(args)
     stop_at(problems)
     return args
 
@@ -165,9 +162,7 @@ def taken_over(saved, parser):
     known = {action.dest for action in parser._actions} - set(OF_THE_COMMAND)
     flags = {name: value for name, value in saved.items() if name in known}
     for name in ("data_path", "val_data_path", "replay_path"):
-        if flags.get("offline_dir"):  # which says where the data is
-            flags[name] = None
-        elif isinstance(flags.get(name), list):
+        if isinstance(flags.get(name), list):
             flags[name] = [Source(Path(path), weight) for path, weight, *_ in flags[name]]
     return flags
 
@@ -198,7 +193,7 @@ def read_config(path, parser):
     return words, problems
 
 
-def contradictions(args, parser):
+def contradictions(args):
     """A sentence for each flag that does not fit the others or the disk. Resolves the paths of
     data, and fills in what follows from other flags.
     """
@@ -214,12 +209,6 @@ def contradictions(args, parser):
             setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
         else:
             problems.append(f"--{name} {path}: there is no such file; give a path from here")
-    if args.offline_dir:
-        problems += use_recording(args, parser)
-    if args.hidden_weight and not (args.teacher_weight or args.offline_dir):
-        problems.append("--hidden_weight: needs --teacher_weight or --offline_dir to compare with")
-    if args.aux_layers and not args.hidden_weight:
-        problems.append("--aux_layers: needs --hidden_weight above 0")
     if args.from_weight in (None, "none") and not args.from_resume:
         for name in ("use_lora", "extend_tokens", "freeze_base"):
             if getattr(args, name):
@@ -244,22 +233,6 @@ def contradictions(args, parser):
         for name, without in VALIDATED.items():
             if getattr(args, name, without) != without:
                 problems.append(f"--{name} needs --val_split above 0, or --val_data_path")
-    return problems
-
-
-def use_recording(args, parser):
-    """Makes a recorded teacher the data of a run; returns the problems of --offline_dir."""
-    folder = args.offline_dir = args.offline_dir.resolve()
-    if args.teacher_weight == parser.get_default("teacher_weight"):
-        args.teacher_weight = None
-    problems = []
-    for name in ("teacher_weight", "data_path", "val_data_path", "replay_path"):
-        if getattr(args, name, None):
-            problems.append(f"--offline_dir is teacher and data in one; leave out --{name}")
-    args.data_path = [Source(folder / "train")]
-    args.val_data_path = folder / "valid" if (folder / "valid").is_dir() else None
-    if not (folder / "manifest.json").is_file():
-        problems.append(f"--offline_dir {folder}: export_hidden_states.py has written none there")
     return problems
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from common import UserError
+from dataset.lm_dataset import SFTDataset
+from dataset.token_cache import Tokens
 from model.weights import load_tensors
 
 REMEDY = "give the command of recipes/export_hidden_states.py that wrote it again: it continues"
@@ -71,8 +73,15 @@ def shards(part, verify=True):
         yield read(part / f"{number:05d}.pt", verify)
 
 
+class RecordedDataset(SFTDataset):
+    """The samples of DIR/train or another part of a recording."""
+
+    def read(self, path, tokenizer, strict, **cache):
+        return tokens_of(path)
+
+
 def tokens_of(part):
-    """The samples of DIR/train or another part, as the fields of `token_cache.Tokens`."""
+    """Return the Tokens of DIR/train or another part."""
     part = Path(part)
     found = list(shards(part))
     if not found:
@@ -85,16 +94,16 @@ def tokens_of(part):
     supervised = [int(mask[start + 1 : end].sum()) for start, end in pairwise(offsets)]
     report = {"format": "offline", "records": len(lengths), "bad": 0, "bad_lines": [], "notes": {}}
     manifest = (part.parent / "manifest.json").read_bytes()
-    return {
-        "ids": ids,
-        "mask": mask,
-        "offsets": offsets,
-        "supervised": np.array(supervised, np.int64),
-        "lines": np.arange(len(lengths)),
-        "report": report | {"characters": 0},
-        "path": part,
-        "content": hashlib.sha256(manifest + part.name.encode()).hexdigest(),
-    }
+    return Tokens(
+        ids,
+        mask,
+        offsets,
+        supervised=np.array(supervised, np.int64),
+        lines=np.arange(len(lengths)),
+        report=report | {"characters": 0},
+        path=part,
+        content=hashlib.sha256(manifest + part.name.encode()).hexdigest(),
+    )
 
 
 class OfflineTeacher:

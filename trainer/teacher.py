@@ -1,4 +1,4 @@
-"""Adds a teacher to the model of a run; the loss is in trainer/distillation.py."""
+"""The teacher of a distillation run, in memory or recorded."""
 
 import torch
 
@@ -11,16 +11,11 @@ from trainer.recorded_teacher import OfflineTeacher, read_manifest
 
 
 def with_teacher(model, tokenizer, args):
-    """The module whose forward pass gives the loss: the model, or, where --teacher_weight or
-    --offline_dir names a teacher, a Distillation of it.
+    """Return the Distillation of a model by the teacher of --teacher_weight or --offline_dir.
 
     Raises UserError if the two have different tokenizers, or if flags do not fit the recording.
     """
     path, device = args.offline_dir, model.lm_head.weight.device
-    if not path and not args.teacher_weight:
-        return model
-    if args.parallel == "fsdp":
-        raise UserError("--teacher_weight and --offline_dir need whole models; use --parallel ddp")
     if path:
         manifest = read_manifest(path)
         require_fitting(manifest, args)
@@ -43,11 +38,11 @@ def with_teacher(model, tokenizer, args):
             add_projections(model, teacher.config.hidden_size, 1 + len(teacher.layers))
         # --freeze_base 1 froze those of a resumed run with all other weights.
         model.projections.requires_grad_(True)
-    print(f"taught by {path}: {args.distill_alpha} of the loss is that of the data")
-    weights_of_loss = args.distill_alpha, args.distill_temperature, args.hidden_weight
-    taught = Distillation(model, teacher, *weights_of_loss)
-    taught.teacher_hash = teacher_hash
-    return taught
+    print(f"distilling from {path} (weight of the data's own loss: {args.distill_alpha})")
+    loss_weights = args.distill_alpha, args.distill_temperature, args.hidden_weight
+    distillation = Distillation(model, teacher, *loss_weights)
+    distillation.teacher_hash = teacher_hash
+    return distillation
 
 
 def layers_of(text, model, path):

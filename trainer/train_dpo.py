@@ -81,7 +81,7 @@ def main(argv=None):
     sft = "weight of the SFT loss of the chosen answers, against both becoming improbable"
     add("sft_weight", 0.0, sft, number(float, 0))
     args, saved = parse_run(parser, argv)
-    refuse(args, parser, parser.prog, "packing teacher_weight offline_dir")
+    refuse(args, parser, parser.prog, "packing")
 
     # Where to compute, what to train, and what to train it on.
     runtime = start_runtime(args)

@@ -26,7 +26,6 @@ from trainer.flags import conversation_flags, training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
-from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
     conversation_options,
     describe,
@@ -42,35 +41,35 @@ from trainer.training_run import Progress, TrainingRun, parse_run
 STAGE = "full_sft"
 
 
-def main(argv=None, **defaults):
+def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="pretrain", epochs=1)
     parser.set_defaults(batch_size=2, max_seq_len=768, warmup_steps=20)
-    parser.set_defaults(learning_rate=2.2e-3, sample_prompt="Who are you?", **defaults)
+    parser.set_defaults(learning_rate=2.2e-3, sample_prompt="Who are you?")
     conversation_flags(parser)
     args, saved = parse_run(parser, argv)
 
-    # Where to compute, what to train, and what to train it on.
+    # Device, model, data.
     runtime = start_runtime(args)
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
     options = conversation_options(args)
     dataset, train, val_dataset, val = open_data(SFTDataset, args, tokenizer, SFT, **options)
     train += replay(dataset, train, args, tokenizer)
-    task = args.best_metric != "val_loss" and TaskScore(args.best_metric, args.val_data_path)
+    task = None
+    if args.best_metric != "val_loss":
+        task = TaskScore(args.best_metric, args.val_data_path)
     describe(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, runtime)
 
-    # The loss, the optimizer, and how far the run is.
+    # Optimizer and run state.
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
-    loss_model = with_teacher(model, tokenizer, args)
-    ddp_model = parallelize(loss_model, args.parallel, runtime.dtype)
+    ddp_model = parallelize(model, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
     content = dataset.content + val_dataset.content
     progress = Progress(content, len(train), plan.rows_per_step, len(plan), runtime.world_size)
     progress.row_length = plan.row_length
-    progress.teacher = getattr(loss_model, "teacher_hash", None)
     run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
 
     for step, micro_batches in run.steps(plan.after(run.progress.step)):  # 1. rows

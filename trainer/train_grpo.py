@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.step_plan import cut, pad, to_device
+from dataset.packing import pad
+from dataset.step_plan import cut, to_device
 from dataset.tiny_world.generate import PRACTICE, write_missing
 from dataset.token_cache import content_hash
 from evaluation.rewards import reward_function, rewards_of
@@ -139,7 +140,7 @@ def main(argv=None):
     add("pass_k", 8, "answers to each held-out question", count)
     args, saved = parse_run(parser, argv)
     # fsdp gathers weights in each step of `generate`, and processes need different numbers of them.
-    unused = "packing accumulation_steps teacher_weight offline_dir parallel sample_prompt "
+    unused = "packing accumulation_steps parallel sample_prompt "
     refuse(args, parser, parser.prog, unused + "num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 

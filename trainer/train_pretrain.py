@@ -24,7 +24,6 @@ from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
-from trainer.teacher import with_teacher
 from trainer.trainer_utils import (
     describe,
     init_model,
@@ -43,7 +42,7 @@ def main(argv=None):
     parser.set_defaults(learning_rate=4e-3, min_lr_ratio=0.2, sample_prompt="Once there was")
     args, saved = parse_run(parser, argv)
 
-    # Where to compute, what to train, and what to train it on.
+    # Device, model, data.
     runtime = start_runtime(args)
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
@@ -51,17 +50,15 @@ def main(argv=None):
     describe(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, runtime)
 
-    # The loss, the optimizer, and how far the run is.
+    # Optimizer and run state.
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
-    loss_model = with_teacher(model, tokenizer, args)
-    ddp_model = parallelize(loss_model, args.parallel, runtime.dtype)
+    ddp_model = parallelize(model, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
     content = dataset.content + val_dataset.content
     progress = Progress(content, len(train), plan.rows_per_step, len(plan), runtime.world_size)
     progress.row_length = plan.row_length
-    progress.teacher = getattr(loss_model, "teacher_hash", None)
     run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
 
     for step, micro_batches in run.steps(plan.after(run.progress.step)):  # 1. rows

@@ -41,7 +41,7 @@ class Progress:
     rows_per_step: int
     total_steps: int = 0
     processes: int = 1
-    row_length: int | None = None  # of packed rows: see `loader.row_length`
+    row_length: int | None = None  # of packed rows: see dataset/packing.py
     teacher: str | None = None  # the hash of its weights
     step: int = 0
     tokens: int = 0  # trained on
@@ -193,11 +193,16 @@ class TrainingRun:
         print(f"next: {next_command(args, next_script)}")
 
 
-def parse_run(parser, argv):
-    """Return (the flags, the checkpoint to resume or None). Flags left out are those of its run."""
-    args = parse_args(parser, argv)
-    saved = checkpoint.load_latest(args) if args.from_resume else None
-    return parse_args(parser, argv, saved["arguments"]) if saved else args, saved
+def parse_run(parser, argv, check=None):
+    """Return (the flags, the checkpoint to resume or None). Flags that are left out are those of
+    the resumed run. check: see `parse_args`.
+    """
+    args, saved = parse_args(parser, argv, check=check), None
+    if args.from_resume:
+        saved = checkpoint.load_latest(args)
+    if saved:
+        args = parse_args(parser, argv, saved["arguments"], check)
+    return args, saved
 
 
 def print_new_schedule(progress, epochs, args):
