@@ -56,8 +56,8 @@ def main(argv=None):
         more = {"under": base, "training": {}}
     else:
         lora = adapters_name(args.lora)
-        found = find(args.save_dir, lora, model.config.hidden_size)
-        content = load_adapters(model, found)
+        adapters_path = find(args.save_dir, lora, model.config.hidden_size)
+        content = load_adapters(model, adapters_path)
         if args.to_peft:
             write_peft(args.to_peft, model, base)
             return

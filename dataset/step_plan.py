@@ -206,7 +206,7 @@ def batches(dataset, micro_batches, args, device):
 
 
 def to_device(batch, device):
-    """A batch on a device, but for its labels: see `model.loss.supervised_positions`."""
+    """Return a batch on a device, except its labels: see `model.loss.supervised_positions`."""
     input_ids, labels, *where = batch
     at_once = device.type == "cuda"  # see `model.loss.supervised_positions`
     input_ids, *where = (part.to(device, non_blocking=at_once) for part in (input_ids, *where))

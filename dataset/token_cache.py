@@ -55,7 +55,7 @@ class Tokens:
     content: str
 
     def __getstate__(self):
-        """For a process that is started anew: it maps the files itself."""
+        """Return the state without memory maps: a DataLoader worker maps the files itself."""
         state, files = dict(vars(self)), {}
         for name in ("ids", "mask"):
             if isinstance(state[name], np.memmap):

@@ -50,7 +50,7 @@ def parse(argv):
 
 
 def answering_flags(parser, **defaults):
-    """Adds the flags that `open_model` and `options_of` read, but for --num_samples."""
+    """Add the flags that `open_model` and `options_of` read, except --num_samples."""
     add = parser.group("the model and its answers")
     newest = "a name in --save_dir, or a path; default: full_sft, or the weights of --lora"
     add("weight", None, newest, dest="from_weight")

@@ -59,7 +59,7 @@ class OpenModel:
 
 def open_model(args, name=None):
     """Return the OpenModel of the weights `name` (None: see `weights_to_start_from`), with the
-    adapters of --lora merged, on --device and in --dtype. Raises UserError if there are none.
+    adapters of --lora merged, on --device and in --dtype. Raises UserError if they are missing.
     """
     device = pick_device(args.device)
     if args.use_compile:
@@ -159,8 +159,8 @@ def load(path):
     if Path(path).suffix != ".pth" and is_folder(path):
         return read_folder(Path(path))
     content = load_tensors(path)
-    ours = isinstance(content, dict) and content.get("format") == FORMAT
-    if not ours or not isinstance(content.get("stage"), str):
+    is_ours = isinstance(content, dict) and content.get("format") == FORMAT
+    if not is_ours or not isinstance(content.get("stage"), str):
         raise UserError(f"{path} is not a weights file of this program; it needs format {FORMAT}")
     return content
 
@@ -169,35 +169,35 @@ def find(folder, name, hidden_size=None, use_moe=None):
     """The weights file {name}_{hidden_size}[_moe].pth; the newest where that leaves a choice.
 
     A name that is a path to a .pth file is taken as it is; where no file has the name, so is one
-    that is a path to a folder. Raises UserError if there is none.
+    that is a path to a folder. Raises UserError if no file has the name.
     """
     if Path(name).suffix == ".pth":
         return Path(name)
-    found = matching(folder, name, hidden_size, use_moe)
-    if not found and is_folder(name):
+    paths = matching(folder, name, hidden_size, use_moe)
+    if not paths and is_folder(name):
         return Path(name)
-    if not found:
+    if not paths:
         wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
         remedy = MAKE.get(name) or remedy_for(name)
         remedy = remedy or "name other weights, or give the path of a .pth file or a folder"
         if matching(folder, f"{name}_previous", hidden_size, use_moe):
             remedy = f"those of an earlier run are {name}_previous"
         raise UserError(f"there is no {wanted}; {remedy}")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    if len(found) > 1:
-        print(f"{len(found)} files match {name}; taking the newest, {newest}")
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    if len(paths) > 1:
+        print(f"{len(paths)} files match {name}; taking the newest, {newest}")
     return newest
 
 
 def matching(folder, name, hidden_size=None, use_moe=None, ending=""):
     """Files {name}_{hidden_size}[_moe]{ending}.pth of a folder; ending is a pattern."""
-    pattern, found = re.compile(rf"{re.escape(name)}_(\d+)(_moe)?{ending}\.pth"), []
+    pattern, paths = re.compile(rf"{re.escape(name)}_(\d+)(_moe)?{ending}\.pth"), []
     for path in sorted(Path(folder).glob("*.pth")):
         match = pattern.fullmatch(path.name)
         sized = match and hidden_size in (None, int(match[1]))
         if sized and use_moe in (None, match[2] is not None):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def build_model(content, path, dropout=0.0):
@@ -267,12 +267,12 @@ class NoValues(TorchFunctionMode):
 
 def description(model):
     """Return the parts of a file beyond the config: its adapters and its first new token."""
-    found = {}
+    parts = {}
     if getattr(model, "first_new_token", None) is not None:
-        found["first_new_token"] = model.first_new_token
+        parts["first_new_token"] = model.first_new_token
     if getattr(model, "lora", None):
-        found["lora"] = dataclasses.asdict(model.lora)
-    return found
+        parts["lora"] = dataclasses.asdict(model.lora)
+    return parts
 
 
 def weights_to_start_from(args):

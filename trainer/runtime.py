@@ -75,7 +75,7 @@ def join():
 
     Counts and signals are summed on the CPU by gloo: it notices a lost process at once, and no GPU
     waits for them. The limit is that of a wait, also for the process that tokenises. Gradients have
-    a group of their own: see `parallelise`.
+    a group of their own: see `parallelize`.
     """
     if "RANK" not in os.environ:
         return 0, 1

@@ -56,11 +56,11 @@ def main(argv=None):
     runtime = start_runtime(args)
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
-    options = conversation_options(args)
     if args.offline_dir:
         data = recorded_data(args)
         dataset, train, val_dataset, val = open_data(RecordedDataset, data, tokenizer, None)
     else:
+        options = conversation_options(args)
         dataset, train, val_dataset, val = open_data(SFTDataset, args, tokenizer, SFT, **options)
         train += replay(dataset, train, args, tokenizer)
     task = None

@@ -189,7 +189,7 @@ def validation_loss(model, dataset, samples, args, runtime):
 @contextmanager
 def generating(model, runtime):
     """Inside, a model in training may generate text. Compiled layers run as they are: each length
-    would be compiled anew. The layers of a sharded model are gathered in the dtype of autocast;
+    would be compiled again. The layers of a sharded model are gathered in the dtype of autocast;
     what a step gathered is released before, and what generation gathered after.
     """
     compiled = any(layer._compiled_call_impl for layer in model.model.layers)
