@@ -6,8 +6,8 @@ import pytest
 
 from cli import Problem, number, one_of, switch
 from dataset.step_plan import Source
-from tests.conftest import ROOT, TINY, run_here
-from trainer import train_full_sft
+from tests.conftest import ROOT, TINY, flags_read, run_here
+from trainer import train_full_sft, train_pretrain
 from trainer.flags import conversation_flags, parse_args, training_parser
 
 
@@ -93,3 +93,31 @@ def test_help_shows_the_common_flags_first_and_none_twice(capsys):
     first = text.split("the flags that most people need:")[1].split("start and stop:")[0]
     assert len(re.findall(r"^  --", first, re.M)) == 10
     assert text.count("\n  --val_split ") == 1
+
+
+# On these rest the times and scores in README.md and docs/1_demo.md.
+VILLAGE = {"epochs": 1, "batch_size": 2, "max_seq_len": 768, "warmup_steps": 20, "seed": 1}
+VILLAGE |= {"optimizer": "muon", "weight_decay": 0.1, "grad_clip": 1.0, "val_split": 0.01}
+VILLAGE |= {"accumulation_steps": 1, "packing": True, "dropout": 0.0}
+STAGES = {
+    train_pretrain: {"learning_rate": 4e-3, "min_lr_ratio": 0.2},
+    train_full_sft: {"learning_rate": 2.2e-3, "min_lr_ratio": 0.1, "replay_share": 0.4},
+}
+
+
+@pytest.mark.parametrize("script", STAGES, ids=lambda script: script.STAGE)
+def test_the_defaults_are_what_the_demo_trains_with(script):
+    args = vars(flags_read(script.main))
+    for name, value in (VILLAGE | STAGES[script]).items():
+        assert args[name] == value, name
+
+
+def test_no_more_than_half_of_the_data_is_held_out(capsys):
+    for part, code in (("0.5", None), ("0.51", 2)):
+        if code is None:
+            assert flags_read(train_pretrain.main, "--val_split", part).val_split == 0.5
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                train_pretrain.main(["--val_split", part])
+            assert stopped.value.code == code
+            assert "--val_split 0.51: give a number from 0 to 0.5" in capsys.readouterr().err

@@ -28,6 +28,12 @@ def test_it_answers_every_line_of_a_pipe_and_keeps_the_history(trained, tmp_path
         assert message["content"] in done.stdout
 
 
+def test_nothing_is_read_after_quit(trained):
+    command = ["eval_llm.py", "--save_dir", trained, "--max_new_tokens", 5]
+    nothing, quits = (run(*command, text_input=text) for text in ("", "/quit\nHi\n"))
+    assert quits.returncode == 0 and quits.stdout == nothing.stdout
+
+
 @pytest.mark.skipif(
     torch.__version__ < "2.13", reason="2.6 loads it with FlexAttention; 2.7 to 2.12 were not tried"
 )

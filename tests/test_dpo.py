@@ -241,6 +241,9 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_to_the_bit(
     assert len(asked) == 1  # the resumed run has it from the checkpoint
     assert_equal(weights(tmp_path / "whole", name), found)
     assert log(tmp_path / "whole", name) == lines
+    content = load(tmp_path / "whole" / f"{name}.pth")
+    assert ("lora" in content) == all("lora" in weight for weight in content["model"])
+    assert ("lora" in content) == (name == "lora_dpo_32")
 
 
 def test_a_steps_gradient_does_not_depend_on_its_split(trained, pairs, tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ from evaluation.tasks import read_task
 from model.chat_template import render
 from model.tokenizer import load_tokenizer
 from recipes.prepare_math import official_files
-from tests.conftest import chat, run, run_here, write_jsonl
+from tests.conftest import ROOT, chat, run, run_here, write_jsonl
 
 
 @pytest.fixture
@@ -521,3 +522,15 @@ def test_deeply_nested_json_is_told_in_a_sentence(tmp_path):
     ):
         done = prepare_by(*command, "--out", tmp_path / "out")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of Unix")
+def test_a_reader_that_has_gone_ends_a_command_with_code_1(data):
+    """As in `python dataset/prepare.py show ... | head -n 1`."""
+    command = [sys.executable, ROOT / "dataset/prepare.py", "show", "--data_path"]
+    command += [data / "sft.jsonl", "-n", "40"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(list(map(str, command)), **pipes) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and b"Traceback" not in said

@@ -202,3 +202,8 @@ def test_an_endless_word_is_trained_on_in_pieces():
         assert "".join(parts) == f"a word {endless} andshort" and "a word " in parts
         assert max(map(len, parts)) == 1000
     assert train([dna], 300).get_vocab_size() == 300
+
+
+def test_a_tokenizer_that_is_missing_is_an_error_that_names_its_file(tmp_path):
+    with pytest.raises(UserError, match="no.json: No such file or directory"):
+        load_tokenizer(tmp_path / "no.json")
