@@ -231,7 +231,7 @@ def main():
         for (file, (line, start, end, text)), (code, seconds) in zip(drawn, results, strict=True):
             noticed = code not in (PASSED, None)  # a conftest that does not load is noticed, too
             said = "noticed" if noticed else "SURVIVED" if code == PASSED else "unreached"
-            table[file.partition("/")[0]][said] += 1
+            table[file.rpartition("/")[0].partition("/")[0] or "(root)"][said] += 1
             old = (ROOT / file).read_bytes()[start:end].decode()
             change = "" if noticed else f"  {' '.join(old.split())}  ->  {text}"
             print(f"{said:9} {seconds:4.0f} s  {file}:{line}{change}", flush=True)

@@ -122,7 +122,14 @@ def test_the_coldest_and_the_narrowest_draw_the_likeliest(trained):
         (["--seed", -1], "seed -1: give a whole number from 0 to 9223372036854775807"),
         (["--temperature", "nan"], "temperature nan: give a number from 0 to 100"),
         (["--temperature", "inf"], "temperature inf"),
+        (["--temperature", 100.1], "temperature 100.1: give a number from 0 to 100"),
         (["--top_p", "nan"], "top_p nan: give a number from 0 to 1"),
+        (["--top_p", 1.1], "top_p 1.1: give a number from 0 to 1"),
+        (["--top_k", -1], "top_k -1: give a whole number from 0 to"),
+        (["--repetition_penalty", 0], "repetition_penalty 0: give a number from 0.01 to 100"),
+        (["--repetition_penalty", 101], "repetition_penalty 101: give a number from 0.01 to 100"),
+        (["--max_new_tokens", 0], "max_new_tokens 0: give a whole number from 1 to"),
+        (["--max_batch", 0], "max_batch 0: give a whole number"),
         (["--prompt", "\udcff"], "--prompt and --system: give text in UTF-8"),
         (["--weight", "none"], "--weight none: only trained weights can answer"),
     ],
@@ -307,3 +314,11 @@ def test_a_line_that_begins_with_a_slash_can_be_sent(trained, tmp_path):
     asked = [m["content"] for m in json.loads(saved)["conversations"] if m["role"] == "user"]
     assert asked == ["/reset is a word"]  # also without the byte-order mark of the file
     assert "//TEXT" in eval_llm.HELP
+
+
+def test_the_defaults_of_a_chat():
+    args = vars(eval_llm.parse([]))
+    expected = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 1}
+    expected |= {"max_new_tokens": 256, "max_batch": 16, "host": "127.0.0.1", "serve": None}
+    expected |= {"from_weight": None, "system": "", "prompt": None, "use_compile": 0}
+    assert {name: args[name] for name in expected} == expected

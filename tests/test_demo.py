@@ -1,6 +1,7 @@
 """The stages of `make demo`, with scripts in their places that only write files."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,9 @@ part = path.with_suffix(".part")
 for before in (path, part):
     if before.exists() and json.loads(before.read_text())["weights"] != weights:
         sys.exit(2)
-result = {"weights": weights, "scores": {"overall": 1.0}, "problems": [], "params": 1}
+result = {"weights": weights, "scores": {"overall": 1.0}, "params": 1}
+problem = {"type": "greeting", "prompt": [{"role": "user", "content": "Good day"}]}
+result["problems"] = 2 * [problem | {"output": f"I am {name}."}]
 part.write_text(json.dumps(result))
 if stop.exists() and stop.read_text() == "eval":
     sys.exit(130)
@@ -66,6 +69,7 @@ def demo(tmp_path):
         command = [sys.executable, tmp_path / "demo.py", *flags]
         done = subprocess.run(command, capture_output=True, text=True, input="", timeout=60)
         assert "Traceback" not in done.stderr, done.stderr
+        run.printed = done.stdout
         return done.returncode, (tmp_path / "log.txt").read_text().split("\n")[:-1]
 
     run.folder = tmp_path
@@ -80,6 +84,9 @@ SCRIPTS_OF_ALL = 5
 def test_a_stage_that_is_done_is_not_done_again(demo):
     code, ran = demo()
     assert code == 0 and len(ran) == SCRIPTS_OF_ALL and ran[2:] == SFT
+    assert re.search(r"^overall +100\.0% +100\.0%$", demo.printed, re.MULTILINE)
+    for line in ("user +Good day", "pretrained +I am pretrain.", "after SFT +I am full_sft."):
+        assert len(re.findall(rf"^ +{line}$", demo.printed, re.MULTILINE)) == 1
     assert demo() == (0, [])
     report = json.loads((demo.folder / "out" / "demo.json").read_text(encoding="utf-8"))
     assert report["scores"]["full_sft"] == {"overall": 1.0} and report["tokens_trained"] == 2

@@ -316,3 +316,16 @@ def test_the_tokens_of_a_pair_are_counted_by_hand():
     rows = [[sample(5, 2), sample(7, 4)], [sample(3, 1), sample(4, 3)]]
     assert counts(collate(rows)) == (2, 3, 19)
     assert counts(collate([[sample(3, 3), sample(2, 1)]])) == (1, 2, 5)
+
+
+def test_pairs_of_another_file_have_a_reference_of_their_own(trained, pairs, tmp_path):
+    """With next to no learning the policy is its reference: margin 0 and a loss of ln 2."""
+    lines = pairs.read_text(encoding="utf-8").splitlines(True)
+    train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
+    train.write_text("".join(lines[:30]), encoding="utf-8")
+    val.write_text("".join(lines[30:37]), encoding="utf-8")
+    more = ["--val_data_path", val, "--learning_rate", 1e-12]
+    train_dpo.main(dpo(trained, train, tmp_path, *more))
+    last = log(tmp_path, "dpo_32")[-1]
+    assert last["val_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert last["val_margin"] == pytest.approx(0, abs=1e-4)

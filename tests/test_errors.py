@@ -212,6 +212,8 @@ def test_damaged_weights(trained, tmp_path, how, says):
     done = run_here("eval_llm.py", "--weight", path, "--prompt", "Hi")
     refused(done, "full_sft_32.pth", says)
     assert "harmed" not in done.stdout
+    if how == "truncated":  # with torch's own words
+        assert "damaged (PytorchStreamReader" in done.stderr
 
 
 CONFIG = {  # a value that no file of ours has

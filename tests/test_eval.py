@@ -579,6 +579,15 @@ def test_samples_without_an_answer_have_no_vote():
     assert not report.majority(group(None, None), same)
 
 
+def test_shares_are_counted_by_hand():
+    rows = [("Level 2", True), ("Level 10", False), ("Level 2", False), (None, True)]
+    verdicts = {True: "correct", False: "wrong"}
+    rows = [{"level": level, "verdict": verdicts[right]} for level, right in rows]
+    assert report.shares_of(rows, "level") == {"Level 2": [1, 2], "Level 10": [0, 1]}
+    assert list(report.shares_of(rows, "level")) == ["Level 2", "Level 10"]
+    assert report.shares_of(rows[:0], "level") == {}
+
+
 def test_totals_of_several_samples():
     def row(problem, sample, extracted, gold="1"):
         verdict = "correct" if extracted == gold else "wrong"

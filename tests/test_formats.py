@@ -316,6 +316,12 @@ def test_what_cannot_be_meant_is_an_error_and_never_silently_a_user(turn, says):
         to_conversation({"messages": [ASKED[0], turn]}, "openai", Counter())
 
 
+@pytest.mark.parametrize("talk", ["Hi", {"role": "user", "content": "Hi"}, [], 5])
+def test_a_conversation_that_is_no_list_of_messages_is_a_bad_record(talk):
+    with pytest.raises(ValueError, match="a conversation is a list of messages, not"):
+        to_conversation({"conversations": talk}, "conversations", Counter())
+
+
 @pytest.mark.parametrize("history", [5, "Hi", {"Hi": "Hello."}, [5], ["Hi"], [["Hi"]]])
 def test_a_history_that_is_none_is_a_bad_record(history):
     with pytest.raises(ValueError, match="history is a list of"):

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import eval_llm
 from common import UserError
 from convert import peft as merge_lora
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, add_lora, hash_of, merge
-from model.weights import build_model, load, save_tensors
+from model.weights import build_model, load, open_model, save_tensors
 from tests.conftest import LORA, ROOT, run_here, sft, torchrun
 from trainer import train_full_sft
 from trainer.checkpoint import build_resumed
@@ -346,7 +347,18 @@ def test_files_of_peft_that_mean_more_are_refused(tmp_path):
     (tmp_path / merge_lora.CONFIG).write_text(json.dumps(config | {"r": "many"}))
     with pytest.raises(UserError, match="no adapters of PEFT"):
         merge_lora.read_peft(tmp_path, small())
+    (tmp_path / merge_lora.CONFIG).write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
+    with pytest.raises(UserError, match=r"target_modules .*c_attn"):
+        merge_lora.read_peft(tmp_path, small())
     (tmp_path / merge_lora.CONFIG).write_text(json.dumps(config))
     (tmp_path / merge_lora.WEIGHTS).write_bytes(b"short")
     with pytest.raises(UserError, match="no adapters of PEFT"):
         merge_lora.read_peft(tmp_path, small())
+
+
+def test_weights_are_opened_with_their_adapters_merged(lora_run):
+    flags = ["--save_dir", lora_run, "--weight", "pretrain", "--lora", "full_sft"]
+    opened = open_model(eval_llm.parse(list(map(str, flags))))
+    plain = load(lora_run / "pretrain_32.pth")["model"]
+    assert opened.model.state_dict().keys() == plain.keys()
+    assert not any("lora" in name for name in opened.model.state_dict())

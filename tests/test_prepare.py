@@ -534,3 +534,24 @@ def test_a_reader_that_has_gone_ends_a_command_with_code_1(data):
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 1 and b"Traceback" not in said
+
+
+def test_show_shows_three_samples_if_not_told_otherwise(data):
+    for flags, count in (([], 3), (["-n", 2], 2)):
+        done = run_here("dataset/prepare.py", "show", "--data_path", data / "sft.jsonl", *flags)
+        assert done.stdout.count("<|im_start|>user") == count
+
+
+def test_the_first_record_decides_the_format(tmp_path):
+    path = write_jsonl(tmp_path / "mixed.jsonl", [chat("Hi", "Hello."), {"text": "Once."}])
+    done = run_here("dataset/prepare.py", "check", "--data_path", path, "--json")
+    (table,) = json.loads(done.stdout)
+    assert (table["format"], table["bad"]) == ("conversations", 1)
+
+
+def test_a_console_that_lacks_a_character_shows_another(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "für \u4f60"}])
+    flags = ["show", "--data_path", path, "-n", 1]
+    done = run("dataset/prepare.py", *flags, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "[?r ?" in done.stdout

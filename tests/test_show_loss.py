@@ -6,7 +6,9 @@ import re
 
 import torch
 
+from common import IGNORE
 from dataset.lm_dataset import SFTDataset
+from evaluation import show_loss
 from model.tokenizer import load_tokenizer
 from model.weights import build_model, load
 from recipes import python_text
@@ -45,6 +47,15 @@ def test_the_table_is_what_the_loss_computes(trained, tmp_path):
     # The newline of the header has no loss, and predicts the first token of the answer.
     first = next(index for index, row in enumerate(rows) if row[2] != "-")
     assert rows[first][0] == r"'\n'" and rows[first - 1][2] == "-"
+
+
+def test_a_terminal_shows_the_supervised_lines_in_colour(trained, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "x.jsonl", [chat("What is 1?", "A number.")])
+    monkeypatch.setattr(show_loss, "has_colours", lambda: True)
+    done = run_here("evaluation/show_loss.py", "--data_path", path, "--save_dir", trained)
+    green = re.findall(r"\033\[32m(.*?)\033", done.stdout)
+    input_ids, labels = SFTDataset(path, load_tokenizer())[0]
+    assert [int(line.split()[-3]) for line in green] == labels[labels != IGNORE].tolist()
 
 
 def test_a_sample_that_is_not_there_is_an_error_of_one_sentence(trained, data):

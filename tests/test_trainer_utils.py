@@ -20,7 +20,7 @@ from model.tokenizer import load_tokenizer
 from model.weights import SHAPE, description
 from tests.conftest import chat, curves_of, flags_read, write_jsonl
 from trainer import parameters, runtime, train_distillation
-from trainer.metrics import MetricsLog
+from trainer.metrics import MetricsLog, curves_as_svg
 from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonal
 from trainer.runtime import seed_step
 from trainer.trainer_utils import describe, init_model
@@ -296,6 +296,11 @@ def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     assert not (tmp_path / "y.jsonl").exists()
     MetricsLog(path, Progress([], 1, 1, 9))  # a new run begins a new log
     assert path.read_bytes() == b""
+
+
+def test_a_curve_without_points_is_not_drawn():
+    svg = curves_as_svg({"training": [(1, 2.0), (2, 1.0)], "validation": []}, "x")
+    assert svg.count("<polyline") == 1 and "validation" not in svg
 
 
 def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_are_seen(tmp_path):

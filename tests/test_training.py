@@ -241,6 +241,39 @@ def test_several_processes_end_in_the_weights_of_one(data, tmp_path, processes, 
         assert (one["val_loss"] is None) == (other["val_loss"] is None)
 
 
+def test_the_first_step_may_be_bad(data, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def nan_at_first(x, weight, labels):
+        calls.append(1)
+        loss = model_loss.summed_cross_entropy(x, weight, labels)
+        return loss * math.nan if len(calls) == 1 else loss
+
+    monkeypatch.setattr(causal_lm, "summed_cross_entropy", nan_at_first)
+    train_full_sft.main(flags(data, tmp_path, max_bad_steps=2))
+    assert "step 1 is skipped" in capsys.readouterr().out and len(calls) > 5
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_one_sample_held_out_is_a_validation(data, tmp_path, stage):
+    one = tmp_path / "one.jsonl"
+    name = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl"}[stage]
+    one.write_text((data / name).read_text(encoding="utf-8").splitlines(True)[0], encoding="utf-8")
+    SCRIPTS[stage].main(flags(data, tmp_path, stage, val_data_path=one))
+    lines = log(tmp_path, f"{stage}_32")
+    assert [line["step"] for line in lines if line.get("val_loss")] == [4, len(lines)]
+
+
+def test_pretraining_in_two_processes_ends_in_the_weights_of_one(data, tmp_path):
+    shared = {"epochs": 2, "packing": 1, "max_seq_len": 64, "num_key_value_heads": 1, "seed": 3}
+    train_pretrain.main(flags(data, tmp_path / "one", "pretrain", batch_size=4, **shared))
+    two = flags(data, tmp_path / "two", "pretrain", batch_size=1, accumulation_steps=2, **shared)
+    done = torchrun(2, ROOT / "trainer/train_pretrain.py", *two)
+    assert done.returncode == 0, done.stderr
+    one, two = (weights(tmp_path / part, "pretrain_32") for part in ("one", "two"))
+    assert_equal(one, two, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", fsdp("fsdp")])
 def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tmp_path, parallel):
     shared = {"epochs": 2, "max_seq_len": 96, "packing": 1}
