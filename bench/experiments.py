@@ -26,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import step_plan
+from common import IM_END
+from dataset import lm_dataset, step_plan
 from dataset.tiny_world import chat, generate, text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +44,8 @@ TEXT, QUESTIONS = MENTIONS / "pretrain.jsonl", MENTIONS / "questions.jsonl"
 RUNS = {
     "supervise": {
         "answers": [SFT, EVALUATE],
-        "all": [[*SFT, "--supervise", "all"], EVALUATE],
-        "no_end": [[*SFT, "--supervise", "no_end"], EVALUATE],
+        "all": [["bench/experiments.py", "all", *SFT], EVALUATE],
+        "no_end": [["bench/experiments.py", "no_end", *SFT], EVALUATE],
     },
     "pretraining": {
         "answers": [SFT, EVALUATE],
@@ -106,15 +107,29 @@ def small():
     torch.nn.init.normal_ = lambda weight, mean=0.0, std=1.0: right(weight, mean, 0.02)
 
 
+def supervise_all():
+    """Every token of a conversation is supervised, also the user's."""
+    right = lm_dataset.pieces
+    lm_dataset.pieces = lambda *args: [(piece, 1) for piece, _ in right(*args)]
+
+
+def supervise_no_end():
+    """The <|im_end|> after an answer is not supervised."""
+    right = lm_dataset.pieces
+    lm_dataset.pieces = lambda *args: [
+        (piece, 0 if piece == IM_END else mask) for piece, mask in right(*args)
+    ]
+
+
 MISTAKES = {"shifted": shifted, "mixed": mixed, "small": small}
+MISTAKES |= {"all": supervise_all, "no_end": supervise_no_end}
 
 
 def train_with_mistake(name, script, flags):
     MISTAKES[name]()
-    from trainer import train_pretrain
+    from trainer import train_full_sft, train_pretrain
 
-    assert script == PRETRAIN[0]
-    train_pretrain.main(flags)
+    {PRETRAIN[0]: train_pretrain, SFT[0]: train_full_sft}[script].main(flags)
 
 
 def write_mentions():

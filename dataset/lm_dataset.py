@@ -140,38 +140,24 @@ class SFTDataset(TokenDataset):
                  truncate: it ends with the last answer that fits, or in the middle of the first;
                  split: the rest becomes further samples; drop: it is left out
     keep_think   whose reasoning is kept: that of all answers, of the last one, of none
-    supervise    answers: what the assistant writes, with the <|im_end|> after it;
-                 no_end: the same without the <|im_end|>; all: every token, also the user's
     data_format  a name of `formats.py`; default: that of the file's first record
     """
 
-    def __init__(
-        self,
-        *args,
-        overlong="truncate",
-        keep_think="all",
-        supervise="answers",
-        data_format=None,
-        **more,
-    ):
-        self.overlong, self.options = overlong, (keep_think, data_format, supervise)
-        super().__init__(*args, **more)
+    def __init__(self, *args, overlong="truncate", keep_think="all", data_format=None, **options):
+        self.overlong, self.keep_think, self.data_format = overlong, keep_think, data_format
+        self.options = [keep_think, data_format]  # what decides the tokens of a record
+        super().__init__(*args, **options)
 
     def to_pieces(self, record, report):
-        keep_think, data_format, supervise = self.options
-        report["format"] = report["format"] or data_format or formats.format_of(record)
+        report["format"] = report["format"] or self.data_format or formats.format_of(record)
         if report["format"] == "text":
             raise ValueError("it is pretraining text, not a conversation")
         messages, tools = formats.to_conversation(record, report["format"], report["notes"])
         answers = [message for message in messages if message["role"] == "assistant"]
-        for answer in {"all": [], "last": answers[:-1], "none": answers}[keep_think]:
-            answer.pop("reasoning_content", None)
-        written = pieces(messages, tools)
-        if supervise == "all":
-            written = [(piece, 1) for piece, _ in written]
-        if supervise == "no_end":
-            written = [(piece, 0 if piece == IM_END else mask) for piece, mask in written]
-        return written
+        for answer in answers[:-1] if self.keep_think == "last" else answers:
+            if self.keep_think != "all":
+                answer.pop("reasoning_content", None)
+        return pieces(messages, tools)
 
     def spans(self, ids, mask, max_seq_len):
         """Where the samples of a long conversation start and end in it, as [(start, end)]."""

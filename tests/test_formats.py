@@ -388,21 +388,12 @@ def test_keep_think_says_whose_reasoning_is_kept(tmp_path, keep_think, kept):
     assert [int("3" in turn.split()) for turn in turns[1::2]] == kept
 
 
-@pytest.mark.parametrize(
-    "supervise, written",
-    [
-        ("answers", "Hello!<|im_end|>"),
-        ("no_end", "Hello!"),
-        ("all", "user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"),
-    ],
-)
-def test_supervise_says_which_tokens_have_a_loss(tmp_path, supervise, written):
+def test_an_answer_and_its_end_are_supervised_and_nothing_else(tmp_path):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     path, tokenizer = write_jsonl(tmp_path / "x.jsonl", [{"messages": talk}]), load_tokenizer()
-    dataset = SFTDataset(path, tokenizer, supervise=supervise)
-    _, labels = dataset[0]
-    learned = labels[1:][labels[1:] != -100].tolist()  # the first token is never predicted
-    assert tokenizer.decode(learned, skip_special_tokens=False) == written
+    _, labels = SFTDataset(path, tokenizer)[0]
+    supervised = labels[labels != -100].tolist()
+    assert tokenizer.decode(supervised, skip_special_tokens=False) == "Hello!<|im_end|>"
 
 
 @pytest.mark.parametrize("overlong, rows", [("truncate", 1), ("drop", 0), ("split", 3)])

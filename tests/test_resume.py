@@ -270,7 +270,7 @@ OTHER = {  # a value that each flag that decides the result may have instead
     "teacher_weight": "x", "distill_alpha": 0.3, "distill_temperature": 3.0, "hidden_weight": 0.3,
     "aux_layers": "1", "freeze_base": True, "best_metric": "tiny_world",
     "replay_share": 0.3, "data_format": "qa", "overlong": "drop", "keep_think": "none",
-    "supervise": "all", "extend_tokens": "x.txt",
+    "extend_tokens": "x.txt",
 }  # fmt: skip
 
 

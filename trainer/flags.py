@@ -129,8 +129,6 @@ def conversation_flags(parser, training=True):
     add("overlong", "truncate", overlong, one_of("truncate", "drop", "split"))
     think = "whose reasoning is kept: that of all answers, the last, or none"
     add("keep_think", "all", think, one_of("all", "last", "none"))
-    what = "what is supervised: answers, no_end (without their <|im_end|>), or all that is said"
-    add("supervise", "answers", what, one_of("answers", "no_end", "all"))
     if training:
         from evaluation.tasks import TASKS  # here: pretraining loads no graders
 

@@ -109,7 +109,7 @@ def open_data(kind, args, tokenizer, default, **options):
 
 def conversation_options(args):
     """The flags of conversations that SFTDataset takes, as its arguments."""
-    names = ("overlong", "keep_think", "supervise", "data_format")
+    names = ("overlong", "keep_think", "data_format")
     return {name: getattr(args, name) for name in names}
 
 

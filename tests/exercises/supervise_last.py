@@ -13,11 +13,11 @@ def supervised(tmp_path, record, **options):
 
 def test_only_the_last_answer_is_supervised(tmp_path):
     talk = chat("Where?", "Here.", "When?", "Now.")
-    assert supervised(tmp_path, talk, supervise="last") == "Now.<|im_end|>"
+    assert supervised(tmp_path, talk, last_answer_only=True) == "Now.<|im_end|>"
 
 
 def test_a_single_answer_is_the_last(tmp_path):
-    assert supervised(tmp_path, chat("Where?", "Here."), supervise="last") == "Here.<|im_end|>"
+    assert supervised(tmp_path, chat("Where?", "Here."), last_answer_only=True) == "Here.<|im_end|>"
 
 
 def test_the_default_supervises_all_answers(tmp_path):
