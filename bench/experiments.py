@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import IM_END
 from dataset import lm_dataset, step_plan
-from dataset.tiny_world import chat, generate, text
+from dataset.tiny_world import PRETRAIN, chat, generate, text, write_missing
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "experiments"
@@ -239,7 +239,7 @@ def main():
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    generate.write_missing(generate.PRETRAIN)
+    write_missing(PRETRAIN)
     if "mentions" in args.experiment:
         for name, count in write_mentions().items():
             print(f"group {name}: a fact is mentioned {count:.0f} times")

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
-from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
+from dataset.tiny_world import PRETRAIN, SFT, write_missing
 
 
 def main():

@@ -21,7 +21,7 @@ from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
 from cli import Parser, number, one_of, switch
-from dataset.tiny_world.generate import EVAL
+from dataset.tiny_world import EVAL
 from evaluation import competition_math, report
 from evaluation.generate_answers import Part, answer_all, read_result, require_same_run
 from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer

@@ -21,7 +21,7 @@ from common import IGNORE, ROOT, UserError, report_user_errors
 import torch
 
 from dataset.prepare import STYLES, has_colours, open_data
-from dataset.tiny_world.generate import SFT, write_missing
+from dataset.tiny_world import SFT, write_missing
 from model.weights import build_model, find, load
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from common import IM_END, UserError, read_json
 from dataset.formats import format_of
 from dataset.jsonl import list_hint, read_records
-from dataset.tiny_world.generate import EVAL, write_missing
+from dataset.tiny_world import EVAL, write_missing
 from evaluation import competition_math, gsm8k
 from model.chat_template import pieces
 

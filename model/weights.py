@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from common import UserError, is_folder, replacing
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import pick_device, pick_dtype, require_compiler
-from model.huggingface import read_folder, remedy_for
 from model.lora import adapter_state, add_lora, hash_of, merge
 from model.tokenizer import load_tokenizer
 
@@ -157,6 +156,8 @@ def load(path):
     Raises UserError as `load_tensors` does, and if it is that of another program.
     """
     if Path(path).suffix != ".pth" and is_folder(path):
+        from model.huggingface import read_folder  # here: most models are our own
+
         return read_folder(Path(path))
     content = load_tensors(path)
     is_ours = isinstance(content, dict) and content.get("format") == FORMAT
@@ -178,6 +179,8 @@ def find(folder, name, hidden_size=None, use_moe=None):
         return Path(name)
     if not paths:
         wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
+        from model.huggingface import remedy_for
+
         remedy = MAKE.get(name) or remedy_for(name)
         remedy = remedy or "name other weights, or give the path of a .pth file or a folder"
         if matching(folder, f"{name}_previous", hidden_size, use_moe):

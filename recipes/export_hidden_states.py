@@ -27,7 +27,7 @@ from common import IGNORE, ROOT, replacing
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import pad
 from dataset.step_plan import cut
-from dataset.tiny_world.generate import SFT
+from dataset.tiny_world import SFT
 from model.device import DTYPES, pick_device, pick_dtype
 from model.lora import hash_of
 from model.weights import build_model, find, load, save_tensors

@@ -8,6 +8,7 @@ from hashlib import sha256
 
 import pytest
 
+from dataset import tiny_world
 from dataset.tiny_world import generate
 from dataset.tiny_world.generate import SEED, write_tiny_world
 from dataset.tiny_world.text import World, steps
@@ -56,8 +57,9 @@ def test_the_village_is_the_one_that_the_documentation_measures(tmp_path, monkey
     """
     write_tiny_world(tmp_path)
     for name, file in (("PAIRS", "dpo_tiny.jsonl"), ("PRACTICE", "practice_tiny.jsonl")):
-        monkeypatch.setattr(generate, name, tmp_path / file)
-        generate.write_missing(tmp_path / file)
+        for module in (tiny_world, generate):
+            monkeypatch.setattr(module, name, tmp_path / file)
+        assert tiny_world.write_missing(tmp_path / file) == tmp_path / file
     hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
     assert hashes == VILLAGE
 

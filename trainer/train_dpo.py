@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dataset.preference_pairs import PairDataset, counts
 from dataset.step_plan import StepPlan, batches, cut, epoch_plan, flat, to_device
-from dataset.tiny_world.generate import PAIRS
+from dataset.tiny_world import PAIRS
 from model.generation import eval_mode
 from model.moe import router_loss
 from model.preference_losses import pair_log_probabilities, preference_loss

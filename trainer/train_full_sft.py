@@ -19,7 +19,7 @@ from common import report_user_errors  # first: Ctrl-C while torch loads
 # isort: split
 from dataset.lm_dataset import SFTDataset
 from dataset.step_plan import StepPlan, to_device, token_counts
-from dataset.tiny_world.generate import SFT
+from dataset.tiny_world import SFT
 from evaluation.generate_answers import TaskScore
 from model.moe import router_loss
 from trainer.flags import conversation_flags, training_parser

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dataset.packing import pad
 from dataset.step_plan import cut, to_device
-from dataset.tiny_world.generate import PRACTICE, write_missing
+from dataset.tiny_world import PRACTICE, write_missing
 from dataset.token_cache import content_hash
 from evaluation.rewards import reward_function, rewards_of
 from evaluation.tasks import read_problems

@@ -18,7 +18,7 @@ from common import report_user_errors  # first: Ctrl-C while torch loads
 # isort: split
 from dataset.lm_dataset import PretrainDataset
 from dataset.step_plan import StepPlan, to_device, token_counts
-from dataset.tiny_world.generate import PRETRAIN
+from dataset.tiny_world import PRETRAIN
 from model.moe import router_loss
 from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate

@@ -19,7 +19,7 @@ from cli import Parser, number
 from common import UserError, replacing, report_user_errors
 from dataset.formats import format_of, to_conversation, to_text
 from dataset.jsonl import read_records
-from dataset.tiny_world.generate import PRETRAIN, SFT, write_missing
+from dataset.tiny_world import PRETRAIN, SFT, write_missing
 from model.chat_template import encode_all
 from model.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from common import UserError
 from dataset.lm_dataset import PretrainDataset
 from dataset.step_plan import Source, batches, epoch_plan, mix, split_samples, to_device
-from dataset.tiny_world.generate import PRETRAIN, write_missing
+from dataset.tiny_world import PRETRAIN, write_missing
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
-from model.generation import complete
 from model.loss import supervised_tokens
 from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.weights import (
@@ -204,6 +203,8 @@ def generating(model, runtime):
 
 def show_sample(model, tokenizer, args, runtime, chat):
     """Prints how the model continues --sample_prompt, or, in a chat, what it answers to it."""
+    from model.generation import complete  # here: training without samples needs none of it
+
     prompt = tokenizer.encode(args.sample_prompt).ids
     if chat:
         messages = [{"role": "user", "content": args.sample_prompt}]

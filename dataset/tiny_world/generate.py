@@ -21,12 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import replacing, report_user_errors
+from dataset.tiny_world import FOLDER, PAIRS, PRACTICE
 from dataset.tiny_world.chat import Pool, calculation, conversations, preferences, questions
 from dataset.tiny_world.text import World, pretraining_text
 
-FOLDER = Path(__file__).resolve().parents[1]
-PRETRAIN, SFT, EVAL = (FOLDER / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", "eval"))
-PAIRS, PRACTICE = FOLDER / "dpo_tiny.jsonl", FOLDER / "practice_tiny.jsonl"
 SEED = 1
 
 
@@ -50,16 +48,15 @@ def write(path, records):
             file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
 
 
-def write_missing(path):
-    """Returns path; first writes the Tiny World files if path is one of them and does not exist."""
-    if path in (PRETRAIN, SFT, EVAL) and not path.exists():
+def write_file(path):
+    """Write a file of Tiny World; one of the first three brings the other two."""
+    if path == PAIRS:
+        write(path, preferences(World(SEED), random.Random(SEED + 5)))
+    elif path == PRACTICE:
+        write(path, practice(World(SEED), random.Random(SEED + 4)))
+    else:
         print(f"{path} does not exist yet: writing the Tiny World data", flush=True)
         write_tiny_world()
-    if path == PAIRS and not path.exists():
-        write(path, preferences(World(SEED), random.Random(SEED + 5)))
-    if path == PRACTICE and not path.exists():
-        write(path, practice(World(SEED), random.Random(SEED + 4)))
-    return path
 
 
 def practice(world, rng):
