@@ -27,8 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import IM_END
-from dataset import lm_dataset, step_plan
-from dataset.tiny_world import PRETRAIN, chat, generate, text, write_missing
+from dataset import lm_dataset, step_plan, tiny_world
+from dataset.tiny_world import chat, generate, text
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "experiments"
@@ -239,7 +239,7 @@ def main():
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
           f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    write_missing(PRETRAIN)
+    tiny_world.write_missing(tiny_world.PRETRAIN)
     if "mentions" in args.experiment:
         for name, count in write_mentions().items():
             print(f"group {name}: a fact is mentioned {count:.0f} times")
