@@ -27,6 +27,7 @@ from evaluation.tasks import read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.tokenizer import load_tokenizer
 from model.weights import build_model, load, save
+from recipes.prepare_math import read_official
 from trainer.flags import parse_args, training_parser
 
 TOKENIZER = load_tokenizer()
@@ -74,7 +75,7 @@ READERS = {  # name: (what reads a path, a sample of what it reads)
     "conversations, JSON": (lambda path: SFTDataset(path, TOKENIZER), json.dumps(RECORDS).encode()),
     "text, JSONL": (lambda path: PretrainDataset(path, TOKENIZER), lines([{"text": "a b"}] * 5)),
     "questions, JSONL": (lambda path: read_problems("tiny_world", path), lines(QUESTIONS)),
-    "GSM8K, JSONL": (lambda path: read_problems("gsm8k", path), lines(PROBLEMS)),
+    "GSM8K, JSONL": (lambda path: read_official("gsm8k", [path]), lines(PROBLEMS)),
     "flags, TOML": (read_flags, FLAGS),
     "tokenizer, JSON": (lambda path: load_tokenizer(path), TOKENIZER.to_str().encode()),
     "weights, .pth": (lambda path: build_model(load(path), path), weights()),

@@ -24,7 +24,7 @@ from cli import Parser, number, one_of, switch
 from dataset.tiny_world import EVAL
 from evaluation import competition_math, report
 from evaluation.generate_answers import Part, answer_all, read_result, require_same_run
-from evaluation.tasks import PROMPTS, TASKS, allowed_ids, judge, read_problems, same_answer
+from evaluation.tasks import TASKS, allowed_ids, judge, read_problems, same_answer
 from model.weights import open_model
 
 
@@ -33,9 +33,7 @@ def parse(argv):
     parser = Parser(__doc__)
     add = parser.group("the evaluation")
     add("task", "tiny_world", f"one of {'|'.join(TASKS)}", one_of(*TASKS))
-    add("data_path", None, "problems, official or prepared; default: Tiny World's", Path)
-    add("prompt_style", "zero_shot", f"a table of evaluation/{PROMPTS.name}")
-    add("shots_path", None, "solved problems, for few_shot", Path)
+    add("data_path", None, "problems, as a recipe writes them; default: Tiny World's", Path)
     add("num_samples", 1, "answers to each problem", number(int, 1))
     name = "name of the result; default: the weights' name and the options that are not defaults"
     add("run", None, name)
@@ -97,11 +95,11 @@ def main(argv=None):
     if args.rescore:
         return finish(read_result(args.rescore), args.rescore)
 
-    problems = read_problems(args.task, args.data_path, args.prompt_style, args.shots_path)
+    problems = read_problems(args.task, args.data_path)
     problems = problems[: args.limit or None]
     trained = open_model(args)
     data = args.data_path or EVAL
-    how = ("prompt_style", "num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
+    how = ("num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
     result = {
         "task": args.task,
         "run": args.run or run_name(trained.name, args, parser),
@@ -110,7 +108,6 @@ def main(argv=None):
         "weights_sha256": hash_of_files(trained.paths),
         "data": str(data),
         "data_sha256": sha256_of(data),
-        "shots_sha256": sha256_of(args.shots_path),
         "params": sum(weight.numel() for weight in trained.model.parameters()),
         "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
     }
@@ -127,15 +124,14 @@ def main(argv=None):
 
 
 def sha256_of(path):
-    """The hash of a file; None where no file was given."""
-    return path and hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def run_name(name, args, parser):
     """Return the name of the weights, with the options of this run that are not the defaults."""
     words = [Path(name).stem]
     words += [f"lora_{Path(args.lora).stem.removeprefix('lora_')}"] if args.lora else []
-    for flag in ("prompt_style", "num_samples", "temperature", "limit", "dtype", "use_compile"):
+    for flag in ("num_samples", "temperature", "limit", "dtype", "use_compile"):
         value = getattr(args, flag)
         words += [f"{flag}_{value}"] if value != parser.get_default(flag) else []
     return "_".join(words)

@@ -1,134 +1,53 @@
 """The problems of each task, and who judges their answers."""
 
 import json
-import random
 import re
-import tomllib
-from pathlib import Path
 
-from common import IM_END, UserError, read_json
-from dataset.formats import format_of
-from dataset.jsonl import list_hint, read_records
+from common import IM_END, UserError
+from dataset.jsonl import read_records
 from dataset.tiny_world import EVAL, write_missing
 from evaluation import competition_math, gsm8k
 from model.chat_template import pieces
 
-PROMPTS = Path(__file__).parent / "prompts.toml"
 TASKS = ("tiny_world", "gsm8k", "math", "sid")
 
 
-def gsm8k_record(record, calculator="strip"):
-    """A record of GSM8K, {"question", "answer"}, in the project's form.
-
-    calculator: what happens to notes like <<3*4=12>>: strip or keep.
-    Raises ValueError if it is none.
-    """
-    question, answer = (text_of(record, key) for key in ("question", "answer"))
-    rationale, mark, final = answer.rpartition("####")
-    if not mark:
-        raise ValueError('there is no "####" before the final number in its answer')
-    if calculator == "strip":
-        rationale = re.sub(r"<<[^<>]*>>", "", rationale)
-    rationale, final = rationale.strip(), final.strip().replace(",", "")
-    level = f"{len(rationale.splitlines())} steps"
-    solution = f"{rationale}\n#### {final}"
-    return in_form(question, rationale, solution, final, level, "arithmetic", "gsm8k")
-
-
-def math_record(record, calculator="strip"):
-    """A record of MATH, {"problem", "solution", "level", "type"}, in the project's form.
-
-    Raises ValueError if it is none.
-    """
-    question, solution = (text_of(record, key) for key in ("problem", "solution"))
-    final = competition_math.extract_answer(solution, strict=True)
-    if final is None:
-        raise ValueError("there is no \\boxed{} in its solution")
-    level, kind = (record.get(key) and str(record[key]) for key in ("level", "type"))
-    return in_form(question, solution, solution, final, level, kind, "math")
-
-
-def text_of(record, key):
-    text = record.get(key)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'there is no text under "{key}" in it{list_hint(record)}')
-    return text.strip()
-
-
-def in_form(question, rationale, solution, final, level, kind, source):
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
-    fields = {"question": question, "rationale": rationale, "final_answer": final}
-    return {"conversations": turns} | fields | {"level": level, "type": kind, "source": source}
-
-
-RECORD_OF = {"gsm8k": gsm8k_record, "math": math_record}
-
-
-def records_of(path):
-    """(line, record) of a JSONL file, or of a .json file, which holds one record or a list."""
-    if path.suffix != ".json":
-        return read_records(path)
-    content = read_json(path)
-    return [(1, record) for record in (content if isinstance(content, list) else [content])]
-
-
-def read_task(task, paths, calculator="strip"):
-    """The records of a task's files, official or prepared. Raises UserError at a bad one."""
-    found = []
-    for path in paths:
-        for number, record in records_of(path):
-            try:
-                if not isinstance(record, dict):
-                    raise record if isinstance(record, ValueError) else ValueError("no record")
-                if "final_answer" not in record:
-                    record = RECORD_OF[task](record, calculator)
-                if record.get("source", task) != task:
-                    raise ValueError(f"its source is {record['source']}")
-                text_of(record, "question"), text_of(record, "final_answer")
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}; it is no {task} record") from None
-            found.append(record)
-    return found
-
-
-def read_problems(task, path=None, style="zero_shot", shots_path=None):
-    """The problems of a task: {"prompt", "gold", "level", "type"} each, prompt being messages.
-
-    Raises UserError, naming the line, if path or shots_path cannot be used.
+def read_problems(task, path=None):
+    """Return the problems of a task: a list of {"prompt", "gold", "level", "type"}, prompt being
+    messages. Raises UserError, naming the line, if the file can't be used.
     """
     path = write_missing(path or EVAL) if task == "tiny_world" else path
     if path is None:
-        raise UserError(f"--data_path is missing: give a test file of {task}, as prepare.py writes")
-    if task in ("tiny_world", "sid"):
-        place, records = "line", read_records(path)
-        parts = tiny_world_parts if task == "tiny_world" else sid_parts
-    else:
-        place, records = "record", enumerate(read_task(task, [path]), 1)
-        parts = question_parts(task, style, shots_path)
+        raise UserError(
+            f"--data_path is missing: give a test file of {task}, as a recipe writes it"
+        )
     problems = []
-    for number, record in records:
+    for number, record in read_records(path):
         try:
             if isinstance(record, ValueError):
                 raise record
-            problems.append(problem(task, *parts(record)))
+            if record.get("source", task) != task:
+                raise ValueError(f"its source is {record['source']}")
+            problems.append(problem(task, *FIELDS_OF[task](record)))
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            if meant := guess_task(record, task):
-                reason = f"{reason}; it looks like a record of {meant}: give --task {meant}"
-            raise UserError(f"--data_path {path}, {place} {number}: {reason}") from None
+            raise UserError(f"--data_path {path}, line {number}: {reason}{hint(record)}") from None
     if not problems:
         raise UserError(f"--data_path {path} is empty")
     return problems
 
 
-def guess_task(record, task):
-    """Return the task that a record is of, if it is not the given one and the keys say so."""
-    by_keys = {"qa": "gsm8k", "math": "math"}
-    try:
-        name = record.get("source") or by_keys.get(format_of(record))
-    except (ValueError, AttributeError):  # in no known format, or not a record
-        return None
-    return name if name in TASKS and name != task else None
+def hint(record):
+    """Return the end of a sentence about a record that isn't a problem of the task."""
+    if not isinstance(record, dict):
+        return ""
+    if record.get("source") in TASKS:
+        return f"; give --task {record['source']}"
+    if {"expected", "category"} <= set(record):
+        return "; give --task tiny_world"
+    if {"question", "answer"} <= set(record) or {"problem", "solution"} <= set(record):
+        return "; official files are converted by recipes/prepare_math.py"
+    return ""
 
 
 def problem(task, prompt, gold, level=None, kind=None):
@@ -143,52 +62,25 @@ def problem(task, prompt, gold, level=None, kind=None):
     return {"prompt": prompt, "gold": gold, "level": level, "type": kind}
 
 
-def question_parts(task, style, shots_path):
-    """A function from a record of GSM8K or MATH to the parts of a problem, put as a table of
-    prompts.toml says.
-    """
-    styles = tomllib.loads(PROMPTS.read_text(encoding="utf-8-sig"))
-    if style not in styles:
-        raise UserError(f"--prompt_style {style}: {PROMPTS.name} has {', '.join(styles)}")
-    pattern, examples = styles[style][task], []
-
-    def asked(record):
-        content = pattern.replace("{question}", record["question"])
-        return {"role": "user", "content": content}
-
-    if "shots" in styles[style]:
-        if shots_path is None:
-            raise UserError(f"--prompt_style {style} shows solved problems: give --shots_path")
-        solved, shots = read_task(task, [shots_path]), styles[style]["shots"]
-        if len(solved) < shots:
-            raise UserError(f"--shots_path {shots_path} has {len(solved)} problems, not {shots}")
-        for record in random.Random(styles[style]["seed"]).sample(solved, shots):
-            try:
-                examples += [asked(record), record["conversations"][-1]]
-                pieces(examples)
-            except (LookupError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"--shots_path {shots_path}: a record is no solved problem: {error}"
-                ) from None
-
-    def parts(record):
-        prompt = [*examples, asked(record)]
-        return prompt, record["final_answer"], record.get("level"), record.get("type")
-
-    return parts
+def math_fields(record):
+    """Return the fields of a problem of GSM8K or MATH, as recipes/prepare_math.py writes them."""
+    prompt = record.get("prompt") or [{"role": "user", "content": record["question"]}]
+    return prompt, record["final_answer"], record.get("level"), record.get("type")
 
 
-def tiny_world_parts(record):
+def tiny_world_fields(record):
     level = f"after {record['depth']} exchanges" if "depth" in record else None
     return record["conversations"], record["expected"], level, record["category"]
 
 
-def sid_parts(record):
-    """Of a conversation whose last turn is the id of an item, as prepare.py sid writes."""
-    if record["source"] != "sid":
-        raise ValueError(f"its source is {record['source']}")
+def sid_fields(record):
+    """Return the fields of a conversation whose last turn is an item's id: see recipes/sid.py."""
     *prompt, answer = record["conversations"]
     return prompt, answer["content"], None, record["task"]
+
+
+FIELDS_OF = {"tiny_world": tiny_world_fields, "sid": sid_fields}
+FIELDS_OF |= {"gsm8k": math_fields, "math": math_fields}
 
 
 class Allowed:

@@ -5,18 +5,117 @@
 
     {"conversations", "question", "rationale", "final_answer", "level", "type", "source"}
 
-GSM8K names no level; here it is the number of steps of the solution.
+GSM8K names no level; here it is the number of steps of the solution. The test problems are written
+three times: test.jsonl asks them as they are, test_chain_of_thought.jsonl asks for the steps, too,
+and test_few_shot.jsonl shows some solved problems first.
 """
 
+import random
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, number
-from common import UserError, is_folder, report_user_errors
+from common import UserError, is_folder, read_json, report_user_errors
+from dataset.jsonl import list_hint, read_records
 from dataset.prepare import shares, write_parts
-from evaluation.tasks import RECORD_OF, read_task
+from evaluation import competition_math
+
+SHOTS = 4  # solved problems of a few-shot prompt, the same before every question
+STEPS = {
+    "gsm8k": "Think step by step. Then write #### and the number.",
+    "math": "Think step by step. Put the final answer in \\boxed{}.",
+}
+
+
+def gsm8k_record(record, calculator):
+    """Return a record of GSM8K, {"question", "answer"}, in the project's form.
+
+    calculator: what happens to notes like <<3*4=12>>: strip or keep. Raises ValueError for a record
+    of another kind.
+    """
+    question, answer = (text_of(record, key) for key in ("question", "answer"))
+    rationale, mark, final = answer.rpartition("####")
+    if not mark:
+        raise ValueError('there is no "####" before the final number in its answer')
+    if calculator == "strip":
+        rationale = re.sub(r"<<[^<>]*>>", "", rationale)
+    rationale, final = rationale.strip(), final.strip().replace(",", "")
+    level = f"{len(rationale.splitlines())} steps"
+    solution = f"{rationale}\n#### {final}"
+    return in_form(question, rationale, solution, final, level, "arithmetic", "gsm8k")
+
+
+def math_record(record, calculator):
+    """Return a record of MATH, {"problem", "solution", "level", "type"}, in the project's form. It
+    has no calculator notes. Raises ValueError for a record of another kind.
+    """
+    question, solution = (text_of(record, key) for key in ("problem", "solution"))
+    final = competition_math.extract_answer(solution, strict=True)
+    if final is None:
+        raise ValueError("there is no \\boxed{} in its solution")
+    level, kind = (record.get(key) and str(record[key]) for key in ("level", "type"))
+    return in_form(question, solution, solution, final, level, kind, "math")
+
+
+RECORD_OF = {"gsm8k": gsm8k_record, "math": math_record}
+
+
+def text_of(record, key):
+    text = record.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'there is no text under "{key}" in it{list_hint(record)}')
+    return text.strip()
+
+
+def in_form(question, rationale, solution, final, level, kind, source):
+    turns = [user(question), {"role": "assistant", "content": solution}]
+    fields = {"question": question, "rationale": rationale, "final_answer": final}
+    return {"conversations": turns} | fields | {"level": level, "type": kind, "source": source}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def read_official(task, paths, calculator="strip"):
+    """Return the records of a task's official files, in the project's form. A .json file holds one
+    record or a list. Raises UserError, naming the line, at a bad one.
+    """
+    records = []
+    for path in paths:
+        if path.suffix == ".json":
+            content = read_json(path)
+            lines = [(1, item) for item in (content if isinstance(content, list) else [content])]
+        else:
+            lines = read_records(path)
+        for line, record in lines:
+            try:
+                if not isinstance(record, dict):
+                    raise record if isinstance(record, ValueError) else ValueError("no record")
+                records.append(RECORD_OF[task](record, calculator))
+            except ValueError as error:
+                raise UserError(f"{path}, line {line}: {error}; it is no {task} record") from None
+    return records
+
+
+def with_prompts(problems, task, solved):
+    """Return {file name: problems}: the problems with two other prompts; solved are problems to
+    show before each question.
+    """
+    steps = [user(f"{record['question']}\n{STEPS[task]}") for record in problems]
+    examples = [message for record in solved for message in record["conversations"]]
+    few_shot = [[*examples, user(record["question"])] for record in problems]
+    return {
+        "test_chain_of_thought.jsonl": [
+            record | {"prompt": [prompt]} for record, prompt in zip(problems, steps, strict=True)
+        ],
+        "test_few_shot.jsonl": [
+            record | {"prompt": prompt} for record, prompt in zip(problems, few_shot, strict=True)
+        ],
+    }
 
 
 def official_files(folder):
@@ -48,7 +147,9 @@ def prepare(args):
     """
     files = official_files(args.raw)
     sources = sum(files.values(), [])
-    parts = {name: read_task(args.task, paths, args.calculator) for name, paths in files.items()}
+    parts = {
+        name: read_official(args.task, paths, args.calculator) for name, paths in files.items()
+    }
     rest, ratios = parts.pop("train"), {"train": 8, "valid": 1}
     if not parts["test"]:
         ratios["test"] = 1
@@ -58,6 +159,9 @@ def prepare(args):
         chosen = [record for record, part in zip(rest, part_of, strict=True) if part == place]
         parts[name] = chosen or parts.get(name, [])
     files = {f"{name}.jsonl": part for name, part in parts.items() if part}
+    if parts["test"] and len(parts["train"]) >= SHOTS:
+        solved = random.Random(args.seed).sample(parts["train"], SHOTS)
+        files |= with_prompts(parts["test"], args.task, solved)
     if parts["train"]:
         files["text.jsonl"] = [{"text": f"{r['question']}\n{answer_of(r)}"} for r in parts["train"]]
     how = {"task": args.task, "source": str(args.raw), "seed": args.seed}

@@ -21,6 +21,7 @@ from evaluation import generate_answers, report, run_eval
 from evaluation.tasks import TASKS, judge, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.tokenizer import load_tokenizer
+from recipes.prepare_math import read_official
 from tests.conftest import ROOT, run, run_here, write_jsonl
 from tests.solutions import gsm8k_records, math_records
 from trainer import trainer_utils
@@ -249,33 +250,25 @@ def test_another_question_never_replaces_stored_answers(trained, gsm8k, tmp_path
     assert without_times(folder / "full_sft_32.json")["problems"] == old["problems"]
 
 
-def test_other_shots_are_another_run(trained, gsm8k, tmp_path):
-    shots = tmp_path / "shots.jsonl"
-    shots.write_bytes((gsm8k / "train.jsonl").read_bytes())
-    flags = ["--task", "gsm8k", "--prompt_style", "few_shot", "--shots_path", shots, "--limit", 1]
-    evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)
-    evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)  # the same again
-    write_jsonl(shots, read(gsm8k / "train.jsonl")[::-1])
-    with pytest.raises(UserError, match="is of another run: shots_sha256 was"):
-        evaluate(trained, gsm8k / "test.jsonl", tmp_path, *flags)
-
-
 @pytest.mark.parametrize("task", ["tiny_world", "gsm8k", "math"])
 @pytest.mark.parametrize("source", ["own", "shared"])
 def test_gold_answers_are_all_right(task, source, tmp_path):
     """With their own solutions instead of the model's; each but its own is wrong elsewhere."""
     own = {"gsm8k": gsm8k_records(), "math": math_records()}.get(task)
-    path = own and write_jsonl(tmp_path / "test.jsonl", own)
+    official = own and write_jsonl(tmp_path / "official.jsonl", own)
     if source == "shared":
-        path = SHARED / str(task) / "test.jsonl"
-        if not path.exists():
+        official = SHARED / str(task) / "test.jsonl"
+        if not official.exists():
             pytest.skip("needs the shared data")
+    path = None
+    if official:
+        path = write_jsonl(tmp_path / "test.jsonl", read_official(task, [official]))
     problems = read_problems(task, path)
     if task == "tiny_world":
         golds = [problem["gold"] for problem in problems]
         solutions = [gold if isinstance(gold, str) else " ".join(gold) for gold in golds]
     else:
-        solutions = [r.get("solution") or r["answer"] for r in read(path)]
+        solutions = [r.get("solution") or r["answer"] for r in read(official)]
     wrong, step = [], 1 + len(problems) // 500  # math-verify takes its time to tell two apart
     for index, (problem, solution) in enumerate(zip(problems, solutions, strict=True)):
         said = judge(task, solution, problem["gold"], truncated=False)
@@ -347,25 +340,40 @@ def test_a_question_of_a_long_chat_names_its_depth(tmp_path):
 
 
 def test_few_shot_prompts_show_the_same_solved_problems(gsm8k):
-    shots = gsm8k / "train.jsonl"
-    problems = read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", shots)
-    solved = {r["question"]: r["conversations"][-1]["content"] for r in read(shots)}
-    for problem in problems:
+    problems = read_problems("gsm8k", gsm8k / "test_few_shot.jsonl")
+    plain = read_problems("gsm8k", gsm8k / "test.jsonl")
+    train = read(gsm8k / "train.jsonl")
+    solved = {r["question"]: r["conversations"][-1]["content"] for r in train}
+    for problem, same in zip(problems, plain, strict=True):
         *turns, last = problem["prompt"]
         assert len(turns) == 8 and turns == problems[0]["prompt"][:-1]
         asked, answered = turns[::2], turns[1::2]
         for question, answer in zip(asked, answered, strict=True):
             assert solved[question["content"]] == answer["content"]
-        assert last["role"] == "user"
-    assert read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", shots) == problems
+        assert [last] == same["prompt"] and problem["gold"] == same["gold"]
+
+
+def test_a_prompt_may_ask_for_the_steps(gsm8k):
+    problems = read_problems("gsm8k", gsm8k / "test_chain_of_thought.jsonl")
+    for problem, same in zip(problems, read_problems("gsm8k", gsm8k / "test.jsonl"), strict=True):
+        (message,) = problem["prompt"]
+        question = same["prompt"][0]["content"]
+        assert message["content"] == (
+            f"{question}\nThink step by step. Then write #### and the number."
+        )
+
+
+@pytest.mark.parametrize("task, records", [("gsm8k", gsm8k_records()), ("math", math_records())])
+def test_official_files_are_sent_to_the_recipe(task, records, tmp_path):
+    path = write_jsonl(tmp_path / "test.jsonl", records)
+    with pytest.raises(UserError, match="line 1: .* is missing; .* recipes/prepare_math.py"):
+        read_problems(task, path)
 
 
 def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
     test = gsm8k / "test.jsonl"
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     for data, flags, says in (
-        (test, ["--task", "gsm8k", "--prompt_style", "no"], "few_shot"),
-        (test, ["--task", "gsm8k", "--prompt_style", "few_shot"], "--shots_path"),
         (test, ["--task", "gsm8k", "--num_samples", 3], "--temperature"),
         (test, ["--task", "gsm8k", "--batch_size", 0], "from 1 to"),
         (test, ["--task", "math"], "line 1: its source is gsm8k"),
@@ -440,12 +448,12 @@ def test_kinds_of_problems_that_are_not_text_are_counted_as_text(tmp_path):
     assert [problem["type"] for problem in read_problems("tiny_world", path)] == ["3", "[1]"]
 
 
-@pytest.mark.parametrize("turns", [[], 5, ["x"], [{"role": "user"}], None])
-def test_solved_problems_without_a_solution_are_named(gsm8k, tmp_path, turns):
-    solved = [record | {"conversations": turns} for record in read(gsm8k / "train.jsonl")]
-    path = write_jsonl(tmp_path / "shots.jsonl", solved)
-    with pytest.raises(UserError, match="shots.jsonl: a record is no solved problem"):
-        read_problems("gsm8k", gsm8k / "test.jsonl", "few_shot", path)
+@pytest.mark.parametrize("turns", [5, ["x"], [{"role": "user"}]])
+def test_a_prompt_that_is_no_conversation_is_named(gsm8k, tmp_path, turns):
+    problems = [record | {"prompt": turns} for record in read(gsm8k / "test.jsonl")]
+    path = write_jsonl(tmp_path / "test.jsonl", problems)
+    with pytest.raises(UserError, match="test.jsonl, line 1: "):
+        read_problems("gsm8k", path)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,9 @@ from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import best_fit_decreasing
 from dataset.step_plan import epoch_plan
-from evaluation.tasks import read_task
 from model.chat_template import render
 from model.tokenizer import load_tokenizer
-from recipes.prepare_math import official_files
+from recipes.prepare_math import official_files, read_official
 from tests.conftest import ROOT, chat, run, run_here, write_jsonl
 
 
@@ -231,7 +230,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, data):
 def test_final_numbers_of_gsm8k_have_no_commas(tmp_path):
     problem = {"question": "How many?", "answer": "He has 1,000+234.\n#### 1,234 "}
     path = write_jsonl(tmp_path / "test.jsonl", [problem])
-    (record,) = read_task("gsm8k", [path])
+    (record,) = read_official("gsm8k", [path])
     assert record["final_answer"] == "1234"
     assert record["rationale"] == "He has 1,000+234."  # of the rest, nothing is changed
     assert record["conversations"][1]["content"] == "He has 1,000+234.\n#### 1234"
