@@ -1,6 +1,7 @@
 """Bad input: one clear sentence with place and remedy, exit code 2, no traceback, nothing lost."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from common import UserError, replacing
+from common import UserError, replacing, report_user_errors
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from model.tokenizer import load_tokenizer
 from model.weights import build_model, load
@@ -363,3 +364,24 @@ def test_a_full_disk_while_saving(trained, data, tmp_path):
     refused(done, "full_sft_32_best.pth cannot be written", "ake room")
     assert [path.read_bytes() for path in sorted(out.rglob("*.pth"))] == before
     assert not list(out.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (UserError("this is wrong"), 2, "error: this is wrong\n"),
+        (KeyboardInterrupt(), 130, "\nstopped at once; what was saved before is complete\n"),
+    ],
+)
+def test_the_end_of_a_script_is_a_sentence_and_a_code(error, code, says, capsys):
+    with pytest.raises(SystemExit) as stopped, report_user_errors():
+        raise error
+    assert stopped.value.code == code and capsys.readouterr().err == says
+
+
+def test_a_console_that_lacks_a_character_shows_another(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    with report_user_errors():
+        print("für \u4f60", flush=True)
+    assert console.buffer.getvalue() == b"f?r ?\n"

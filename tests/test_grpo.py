@@ -257,9 +257,11 @@ def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
     refuses("the longest question and --max_new_tokens", "--max_new_tokens", 5000)
     refuses("finite number", reward="nan")
     refuses("line 1: 'expected' is missing", "--data_path", data / "sft.jsonl")
-    for name, record in (("gsm8k", {"question": "1+1?", "answer": "#### 2"}),
-                         ("math", {"problem": "1+1?", "solution": "$\\boxed{2}$"}),
-                         ("gsm8k", {**chat("1+1?", "2"), "question": "1+1?", "source": "gsm8k"}),
-                         ):  # fmt: skip
+    official = "official files are converted by recipes/prepare_math.py"
+    for says, record in (
+        (official, {"question": "1+1?", "answer": "#### 2"}),
+        (official, {"problem": "1+1?", "solution": "$\\boxed{2}$"}),
+        ("give --task gsm8k", {**chat("1+1?", "2"), "question": "1+1?", "source": "gsm8k"}),
+    ):
         path = write_jsonl(tmp_path / "x.jsonl", [record])
-        refuses(f"it looks like a record of {name}: give --task {name}", "--data_path", path)
+        refuses(says, "--data_path", path)

@@ -546,11 +546,3 @@ def test_the_first_record_decides_the_format(tmp_path):
     done = run_here("dataset/prepare.py", "check", "--data_path", path, "--json")
     (table,) = json.loads(done.stdout)
     assert (table["format"], table["bad"]) == ("conversations", 1)
-
-
-def test_a_console_that_lacks_a_character_shows_another(tmp_path):
-    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "für \u4f60"}])
-    flags = ["show", "--data_path", path, "-n", 1]
-    done = run("dataset/prepare.py", *flags, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
-    assert "[?r ?" in done.stdout
