@@ -4,7 +4,7 @@ import json
 import re
 
 from common import IM_END, UserError
-from dataset.jsonl import read_records
+from dataset.jsonl import list_hint, read_records
 from dataset.tiny_world import EVAL, write_missing
 from evaluation import competition_math, gsm8k
 from model.chat_template import pieces
@@ -47,7 +47,7 @@ def hint(record):
         return "; give --task tiny_world"
     if {"question", "answer"} <= set(record) or {"problem", "solution"} <= set(record):
         return "; official files are converted by recipes/prepare_math.py"
-    return ""
+    return list_hint(record)
 
 
 def problem(task, prompt, gold, level=None, kind=None):

@@ -228,12 +228,13 @@ def test_ctrl_c_twice_stops_at_once_with_a_sentence(data, tmp_path):
 @unix
 def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data):
     code = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import encodings.utf_8_sig, os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from common import report_user_errors\n"
         "from trainer.train_full_sft import main\n"
-        "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere, nobody may not
+        "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere
         "with report_user_errors(): main()"
     )
+    # The codec is loaded while Python's own folder can still be read.
     # Not in pytest's folder, which another pytest closes to all but its owner when it starts.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -55,9 +55,8 @@ def test_a_file_of_another_kind_is_named_by_each_reader(tmp_path, name):
     if name != "line.json":  # which may be split: it is a record, if of no known format
         done = run_here("dataset/prepare.py", "split", path, "--out", tmp_path / "parts")
         assert len(refused(done, path.name, says).splitlines()) == 1
-    if name != "pretty.json":  # as the official files of MATH are
-        task = ["--task", "gsm8k", "--data_path", path, "--save_dir", tmp_path]
-        refused(run_here("evaluation/run_eval.py", *task), path.name, says)
+    task = ["--task", "gsm8k", "--data_path", path, "--save_dir", tmp_path]
+    refused(run_here("evaluation/run_eval.py", *task), path.name, says)
 
 
 def test_one_bad_line_is_still_only_a_bad_line(tmp_path):
