@@ -92,6 +92,38 @@ def test_commands_and_their_mistakes(trained, capsys):
     assert (talk.messages, talk.settings) == before
 
 
+def test_the_limits_of_each_setting_are_taken_and_what_is_beyond_them_refused(trained, capsys):
+    talk = chat(trained)
+    capsys.readouterr()
+    for name, inside, outside in (
+        ("temperature", (0, 100), (-0.1, 100.1)),
+        ("top_k", (0, 10**9), (-1, 10**9 + 1)),
+        ("top_p", (0, 1), (-0.01, 1.01)),
+        ("repetition_penalty", (0.01, 100), (0, 100.1)),
+        ("max_new_tokens", (1, 10**9), (0, 10**9 + 1)),
+        ("seed", (0, 2**63 - 1), (-1, 2**63)),
+    ):
+        for value in inside:
+            talk.command(f"/set {name} {value}")
+            assert talk.settings[name] == value
+            assert capsys.readouterr().out == f"[{name} {talk.settings[name]}]\n"
+        for value in outside:
+            with pytest.raises(eval_llm.UserError):
+                talk.command(f"/set {name} {value}")
+
+
+def test_a_terminal_is_told_how_long_an_answer_was_and_that_a_conversation_began(
+    trained, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    talk = chat(trained, max_new_tokens=3)
+    talk.answer("Hi")
+    assert re.search(r"^\[3 tokens, \d+/s\]$", capsys.readouterr().out, re.MULTILINE)
+    for command in ("/reset", "/system Be kind."):
+        talk.command(command)
+        assert capsys.readouterr().out == "[a new conversation]\n"
+
+
 def test_conversations_are_saved_below_those_that_are_there(trained, tmp_path):
     talk, path = chat(trained, max_new_tokens=2), tmp_path / "c.jsonl"
     for question in ("Hi", "Who?"):
