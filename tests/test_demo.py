@@ -94,6 +94,23 @@ def test_a_stage_that_is_done_is_not_done_again(demo):
     assert code == 0 and len(ran) == SCRIPTS_OF_ALL
 
 
+def test_another_seed_reaches_the_training_and_nothing_else(demo):
+    (demo.folder / ".venv").mkdir()
+    (demo.folder / ".venv" / "setup-seconds").write_text("41.7\n")
+    code, ran = demo("--seed", "2")
+    assert code == 0 and "train_pretrain --seed 2" in ran
+    commands = re.findall(r"^\$ python (\S+).*?( --seed \d+)?$", demo.printed, re.MULTILINE)
+    assert [script for script, seed in commands if seed == " --seed 2"] == [
+        "trainer/train_pretrain.py",
+        "trainer/train_full_sft.py",
+    ]
+    report = json.loads((demo.folder / "out" / "demo.json").read_text(encoding="utf-8"))
+    assert report["seed"] == 2 and report["seconds"]["setup"] == 42
+    assert re.search(r"^held-out score +pretrained +after SFT$", demo.printed, re.MULTILINE)
+    assert demo("--seed", "2") == (0, []) and demo.printed.count("done before") == 4
+    assert len(demo()[1]) == SCRIPTS_OF_ALL and "--seed" not in demo.printed
+
+
 def test_new_weights_are_evaluated_anew_under_the_same_names(demo):
     demo()
     (demo.folder / "out" / "full_sft_256.pth").unlink()
