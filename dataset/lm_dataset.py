@@ -154,9 +154,8 @@ class SFTDataset(TokenDataset):
             raise ValueError("it is pretraining text, not a conversation")
         messages, tools = formats.to_conversation(record, report["format"], report["notes"])
         answers = [message for message in messages if message["role"] == "assistant"]
-        for answer in answers[:-1] if self.keep_think == "last" else answers:
-            if self.keep_think != "all":
-                answer.pop("reasoning_content", None)
+        for answer in {"all": [], "last": answers[:-1], "none": answers}[self.keep_think]:
+            answer.pop("reasoning_content", None)
         return pieces(messages, tools)
 
     def spans(self, ids, mask, max_seq_len):

@@ -6,8 +6,8 @@
     {"conversations", "question", "rationale", "final_answer", "level", "type", "source"}
 
 GSM8K names no level; here it is the number of steps of the solution. The test problems are written
-three times: test.jsonl asks them as they are, test_chain_of_thought.jsonl asks for the steps, too,
-and test_few_shot.jsonl shows some solved problems first.
+three times: test.jsonl has the plain questions, test_chain_of_thought.jsonl asks for the steps,
+too, and test_few_shot.jsonl shows four solved problems first.
 """
 
 import random
@@ -105,17 +105,13 @@ def with_prompts(problems, task, solved):
     """Return {file name: problems}: the problems with two other prompts; solved are problems to
     show before each question.
     """
-    steps = [user(f"{record['question']}\n{STEPS[task]}") for record in problems]
     examples = [message for record in solved for message in record["conversations"]]
-    few_shot = [[*examples, user(record["question"])] for record in problems]
-    return {
-        "test_chain_of_thought.jsonl": [
-            record | {"prompt": [prompt]} for record, prompt in zip(problems, steps, strict=True)
-        ],
-        "test_few_shot.jsonl": [
-            record | {"prompt": prompt} for record, prompt in zip(problems, few_shot, strict=True)
-        ],
-    }
+    chain_of_thought, few_shot = [], []
+    for record in problems:
+        question = record["question"]
+        chain_of_thought.append(record | {"prompt": [user(f"{question}\n{STEPS[task]}")]})
+        few_shot.append(record | {"prompt": [*examples, user(question)]})
+    return {"test_chain_of_thought.jsonl": chain_of_thought, "test_few_shot.jsonl": few_shot}
 
 
 def official_files(folder):
@@ -143,7 +139,8 @@ def prepare(args):
     """Writes train, valid and test files of a task, train as plain text, and a manifest.
 
     The official test set stays the test set; the rest becomes train and valid, or train, valid
-    and test where there is no official one. Returns 0.
+    and test where there is no official one. The test files with other prompts need SHOTS training
+    problems. Returns 0.
     """
     files = official_files(args.raw)
     sources = sum(files.values(), [])
