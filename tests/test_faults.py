@@ -227,6 +227,7 @@ def test_ctrl_c_twice_stops_at_once_with_a_sentence(data, tmp_path):
 
 @unix
 def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data):
+    # The codec is loaded while the process may still read Python's own folder.
     code = (
         f"import encodings.utf_8_sig, os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from common import report_user_errors\n"
@@ -234,7 +235,6 @@ def test_a_folder_that_must_not_be_written_to_is_named_before_any_work(data):
         "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere
         "with report_user_errors(): main()"
     )
-    # The codec is loaded while Python's own folder can still be read.
     # Not in pytest's folder, which another pytest closes to all but its owner when it starts.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -241,19 +241,6 @@ def test_several_processes_end_in_the_weights_of_one(data, tmp_path, processes, 
         assert (one["val_loss"] is None) == (other["val_loss"] is None)
 
 
-def test_the_first_step_may_be_bad(data, tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def nan_at_first(x, weight, labels):
-        calls.append(1)
-        loss = model_loss.summed_cross_entropy(x, weight, labels)
-        return loss * math.nan if len(calls) == 1 else loss
-
-    monkeypatch.setattr(causal_lm, "summed_cross_entropy", nan_at_first)
-    train_full_sft.main(flags(data, tmp_path, max_bad_steps=2))
-    assert "step 1 is skipped" in capsys.readouterr().out and len(calls) > 5
-
-
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_one_sample_held_out_is_a_validation(data, tmp_path, stage):
     one = tmp_path / "one.jsonl"
@@ -330,17 +317,20 @@ def test_lower_precision_keeps_fp32_weights(data, tmp_path, dtype):
     assert losses[-1] < losses[0]
 
 
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("bad, more", [(1, {"max_bad_steps": 2}), (2, {})])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(
+    data, tmp_path, monkeypatch, capsys, bad, more
+):
     calls = []
 
     def sometimes_nan(x, weight, labels):
         calls.append(1)
         loss = model_loss.summed_cross_entropy(x, weight, labels)
-        return loss * math.nan if len(calls) == 2 else loss
+        return loss * math.nan if len(calls) == bad else loss
 
     monkeypatch.setattr(causal_lm, "summed_cross_entropy", sometimes_nan)
-    train_full_sft.main(flags(data, tmp_path))
-    assert "step 2 is skipped" in capsys.readouterr().out
+    train_full_sft.main(flags(data, tmp_path, **more))
+    assert f"step {bad} is skipped" in capsys.readouterr().out and len(calls) > 5
     assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
 
 
