@@ -49,7 +49,9 @@ def write(path, records):
 
 
 def write_file(path):
-    """Write a file of Tiny World; one of the first three brings the other two."""
+    """Write a file of Tiny World. The pretraining text, the conversations and the questions are
+    written together.
+    """
     if path == PAIRS:
         write(path, preferences(World(SEED), random.Random(SEED + 5)))
     elif path == PRACTICE:
