@@ -439,15 +439,12 @@ def judge_hostile_texts():
     for text in HOSTILE:
         print(f"{seconds_to_judge(text) * 1000:8.2f} ms  {text[:50]!r}")
     for text in (a for pair in EQUAL for a in pair):
-        for end in range(len(text)):
+        for end in range(0, len(text), 2):
             seconds_to_judge(text[:end] + "_")
     pieces = [*HOSTILE, *(a for pair in EQUAL for a in pair), "\\", "}", "_", "\x00", "é", "\ud800"]
     rng = random.Random(1)
-    for text in (
-        *HOSTILE,
-        *("".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(300)),
-    ):
-        seconds_to_judge(text[:60_000])
+    for _ in range(150):
+        seconds_to_judge("".join(rng.choices(pieces, k=rng.randrange(1, 9)))[:60_000])
 
 
 if __name__ == "__main__":

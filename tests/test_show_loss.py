@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from pydoc_data.topics import topics
 
 import torch
 
@@ -67,10 +69,17 @@ def test_a_sample_that_is_not_there_is_an_error_of_one_sentence(trained, data):
     assert done.stderr.endswith(f"--record 41: {data / 'sft.jsonl'} has 40 samples\n")
 
 
-def test_the_text_of_python_has_its_docstrings_once(tmp_path):
+def test_the_text_of_python_has_its_docstrings_once(tmp_path, monkeypatch):
+    """With a small library instead of Python's: the same package twice, and tests that are none."""
+    library, none = tmp_path / "library", "A docstring of a test. " * 9
+    for name in ("json", "copy_of_json"):
+        shutil.copytree(json.__path__[0], library / name)
+    (library / "test").mkdir()
+    (library / "test/one.py").write_text(f'"""{none}"""', encoding="utf-8")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(library))
     out = tmp_path / "python.jsonl"
     run_here("recipes/python_text.py", "--out", out)
     texts = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()]
     assert len(set(texts)) == len(texts) and min(map(len, texts)) >= 80
-    assert sum(map(len, texts)) > 1_000_000
     assert next(python_text.docstrings(json.__path__[0] + "/__init__.py")).strip() in texts
+    assert topics["if"] in texts and none.strip() not in texts
