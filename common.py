@@ -1,5 +1,5 @@
-"""What every floor of the project uses: errors of the user, files that appear complete or not at
-all, and the ids that data, model and evaluation agree on. It imports nothing of the project.
+"""Shared helpers: user-facing errors, atomic file writes, and the ids of the control tokens. It
+imports nothing from the project.
 """
 
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-IGNORE = -100  # the label of a token that carries no loss
+IGNORE = -100  # the label of a token without a loss
 GIT_LFS = b"version https://git-lfs"  # the first bytes of a file that Git LFS keeps elsewhere
 
 # The ids of the control tokens, which mark the structure of a conversation: model/tokenizer.py.
@@ -21,26 +21,27 @@ STOP = (IM_END, END_OF_TEXT)  # an answer ends at one of these
 
 
 class UserError(ValueError):
-    """A mistake in a file, a flag or the machine; the message names place, value and remedy."""
+    """An error the user can fix. The message says where, what, and how to fix it."""
 
 
-def report_interrupt(kind, error, trace):
-    """Reports Ctrl-C outside of main(), while modules are imported, as a line, not a traceback."""
-    if not issubclass(kind, KeyboardInterrupt) or hasattr(sys, "ps1"):  # ps1: at Python's prompt
-        return sys.__excepthook__(kind, error, trace)
-    print("\nstopped at once", file=sys.stderr, flush=True)
+def excepthook(exc_type, exc, tb):
+    """Print one line instead of a traceback for Ctrl-C while modules are imported."""
+    interactive = hasattr(sys, "ps1")  # Python's prompt sets it
+    if interactive or not issubclass(exc_type, KeyboardInterrupt):
+        return sys.__excepthook__(exc_type, exc, tb)
+    print("\nInterrupted.", file=sys.stderr, flush=True)
     os._exit(130)
 
 
-sys.excepthook = report_interrupt
+sys.excepthook = excepthook
 
 
 @contextmanager
 def report_user_errors():
-    """Around a script's main(): turns a UserError into its message on stderr and exit code 2,
-    Ctrl-C into a line and exit code 130.
+    """Context manager for a script's main(): turn a UserError into its message on stderr and exit
+    code 2, and Ctrl-C into one line and exit code 130.
     """
-    for stream in (sys.stdout, sys.stderr):  # a character that a console lacks ends no training
+    for stream in (sys.stdout, sys.stderr):  # don't crash on characters the console can't encode
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
@@ -49,72 +50,71 @@ def report_user_errors():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped at once; what was saved before is complete", file=sys.stderr)
+        print("\nInterrupted. Files that were saved before are intact.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, say `| head`, has gone
+    except BrokenPipeError:  # stdout was closed, e.g. by piping into head
         sys.stderr.close()
         sys.exit(1)
 
 
 @contextmanager
-def replacing(path):
-    """A binary file to write to, which replaces path when the block ends without an error. Until
-    then, and when anything fails, what was at path stays as it is.
+def atomic_write(path):
+    """Context manager: open a binary file that replaces path when the block ends without an error.
+    Until then, and after an error, the file at path is unchanged.
 
-    Raises UserError if it cannot be written: no space, no permission.
+    Raises UserError if it cannot be written, e.g. for lack of space or permission.
     """
-    path, begun = Path(path), False
+    path = Path(path)
+    part_exists = False
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            begun = True
+            part_exists = True
             yield file
             file.flush()
             os.fsync(file.fileno())
-        patiently(part.replace, path)
+        retry_on_windows(part.replace, path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror}. Nothing that was there before is lost; "
-            "make room, or choose another place (--save_dir)"
+            f"{path} cannot be written: {error.strerror}. The files that were there are unchanged; "
+            "free some space, or choose another folder (--save_dir)"
         ) from None
     finally:
-        if begun:
+        if part_exists:
             part.unlink(missing_ok=True)
 
 
-def patiently(action, *args):
-    """Does something to a file. Windows refuses while another program has it open, a virus scanner
-    say: there it is tried again for three seconds.
+def retry_on_windows(fn, *args):
+    """Call fn(*args), an action on a file. On Windows, retry for three seconds: it fails while
+    another program, e.g. a virus scanner, has the file open.
     """
     for _ in range(30 if sys.platform == "win32" else 0):
         try:
-            return action(*args)
+            return fn(*args)
         except PermissionError:
             time.sleep(0.1)
-    return action(*args)
+    return fn(*args)
 
 
 def open_file(path):
-    """Return the file at path, open to be read as bytes. Raises UserError if it is missing, or a
-    pointer of Git LFS.
-    """
+    """Open a file to read bytes. Raises UserError if it is missing, or only a Git LFS pointer."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} isn't a file, and data is read more than once; give a file")
+            raise UserError(f"{path} is not a regular file, and data is read twice; give a file")
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
     if file.read(len(GIT_LFS)) == GIT_LFS:
         file.close()
-        raise UserError(f"{path} is a pointer of Git LFS, not the file; run: git lfs pull")
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
     file.seek(0)
     return file
 
 
 def read_json(path):
-    """Return the value of a JSON file. Raises UserError if it is not JSON."""
+    """Read a JSON file. Raises UserError if it isn't JSON."""
     with open_file(path) as file:
         try:
             return json.loads(file.read().decode("utf-8-sig"))
@@ -123,5 +123,5 @@ def read_json(path):
 
 
 def is_folder(path):
-    """Whether path is a folder. Path.is_dir would raise OSError for a name that is too long."""
+    """Return whether path is a folder. Path.is_dir raises OSError if the name is too long."""
     return os.path.isdir(path)  # noqa: PTH112

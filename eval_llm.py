@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, Problem, number, one_of, refuse, switch
+from cli import Parser, Problem, choose_from, number, refuse, switch
 from common import END_OF_TEXT, ROOT, STOP, UserError, report_user_errors
 
 with suppress(ImportError):  # not on Windows
@@ -79,7 +79,7 @@ def parse(argv):
     add("save_dir", ROOT / "out", "folder of weights", Path)
     add("hidden_size", None, "needed only where several sizes have the name", number(int, 1))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
-    add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
+    add("dtype", "auto", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
     add("use_compile", 0, "1: needs a compiler", switch)
     add = parser.group("the chat")
     add("prompt", None, "answer this and end")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.formats import format_of, to_conversation
+from dataset.formats import detect_format, to_conversation
 from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import best_fit_decreasing, collate, pad
@@ -73,7 +73,7 @@ def prepare(args, tokenizer):
 
     def theirs():
         for _, record in read_records(args.data_path):
-            messages, _ = to_conversation(record, format_of(record), Counter())
+            messages, _ = to_conversation(record, detect_format(record), Counter())
             judge.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )

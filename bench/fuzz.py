@@ -26,7 +26,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from evaluation.tasks import read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.tokenizer import load_tokenizer
-from model.weights import build_model, load, save
+from model.weights import build_model, load, write_weights
 from recipes.prepare_math import read_official
 from trainer.flags import parse_args, training_parser
 
@@ -58,7 +58,7 @@ def weights():
     file = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "w.pth"
-        save(path, CausalLM(config).state_dict(), config, TOKENIZER, "full_sft")
+        write_weights(path, CausalLM(config).state_dict(), config, TOKENIZER, "full_sft")
         file.write(path.read_bytes())
     return file.getvalue()
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from bench.gpu_memory import GIB, measure
 from bench.speed import transformers_twin
-from common import ROOT, replacing
+from common import ROOT, atomic_write
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
@@ -175,7 +175,7 @@ def packed_rows():
 
     for documents in (1, 16):
         ids = full_rows(B, T, documents)[3]
-        masks = {"dense causal": None, "masked kernel": attention.visible(0, T, ids, GPU)}
+        masks = {"dense causal": None, "masked kernel": attention.causal_mask(0, T, ids, GPU)}
         if attention.blocks_available(GPU, d):
             masks["FlexAttention"] = attention.document_blocks(ids)
         seconds = timed({name: lambda mask=mask: both(mask) for name, mask in masks.items()})
@@ -212,7 +212,7 @@ def main():
             print(f"left out: {str(error).splitlines()[0]}", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-        with replacing(ROOT / "out" / "bench_gpu.json") as file:
+        with atomic_write(ROOT / "out" / "bench_gpu.json") as file:
             file.write(json.dumps(FIGURES, indent=1).encode("utf-8"))
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT
 from model.chat_template import render
 from model.generation import complete
-from model.weights import build_model, find, load
+from model.weights import build_model, find_weights, load
 from recipes.misconceptions import MARKS, conversation
 
 PROMPTS = ROOT / "recipes" / "misconceptions.toml"
@@ -91,7 +91,7 @@ def main():
     print(f"{len(learned)} records to learn from, {len(asked)} asked about afterwards; ", end="")
     print(f"always the commonest name: {most / len(asked):.1%}")
     for name in args.score or []:
-        print(f"{name}: {score(find(args.save_dir, name), asked):.1%} named rightly")
+        print(f"{name}: {score(find_weights(args.save_dir, name), asked):.1%} named rightly")
     for name in () if args.score else ("with", "without"):
         path, out, weight = folder / f"{name}.jsonl", folder / name, f"misconceptions_{name}"
         shown = learned if name == "with" else [record | {"cot": ""} for record in learned]
@@ -104,7 +104,7 @@ def main():
             *["--save_dir", args.save_dir, "--save_weight", weight],
         )
         for state, known in (("before", args.from_weight), ("after", weight)):
-            share = score(find(args.save_dir, known), asked)
+            share = score(find_weights(args.save_dir, known), asked)
             print(f"{name} reasoning, {state}: {share:.1%} named rightly")
 
 

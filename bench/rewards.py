@@ -31,7 +31,7 @@ from dataset.tiny_world.generate import SEED, write_sums
 from dataset.tiny_world.text import World
 from model.chat_template import render
 from model.generation import complete
-from model.weights import build_model, find, load
+from model.weights import build_model, find_weights, load
 
 SAMPLING = ["--temperature", 1, "--max_new_tokens", 48, "--batch_size", 128]
 WARM = ["--warmup_steps", 5]
@@ -80,7 +80,7 @@ def style(folder, weight):
     """(share of short answers, share with the right fact, mean tokens) of answers about villagers
     whom no pair and no conversation mentions.
     """
-    path = find(folder, weight)
+    path = find_weights(folder, weight)
     model, tokenizer = build_model(load(path), path)
     rng, rows = random.Random(7), []
     for person in Pool(World(SEED), held_out=True).people:

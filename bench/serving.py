@@ -34,7 +34,7 @@ from convert import to_gguf
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.tokenizer import load_tokenizer
-from model.weights import save
+from model.weights import write_weights
 
 SHAPES = {"the demo's model": (256, 3), "512 wide, 8 layers": (512, 8)}
 CLIENTS = 16
@@ -144,7 +144,7 @@ def main():
         model = CausalLM(config).eval()
         with tempfile.TemporaryDirectory() as folder:
             file, gguf = Path(folder) / "random.pth", Path(folder) / "random.gguf"
-            save(file, model.state_dict(), config, tokenizer, "pretrain", training={})
+            write_weights(file, model.state_dict(), config, tokenizer, "pretrain", training={})
             to_gguf.main(["--weight", str(file), "--out", str(gguf)])
             flags = ["--weight", file, "--dtype", "fp32", "--max_batch", CLIENTS, "--serve", 0]
             ours = started(ROOT / "eval_llm.py", *flags)

@@ -29,12 +29,12 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from common import ROOT, replacing
+from common import ROOT, atomic_write
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import keep_freed_memory
 from model.generation import complete
 from model.tokenizer import load_tokenizer
-from model.weights import save
+from model.weights import write_weights
 from trainer.optimizer import compile_layers
 
 SHAPE = dict(vocab_size=6400, hidden_size=512, num_hidden_layers=8, intermediate_size=1600)
@@ -279,7 +279,7 @@ def first_token(rounds):
     model, tokenizer = CausalLM(ModelConfig(**SHAPE)), load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "full_sft_512.pth"
-        save(path, model.state_dict(), model.config, tokenizer, "full_sft")
+        write_weights(path, model.state_dict(), model.config, tokenizer, "full_sft")
         command = [sys.executable, str(ROOT / "eval_llm.py"), "--weight", str(path)]
         command += ["--prompt", "Hello", "--max_new_tokens", "1"]
         seconds = alternate(
@@ -329,7 +329,7 @@ def main():
             rooms[name](args.rounds)
         except ImportError as error:
             print(f"{name}: not measured, {error}; pip install -r requirements-dev.txt")
-        with replacing(ROOT / "out" / "bench.json") as file:
+        with atomic_write(ROOT / "out" / "bench.json") as file:
             file.write(json.dumps(ROWS, indent=1).encode())
 
 

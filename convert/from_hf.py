@@ -17,8 +17,8 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 # isort: split
 from cli import Parser
 from common import ROOT
-from model.huggingface import content_of, read_folder, wrong_values
-from model.weights import build_model, file_name, load_tensors, save
+from model.huggingface import build_content, invalid_values_reported, read_folder
+from model.weights import build_model, file_name, load_tensors, write_weights
 
 
 def minimind_config(weights, path):
@@ -69,10 +69,10 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if args.source.suffix == ".pth":
-        weights = load_tensors(args.source, remedy="get it again")
+        weights = load_tensors(args.source, hint="get it again")
         config = minimind_config(weights, args.source)
-        with wrong_values(args.tokenizer_path):
-            content = content_of(config, weights, args.tokenizer_path)
+        with invalid_values_reported(args.tokenizer_path):
+            content = build_content(config, weights, args.tokenizer_path)
     else:
         content = read_folder(args.source)
     model, tokenizer = build_model(content, args.source)
@@ -80,7 +80,7 @@ def main(argv=None):
     if target.exists():
         raise UserError(f"{target} exists; give another --save_weight")
     weights, stage = model.state_dict(), content["stage"]
-    save(target, weights, model.config, tokenizer, stage, training={})
+    write_weights(target, weights, model.config, tokenizer, stage, training={})
     print(f"written: {target}, {stage}")
 
 

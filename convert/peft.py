@@ -16,18 +16,18 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 from cli import Parser
-from common import ROOT, read_json, replacing
+from common import ROOT, atomic_write, read_json
 from model.lora import adapter_state, add_lora, merge
 from model.weights import (
     adapters_name,
     build_model,
     description,
     file_name,
-    find,
+    find_weights,
     load,
     load_adapters,
-    save,
     weights_to_start_from,
+    write_weights,
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,7 +46,7 @@ UNSUPPORTED = {  # options of PEFT that these adapters do not have, with the val
 def main(argv=None):
     args = parse(argv)
     base = weights_to_start_from(args)
-    path = find(args.save_dir, base)
+    path = find_weights(args.save_dir, base)
     content = load(path)
     model, tokenizer = build_model(content, path)
     if args.from_peft:
@@ -56,7 +56,7 @@ def main(argv=None):
         more = {"under": base, "training": {}}
     else:
         lora = adapters_name(args.lora)
-        adapters_path = find(args.save_dir, lora, model.config.hidden_size)
+        adapters_path = find_weights(args.save_dir, lora, model.config.hidden_size)
         content = load_adapters(model, adapters_path)
         if args.to_peft:
             write_peft(args.to_peft, model, base)
@@ -67,7 +67,7 @@ def main(argv=None):
         more = {"training": content["training"]}
     more |= description(model)
     target = args.save_dir / f"{file_name(name, model.config)}.pth"
-    save(target, state, model.config, tokenizer, stage, **more)
+    write_weights(target, state, model.config, tokenizer, stage, **more)
     print(f"written: {target}")
 
 
@@ -111,9 +111,9 @@ def write_peft(folder, model, base):
         "fan_in_fan_out": False,
     }
     tensors = {f"{PREFIX}{name}{SUFFIX}": weight.float() for name, weight in state.items()}
-    with replacing(folder / CONFIG) as file:
+    with atomic_write(folder / CONFIG) as file:
         file.write(json.dumps(config | UNSUPPORTED, indent=1).encode())
-    with replacing(folder / WEIGHTS) as file:
+    with atomic_write(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save(tensors))
     print(f"written: {folder / CONFIG}, {folder / WEIGHTS}")
 

@@ -19,7 +19,7 @@ import json
 
 import torch
 
-from common import END_OF_TEXT, IM_END, replacing
+from common import END_OF_TEXT, IM_END, atomic_write
 from convert.to_hf import TEMPLATE, export_parser
 from model.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
 from model.weights import open_model
@@ -67,7 +67,7 @@ PARAMETER num_ctx {context}
 '''
 
 
-def tensors_of(model):
+def gguf_tensors(model):
     """{name in GGUF: tensor} of a model. The experts of a layer become one tensor (E, out, in)."""
     found, experts = {}, {}
     for name, tensor in model.state_dict().items():
@@ -179,12 +179,12 @@ def main(argv=None):
         raise UserError("llama.cpp's qwen2 has no RoPE scaling, which these weights need")
     if not config.qk_norm and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise UserError("llama.cpp's qwen2 needs head_dim * num_attention_heads = hidden_size")
-    tensors, kind = tensors_of(model), getattr(gguf.GGMLQuantizationType, TYPES[args.type])
+    tensors, kind = gguf_tensors(model), getattr(gguf.GGMLQuantizationType, TYPES[args.type])
     widths = {tensor.shape[-1] for tensor in tensors.values() if tensor.dim() > 1}
     if args.type == "q8_0" and any(width % 32 for width in widths):
         raise UserError(f"--type q8_0: rows are {sorted(widths)}, not multiples of 32; use f16")
     arch = "qwen3moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2"
-    with replacing(args.out) as file:
+    with atomic_write(args.out) as file:
         writer = gguf.GGUFWriter(file.name, arch)
         describe(writer, config, trained.paths[-1].stem)
         add_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType, trained.chats)
@@ -199,7 +199,7 @@ def main(argv=None):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    with replacing(args.out.with_name("Modelfile")) as file:
+    with atomic_write(args.out.with_name("Modelfile")) as file:
         template = CHAT if trained.chats else "{{ .Prompt }}"
         context = config.max_position_embeddings
         text = MODELFILE.format(name=args.out.name, context=context, template=template)

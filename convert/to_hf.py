@@ -19,7 +19,7 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 
 # isort: split
 from cli import Parser
-from common import END_OF_TEXT, IM_END, ROOT, replacing
+from common import END_OF_TEXT, IM_END, ROOT, atomic_write
 from model.huggingface import EXPERTS, SAME, SCALING
 from model.weights import open_model
 
@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def config_of(config, dtype, eos):
+def hf_config(config, dtype, eos):
     """Return the content of config.json; eos is the id that ends an answer. Raises UserError for a
     model of no published family.
     """
@@ -102,17 +102,17 @@ def main(argv=None):
     trained = open_model(args)
     model, tokenizer = trained.model, trained.tokenizer
     stop = [IM_END, END_OF_TEXT] if trained.chats else [END_OF_TEXT]
-    config, tensors = config_of(model.config, args.dtype, stop[0]), model.state_dict()
+    config, tensors = hf_config(model.config, args.dtype, stop[0]), model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
 
     def write(name, value):
         text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-        with replacing(args.out / name) as file:
+        with atomic_write(args.out / name) as file:
             file.write(text.encode("utf-8"))
 
     with removed_on_error(args.out):
-        with replacing(args.out / "model.safetensors") as file:
+        with atomic_write(args.out / "model.safetensors") as file:
             file.write(save(tensors, {"format": "pt"}))
         write("tokenizer.json", tokenizer.to_str(pretty=True))
         if trained.chats:

@@ -24,7 +24,7 @@ import json
 import re
 
 from dataset.jsonl import list_hint
-from model.chat_template import ROLES, json_of, text_of
+from model.chat_template import ROLES, parse_json, require_text
 
 ALIASES = {
     "user": "human user",
@@ -62,7 +62,7 @@ MASK_LIKE = re.compile(  # what seems to be such a key: train_detail and isMaske
 )
 
 
-def format_of(record):
+def detect_format(record):
     """The name of a record's format. Raises ValueError with the record's keys if it has none."""
     fitting = (
         name
@@ -91,7 +91,7 @@ def to_text(record):
         raise ValueError(f'there is no "text" in it, only {keys}{list_hint(record)}')
     if message_weights(record, "it", [None]) == [0]:
         raise ValueError("it is marked not to be trained on; leave such a text out")
-    return text_of(record["text"], "it has text")
+    return require_text(record["text"], "it has text")
 
 
 def to_conversation(record, name, notes):
@@ -213,7 +213,7 @@ def make_turn(role, content):
 def to_content(value, name):
     """Return text as it is, and a number as text. Raises ValueError, which begins with name."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return text_of(json.dumps(value) if is_number else value, name)
+    return require_text(json.dumps(value) if is_number else value, name)
 
 
 def message(turn, number):
@@ -230,17 +230,19 @@ def message(turn, number):
     if alias.lower() == "function_call":
         content, calls = "", content
     if isinstance(content, list):
-        parts = parts_of(content, number)
+        parts = split_content(content, number)
         content = "".join(parts["text"])
         reasoning = "\n".join(parts["reasoning"]) or reasoning
-        calls = [json_of(call, f"message {number}: a call") for call in parts["tool_call"]] or calls
-    calls = json_of(calls, f"message {number}: a call")
+        calls = [
+            parse_json(call, f"message {number}: a call") for call in parts["tool_call"]
+        ] or calls
+    calls = parse_json(calls, f"message {number}: a call")
     if content is None and calls:
         content = ""
     converted = {"role": role, "content": to_content(content, f"message {number} has content")}
     if reasoning:
         name = f"message {number} has reasoning_content"
-        converted["reasoning_content"] = text_of(reasoning, name)
+        converted["reasoning_content"] = require_text(reasoning, name)
     if calls:
         converted["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if turn.get("tools"):
@@ -249,7 +251,7 @@ def message(turn, number):
     return converted if weight is None else converted | {"loss_weight": weight}
 
 
-def parts_of(content, number):
+def split_content(content, number):
     """The texts of each type of OpenAI's content parts, as a dict of lists."""
     parts = {"text": [], "reasoning": [], "tool_call": []}
     for part in content:
@@ -258,6 +260,6 @@ def parts_of(content, number):
             raise ValueError(f"message {number} has a part of type {kind!r}, which is not text")
         value = part.get(kind, part.get("text", part.get("value")))
         if kind != "tool_call":
-            value = text_of(value, f"message {number} has a part")
+            value = require_text(value, f"message {number} has a part")
         parts[kind].append(value)
     return parts

@@ -54,7 +54,7 @@ def read_records(path, notes=None):
             lines = (line.strip(codecs.BOM_UTF8 + b" \t\r\n") for line in file)
             first_line = next(filter(None, lines), b"")
             file.seek(0)
-            is_array = first_line.startswith(b"[") and not is_conversation(value_of(first_line))
+            is_array = first_line.startswith(b"[") and not is_conversation(parse_line(first_line))
             items = array_items(file, to_dict) if is_array else line_items(file, to_dict)
             for index, (number, item) in enumerate(items):
                 if repeated:
@@ -72,7 +72,7 @@ def read_records(path, notes=None):
             raise UserError(f"{path} cannot be read: {reason}") from None
 
 
-def value_of(line):
+def parse_line(line):
     """Return the value of a line of JSON, None if it is not JSON."""
     try:
         return json.loads(line)

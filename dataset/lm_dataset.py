@@ -47,7 +47,7 @@ class TokenDataset(Dataset):
                     f"{path} has the content of {first}: what one holds out for validation would "
                     f"be trained on in the other; leave one out, or give a share, as FILE:0.7"
                 )
-            samples.append(self.samples_of(tokens, len(self.files), max_length))
+            samples.append(self.make_samples(tokens, len(self.files), max_length))
             self.files.append(tokens)
         self.samples = np.concatenate(samples)
         if not len(self.samples):
@@ -61,7 +61,7 @@ class TokenDataset(Dataset):
         options = [type(self).__name__, *self.options]
         return tokenised(path, tokenizer, self.to_pieces, options, strict, **cache)
 
-    def samples_of(self, tokens, file, max_seq_len):
+    def make_samples(self, tokens, file, max_seq_len):
         """The samples of a file, (n, 4). A record is one sample; one that is too long is cut."""
         starts, ends = tokens.offsets[:-1], tokens.offsets[1:]
         table = np.stack([np.full_like(starts, file), np.arange(len(starts)), starts, ends], 1)
@@ -149,7 +149,7 @@ class SFTDataset(TokenDataset):
         super().__init__(*args, **options)
 
     def to_pieces(self, record, report):
-        report["format"] = report["format"] or self.data_format or formats.format_of(record)
+        report["format"] = report["format"] or self.data_format or formats.detect_format(record)
         if report["format"] == "text":
             raise ValueError("it is pretraining text, not a conversation")
         messages, tools = formats.to_conversation(record, report["format"], report["notes"])

@@ -5,7 +5,7 @@ import numpy as np
 from common import IGNORE
 from dataset import formats
 from dataset.lm_dataset import TokenDataset
-from model.chat_template import pieces, text_of
+from model.chat_template import pieces, require_text
 
 # Where a record has what comes before the answers.
 SHARED = ("prompt", "conversations", "messages", "instruction", "question", "input")
@@ -51,7 +51,7 @@ def to_pair(record):
     shared = next((record[key] for key in SHARED if record.get(key)), [])
     if isinstance(shared, str):
         if record.get("input") and shared != record["input"]:
-            shared += f"\n{text_of(record['input'], 'it has input')}"
+            shared += f"\n{require_text(record['input'], 'it has input')}"
         shared = [{"role": "user", "content": shared}]
     if not isinstance(shared, list):
         raise ValueError(f"the prompt is text or a list of messages, not {shared!r:.200}")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import cli
-from common import UserError, is_folder, replacing, report_user_errors
+from common import UserError, atomic_write, is_folder, report_user_errors
 from dataset import formats
 from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
@@ -45,7 +45,7 @@ def open_data(path, tokenizer, args):
     """The dataset of a file: documents, pairs or conversations, as its first known record is."""
     for _, record in read_records(path):
         try:
-            name = formats.format_of(record)
+            name = formats.detect_format(record)
         except (ValueError, TypeError):  # a bad record, which the dataset counts
             continue
         if kind := {"text": PretrainDataset, "preference": PairDataset}.get(name):
@@ -54,20 +54,20 @@ def open_data(path, tokenizer, args):
     return SFTDataset(path, tokenizer, args.max_seq_len, overlong=args.overlong)
 
 
-def tokenizer_of(args):
+def open_tokenizer(args):
     """Return the tokenizer of --weight, or else of --tokenizer_path."""
     if args.weight is None or is_folder(args.weight):
         return load_tokenizer(args.weight or args.tokenizer_path)
-    weights = load_tensors(args.weight, remedy="give the path of a .pth file or a folder")
+    weights = load_tensors(args.weight, hint="give the path of a .pth file or a folder")
     if not isinstance(weights, dict) or "tokenizer" not in weights:
-        raise UserError(f"{args.weight} is not a weights file of this program")
+        raise UserError(f"{args.weight} isn't a weights file of this program")
     return load_tokenizer(json_text=str(weights["tokenizer"]))
 
 
 def check(args):
     """Prints what is in each file; returns 1 if any record is bad, else 0."""
-    tokenizer = tokenizer_of(args)
-    tables = [table_of(path, tokenizer, args) for path in args.data_path]
+    tokenizer = open_tokenizer(args)
+    tables = [file_report(path, tokenizer, args) for path in args.data_path]
     if args.json:
         print(json.dumps(tables, indent=1, ensure_ascii=False))
     else:
@@ -75,7 +75,7 @@ def check(args):
     return int(any(table["bad"] for table in tables))
 
 
-def table_of(path, tokenizer, args):
+def file_report(path, tokenizer, args):
     """What `check` reports about a file, as a dict of plain values."""
     data = open_data(path, tokenizer, args)
     (file,) = data.files
@@ -150,7 +150,7 @@ def has_colours():
 
 def show(args):
     """Prints tokens in colour, or writes them as a page; returns 0."""
-    tokenizer, rows = tokenizer_of(args), []
+    tokenizer, rows = open_tokenizer(args), []
     for path in args.data_path:
         data = open_data(path, tokenizer, args)
         numbers = [[sample] for sample in range(len(data))]
@@ -163,7 +163,7 @@ def show(args):
             rows.append((f"{data.where(row)}: {sum(map(len, samples))} tokens", samples))
     if args.html:
         page = Path(__file__).with_name("show.html").read_text(encoding="utf-8")
-        with replacing(args.html) as file:
+        with atomic_write(args.html) as file:
             file.write(page.replace("<!-- rows -->", as_html(rows)).encode("utf-8"))
         print(f"page: {args.html}")
         return 0
@@ -271,10 +271,10 @@ def write_parts(folder, parts, manifest, sources=(), texts=None):
     manifest = manifest | {"files": {}}
     # The last one opened moves into place first: the manifest follows the files that it describes.
     with ExitStack() as complete:
-        manifest_file = complete.enter_context(replacing(folder / "manifest.json"))
+        manifest_file = complete.enter_context(atomic_write(folder / "manifest.json"))
         for name, records in parts.items():
             count, digest = 0, hashlib.sha256()
-            file = complete.enter_context(replacing(folder / name))
+            file = complete.enter_context(atomic_write(folder / name))
             for record in records:
                 line = json.dumps(record, ensure_ascii=False)
                 line = line.encode("utf-8", "backslashreplace") + b"\n"
@@ -283,7 +283,7 @@ def write_parts(folder, parts, manifest, sources=(), texts=None):
                 count += 1
             manifest["files"][name] = {"records": count, "sha256": digest.hexdigest()}
         for name, text in (texts or {}).items():
-            complete.enter_context(replacing(folder / name)).write(text.encode("utf-8"))
+            complete.enter_context(atomic_write(folder / name)).write(text.encode("utf-8"))
         manifest_file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8"))
     for name, file in manifest["files"].items():
         print(f"{folder / name}: {file['records']} records")

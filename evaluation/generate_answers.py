@@ -8,7 +8,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from common import STOP, UserError, replacing
+from common import STOP, UserError, atomic_write
 from evaluation.tasks import allowed_ids, is_right, judge, problem, read_problems
 from model.chat_template import parse_answer, render
 from model.generation import generate
@@ -159,7 +159,7 @@ class Part:
                 break  # a machine that went off left it in pieces
         self.rows = self.rows[: len(self.rows) // batch_size * batch_size]
         first = {key: value for key, value in run.items() if key != "command"}
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(as_lines([first, *self.rows]))
 
     def add(self, rows):

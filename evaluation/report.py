@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter, defaultdict
 
-from common import UserError, replacing
+from common import UserError, atomic_write
 from evaluation.tasks import is_right
 
 
@@ -123,7 +123,7 @@ def write(path, result):
         ".json": json.dumps(result, ensure_ascii=False, indent=1),
     }
     for suffix, text in written.items():
-        with replacing(path.with_suffix(suffix)) as file:
+        with atomic_write(path.with_suffix(suffix)) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
 
 

@@ -29,7 +29,7 @@ def reward_function(task, own=None):
     return lambda problem, answer: function(problem["prompt"], answer, problem["gold"])
 
 
-def rewards_of(reward, problems, groups, tokenizer):
+def compute_rewards(reward, problems, groups, tokenizer):
     """The rewards of G answers to each of P problems, (P, G); groups are their ids, with the token
     that ended each. Raises UserError for a reward that is not a finite number.
     """

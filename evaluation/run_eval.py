@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
-from cli import Parser, number, one_of, switch
+from cli import Parser, choose_from, number, switch
 from dataset.tiny_world import EVAL
 from evaluation import competition_math, report
 from evaluation.generate_answers import Part, answer_all, read_result, require_same_run
@@ -32,7 +32,7 @@ def parse(argv):
     """Return (the flags, their parser)."""
     parser = Parser(__doc__)
     add = parser.group("the evaluation")
-    add("task", "tiny_world", f"one of {'|'.join(TASKS)}", one_of(*TASKS))
+    add("task", "tiny_world", f"one of {'|'.join(TASKS)}", choose_from(*TASKS))
     add("data_path", None, "problems, as a recipe writes them; default: Tiny World's", Path)
     add("num_samples", 1, "answers to each problem", number(int, 1))
     name = "name of the result; default: the weights' name and the options that are not defaults"
@@ -48,7 +48,7 @@ def parse(argv):
 
 
 def answering_flags(parser, **defaults):
-    """Add the flags that `open_model` and `options_of` read, except --num_samples."""
+    """Add the flags that `open_model` and `generation_options` read, except --num_samples."""
     add = parser.group("the model and its answers")
     newest = "a name in --save_dir, or a path; default: full_sft, or the weights of --lora"
     add("weight", None, newest, dest="from_weight")
@@ -63,11 +63,11 @@ def answering_flags(parser, **defaults):
     add("temperature", defaults["temperature"], sampling, number(float, 0, 100))
     add("seed", 1, "of the sampling, above temperature 0", number(int, 0, 2**63 - 1))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
-    add("dtype", "fp32", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
+    add("dtype", "fp32", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
     add("use_compile", 0, "1: torch.compile the step to the next token", switch)
 
 
-def options_of(args):
+def generation_options(args):
     """The options of `answer_all`."""
     names = ("num_samples", "batch_size", "seed", "temperature", "max_new_tokens", "use_compile")
     return {name: getattr(args, name) for name in names}
@@ -115,7 +115,9 @@ def main(argv=None):
     if path.exists():
         require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
     part = Part(path.with_suffix(".part"), result, args.batch_size, "--run NAME")
-    options = options_of(args) | {"allowed": allowed_ids(args.task, data, trained.tokenizer)}
+    options = generation_options(args) | {
+        "allowed": allowed_ids(args.task, data, trained.tokenizer)
+    }
     rows = answer_all(problems, trained.model, trained.tokenizer, options, part)
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
     scores = finish(result | {"problems": rows}, path)

@@ -22,7 +22,7 @@ import torch
 
 from dataset.prepare import STYLES, has_colours, open_data
 from dataset.tiny_world import SFT, write_missing
-from model.weights import build_model, find, load
+from model.weights import build_model, find_weights, load
 
 
 def probabilities(model, input_ids):
@@ -59,7 +59,7 @@ def main(argv=None):
     add("--weight", nargs="+", default=["pretrain", "full_sft"], metavar="NAME", help=weights)
     add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     args = parser.parse_args(argv)
-    paths = [find(args.save_dir, name) for name in args.weight]
+    paths = [find_weights(args.save_dir, name) for name in args.weight]
     opened = [build_model(load(path), path) for path in paths]
     tokenizer = opened[0][1]
     if len({each.to_str() for _, each in opened}) > 1:

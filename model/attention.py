@@ -1,5 +1,5 @@
-"""Attention: the formula in eight lines, then faster versions of it for each device, and the masks
-of what a token sees. Tests compare each fast version with `plain_attention`.
+"""Attention: a readable reference implementation, optimized versions per device, and the masks.
+Tests compare each optimized version with `plain_attention`.
 
 Shapes: B batch, H heads, K key/value heads, G = H / K heads that share a key, T queries (the tokens
 of this call), S keys (cached + T), d head size.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BLOCK = 128  # queries at once on a CPU: larger blocks compute more scores that are masked
+BLOCK = 128  # queries per block on a CPU: larger blocks waste more work on masked scores
 
 
 def plain_attention(q, k, v, mask):
@@ -32,9 +32,9 @@ def plain_attention(q, k, v, mask):
     return weights @ v  # (B, H, T, S) @ (B, H, S, d) -> (B, H, T, d)
 
 
-def visible(past, T, document_ids, device):
-    """The mask of the last T of S = past + T tokens, bool (1 or B, 1, T, S): a token sees itself
-    and the earlier ones; with document_ids (B, S), only those of its own document.
+def causal_mask(past, T, document_ids, device):
+    """Return the mask of the last T of S = past + T tokens, bool (1 or B, 1, T, S): a token attends
+    to itself and to earlier tokens; with document_ids (B, S), only within its own document.
     """
     key = torch.arange(past + T, device=device)
     mask = (key[past:, None] >= key[None, :])[None, None]  # (T, 1) >= (1, S) -> (1, 1, T, S)
@@ -44,30 +44,31 @@ def visible(past, T, document_ids, device):
 
 
 def attend(q, k, v, mask):
-    """What `plain_attention` returns, by the fastest way on the device of q.
+    """Compute `plain_attention` with the fastest implementation for the device of q.
 
-    mask is of `visible` or `document_blocks`. None is the causal mask; the T queries are then the
-    last of the S tokens.
+    mask comes from `causal_mask` or `document_blocks`. None means causal attention; the T queries
+    are then the last of the S tokens.
     """
-    device, blocks = q.device.type, isinstance(mask, BlockMask)
+    device = q.device.type
+    is_block_mask = isinstance(mask, BlockMask)
     # On Apple's GPUs, torch's kernel had errors up to 2.12: keys of the future in half precision,
     # masks that all heads share.
-    if device == "mps" or (device == "cpu" and q.shape[2] > 1 and not blocks):
+    if device == "mps" or (device == "cpu" and q.shape[2] > 1 and not is_block_mask):
         return attend_in_blocks(q, k, v, mask)
     if q.shape[2] == 1:
-        return attend_from_one(q, k, v, mask)
+        return attend_one_query(q, k, v, mask)
     G, dtype = q.shape[1] // k.shape[1], q.dtype
-    q = q.to(k.dtype)  # a cache may have another one
+    q = q.to(k.dtype)  # the KV cache may use a different dtype
     k, v = (t.repeat_interleave(G, dim=1) for t in (k, v))  # (B, K, S, d) -> (B, H, S, d)
-    if blocks:
+    if is_block_mask:
         return compiled(flex_attention)(q, k, v, block_mask=mask)
-    # `hidden_states` leaves the mask out only where nothing is cached: T = S.
+    # `hidden_states` passes no mask only when nothing is cached: T = S.
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).to(dtype)
 
 
-def attend_from_one(q, k, v, mask):
-    """Attention of a single query. It sees the same keys in every head, so the G heads that share a
-    key are passed to torch's kernel as G queries of one head, and each key is read once.
+def attend_one_query(q, k, v, mask):
+    """Attention for T = 1. The mask is the same in all heads, so the G heads that share a key are
+    passed to torch's kernel as G queries of one head, and each key is read once.
     """
     B, H, _, d = q.shape
     grouped = q.reshape(B, k.shape[1], -1, d).to(k.dtype)  # (B, H, 1, d) -> (B, K, G, d)
@@ -76,9 +77,9 @@ def attend_from_one(q, k, v, mask):
 
 
 def attend_in_blocks(q, k, v, mask):
-    """The formula for one block of queries after the other, without the keys after the block. On a
-    CPU this is faster than torch's fused kernel, most of all in bf16: it computes half as many
-    scores, and the G heads that share a key make one larger product.
+    """Attention for one block of queries at a time, without the keys after the block. On a CPU this
+    is faster than torch's fused kernel, especially in bf16: it computes half as many scores, and
+    the G heads that share a key are computed in one larger matmul.
     """
     (B, H, T, d), K, S, dtype = q.shape, k.shape[1], k.shape[2], q.dtype
     q = q.to(k.dtype).reshape(B, K, H // K, T, d) * d**-0.5  # (B, H, T, d) -> (B, K, G, T, d)
@@ -99,13 +100,13 @@ def attend_in_blocks(q, k, v, mask):
 
 
 class AttentionWeights(torch.autograd.Function):
-    """softmax(Q K^T) of scaled queries: in half precision rounded once, as in torch's kernels,
-    because scores are kept in fp32. The backward pass needs the weights only, not the scores.
+    """softmax(Q K^T) for scaled queries. Scores are fp32, so half-precision results are rounded
+    only once, as in torch's kernels. Only the weights are saved for the backward pass.
     """
 
     @staticmethod
     def forward(ctx, q, k, hidden):
-        """q (B, K, G, t, d), k (B, K, seen, d), hidden True where a query does not see a key.
+        """q (B, K, G, t, d), k (B, K, seen, d), hidden True where a query doesn't attend to a key.
         Returns (B, K, G, t, seen).
         """
         B, K, G, t, d = q.shape
@@ -127,39 +128,42 @@ class AttentionWeights(torch.autograd.Function):
 
 
 def blocks_available(device, head_dim):
-    """Whether FlexAttention can be used: on NVIDIA GPUs since Ampere, with Triton and a compiler,
-    for heads whose size is a power of two.
+    """Return whether FlexAttention can be used: on NVIDIA GPUs since Ampere, with Triton and a
+    compiler, for head sizes that are a power of two.
     """
-    able = device.type == "cuda" and head_dim in (16, 32, 64, 128, 256)
-    return able and blocks_work(device, head_dim)
+    if device.type != "cuda" or head_dim not in (16, 32, 64, 128, 256):
+        return False
+    return blocks_work(device, head_dim)
 
 
 @cache
 def blocks_work(device, head_dim):
-    """Whether FlexAttention, output and gradients, is `plain_attention` on a small batch; a warning
-    says why it is not used. Tried once: what it needs depends on GPU, driver and compiler.
+    """Return whether the output and gradients of FlexAttention match `plain_attention` on a small
+    batch; otherwise warn with the reason. Checked once per device, because support depends on GPU,
+    driver and compiler.
     """
     if not find_spec("triton") or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     generator = torch.Generator().manual_seed(0)
     documents = torch.tensor([[0] * 100 + [1] * 130 + [-1] * 26] * 2, device=device)  # (B, T)
-    # q, k, v, and the direction of a derivative
+    # q, k, v, and the gradient of the output
     tensors = torch.randn(4, 2, 4, 256, head_dim, generator=generator).to(device)
-    found = []
+    results = []
     try:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast("cuda", enabled=False),
         ):
-            for mask in (document_blocks(documents), visible(0, 256, documents, device)):
+            for mask in (document_blocks(documents), causal_mask(0, 256, documents, device)):
                 q, k, v = (t.clone().requires_grad_() for t in tensors[:3])
-                blocks = isinstance(mask, BlockMask)
-                out = attend(q, k, v, mask) if blocks else plain_attention(q, k, v, mask)
-                found.append([out, *torch.autograd.grad((out * tensors[3]).sum(), (q, k, v))])
-        for one, other in zip(*found, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)  # products may be TF32
-    except Exception as error:  # compilers fail in many ways; the plain way works everywhere
+                implementation = attend if isinstance(mask, BlockMask) else plain_attention
+                out = implementation(q, k, v, mask)
+                results.append([out, *torch.autograd.grad((out * tensors[3]).sum(), (q, k, v))])
+        for actual, expected in zip(*results, strict=True):
+            # The tolerance allows for matmuls in TF32.
+            torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+    except Exception as error:  # any compile failure falls back to SDPA
         reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"FlexAttention is not used, packed rows are slower: {reason}", stacklevel=2)
         return False
@@ -167,10 +171,10 @@ def blocks_work(device, head_dim):
 
 
 def document_blocks(document_ids):
-    """The mask of `visible` without a cache, as a BlockMask; document_ids (B, T).
+    """Return `causal_mask` without a cache as a BlockMask; document_ids (B, T).
 
-    On a GPU, FlexAttention (arXiv:2412.05496) computes only those blocks of the T x T scores in
-    which some query sees some key: packed rows cost what their documents cost.
+    FlexAttention (arXiv:2412.05496) skips blocks of the T x T scores that are fully masked, so the
+    cost of a packed row is the cost of its documents.
     """
     B, T = document_ids.shape
 
@@ -183,10 +187,12 @@ def document_blocks(document_ids):
 
 
 def compiled(function):
-    """The function as one fused kernel; torch.compile of the whole model fuses it anyway."""
+    """Return the function compiled to a fused kernel, unless the whole model is being compiled."""
     return function if torch.compiler.is_compiling() else compile_once(function)
 
 
 @cache
 def compile_once(function):
-    return torch.compile(function, dynamic=False)  # one shape of batches: see `dataset.step_plan`
+    return torch.compile(
+        function, dynamic=False
+    )  # all batches have one shape: see `dataset.step_plan`

@@ -1,8 +1,8 @@
 """A decoder-only transformer, written out in full: RMSNorm, rotary positions, grouped-query
 attention, SwiGLU. With the same weights it computes what transformers' `Qwen3ForCausalLM`
 (`qk_norm=True`), `LlamaForCausalLM` (`qk_norm=False`), `Qwen2ForCausalLM` (and `qkv_bias=True`) and
-`Qwen3MoeForCausalLM` (`use_moe=True`) compute, and its `state_dict()` keys are those of their
-published checkpoints.
+`Qwen3MoeForCausalLM` (`use_moe=True`) compute, and its `state_dict()` keys match their published
+checkpoints.
 
 Shapes: B batch, T time (tokens of this call), S cached tokens + T, D hidden, H heads, K key/value
 heads, d head size, V vocabulary.
@@ -22,20 +22,20 @@ from model.moe import MoE
 
 @dataclass
 class ModelConfig:
-    """The shape of a model, with Qwen3's names. None: derived from other fields, as each comment
-    says. Raises ValueError for values that contradict each other.
+    """Model configuration, with Qwen3's names. Fields that are None are derived from other fields
+    (see the comments). Raises ValueError for contradictory values.
     """
 
     vocab_size: int = 2048
     hidden_size: int = 256
     num_hidden_layers: int = 3
     num_attention_heads: int | None = None  # hidden_size / 64
-    num_key_value_heads: int | None = None  # half the heads share one key and value each
+    num_key_value_heads: int | None = None  # num_attention_heads / 2
     head_dim: int | None = None  # hidden_size / num_attention_heads
     intermediate_size: int | None = None  # 3 * hidden_size, the ratio of Qwen3-0.6B
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
-    rope_factor: float = 1.0  # Llama 3's scaling of RoPE to longer texts, see `stretch`; 1: none
+    rope_factor: float = 1.0  # Llama 3's RoPE scaling, `scale_rope_frequencies`; 1: off
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_length: int = 8192
@@ -65,7 +65,7 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of values")
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         if self.use_moe and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed "
@@ -82,45 +82,45 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        weight = self.weight.float()  # not fp32 where the model was cast to bf16 for generation
+        weight = self.weight.float()  # bf16 if the model was cast for generation
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
 def rotary_table(position_ids, config):
-    """cos and sin of the angles of each position, (B, T) -> two of (B, T, 1, d), in fp32.
+    """Return (cos, sin) of the rotation angles, (B, T) -> (B, T, 1, d) each, in fp32.
 
-    RoPE (arXiv:2104.09864) rotates pair i of a head's values by position * theta^(-2i/d), so that
-    the product of a query and a key depends on their content and on their distance alone.
+    RoPE (arXiv:2104.09864) rotates pair i of a head's dimensions by position * theta^(-2i/d), so
+    the product of a query and a key depends only on their content and their distance.
     """
     d = config.head_dim
     exponent = torch.arange(0, d, 2, device=position_ids.device).float() / d  # (d/2,)
-    turn = config.rope_theta**-exponent  # (d/2,), radians per position
+    inv_freq = config.rope_theta**-exponent  # (d/2,), radians per position
     if config.rope_factor != 1:
-        turn = stretch(turn, config)
-    angle = position_ids[:, :, None, None].float() * turn  # (B, T, 1, d/2)
+        inv_freq = scale_rope_frequencies(inv_freq, config)
+    angle = position_ids[:, :, None, None].float() * inv_freq  # (B, T, 1, d/2)
     angle = torch.cat([angle, angle], dim=-1)  # (B, T, 1, d)
     return angle.cos(), angle.sin()
 
 
-def stretch(turn, config):
-    """Llama 3's scaling of RoPE (arXiv:2407.21783): pairs that turn less than low_freq_factor times
-    within the original length turn rope_factor times more slowly, those that turn more than
-    high_freq_factor times as before, and those between change gradually. (d/2,) -> (d/2,)
+def scale_rope_frequencies(inv_freq, config):
+    """Apply Llama 3's RoPE scaling (arXiv:2407.21783), (d/2,) -> (d/2,). Pairs with fewer than
+    low_freq_factor rotations within the original length rotate rope_factor times more slowly, pairs
+    with more than high_freq_factor are unchanged, and the pairs between are interpolated.
     """
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    turns = config.rope_original_length * turn / (2 * torch.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return turn * (kept + (1 - kept) / config.rope_factor)
+    rotations = config.rope_original_length * inv_freq / (2 * torch.pi)
+    unscaled = ((rotations - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (unscaled + (1 - unscaled) / config.rope_factor)
 
 
 def rotate(x, cos, sin):
-    """x (B, T, H, d), rotated; a pair is (i, i + d/2), as in Llama's and Qwen's checkpoints."""
+    """Rotate x (B, T, H, d); a pair is (i, i + d/2), as in Llama's and Qwen's checkpoints."""
     left, right = x.chunk(2, dim=-1)  # (B, T, H, d/2) each
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which H / K query heads share one key and value head."""
+    """Causal self-attention; H / K query heads share one key/value head (grouped-query)."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,8 +166,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then an MLP. Each reads a normalised copy of the residual stream x (pre-norm) and
-    adds its result to it, so the shape stays (B, T, D).
+    """Pre-norm transformer block: attention, then an MLP, each added to the residual stream x
+    (B, T, D).
     """
 
     def __init__(self, config):
@@ -190,8 +190,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All layers but the output layer; a module of its own, because published checkpoints name its
-    weights `model.`
+    """The transformer without the LM head. A separate module, so that parameter names match
+    published checkpoints ("model.").
     """
 
     def __init__(self, config):
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, rotary, mask, kv_cache):
         x = self.dropout(self.embed_tokens(input_ids))  # (B, T) -> (B, T, D)
         for index, layer in enumerate(self.layers):
-            if self.grad_checkpoint and self.training:  # keeps only x for the backward pass
+            if self.grad_checkpoint and self.training:  # saves only x for the backward pass
                 x = checkpoint(layer, x, rotary, mask, kv_cache, index, use_reentrant=False)
             else:
                 x = layer(x, rotary, mask, kv_cache, index)
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder and the output layer: logits of the next token, or the loss."""
+    """The transformer with its LM head: returns next-token logits, or the loss."""
 
     def __init__(self, config):
         super().__init__()
@@ -223,45 +223,50 @@ class CausalLM(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
                 continue
-            # With this std, embeddings and attention keep the size of their input. With GPT-2's
-            # 0.02, a narrow model learns to copy from its context late or never: see
-            # docs/17_symptoms.md.
+            # With this std, activations keep roughly unit variance. With GPT-2's 0.02, a narrow
+            # model learns to copy from its context late or never: see docs/17_symptoms.md.
             std = weight.shape[1] ** -0.5
             if "mlp" in name:
                 std = 0.02
             if name.endswith("down_proj.weight"):
-                # 2L results are added to the residual stream. Scaled down, their sum has the same
-                # size at any depth (the GPT-2 paper, section 2.3).
+                # 2L outputs are added to the residual stream. Scaled down, their sum has the same
+                # variance at any depth (the GPT-2 paper, section 2.3).
                 std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
             nn.init.normal_(weight, std=std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, input_ids, position_ids=None, document_ids=None, kv_cache=None, labels=None, at=None
+        self,
+        input_ids,
+        position_ids=None,
+        document_ids=None,
+        kv_cache=None,
+        labels=None,
+        logit_positions=None,
     ):
-        """Returns the logits of the token after each position, (B, T, V), in the dtype of the
-        weights or of autocast; with labels, the summed cross-entropy of `loss.py`, a scalar; with
-        at, only the logits after those places, (N, V).
+        """Return next-token logits (B, T, V) in the dtype of the weights or of autocast; with
+        labels, the summed cross-entropy of `loss.py`, a scalar; with logit_positions, only the
+        logits at these positions, (N, V).
 
         input_ids     (B, T) int64
         position_ids  (B, T) int64, the position of each token in its document; default: 0, 1, 2 ...
                       from the length of the cache on
-        document_ids  (B, T) int64; a token sees only earlier tokens of the same id. For rows of
-                      several documents, and for padding on the left. Default: one document.
+        document_ids  (B, T) int64; a token attends only to earlier tokens with the same id. For
+                      packed rows and left padding. Default: one document.
         kv_cache      a KVCache, to which this call's keys and values are added
         labels        (B, T) int64, not shifted, -100 = no loss
-        at            (N,) int64, places in B * T
+        logit_positions  (N,) int64, indices into the flattened B * T positions
         """
         x = self.hidden_states(input_ids, position_ids, document_ids, kv_cache)  # (B, T, D)
         if labels is not None:
             return summed_cross_entropy(x, self.lm_head.weight, labels)
-        if at is not None:
-            x = x.flatten(0, 1)[at]  # (B, T, D) -> (B * T, D) -> (N, D)
+        if logit_positions is not None:
+            x = x.flatten(0, 1)[logit_positions]  # (B, T, D) -> (B * T, D) -> (N, D)
         return self.lm_head(x)  # (B, T, D) -> (B, T, V), or (N, D) -> (N, V)
 
     def hidden_states(self, input_ids, position_ids=None, document_ids=None, kv_cache=None):
-        """The hidden states of the last layer, (B, T, D); the arguments are those of forward."""
+        """Return the last layer's hidden states, (B, T, D). Arguments as in `forward`."""
         T, device = input_ids.shape[1], input_ids.device
         past = kv_cache.length if kv_cache is not None else 0
         if position_ids is None:
@@ -270,10 +275,10 @@ class CausalLM(nn.Module):
         if kv_cache is not None:
             document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
         mask = None  # causal, over all tokens
-        # T is 1 in the batch of a process that has no rows: FlexAttention needs more.
+        # FlexAttention needs T > 1. T is 1 in the dummy batch of a rank without data.
         packed = document_ids is not None and kv_cache is None and T > 1
         if packed and attention.blocks_available(device, self.config.head_dim):
             mask = attention.document_blocks(document_ids)
         elif document_ids is not None or (past > 0 and T > 1):
-            mask = attention.visible(past, T, document_ids, device)
+            mask = attention.causal_mask(past, T, document_ids, device)
         return self.model(input_ids, rotary, mask, kv_cache)

@@ -1,4 +1,4 @@
-"""Where a model computes: the device, and the dtype of its weights."""
+"""Device and dtype selection."""
 
 import ctypes
 import os
@@ -14,10 +14,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name, deterministic=False):
-    """The torch.device of --device; auto takes an NVIDIA or Apple GPU if there is one. Of several
-    NVIDIA GPUs each process takes its own; a job of several processes uses no Apple GPU.
+    """Return the torch.device for --device; auto picks an NVIDIA or Apple GPU if available. With
+    torchrun, each process gets its own NVIDIA GPU, and Apple GPUs aren't used.
 
-    A CPU computes the same bits each time; a GPU does so with deterministic.
+    deterministic makes results on a GPU reproducible to the bit; on a CPU they always are. Raises
+    UserError if the device isn't available.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -43,28 +44,25 @@ def pick_device(name, deterministic=False):
 
 
 def pick_dtype(name, device):
-    """The torch.dtype of --dtype, for weights that are not trained. auto does not take fp16 there,
-    which can overflow.
-    """
+    """Return the torch.dtype of --dtype for inference. auto never picks fp16: it can overflow."""
     if name == "auto":
         name = "bf16" if auto_dtype(device) == "bf16" else "fp32"
     return DTYPES[name]
 
 
 def auto_dtype(device):
-    """What --dtype auto stands for: bf16 where the processor has instructions for it (emulated, it
-    is slower than fp32), fp16 on older NVIDIA GPUs, else fp32.
+    """Return the precision that --dtype auto picks for training: bf16 with hardware support
+    (emulated, it is slower than fp32), fp16 on older NVIDIA GPUs, otherwise fp32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # since torch 2.6
-    native = any(getattr(torch.cpu, name, bool)() for name in names)
-    return "bf16" if device.type == "cpu" and native else "fp32"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
 
 
 def keep_freed_memory():
-    """Makes glibc keep what is freed. It returns large blocks to the system, and a training step,
-    which takes the same blocks again and again, then waits for every page to be zeroed.
+    """Stop glibc from returning freed memory to the OS. A training step allocates the same large
+    blocks again and again, and would wait for every page to be zeroed.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -74,10 +72,10 @@ def keep_freed_memory():
 
 
 def require_compiler(device):
-    """Raises UserError where torch.compile has nothing to compile with."""
+    """Raise UserError if torch.compile lacks a compiler for the device."""
     if device.type == "cuda" and not has_triton():
         raise UserError(
-            "--use_compile 1 on a GPU needs Triton, which torch brings on Linux alone, and a GPU "
+            "--use_compile 1 on a GPU needs Triton, which PyTorch ships only on Linux, and a GPU "
             "of 2017 or newer (Volta)"
         )
     for_c = (os.environ.get("CC", "gcc"), "gcc", "clang")

@@ -1,4 +1,4 @@
-"""New tokens for a trained model: each adds a row to the embeddings and to the output layer, and
+"""Vocabulary extension: each new token adds a row to the embeddings and the LM head, and
 `freeze_base` leaves only these rows trainable. Recommenders add the semantic ids of their items.
 
 Shapes: V vocabulary before, V' vocabulary after, D hidden.
@@ -11,11 +11,11 @@ from tokenizers import AddedToken
 
 @torch.no_grad()
 def extend_vocab(model, tokenizer, tokens):
-    """Adds those tokens that the tokenizer does not have, with a row each; returns their number.
+    """Add the tokens that the tokenizer lacks, and one row for each. Returns their number.
 
-    tokens: {token: description}. A new row is the mean of the rows of its description, or, without
-    a description, of all old rows: as likely as an average token. The tokenizer then encodes text
-    that contains a new token as that token; it is no control token.
+    tokens: {token: description}. A new row is the mean of its description's rows, or, without a
+    description, of all old rows. The tokenizer then encodes the token's text as this token; it
+    isn't a control token.
     """
     old = tokenizer.get_vocab_size()
     new = [token for token in tokens if tokenizer.token_to_id(token) is None]
@@ -40,11 +40,11 @@ def extend_vocab(model, tokenizer, tokens):
 
 
 def freeze_base(model):
-    """Freezes everything but the rows of new tokens, in the embeddings and in the output layer.
+    """Freeze everything except the rows of new tokens in the embeddings and the LM head.
 
-    A matrix is trained as a whole, so the gradient of its old rows is set to zero. AdamW then
-    leaves them as they are, bit for bit, if they have no weight decay: `make_optimizer` gives these
-    matrices none. Raises ValueError if the model has no new tokens.
+    The gradient of the old rows is set to zero. AdamW then leaves them unchanged, bit for bit,
+    provided that they have no weight decay: see `make_optimizer`. Raises ValueError if the model
+    has no new tokens.
     """
     first = getattr(model, "first_new_token", None)
     if first is None:
@@ -52,7 +52,7 @@ def freeze_base(model):
 
     def zero_old_rows(gradient):
         gradient = gradient.clone()
-        gradient[:first] = 0  # not a product with a mask: NaN times 0 is NaN
+        gradient[:first] = 0  # multiplying by a mask would keep NaN
         return gradient
 
     model.requires_grad_(False)

@@ -1,5 +1,5 @@
-"""Generating text: the model computes the prompts once (prefill), then a loop samples one token for
-each row and computes that token alone, with the keys and values of all earlier ones in a cache.
+"""Text generation: the prompts are computed once (prefill); then each decoding step samples one
+token per row and computes only that token, using the cached keys and values of earlier ones.
 
 Shapes: B batch, T time (tokens of the longest prompt, padded), V vocabulary.
 """
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from common import PAD, STOP
-from model.fast_decode import compiled_step, weights_laid_out
+from model.fast_decode import compiled_step, prepacked_weights
 from model.kv_cache import KVCache
 
 
@@ -27,23 +27,23 @@ def generate(
     use_compile=False,
     allowed=None,
 ):
-    """Continues each prompt; yields the new tokens step by step, one list of B entries a step.
+    """Continue each prompt. Yields a list of B new tokens per step.
 
-    prompts             B lists of token ids, of any lengths above 0
-    temperature         divides the logits; below 1e-6, where they would overflow, the most probable
-                        token is always taken
-    top_k               samples from the k most probable tokens only; 0: from all
-    top_p               samples from the fewest tokens whose probabilities add up to top_p, at least
-                        one (arXiv:1904.09751)
-    repetition_penalty  above 1: tokens of prompt and answer become less likely (arXiv:1909.05858)
-    stop_ids            a row is finished after one of these, which is yielded; then comes None
-    seed                of the sampling; None: a different one each time
-    use_compile         torch compiles the step of one token; the first answer waits for that
-    allowed             for constrained decoding: a function from the new ids of a row, a list, to
-                        the ids of which the next one is sampled
+    prompts             B lists of token ids, not empty
+    temperature         divides the logits; below 1e-6, where they could overflow, it's greedy
+    top_k               sample only from the k most probable tokens; 0: from all
+    top_p               sample from the smallest set of tokens whose probabilities sum to top_p
+                        (nucleus sampling, arXiv:1904.09751)
+    repetition_penalty  above 1: tokens of the prompt and answer become less likely
+                        (arXiv:1909.05858)
+    stop_ids            a row ends with one of these, which is yielded; None follows
+    seed                None: nondeterministic
+    use_compile         use torch.compile for decoding steps; the first answer waits for it
+    allowed             for constrained decoding: a function from a row's new ids, a list, to the
+                        ids that may follow
 
-    Ends when all rows are finished, or after max_new_tokens steps. A row that fills the context of
-    the model is finished too. Raises ValueError for an empty prompt or one longer than the context.
+    Stops when all rows are finished, or after max_new_tokens steps. A row that fills the model's
+    context is finished too. Raises ValueError if a prompt is empty or longer than the context.
     """
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     lengths, context = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
@@ -53,7 +53,7 @@ def generate(
     steps = min(max_new_tokens, context - min(lengths))
 
     # Shorter prompts are padded on the left, so that all rows continue at the same column. Padding
-    # is a document of its own, -1, which no real token sees.
+    # is document -1, to which no real token attends.
     pads = torch.tensor([[T - length] for length in lengths], device=device)  # (B, 1)
     padded = [[PAD] * (T - len(prompt)) + list(prompt) for prompt in prompts]
     ids = torch.tensor(padded, device=device)  # (B, T); new tokens are appended
@@ -62,25 +62,26 @@ def generate(
     documents = torch.where(column < pads, -1, 0) if pads.any() else None  # (B, T)
 
     if device.type == "cpu":
-        dtype = torch.float32  # attention on a CPU is fastest in it
+        dtype = torch.float32  # fastest for attention on a CPU
     cache = KVCache(model.config, B, T + steps, device, dtype)
-    generator = seeded(seed, device)
+    generator = make_generator(seed, device)
     finished = [length == context for length in lengths]
     decode = compiled_step(model, B) if use_compile else model
     new = ids
-    with eval_mode(model), weights_laid_out(model, B):
+    with eval_mode(model), prepacked_weights(model, B):
         for step in range(steps):
-            if step == 0:  # the whole prompts: the logits after the last token of each
-                last = torch.arange(1, B + 1, device=device) * T - 1  # (B,), places in B * T
-                logits = model(new, positions, documents, cache, at=last).float()  # (B, V)
-            else:  # then a token each
-                logits = decode(new, positions, documents, cache)[:, -1].float()  # (B, V)
+            if step == 0:  # prefill; only the logits at each prompt's last token are needed
+                last = torch.arange(1, B + 1, device=device) * T - 1  # (B,), indices into B * T
+                logits = model(new, positions, documents, cache, logit_positions=last)  # (B, V)
+            else:  # decode one token per row
+                logits = decode(new, positions, documents, cache)[:, -1]  # (B, V)
+            logits = logits.float()
             if repetition_penalty != 1.0:
                 logits = penalise(logits, ids, pads, repetition_penalty)
             if allowed:
                 logits = constrain(logits, ids[:, T:].tolist(), allowed)
             new = sample(logits, temperature, top_k, top_p, generator)  # (B, V) -> (B, 1)
-            tokens = new[:, 0].tolist()  # the one moment that waits for a GPU
+            tokens = new[:, 0].tolist()  # the only GPU sync in the loop
             yield [None if f else token for f, token in zip(finished, tokens, strict=True)]
             for row, token in enumerate(tokens):
                 full = lengths[row] + step + 1 >= context
@@ -93,7 +94,7 @@ def generate(
 
 
 def complete(model, prompts, **options):
-    """The new ids of each prompt, without the stop token; options are those of `generate`."""
+    """Return the new ids for each prompt, without the stop token. Options as in `generate`."""
     answers = [[] for _ in prompts]
     stop_ids = options.get("stop_ids", STOP)
     for step in generate(model, prompts, **options):
@@ -105,7 +106,7 @@ def complete(model, prompts, **options):
 
 @contextmanager
 def eval_mode(model):
-    """Inside, the model is in eval mode: nothing is dropped out."""
+    """Context manager: put the model into eval mode, without dropout."""
     was_training = model.training
     model.eval()
     try:
@@ -115,9 +116,9 @@ def eval_mode(model):
 
 
 def penalise(logits, ids, pads, penalty):
-    """Logits (B, V) in which every token in ids (B, T), after the pads of its row, is less likely.
-
-    A positive logit is divided, a negative one multiplied: dividing a negative one would raise it.
+    """Apply the repetition penalty to logits (B, V): make each token in ids (B, T), after the row's
+    left padding, less likely. Positive logits are divided; negative ones are multiplied, since
+    dividing would raise them.
     """
     real = (torch.arange(ids.shape[1], device=ids.device) >= pads).to(logits)  # (B, T)
     used = torch.zeros_like(logits).scatter_add(1, ids, real) > 0  # (B, T) -> (B, V)
@@ -125,17 +126,17 @@ def penalise(logits, ids, pads, penalty):
 
 
 def constrain(logits, answers, allowed):
-    """Logits (B, V) in which only the tokens allowed after each of the B answers are possible."""
+    """Mask logits (B, V) so that only the tokens allowed after each of the B answers remain."""
     mask = torch.full_like(logits, -torch.inf)
     for row, answer in enumerate(answers):
         mask[row, allowed(answer)] = 0.0
     return logits + mask
 
 
-def seeded(seed, device):
-    """The random numbers that `sample` draws for logits on a device; None for other ones each time.
-    On an Apple GPU, torch 2.13's multinomial can return a token of probability 0; so it is the CPU
-    that draws there.
+def make_generator(seed, device):
+    """Return the generator that `sample` uses for logits on a device; with seed None, return None:
+    nondeterministic. On an Apple GPU it is a CPU generator, because torch 2.13's multinomial can
+    return a token of probability 0 there.
     """
     if seed is None:
         return None
@@ -143,7 +144,7 @@ def seeded(seed, device):
 
 
 def sample(logits, temperature, top_k, top_p, generator):
-    """One token id for each row of logits, (B, V) -> (B, 1)."""
+    """Sample one token id per row of logits, (B, V) -> (B, 1)."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -152,15 +153,15 @@ def sample(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < weakest, -torch.inf)
     if top_p < 1:
         probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        before = probability.cumsum(dim=-1) - probability  # sum of all likelier tokens
+        before = probability.cumsum(dim=-1) - probability  # sum over all likelier tokens
         unlikely = (before >= top_p) & (before > 0)
         dropped = torch.zeros_like(unlikely).scatter(1, order, unlikely)  # in the order of ids
         logits = logits.masked_fill(dropped, -torch.inf)
     probability = logits.softmax(dim=-1)
     probability = probability if logits.is_cuda else probability.cpu()
-    if logits.is_cuda or probability[:, 0].isnan().any():  # which multinomial refuses
+    if logits.is_cuda or probability[:, 0].isnan().any():  # multinomial rejects NaN
         return torch.multinomial(probability, 1, generator=generator)
-    # On a CPU that takes long: it draws a random number for each token of the vocabulary.
+    # On a CPU multinomial is slow: it draws a random number for each token of the vocabulary.
     cumulative = probability.cumsum(dim=-1)  # (B, V)
     point = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, point, right=True).to(logits.device)

@@ -7,10 +7,10 @@ import torch
 
 
 class KVCache:
-    """The keys and values of the tokens so far, so that a new token costs the work of one position.
+    """Cached keys and values of earlier tokens, so that a new token costs one position of work.
 
-    Memory for `max_length` tokens is allocated once; `length` of them are filled. The document ids
-    are kept too once a call gives some; every later call must then give them.
+    Memory for `max_length` tokens is preallocated; `length` of them are filled. Document ids are
+    cached too once a call passes them; every later call must then pass them.
     """
 
     def __init__(self, config, batch_size, max_length, device=None, dtype=torch.float32):
@@ -25,12 +25,12 @@ class KVCache:
         self.length = 0
 
     def extend(self, shape, document_ids):
-        """Reserves the places of shape = (B, T) new tokens; returns all document ids so far,
-        (B, S), or None. Raises ValueError if they do not fit.
+        """Make room for shape = (B, T) new tokens. Returns all document ids so far, (B, S), or
+        None. Raises ValueError if the cache is full.
         """
         start, self.length = self.length, self.length + shape[1]
         if self.length > self.max_length:
-            raise ValueError(f"{self.length} tokens do not fit a KV cache of {self.max_length}")
+            raise ValueError(f"{self.length} tokens don't fit into a KV cache of {self.max_length}")
         self.has_documents = self.has_documents or document_ids is not None
         if not self.has_documents:
             return None
@@ -38,7 +38,7 @@ class KVCache:
         return self.document_ids[:, : self.length]
 
     def append(self, layer, keys, values):
-        """Stores a layer's new keys and values, (B, K, T, d); returns all so far, (B, K, S, d)."""
+        """Store a layer's new keys and values, (B, K, T, d). Returns all so far, (B, K, S, d)."""
         start = self.length - keys.shape[2]
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             store[:, :, start : self.length] = new

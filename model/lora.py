@@ -1,9 +1,8 @@
 """LoRA (arXiv:2106.09685): the weights W are frozen; a layer computes W x + s B A x, and only the
 adapter, A and B, is trained.
 
-A is (rank, in) and B is (out, rank), so both together are small. B begins at zero: at first the
-output is that of the model without adapters, bit for bit. s = alpha / rank makes the size of an
-update independent of the rank.
+A is (rank, in) and B is (out, rank), so both are small. B starts at zero, so the initial output is
+the base model's, bit for bit. s = alpha / rank makes the update size independent of the rank.
 """
 
 import hashlib
@@ -18,17 +17,17 @@ ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 @dataclass
 class LoRA:
-    """The shape of the adapters, and the weights that they belong to."""
+    """Configuration of the adapters, and the hash of their base weights."""
 
     rank: int
     alpha: float
     dropout: float
-    target: str  # the names of matrices, separated by commas, or all-linear
-    base: str  # hash_of the weights that they were trained on
+    target: str  # names of the layers, separated by commas, or all-linear
+    base: str  # weights_hash of the base weights
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter; `adapt` makes an nn.Linear one."""
+    """A linear layer with an adapter; `adapt` converts an nn.Linear."""
 
     def forward(self, x):
         out = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
@@ -43,9 +42,9 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=None):
-    """Adds an adapter to each matrix that target names, and freezes all other weights.
+    """Add an adapter to each linear layer named by target, and freeze all other weights.
 
-    base: the hash of the weights, if it is known. Raises ValueError for a name of no matrix.
+    base: the weights' hash, if known. Raises ValueError for an unknown layer name.
     """
     names = (ALL_LINEAR if target == "all-linear" else target).split(",")
     linears = {
@@ -56,7 +55,7 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
     unknown = sorted(set(names) - {name.rpartition(".")[2] for name in linears})
     if unknown:
         raise ValueError(f"{','.join(unknown)}: there is {ALL_LINEAR}, or all-linear")
-    model.lora = LoRA(rank, alpha, dropout, target, base or hash_of(model))
+    model.lora = LoRA(rank, alpha, dropout, target, base or weights_hash(model))
     model.requires_grad_(False)
     for linear in linears.values():
         adapt(linear, model.lora)
@@ -64,7 +63,7 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
 
 
 def adapt(linear, lora):
-    """Makes an nn.Linear a LoRALinear, in place."""
+    """Convert an nn.Linear to a LoRALinear in place."""
     linear.__class__ = LoRALinear
     linear.lora = lora
     like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
@@ -75,8 +74,8 @@ def adapt(linear, lora):
 
 @torch.no_grad()
 def merge(model):
-    """Adds the adapters to the weights, W + s B A, and removes them; returns the model, all of it
-    trainable. It is as fast as a model that never had adapters.
+    """Merge the adapters into the weights, W + s B A, and remove them. Returns the model with all
+    weights trainable; it runs as fast as one without adapters.
     """
     for linear in model.modules():
         if isinstance(linear, LoRALinear):
@@ -88,12 +87,12 @@ def merge(model):
 
 
 def adapter_state(state):
-    """The adapters' part of a state dict."""
+    """Return the adapter weights of a state dict."""
     return {name: weight for name, weight in state.items() if name.endswith(("lora_A", "lora_B"))}
 
 
-def hash_of(model):
-    """The sha256 of the names and the bytes in fp32 of all weights but the adapters."""
+def weights_hash(model):
+    """Return the sha256 of the base weights: their names, and their bytes in fp32."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if not name.endswith(("lora_A", "lora_B")):

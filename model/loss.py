@@ -1,7 +1,8 @@
-"""The loss of next-token prediction: the formula in three lines, then a version of it that needs
-less memory. Tests compare the second with the first.
+"""Next-token cross-entropy: a readable reference implementation, and a memory-efficient one that
+tests compare with it.
 
-Shapes: B batch, T time, D hidden, V vocabulary, N supervised tokens, n those of a chunk.
+Shapes: B batch, T time, D hidden, V vocabulary, N supervised tokens, n supervised tokens of a
+chunk.
 """
 
 import torch
@@ -9,14 +10,15 @@ import torch.nn.functional as F
 
 from common import IGNORE
 
-CHUNK = 512  # supervised tokens of a chunk on a CPU
+CHUNK = 512  # supervised tokens per chunk on a CPU
 
 
 def plain_cross_entropy(hidden, weight, labels):
-    """The sum of -log p(token) over the supervised tokens, each predicted by the position before.
+    """Return the sum of -log p(token) over the supervised tokens, a scalar. Each token is predicted
+    from the position before it.
 
-    hidden (B, T, D), the hidden states of the last layer; weight (V, D) of the output layer; labels
-    (B, T), not shifted, -100 = no loss. Returns a scalar.
+    hidden (B, T, D), the last layer's hidden states; weight (V, D) of the LM head; labels (B, T),
+    not shifted, -100 = no loss.
     """
     logits = hidden @ weight.T  # (B, T, D) @ (D, V) -> (B, T, V)
     logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B * (T - 1), ...)
@@ -24,55 +26,61 @@ def plain_cross_entropy(hidden, weight, labels):
 
 
 def summed_cross_entropy(hidden, weight, labels):
-    """What `plain_cross_entropy` returns, in fp32. It is not divided: a step's sum over all
-    micro-batches and processes is divided once, by its number of supervised tokens.
+    """Compute `plain_cross_entropy` in fp32 with less memory. The sum isn't divided here: a step's
+    total over all micro-batches and processes is divided once, by its number of supervised tokens.
 
-    At (B, T, V) the logits are the largest tensor of a training step. Here only those of supervised
-    tokens are computed, in chunks, and none is kept for the backward pass.
+    The logits (B, T, V) would be the largest tensor of a training step. Here only the supervised
+    tokens' logits are computed, in chunks, and none are saved for the backward pass.
     """
     positions, targets = supervised_positions(labels, hidden.device)  # (N,) each
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        hidden, gradients = hidden.flatten(0, 1), torch.is_grad_enabled()  # -> (B * T, D)
-        return ChunkedCrossEntropy.apply(hidden, weight, positions, targets, dtype, gradients)
+        hidden, with_gradients = hidden.flatten(0, 1), torch.is_grad_enabled()  # -> (B * T, D)
+        return ChunkedCrossEntropy.apply(hidden, weight, positions, targets, dtype, with_gradients)
 
 
 def supervised_positions(labels, device):
-    """(the places in B * T from which a supervised token is predicted, these tokens), (N,) each, on
-    a device. Labels (B, T) may be on the CPU: looking for them there waits for no GPU.
+    """Return (positions, targets) on a device, (N,) each: the indices into B * T from which a
+    supervised token is predicted, and these tokens. Keep labels (B, T) on the CPU: finding the
+    positions there avoids a GPU sync.
     """
     positions = F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
     targets = labels.flatten()[positions + 1]  # (N,)
-    # Apple's GPUs read the memory later, when it may hold something else.
-    at_once = device.type == "cuda"
-    return tuple(t.to(device, non_blocking=at_once) for t in (positions, targets))
+    # On MPS, a non-blocking copy may read the memory after it was reused.
+    non_blocking = device.type == "cuda"
+    return (
+        positions.to(device, non_blocking=non_blocking),
+        targets.to(device, non_blocking=non_blocking),
+    )
 
 
 def chunk_size(tensor):
-    """Tokens whose logits are in memory at once. A GPU is fast at large products alone."""
+    """Return the number of tokens per chunk. Large chunks on a GPU: small matmuls underuse it."""
     return 8 * CHUNK if tensor.is_cuda else CHUNK
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients together with the loss, while the logits of a chunk are in memory: the
-    gradient of a logit is its probability, minus 1 for the target. Products are computed in dtype.
+    """Computes the gradients together with the loss, while a chunk's logits are in memory. The
+    gradient of a logit is its probability, minus 1 for the target. Matmuls use dtype.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, positions, targets, dtype, with_gradients):
         total, matrix = torch.zeros((), device=hidden.device), weight.to(dtype)
         hidden_grad = torch.zeros_like(hidden) if with_gradients else None
-        weight_grad = None  # a frozen output layer, as under LoRA, needs none
+        weight_grad = None  # stays None for a frozen LM head, e.g. with LoRA
         if with_gradients and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        # oneDNN caches code for each size of product; with multiples of 64 there are few sizes.
-        count, padding = len(positions), (0, -len(positions) % 64)
+        # oneDNN caches code per matmul size; multiples of 64 keep the number of sizes small.
+        num_supervised = len(positions)
+        padding = (0, -num_supervised % 64)
         positions, targets = F.pad(positions, padding), F.pad(targets, padding)
         size = chunk_size(hidden)
-        for start in range(0, count, size):
-            chunk, real = positions[start : start + size], min(size, count - start)
+        for start in range(0, num_supervised, size):
+            chunk = positions[start : start + size]
+            real = min(size, num_supervised - start)  # the others are padding
             target = targets[start : start + size, None]  # (n, 1)
             x = hidden[chunk].to(dtype)  # (B * T, D) -> (n, D)
             logits = (x @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
@@ -99,5 +107,5 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def supervised_tokens(labels):
-    """The number of terms in the sum: labels (B, T) that are not -100, except each row's first."""
+    """Count the supervised tokens of labels (B, T). A row's first token is never predicted."""
     return int((labels[:, 1:] != IGNORE).sum())

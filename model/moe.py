@@ -1,6 +1,6 @@
-"""Mixture of experts: a router sends each token through a few of many small MLPs.
+"""Mixture of experts: a router sends each token to a few of many small MLPs.
 
-The layout, and so the `state_dict()` keys, is that of published Qwen3-MoE checkpoints:
+The `state_dict()` keys match published Qwen3-MoE checkpoints:
 `mlp.gate.weight`, `mlp.experts.0.gate_proj.weight` ...
 Shapes: B batch, T time, N = B * T tokens, D hidden, E experts, k experts per token.
 """
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 
 class MoE(nn.Module):
-    """The output of a token is the weighted sum of the outputs of its k most probable experts.
+    """A token's output is the weighted sum of its k most probable experts' outputs.
 
-    `load_balance_loss` is E * sum over e of (share of the tokens sent to e * mean probability of e)
-    of the last training forward, as in the Switch Transformer (arXiv:2101.03961, eq. 4), summed
-    over the k choices as in Qwen3-MoE: k when the load is even, up to E when one expert gets every
-    token. It is a mean over the tokens of one micro-batch, padding included, so it is the one part
-    of a step's loss that depends a little on how the step is divided into micro-batches.
+    `load_balance_loss`, set by each training forward, is E * sum over experts e of (fraction of
+    tokens routed to e * mean probability of e), as in the Switch Transformer (arXiv:2101.03961, eq.
+    4), summed over the k choices as in Qwen3-MoE: k for a balanced load, up to E when one expert
+    gets every token. It is a mean over a micro-batch, padding included, so it is the only part of a
+    step's loss that depends on how the step is split into micro-batches.
     """
 
     def __init__(self, config, experts):
@@ -34,13 +34,13 @@ class MoE(nn.Module):
         weight, experts = probability.topk(self.top_k, dim=-1)  # (N, E) -> (N, k) each
         if self.norm_topk_prob:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        # Choice c of token t is number t * k + c. Sorted by expert, those of each lie together.
+        # Choice c of token t has index t * k + c. Sort so that each expert's are contiguous.
         order = experts.flatten().argsort(stable=True)  # (N * k,)
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
         out = torch.zeros_like(tokens)
         for expert, choices in zip(self.experts, order.split(counts), strict=True):
-            # An expert without tokens runs on zero rows: its gradient is then zero instead of
-            # missing, and DistributedDataParallel does not wait for it forever.
+            # An expert without tokens still runs, on zero rows: its gradient is zero instead of
+            # missing, for which DistributedDataParallel would wait forever.
             token = choices // self.top_k  # (n,)
             result = expert(tokens[token]) * weight.flatten()[choices, None]  # (n, D)
             out = out.index_add(0, token, result.type_as(out))  # (N, D)
@@ -51,9 +51,8 @@ class MoE(nn.Module):
 
 
 def router_loss(model, num_micro_batches):
-    """Return the share of one of a step's micro-batches in the loss of its routers: the mean of the
-    MoE layers' losses in the last training forward, times config.router_aux_loss_coef. It is 0.0
-    for a dense model.
+    """Return the load-balancing loss of the last training forward: the mean over MoE layers, times
+    config.router_aux_loss_coef, divided by the step's micro-batches. 0.0 for a dense model.
     """
     losses = [layer.load_balance_loss for layer in model.modules() if isinstance(layer, MoE)]
     mean = torch.stack(losses).mean() if losses else 0.0

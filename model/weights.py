@@ -1,7 +1,7 @@
-"""Weights on disk and their adapters: found by name, loaded, saved, and opened as a model.
+"""Weights files: find, load, save, and build models and adapters from them.
 
 out/NAME_256.pth       {"format", "stage", "config", "tokenizer", "model", "training"}
-out/lora_NAME_256.pth  only adapters in "model", and their description in "lora"
+out/lora_NAME_256.pth  only the adapters in "model", and their configuration in "lora"
 
 Both are dicts of plain values and tensors, which torch.load opens without running code.
 """
@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common import UserError, is_folder, replacing
+from common import UserError, atomic_write, is_folder
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import pick_device, pick_dtype, require_compiler
-from model.lora import adapter_state, add_lora, hash_of, merge
+from model.lora import adapter_state, add_lora, merge, weights_hash
 from model.tokenizer import load_tokenizer
 
 FORMAT = 1
-# What values of a wrong kind or size raise where a model is built.
+# The exceptions that invalid values in a file cause when the model is built.
 DAMAGED = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
-MAKE = {
+HINTS = {
     "pretrain": "make it with: python trainer/train_pretrain.py",
     "full_sft": "make it with: python trainer/train_full_sft.py",
 }
@@ -36,18 +36,18 @@ SHAPE += ("intermediate_size", "use_moe", "num_experts", "num_experts_per_tok")
 
 @dataclass
 class OpenModel:
-    """A trained model that is ready to run."""
+    """A trained model, ready to run."""
 
-    name: str  # of its weights, as it was given
+    name: str  # of the weights, as typed
     model: CausalLM
     tokenizer: object
-    stage: str  # of training: pretrain, full_sft, dpo, ...
-    training: dict  # the flags and the progress of the run that wrote the weights
-    paths: list  # of the weights, and of the adapters that are merged into them
+    stage: str  # the training stage: pretrain, full_sft, dpo, ...
+    training: dict  # the flags and progress of the training run
+    paths: list  # of the weights, and of the merged adapters
 
     @property
     def chats(self):
-        """Whether it answers; a model that was only pretrained continues a text."""
+        """Whether it answers chats; a pretrained model only continues text."""
         return self.stage != "pretrain"
 
     @property
@@ -57,16 +57,16 @@ class OpenModel:
 
 
 def open_model(args, name=None):
-    """Return the OpenModel of the weights `name` (None: see `weights_to_start_from`), with the
-    adapters of --lora merged, on --device and in --dtype. Raises UserError if they are missing.
+    """Open the weights `name` (None: see `weights_to_start_from`), with the adapters of --lora
+    merged, on --device and in --dtype. Returns an OpenModel. Raises UserError if they don't exist.
     """
     device = pick_device(args.device)
     if args.use_compile:
         require_compiler(device)
     name = name or weights_to_start_from(args)
     if name == "none":
-        raise UserError("--weight none: only trained weights can answer; give a name or a path")
-    path = find(args.save_dir, name, args.hidden_size)
+        raise UserError("--weight none: an untrained model can't answer; give a name or a path")
+    path = find_weights(args.save_dir, name, args.hidden_size)
     content = load(path)
     model, tokenizer = build_model(content, path)
     require_same_shape(args, model.config, path)
@@ -80,13 +80,13 @@ def open_model(args, name=None):
 
 
 def print_summary(origin, model):
-    """Print where a model's weights come from, and its size."""
+    """Print where the weights come from, and the model's size."""
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{origin}: {parameters / 1e6:.2f} M parameters, vocabulary {model.config.vocab_size}")
 
 
 def require_same_shape(args, config, path):
-    """Raise UserError where flags of the model's shape differ from the weights of a file."""
+    """Raise UserError if flags for the model's shape differ from its config."""
     differ = []
     for name in SHAPE:
         value = getattr(args, name, None)
@@ -96,81 +96,81 @@ def require_same_shape(args, config, path):
     if longest > limit:
         differ.append(f"--max_seq_len {longest}, but {path} has a context of {limit}")
     if differ:
-        raise UserError(f"{'; '.join(differ)}. Leave the flag out, or train such weights first")
+        raise UserError(f"{'; '.join(differ)}. Omit the flag, or train weights of this shape first")
 
 
 def file_name(name, config):
-    """pretrain_256, or full_sft_512_moe: what weights, checkpoint and log of a run are called."""
+    """Return the stem of a run's files, e.g. pretrain_256 or full_sft_512_moe."""
     return f"{name}_{config.hidden_size}{'_moe' if config.use_moe else ''}"
 
 
-def save(path, model_state, config, tokenizer, stage, **more):
-    """Writes a weights or resume file."""
+def write_weights(path, model_state, config, tokenizer, stage, **fields):
+    """Write a weights or resume file; fields are additional entries."""
     content = {
         "format": FORMAT,
         "stage": stage,
         "config": dataclasses.asdict(config),
         "tokenizer": tokenizer.to_str(),
         "model": model_state,
-        **more,
+        **fields,
     }
     save_tensors(path, content)
 
 
 def save_tensors(path, content):
-    """Writes plain values and tensors with torch.save. Raises UserError as `replacing` does."""
-    with replacing(path) as file:
+    """Write plain values and tensors with torch.save. Raises UserError like `atomic_write`."""
+    with atomic_write(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's error on a full disk
             raise OSError(0, getattr(error.__context__, "strerror", None) or str(error)) from None
 
 
-def load_tensors(path, remedy="train anew, or get it again", verify=True, **options):
-    """What `save_tensors` wrote, by torch.load; no code in the file is run. verify compares the
-    checksum of every part, which reads all of it.
+def load_tensors(path, hint="retrain it or download it again", verify=True, **options):
+    """Load a file of `save_tensors` with torch.load, without running code in it. verify checks the
+    checksums, which reads the whole file.
 
     Raises UserError if it is missing, damaged, or holds more than plain values and tensors.
     """
     try:
-        if verify and zipfile.is_zipfile(path):  # as torch.save writes it
+        if verify and zipfile.is_zipfile(path):  # the format of torch.save
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; {hint}") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds more than plain values and tensors, or is damaged; it is not opened, "
-            f"because it could run any code; {remedy}"
+            f"{path} holds more than plain values and tensors, or is damaged. Loading it could run "
+            f"any code, so it is rejected; {hint}"
         ) from None
-    except Exception as error:  # the readers of zip and pickle raise nearly anything on any bytes
+    except Exception as error:  # corrupt files can raise almost any exception here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}); {remedy}") from None
+        raise UserError(f"{path} is damaged ({reason}); {hint}") from None
 
 
 def load(path):
-    """The dict of a weights or resume file, on the CPU, or of the folder of a published model.
-    Raises UserError as `load_tensors` does, and if it is that of another program.
+    """Load a weights or resume file, or the folder of a published model, as a dict on the CPU.
+    Raises UserError like `load_tensors`, and if another program wrote the file.
     """
     if Path(path).suffix != ".pth" and is_folder(path):
-        from model.huggingface import read_folder  # here: most models are our own
+        from model.huggingface import read_folder  # imported late: rarely needed
 
         return read_folder(Path(path))
     content = load_tensors(path)
     is_ours = isinstance(content, dict) and content.get("format") == FORMAT
     if not is_ours or not isinstance(content.get("stage"), str):
-        raise UserError(f"{path} is not a weights file of this program; it needs format {FORMAT}")
+        raise UserError(f"{path} isn't a weights file of this program (format {FORMAT})")
     return content
 
 
-def find(folder, name, hidden_size=None, use_moe=None):
-    """The weights file {name}_{hidden_size}[_moe].pth; the newest where that leaves a choice.
+def find_weights(folder, name, hidden_size=None, use_moe=None):
+    """Return the path of the weights {name}_{hidden_size}[_moe].pth; the newest, if several match.
 
-    A name that is a path to a .pth file is taken as it is; where no file has the name, so is one
-    that is a path to a folder. Raises UserError if no file has the name.
+    name may also be the path of a .pth file, or, if no file matches, of a folder. Raises UserError
+    if nothing matches.
     """
     if Path(name).suffix == ".pth":
         return Path(name)
@@ -178,88 +178,94 @@ def find(folder, name, hidden_size=None, use_moe=None):
     if not paths and is_folder(name):
         return Path(name)
     if not paths:
-        wanted = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
-        from model.huggingface import remedy_for
+        from model.huggingface import hint_for
 
-        remedy = MAKE.get(name) or remedy_for(name)
-        remedy = remedy or "name other weights, or give the path of a .pth file or a folder"
+        hint = HINTS.get(name) or hint_for(name)
+        hint = hint or "name other weights, or give the path of a .pth file or a folder"
         if matching(folder, f"{name}_previous", hidden_size, use_moe):
-            remedy = f"those of an earlier run are {name}_previous"
-        raise UserError(f"there is no {wanted}; {remedy}")
+            hint = f"an earlier run's weights are {name}_previous"
+        expected = Path(folder) / f"{name}_{hidden_size or '*'}.pth"
+        raise UserError(f"there is no {expected}; {hint}")
     newest = max(paths, key=lambda path: path.stat().st_mtime)
     if len(paths) > 1:
-        print(f"{len(paths)} files match {name}; taking the newest, {newest}")
+        print(f"{len(paths)} files match {name}; using the newest, {newest}")
     return newest
 
 
 def matching(folder, name, hidden_size=None, use_moe=None, ending=""):
-    """Files {name}_{hidden_size}[_moe]{ending}.pth of a folder; ending is a pattern."""
-    pattern, paths = re.compile(rf"{re.escape(name)}_(\d+)(_moe)?{ending}\.pth"), []
+    """Return the files {name}_{hidden_size}[_moe]{ending}.pth of a folder; ending is a regex."""
+    pattern = re.compile(rf"{re.escape(name)}_(\d+)(_moe)?{ending}\.pth")
+    paths = []
     for path in sorted(Path(folder).glob("*.pth")):
         match = pattern.fullmatch(path.name)
-        sized = match and hidden_size in (None, int(match[1]))
-        if sized and use_moe in (None, match[2] is not None):
+        if match is None:
+            continue
+        is_size = hidden_size in (None, int(match[1]))
+        is_kind = use_moe in (None, match[2] is not None)
+        if is_size and is_kind:
             paths.append(path)
     return paths
 
 
 def build_model(content, path, dropout=0.0):
-    """The (model, tokenizer) of a loaded file; the model shares its fp32 tensors.
+    """Build (model, tokenizer) from a loaded file; the model shares its fp32 tensors.
 
-    Raises UserError if a weight is missing or of another shape, or if the file does not say what
-    it holds.
+    Raises UserError if weights are missing or have another shape, or if the config is invalid.
     """
     if "under" in content:
-        raise UserError(f"{path} holds adapters, not weights; name it with --lora instead")
+        raise UserError(f"{path} holds adapters, not weights; pass it as --lora")
     try:
         tokenizer = load_tokenizer(json_text=str(content["tokenizer"]))
         config = ModelConfig(**content["config"])
         config.dropout = dropout
         require_plain(config, content)
-        # On "meta" it takes no memory, whatever sizes a damaged file names.
-        with torch.device("meta"), NoValues():
+        # On "meta" it uses no memory, whatever sizes a damaged file has.
+        with torch.device("meta"), SkipInit():
             model = CausalLM(config)
             if "lora" in content:
                 add_lora(model, **content["lora"])
     except DAMAGED as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} does not say what model it holds: {reason}") from None
+        raise UserError(f"{path} has an invalid model config: {reason}") from None
     weights = {name: weight.float() for name, weight in content["model"].items()}
     try:
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # torch's, a line for each weight that does not fit
+    except RuntimeError as error:  # one line per weight that doesn't fit
         problems = " ".join(str(error).partition(":")[2].split())
-        raise UserError(f"{path} does not fit its own config: {problems:.600}") from None
+        raise UserError(f"{path}: its weights don't match its config: {problems:.600}") from None
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     size = tokenizer.get_vocab_size()
     if size > config.vocab_size:
-        both = f"its tokenizer has {size} tokens, but its model only {config.vocab_size}"
-        raise UserError(f"{path}: {both}; it was put together from two runs")
+        raise UserError(
+            f"{path}: model and tokenizer don't match: the tokenizer has {size} tokens, the model "
+            f"only {config.vocab_size}"
+        )
     model.first_new_token = content.get("first_new_token")
     return model, tokenizer
 
 
 def require_plain(config, content):
-    """Raises ValueError unless the values in a file are of the kind that a model takes."""
-    weights, first = content["model"], content.get("first_new_token", 1)
+    """Raise ValueError if values in a loaded file have a wrong type or size."""
+    weights, first_new_token = content["model"], content.get("first_new_token", 1)
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), type(getattr(ModelConfig(), field.name))
         fits = type(value) in (int, float) if kind is float else type(value) is kind
         if not fits or not 0 <= value < math.inf or (kind is int and value == 0):
             raise ValueError(f"{field.name} is {value!r}")
-    if max(config.num_hidden_layers, config.use_moe * config.num_experts) > len(weights):
+    num_experts = config.num_experts if config.use_moe else 0
+    if max(config.num_hidden_layers, num_experts) > len(weights):
         raise ValueError("it has fewer weights than layers or experts")
-    if type(first) is not int or not 0 < first <= config.vocab_size:
-        raise ValueError(f"first_new_token is {first!r}")
+    if type(first_new_token) is not int or not 0 < first_new_token <= config.vocab_size:
+        raise ValueError(f"first_new_token is {first_new_token!r}")
     for name, weight in weights.items():
         if not weight.is_floating_point() or weight.layout != torch.strided:
-            raise ValueError(f"{name} does not hold floating point numbers")
+            raise ValueError(f"{name} isn't a floating-point tensor")
 
 
-class NoValues(TorchFunctionMode):
-    """Inside, new modules draw no values for their weights. On "meta" there would be none, but
-    torch 2.13 loads its compiler for that, which takes longer than a short answer.
+class SkipInit(TorchFunctionMode):
+    """Context manager: skip weight initialization. On "meta" it has no effect anyway, but torch
+    2.13 imports its compiler for it, which takes longer than a short answer.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -269,7 +275,7 @@ class NoValues(TorchFunctionMode):
 
 
 def description(model):
-    """Return the parts of a file beyond the config: its adapters and its first new token."""
+    """Return the entries of a weights file for adapters and new tokens, if the model has any."""
     parts = {}
     if getattr(model, "first_new_token", None) is not None:
         parts["first_new_token"] = model.first_new_token
@@ -279,31 +285,31 @@ def description(model):
 
 
 def weights_to_start_from(args):
-    """--weight; without it what the adapters of --lora were trained on, or full_sft."""
+    """Return --weight; its default is the base weights of --lora, or full_sft."""
     if args.from_weight or not args.lora:
         return args.from_weight or "full_sft"
-    path = find(args.save_dir, adapters_name(args.lora))
+    path = find_weights(args.save_dir, adapters_name(args.lora))
     content = load(path)
     require_adapters(content, path)
     return content["under"]
 
 
 def adapters_name(name):
-    """Return the name of a file of adapters, lora_x, or its path: x and lora_x are the same."""
+    """Return the name lora_x for an adapter file x or lora_x; a path is unchanged."""
     return name if Path(name).suffix == ".pth" else f"lora_{name.removeprefix('lora_')}"
 
 
 def require_adapters(content, path):
-    """Raise UserError unless a loaded file holds adapters without their weights."""
+    """Raise UserError unless a loaded file holds adapters without their base weights."""
     if "lora" not in content or "under" not in content:
         stage = content["stage"]
-        raise UserError(f"{path} holds no adapters, but {stage} weights; name it with --weight")
+        raise UserError(f"{path} holds {stage} weights, not adapters; pass it as --weight")
 
 
 def load_adapters(model, path):
-    """Adds the adapters of a file to the weights that they were trained on; returns its content.
+    """Add the adapters of a file to their base weights. Returns the file's content.
 
-    Raises UserError if these are other weights, or if the adapters do not fit.
+    Raises UserError if the model has other weights, or if the adapters don't fit.
     """
     content = load(path)
     attach_adapters(model, content, path)
@@ -311,27 +317,25 @@ def load_adapters(model, path):
 
 
 def attach_adapters(model, content, path):
-    """Adds the adapters of a loaded file to a model; errors are those of `load_adapters`."""
+    """Add the adapters of a loaded file to a model. Errors as in `load_adapters`."""
     require_adapters(content, path)
     lora = content["lora"]
-    if lora["base"] != hash_of(model):
+    if lora["base"] != weights_hash(model):
         raise UserError(
-            f"{path} was trained on other weights than these, and fits only those: "
-            f"{content['under']} (--weight or --from_weight), as they were then"
+            f"{path} was trained on other weights and fits only these: "
+            f"{content['under']} (--weight or --from_weight), unchanged since then"
         )
     add_lora(model, **lora)
     expected = {name: w.shape for name, w in adapter_state(model.state_dict()).items()}
     if expected != {name: weight.shape for name, weight in content["model"].items()}:
-        raise UserError(f"{path} is damaged: its adapters do not fit their own description")
+        raise UserError(f"{path} is damaged: its adapters don't match their configuration")
     model.load_state_dict(content["model"], strict=False)
 
 
 def merge_adapters(model, args):
-    """Merge the adapters that --lora names into the model's weights; return (their file's path,
-    their stage).
-    """
+    """Merge the adapters of --lora into the model. Returns (path of their file, their stage)."""
     config = model.config
-    path = find(args.save_dir, adapters_name(args.lora), config.hidden_size, config.use_moe)
+    path = find_weights(args.save_dir, adapters_name(args.lora), config.hidden_size, config.use_moe)
     content = load_adapters(model, path)
     merge(model)
     print(f"with the adapters {path}")

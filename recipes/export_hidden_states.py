@@ -22,20 +22,20 @@ from common import UserError, report_user_errors  # first: Ctrl-C while torch lo
 import torch
 from tqdm import tqdm
 
-from cli import Parser, number, one_of
-from common import IGNORE, ROOT, replacing
+from cli import Parser, choose_from, number
+from common import IGNORE, ROOT, atomic_write
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import pad
 from dataset.step_plan import cut
 from dataset.tiny_world import SFT
 from model.device import DTYPES, pick_device, pick_dtype
-from model.lora import hash_of
-from model.weights import build_model, find, load, save_tensors
+from model.lora import weights_hash
+from model.weights import build_model, find_weights, load, save_tensors
 from trainer import recorded_teacher
 from trainer.distillation import Teacher
 from trainer.flags import conversation_flags, source
 from trainer.runtime import autocast_to
-from trainer.teacher import layers_of
+from trainer.teacher import parse_layers
 from trainer.trainer_utils import conversation_options, open_data, replay
 
 
@@ -45,14 +45,14 @@ def main(argv=None):
     dtype = pick_dtype(args.dtype, device)
     # auto would be another one on another machine
     args.dtype = next(name for name in DTYPES if DTYPES[name] == dtype)
-    path = find(args.save_dir, args.teacher_weight)
+    path = find_weights(args.save_dir, args.teacher_weight)
     model, tokenizer = build_model(load(path), path)
-    layers = layers_of(args.aux_layers, model, path)
+    layers = parse_layers(args.aux_layers, model, path)
     dataset, parts = read_data(args, tokenizer)
 
     same = ("max_seq_len", "dtype", "shard_size", "seed")
     manifest = {name: getattr(args, name) for name in same}
-    manifest |= {"aux_layers": layers, "teacher": hash_of(model)}
+    manifest |= {"aux_layers": layers, "teacher": weights_hash(model)}
     manifest["config"] = dataclasses.asdict(model.config)
     order = dataset.samples[sum(parts.values(), [])]
     manifest["data"] = [*dataset.content, hashlib.sha256(order.tobytes()).hexdigest()]
@@ -86,7 +86,7 @@ def parse(argv):
     add("aux_layers", "", "record the output of these layers too, as 1,2", metavar="LAYERS")
     add("shard_size", 256, "samples of a file", count)
     add("batch_size", 16, "samples of a forward pass", count)
-    add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
+    add("dtype", "auto", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("seed", 1, "of the split", number(int, 0))
     conversation_flags(parser, training=False)
@@ -120,15 +120,15 @@ def begin(folder, manifest, model, tokenizer):
                 "--offline_dir, or delete it"
             )
     else:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(manifest, indent=1).encode("utf-8"))
-    with replacing(folder / "tokenizer.json") as file:
+    with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str().encode("utf-8"))
     save(folder / "output.pt", {"output": model.lm_head.weight.detach().clone()})
 
 
 def save(path, content):
-    save_tensors(path, content | {"belongs": recorded_teacher.belongs(path)})
+    save_tensors(path, content | {"belongs": recorded_teacher.fingerprint(path)})
 
 
 def is_complete(path):

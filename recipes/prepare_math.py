@@ -160,14 +160,16 @@ def prepare(args):
         solved = random.Random(args.seed).sample(parts["train"], SHOTS)
         files |= with_prompts(parts["test"], args.task, solved)
     if parts["train"]:
-        files["text.jsonl"] = [{"text": f"{r['question']}\n{answer_of(r)}"} for r in parts["train"]]
+        files["text.jsonl"] = [
+            {"text": f"{r['question']}\n{written_answer(r)}"} for r in parts["train"]
+        ]
     how = {"task": args.task, "source": str(args.raw), "seed": args.seed}
     how |= {"calculator": args.calculator, "stratify": bool(args.stratify)}
     write_parts(args.out, files, how, sources)
     return 0
 
 
-def answer_of(record):
+def written_answer(record):
     return record["conversations"][-1]["content"]
 
 

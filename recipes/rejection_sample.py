@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import Parser, number, one_of
-from common import ROOT, replacing, report_user_errors
+from cli import Parser, choose_from, number
+from common import ROOT, atomic_write, report_user_errors
 from evaluation.generate_answers import Part, answer_all, require_same_run
-from evaluation.run_eval import answering_flags, hash_of_files, options_of, sha256_of
+from evaluation.run_eval import answering_flags, generation_options, hash_of_files, sha256_of
 from evaluation.tasks import is_right, judge, read_problems
 from model.weights import open_model
 
@@ -28,7 +28,7 @@ SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit 
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.group("the data")
-    add("task", "gsm8k", "tiny_world, gsm8k or math", one_of("tiny_world", "gsm8k", "math"))
+    add("task", "gsm8k", "tiny_world, gsm8k or math", choose_from("tiny_world", "gsm8k", "math"))
     add("data_path", None, "problems with their answers", Path, required=True)
     add("num_samples", 8, "answers to each problem", number(int, 1))
     add("keep", 4, "maximum number of different right answers to a problem", number(int, 1))
@@ -48,10 +48,10 @@ def main(argv=None):
             head = file.readline()
         require_same_run(args.out, head, source, "--out FILE")
     part = Part(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
-    rows = answer_all(problems, trained.model, trained.tokenizer, options_of(args), part)
+    rows = answer_all(problems, trained.model, trained.tokenizer, generation_options(args), part)
 
     kept = accepted(rows, args.task, args.keep)
-    with replacing(args.out) as file:
+    with atomic_write(args.out) as file:
         for row in kept:
             answer = {"role": "assistant", "content": row["output"].strip()}
             if row.get("reasoning"):

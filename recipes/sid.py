@@ -43,11 +43,11 @@ def prepare_sid(args):
     check(args.raw, index, items)
     parts = {name: [] for name in PARTS}
     for name, row in split(args):
-        records = of_history(row, items, args.max_history)
+        records = history_records(row, items, args.max_history)
         parts[name] += records[:1] if name == "test" else records
     for item, tokens in index.items():
         if item in items:
-            parts["train"] += of_item("".join(tokens), items[item]["title"])
+            parts["train"] += item_records("".join(tokens), items[item]["title"])
     files = {f"{name}.jsonl": records for name, records in parts.items() if records}
     how = {"task": "sid", "source": str(args.raw), "seed": args.seed}
     tokens = sorted({token for item in index.values() for token in item})
@@ -144,7 +144,7 @@ def read_histories(path):
             raise UserError(f"{path}, line {reader.line_num}: {error!r:.200}") from None
 
 
-def of_history(row, items, max_history):
+def history_records(row, items, max_history):
     """The records of a history, that for the next id first. The most recent items are kept."""
     ids, titles = (row[name][-max_history:] for name in reversed(LISTS))
     ids, titles, sid = ", ".join(ids), "\n".join(titles), row["item_sid"]
@@ -157,7 +157,7 @@ def of_history(row, items, max_history):
     return [record(*task) for task in asked]
 
 
-def of_item(sid, title):
+def item_records(sid, title):
     return [record("id_to_title", sid, title), record("title_to_id", title, sid)]
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from common import STOP
-from model.fast_decode import weights_laid_out
-from model.generation import eval_mode, sample, seeded
+from model.fast_decode import prepacked_weights
+from model.generation import eval_mode, make_generator, sample
 from model.kv_cache import KVCache
 from serving.views import ONE_AT_A_TIME
 
@@ -70,7 +70,7 @@ class Batcher(threading.Thread):
 
     @torch.inference_mode()
     def run(self):
-        with eval_mode(self.model), weights_laid_out(self.model, self.max_batch):
+        with eval_mode(self.model), prepacked_weights(self.model, self.max_batch):
             while not self.ended:
                 try:
                     self.answer_all()
@@ -148,7 +148,7 @@ class Batcher(threading.Thread):
         drawn = []
         for request, row in zip(self.running, logits.split(1), strict=True):  # (1, V) each
             if request.new == 0:
-                request.generator = seeded(request.seed, self.device)
+                request.generator = make_generator(request.seed, self.device)
             how = request.temperature, request.top_k, request.top_p, request.generator
             drawn.append(sample(row, *how))
         tokens = torch.cat(drawn)[:, 0].tolist()  # waits for a GPU, as log-probabilities do

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from common import ROOT, STOP, UserError, replacing
+from common import ROOT, STOP, UserError, atomic_write
 from model.generation import generate
 from serving import views
 
@@ -56,6 +56,6 @@ def export(models, path, question, settings, logs):
         docs = Path(os.path.relpath(ROOT / "docs", folder)).as_posix()
     more = {"recorded": recorded, "ids": ids, "begun": len(ids) - len(new), "text": text}
     data = page(models, settings, **more, question=question, docs=docs)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
     print(f"{path}: {len(data) / 1000:.0f} kB; open it in a browser")

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from common import END_OF_TEXT, ROOT, STOP, UserError
 from dataset import formats
-from model.chat_template import parse_answer, render, text_of
+from model.chat_template import parse_answer, render, require_text
 from serving import views
 from serving.batching import Batcher, Request
 from serving.handler import ApiError, JsonHandler
@@ -129,7 +129,7 @@ class Handler(JsonHandler):
         else:
             raise ApiError(404, f"there is no {path}; there is {', '.join(ROUTES)}")
 
-    def request_of(self, body, chat):
+    def build_request(self, body, chat):
         """(Request, stop strings) of a body."""
         for name, supported in ONLY.items():
             if body.get(name) not in (supported, None):
@@ -194,14 +194,14 @@ class Handler(JsonHandler):
             prompt = prompt[0]
         known = range(self.served.model.config.vocab_size)
         if isinstance(prompt, str):
-            prompt = self.served.tokenizer.encode(text_of(prompt, "prompt is")).ids
+            prompt = self.served.tokenizer.encode(require_text(prompt, "prompt is")).ids
         elif not isinstance(prompt, list) or not all(type(i) is int and i in known for i in prompt):
             raise ValueError("prompt is not one text, or one list of token ids")
         return prompt or [END_OF_TEXT]
 
     def answer(self, body, chat):
         """Writes the answer to a request: at once, or as it grows where the body says stream."""
-        request, stops = self.request_of(body, chat)
+        request, stops = self.build_request(body, chat)
         stream, kind = bool(body.get("stream")), "chat.completion" if chat else "text_completion"
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": self.served.name}
         head |= {"object": kind + ".chunk" * (chat and stream), "created": int(time.time())}

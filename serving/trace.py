@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.attention import visible
+from model.attention import causal_mask
 from model.causal_lm import rotary_table, rotate
 
 GUESSES = 5  # the most probable tokens that are kept of each layer
@@ -36,7 +36,7 @@ def trace(model, ids, last=256, document_ids=None):
     """
     decoder, device, T = model.model, model.lm_head.weight.device, len(ids)
     documents = torch.tensor([document_ids or [0] * T], device=device)  # (1, T)
-    mask = visible(0, T, documents, device)  # (1, 1, T, T)
+    mask = causal_mask(0, T, documents, device)  # (1, 1, T, T)
     positions = mask.sum(dim=-1)[0] - 1  # (1, T): how many earlier tokens a token sees
     rotary = rotary_table(positions, model.config)
     x = decoder.embed_tokens(torch.tensor([ids], device=device))  # (1, T, D)

@@ -18,7 +18,7 @@ import torch
 
 from common import END_OF_TEXT, IM_END, IM_START
 from dataset import formats
-from model.chat_template import ROLES, json_of, parse_answer, render, text_of
+from model.chat_template import ROLES, parse_answer, parse_json, render, require_text
 from serving.trace import trace
 
 MOST_READ, LAST = 2048, 256  # tokens that the model reads for a view; the last ones, which it shows
@@ -69,7 +69,7 @@ def turn(served, ids, text):
     """A conversation, as ids, with a user's new text and the header of the answer; with weights
     that do not chat, the text alone.
     """
-    text_of(text, "text is")
+    require_text(text, "text is")
     before = [*ids] if isinstance(ids, list) else []
     encode = served.tokenizer.encode
     if served.chats:
@@ -189,7 +189,7 @@ def layers(served, ids):
 def compare(models, text):
     """The loss of each token of a conversation, or of a text, with each of the weights."""
     served = next(iter(models.values()))
-    ids, mask = sample_of(served, text)
+    ids, mask = parse_sample(served, text)
     notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
     ids, mask = ids[: min(LAST, room(served))], mask[: min(LAST, room(served))]
     if len(ids) < 2:
@@ -204,23 +204,23 @@ def compare(models, text):
     return found | {"losses": losses}
 
 
-def sample_of(served, text):
+def parse_sample(served, text):
     """(ids, loss mask) of JSON, a conversation in any usual format, or else of plain text."""
-    text_of(text, "text is")
+    require_text(text, "text is")
     record = {"text": text}
     if text.lstrip()[:1] in ("{", "["):
-        record = json_of(text, "what begins with a bracket")
+        record = parse_json(text, "what begins with a bracket")
         record = {"messages": record} if isinstance(record, list) else record
     if "text" in record:
         ids = served.tokenizer.encode(formats.to_text(record)).ids + [END_OF_TEXT]
         return ids, [1] * len(ids)
-    messages, tools = formats.to_conversation(record, formats.format_of(record), Counter())
+    messages, tools = formats.to_conversation(record, formats.detect_format(record), Counter())
     return render(messages, tools, tokenizer=served.tokenizer)
 
 
 def tokenizer(served, text):
     """A text as tokens."""
-    ids = served.tokenizer.encode(text_of(text, "text is")).ids
+    ids = served.tokenizer.encode(require_text(text, "text is")).ids
     notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
     return {"ids": ids[:LAST], "texts": texts(served, ids[:LAST]), "notice": notice}
 
@@ -243,7 +243,7 @@ def token(served, id):
 
 def merges(tokenizer, token):
     """The pieces of a token after each merge of BPE, beginning with its bytes."""
-    ranks, pieces = ranks_of(tokenizer), list(token)
+    ranks, pieces = merge_ranks(tokenizer), list(token)
     steps = [pieces]
     while len(pieces) > 1:
         pairs = list(zip(pieces, pieces[1:], strict=False))
@@ -257,7 +257,7 @@ def merges(tokenizer, token):
 
 
 @lru_cache(maxsize=4)
-def ranks_of(tokenizer):
+def merge_ranks(tokenizer):
     """{a pair of pieces: when it was merged in the tokenizer's training, 0 for the first}."""
     pairs = json.loads(tokenizer.to_str())["model"]["merges"]
     return {tuple(pair.split(" ") if isinstance(pair, str) else pair): rank

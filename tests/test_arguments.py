@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cli import Problem, number, one_of, switch
+from cli import Problem, choose_from, number, switch
 from dataset.step_plan import Source
 from tests.conftest import ROOT, TINY, flags_read, run_here
 from trainer import train_full_sft, train_pretrain
@@ -29,8 +29,8 @@ def test_a_number_without_an_upper_limit_is_finite():
 
 def test_words_and_switches_are_read_exactly():
     assert switch("1") is True and switch("0") is False
-    assert one_of("a", "b")("b") == "b"
-    for read in (switch, one_of("a", "b")):
+    assert choose_from("a", "b")("b") == "b"
+    for read in (switch, choose_from("a", "b")):
         assert all(isinstance(read(text), Problem) for text in ("", "2", "True", "B"))
 
 

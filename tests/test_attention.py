@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dataset.packing import pad
 from model import attention
-from model.attention import attend, plain_attention, visible
+from model.attention import attend, causal_mask, plain_attention
 from model.causal_lm import CausalLM, ModelConfig
 from tests.conftest import pack
 
@@ -56,7 +56,7 @@ def compare(found, expected, weights):
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_the_plain_formula_is_torchs_attention(K):
     (q, k, v), documents = tensors(70, K, 5, True)
-    mask = visible(5, 70, documents, "cpu")
+    mask = causal_mask(5, 70, documents, "cpu")
     shared = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     compare(plain_attention(q, k, v, mask), shared.double(), (q, k, v))
 
@@ -67,10 +67,10 @@ def test_the_plain_formula_is_torchs_attention(K):
 def test_attention_on_a_cpu_is_the_formula(K, past, with_documents):
     for T in LENGTHS:
         weights, documents = tensors(T, K, past, with_documents)
-        mask = visible(past, T, documents, "cpu") if with_documents else None
+        mask = causal_mask(past, T, documents, "cpu") if with_documents else None
         compare(attend(*weights, mask), formula(*weights, past, documents), weights)
         if not with_documents:  # the causal mask, spelled out
-            given = visible(past, T, None, "cpu")
+            given = causal_mask(past, T, None, "cpu")
             compare(attend(*weights, given), formula(*weights, past, None), weights)
 
 
@@ -82,7 +82,7 @@ def test_attention_on_a_gpu_is_the_formula(K, past, with_documents):
         weights, documents = tensors(T, K, past, with_documents)
         # As the model has it: without a mask the queries are all there are.
         plain = not with_documents and past == 0
-        mask = None if plain else visible(past, T, documents, "cpu")
+        mask = None if plain else causal_mask(past, T, documents, "cpu")
         q, k, v = weights
         found = attend(q.as_subclass(OnGPU), k, v, mask)
         compare(found.as_subclass(torch.Tensor), formula(*weights, past, documents), weights)
@@ -125,7 +125,7 @@ def test_queries_in_another_precision_than_the_cache_keep_theirs():
         expected = formula(q.bfloat16(), k, v, 5, None)
         for place in (torch.Tensor, OnGPU):
             given = q.detach().bfloat16().as_subclass(place)
-            found = attend(given, k, v, visible(5, T, None, "cpu"))
+            found = attend(given, k, v, causal_mask(5, T, None, "cpu"))
             assert found.dtype == torch.bfloat16
             found = found.as_subclass(torch.Tensor).double()
             torch.testing.assert_close(found, expected, atol=5e-3, rtol=1e-2)
@@ -145,7 +145,7 @@ def test_half_precision_on_a_cpu_is_about_as_exact_as_torchs_kernel(masked):
     q, k, v = (torch.randn(2, n, 256, 64) * size for n, size in ((4, 2.0), (2, 2.0), (2, 1.0)))
     q, k, v = (t.bfloat16().requires_grad_() for t in (q, k, v))
     documents = torch.arange(256)[None].expand(2, 256) // 90 if masked else None
-    mask = visible(0, 256, documents, "cpu")
+    mask = causal_mask(0, 256, documents, "cpu")
     direction = torch.randn(2, 4, 256, 64)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
 

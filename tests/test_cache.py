@@ -23,7 +23,7 @@ from tests.conftest import ROOT, chat, run, write_jsonl
 from trainer.train_tokenizer import train
 
 
-def samples_of(dataset):
+def make_samples(dataset):
     return [[part.tolist() for part in dataset[i]] for i in range(len(dataset))]
 
 
@@ -37,7 +37,7 @@ def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
     first = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
     monkeypatch.setattr(token_cache, "render_batch", None)  # tokenises nothing from here on
     again = kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path)
-    assert samples_of(plain) == samples_of(first) == samples_of(again)
+    assert make_samples(plain) == make_samples(first) == make_samples(again)
     assert len({path.name for path in tmp_path.iterdir()}) == 1
     with pytest.raises(TypeError):
         kind(data / name, load_tokenizer(), 40, cache_dir=tmp_path / "other")
@@ -83,7 +83,7 @@ def test_a_damaged_cache_is_made_again_with_a_word(data, tmp_path, name, capsys)
     path = write_jsonl(tmp_path / "path.jsonl", few)
 
     def samples():
-        return samples_of(SFTDataset(path, load_tokenizer(), 40, cache_dir=tmp_path / "cache"))
+        return make_samples(SFTDataset(path, load_tokenizer(), 40, cache_dir=tmp_path / "cache"))
 
     expected = samples()
     (folder,) = (tmp_path / "cache").iterdir()

@@ -119,11 +119,14 @@ def test_an_assistant_that_writes_control_text_learns_it_as_text():
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}], "only an assistant"),
         ([{"role": "assistant", "content": "", "tool_calls": "{"}], "tool_calls is text"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "needs a name"),
-        ([{"role": "user", "content": "\ud83d"}], "message 1 has content with half a character"),
-        ([USER | {"tools": [{"name": "\ud83d"}]}], "tools is text with half a character"),
+        (
+            [{"role": "user", "content": "\ud83d"}],
+            "message 1 has content with an unpaired surrogate",
+        ),
+        ([USER | {"tools": [{"name": "\ud83d"}]}], "tools is text with an unpaired surrogate"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{"name": "\ud83d"}]}],
-            "tool_calls is text with half a character",
+            "tool_calls is text with an unpaired surrogate",
         ),
         ([{"role": "assistant", "content": "", "reasoning_content": 7}], "reasoning_content 7"),
     ],

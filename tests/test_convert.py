@@ -13,7 +13,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
 from model.generation import complete
 from model.tokenizer import load_tokenizer
-from model.weights import save
+from model.weights import write_weights
 from tests.conftest import chat, run_here
 
 transformers = pytest.importorskip("transformers")
@@ -49,7 +49,7 @@ def exported(folder, shape, *flags):
     model = CausalLM(config).eval()
     path, out = folder / "mine_48.pth", folder / "hf"
     training = {"tokens": 10, "seed": 1}
-    save(path, model.state_dict(), config, tokenizer, "full_sft", training=training)
+    write_weights(path, model.state_dict(), config, tokenizer, "full_sft", training=training)
     to_hf.main(["--weight", str(path), "--out", str(out), *flags])
     return model, out
 
@@ -173,7 +173,7 @@ def test_weights_that_were_only_pretrained_are_exported_to_continue_text(tmp_pat
     model, folder = exported(tmp_path, {})
     path, out = tmp_path / "text_48.pth", tmp_path / "text"
     tokenizer = load_tokenizer()
-    save(path, model.state_dict(), model.config, tokenizer, "pretrain", training={})
+    write_weights(path, model.state_dict(), model.config, tokenizer, "pretrain", training={})
     to_hf.main(["--weight", str(path), "--out", str(out)])
     chat, text = (transformers.AutoTokenizer.from_pretrained(place) for place in (folder, out))
     assert chat.chat_template and not text.chat_template

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention.flex_attention import BlockMask
 
-from common import IGNORE, UserError, replacing
+from common import IGNORE, UserError, atomic_write
 from dataset import step_plan
 from dataset.lm_dataset import PretrainDataset
 from dataset.packing import collate, pad
@@ -27,7 +27,7 @@ from dataset.step_plan import batches, to_device
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import auto_dtype, pick_device, pick_dtype, require_compiler
-from model.generation import complete, seeded
+from model.generation import complete, make_generator
 from model.kv_cache import KVCache
 from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
 from model.preference_losses import pair_log_probabilities, policy_loss, preference_loss
@@ -153,7 +153,7 @@ def test_an_apple_gpu_is_used_by_one_thread_at_a_time_and_the_cpu_draws_for_it()
     weight = SimpleNamespace(device=mps, dtype=torch.float32)
     model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
     assert Batcher(model, 1, 1).alone is ONE_AT_A_TIME
-    assert seeded(3, mps).device.type == "cpu"
+    assert make_generator(3, mps).device.type == "cpu"
     batcher = Batcher(CausalLM(ModelConfig(**SHAPE)), 1, 1)
     batcher.alone, request = threading.Lock(), Request([5, 6, 7], 1)
     with batcher.alone:  # a view is computed
@@ -201,7 +201,7 @@ def test_a_file_that_windows_refuses_to_replace_is_tried_again(tmp_path, monkeyp
     monkeypatch.setattr("common.sys.platform", "win32")
     monkeypatch.setattr("common.time.sleep", lambda seconds: None)
     wait = nullcontext() if times == 2 else pytest.raises(UserError, match="Access is denied")
-    with wait, replacing(tmp_path / "weights.pth") as file:
+    with wait, atomic_write(tmp_path / "weights.pth") as file:
         file.write(b"new")
     assert (tmp_path / "weights.pth").exists() == (times == 2)
     assert len(list(tmp_path.iterdir())) == (times == 2)
@@ -233,7 +233,7 @@ def test_attention_on_an_apple_gpu_never_reaches_torchs_kernel(monkeypatch, T, p
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, T, 8, generator=generator)
     k, v = torch.randn(2, 2, 2, past + T, 8, generator=generator)
-    mask = attention.visible(past, T, None, "cpu")
+    mask = attention.causal_mask(past, T, None, "cpu")
     expected = attention.plain_attention(q, k, v, mask)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", None)
     found = attention.attend(q.as_subclass(OnApple), k, v, mask)
@@ -264,7 +264,7 @@ def test_blocks_are_used_where_output_and_gradients_are_the_formulas(monkeypatch
     def blocks(q, k, v, mask):
         (documents,) = given
         return factor * attention.plain_attention(
-            q, k, v, attention.visible(0, q.shape[2], documents, "cpu")
+            q, k, v, attention.causal_mask(0, q.shape[2], documents, "cpu")
         )
 
     given = []

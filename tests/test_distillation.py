@@ -176,8 +176,8 @@ def test_a_teachers_layer_is_compared_with_the_students_at_its_share_of_the_dept
     ids, labels = batch
     torch.manual_seed(0)
     student, teacher = (
-        CausalLM(ModelConfig(hidden_size=width, **{**SMALL, "num_hidden_layers": layers_of}))
-        for width, layers_of in ((16, depth), (32, teacher_depth))
+        CausalLM(ModelConfig(hidden_size=width, **{**SMALL, "num_hidden_layers": parse_layers}))
+        for width, parse_layers in ((16, depth), (32, teacher_depth))
     )
     add_projections(student, 32, 3)
     losses = [

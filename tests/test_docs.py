@@ -26,7 +26,7 @@ from convert import peft as merge_lora
 from dataset.tiny_world import generate as tiny_world
 from model.causal_lm import CausalLM, ModelConfig
 from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
-from model.weights import save
+from model.weights import write_weights
 from recipes import misconceptions
 from tests.conftest import ROOT, TINY, run, run_here, write_jsonl
 
@@ -208,7 +208,7 @@ def test_the_command_runs(line, data, trained, evaluated, tmp_path, request):
         if "full_sft_256" in line:
             new, tokenizer = CausalLM(ModelConfig()), load_tokenizer()
             path = tmp_path / "full_sft_256.pth"
-            save(path, new.state_dict(), new.config, tokenizer, "full_sft")
+            write_weights(path, new.state_dict(), new.config, tokenizer, "full_sft")
         words = [re.sub(r"\b(out|dataset)/", f"{tmp_path.as_posix()}/", word) for word in words]
     elif "split" in words:
         words += ["--out", tmp_path]

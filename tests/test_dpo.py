@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import IGNORE
-from dataset.formats import format_of
+from dataset.formats import detect_format
 from dataset.packing import collate
 from dataset.preference_pairs import PairDataset, counts, to_pair
 from model.causal_lm import CausalLM, ModelConfig
@@ -57,7 +57,7 @@ def contents(conversation):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_usual_form_is_the_same_pair(name):
-    assert format_of(FORMS[name]) == "preference"
+    assert detect_format(FORMS[name]) == "preference"
     chosen, rejected, tools = to_pair(FORMS[name])
     assert contents(chosen) == contents(WHOLE["chosen"]) and tools is None
     assert contents(rejected) == contents(WHOLE["rejected"])
@@ -233,9 +233,9 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_to_the_bit(
     name = "lora_dpo_32" if more else "dpo_32"
     more = ["--epochs", 2, "--save_interval", 4, "--dropout", 0.1, "--sft_weight", 0.2, *more]
     train_dpo.main(dpo(trained, pairs, tmp_path / "whole", *more))
-    parts, asked, reference_of = tmp_path / "parts", [], train_dpo.reference_of
-    once = lambda *given: asked.append(1) or reference_of(*given)  # noqa: E731
-    monkeypatch.setattr(train_dpo, "reference_of", once)
+    parts, asked, reference_log_probs = tmp_path / "parts", [], train_dpo.reference_log_probs
+    once = lambda *given: asked.append(1) or reference_log_probs(*given)  # noqa: E731
+    monkeypatch.setattr(train_dpo, "reference_log_probs", once)
     command = dpo(trained, pairs, parts, *more)
     found, lines = stopped_and_resumed(train_dpo, command, parts, name, monkeypatch)
     assert len(asked) == 1  # the resumed run has it from the checkpoint

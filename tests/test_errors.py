@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from common import UserError, replacing, report_user_errors
+from common import UserError, atomic_write, report_user_errors
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from model.tokenizer import load_tokenizer
 from model.weights import build_model, load
@@ -204,7 +204,7 @@ class Malicious:
             "wrong shape",
             "size mismatch for model.norm.weight",
         ),
-        ("other program", "is not a weights file of this program"),
+        ("other program", "isn't a weights file of this program"),
     ],
 )
 def test_damaged_weights(trained, tmp_path, how, says):
@@ -335,10 +335,10 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_text("before")
     says = "weights.pth cannot be written: .*No space"
-    with pytest.raises(UserError, match=says), replacing(path) as file:
+    with pytest.raises(UserError, match=says), atomic_write(path) as file:
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
-    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
         file.write(b"half of it")
         raise ZeroDivisionError
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
@@ -361,7 +361,7 @@ def test_a_full_disk_while_saving(trained, data, tmp_path):
     flags = ["--save_dir", out, "--data_path", data / "sft.jsonl", "--device", "cpu"]
     command = [sys.executable, "-c", script, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    refused(done, "full_sft_32_best.pth cannot be written", "ake room")
+    refused(done, "full_sft_32_best.pth cannot be written", "ree some space")
     assert [path.read_bytes() for path in sorted(out.rglob("*.pth"))] == before
     assert not list(out.rglob("*.part"))
 
@@ -370,7 +370,7 @@ def test_a_full_disk_while_saving(trained, data, tmp_path):
     "error, code, says",
     [
         (UserError("this is wrong"), 2, "error: this is wrong\n"),
-        (KeyboardInterrupt(), 130, "\nstopped at once; what was saved before is complete\n"),
+        (KeyboardInterrupt(), 130, "\nInterrupted. Files that were saved before are intact.\n"),
     ],
 )
 def test_the_end_of_a_script_is_a_sentence_and_a_code(error, code, says, capsys):

@@ -399,7 +399,7 @@ def test_wrong_numbers_of_the_draws_are_told_before_any_work(script, tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert f"--{name} {value}: give a " in done.stderr
     done = run_here("evaluation/run_eval.py", "--weight", "none")
-    assert done.returncode == 2 and "--weight none: only trained weights" in done.stderr
+    assert done.returncode == 2 and "--weight none: an untrained model" in done.stderr
 
 
 def test_extreme_draws_that_are_allowed_are_drawn(trained, gsm8k, tmp_path):
@@ -422,7 +422,7 @@ MALFORMED = [  # of a Tiny World problem: its field, what is in it, what is said
     *(("conversations", value, "a conversation is a list") for value in ([], "Hi", None, 5, {})),
     ("conversations", ["Hi"], "message 1 is not"),
     ("conversations", [{"role": "user", "content": 7}], "content 7, which is not text"),
-    ("conversations", [{"role": "user", "content": "\ud800"}], "lone surrogate"),
+    ("conversations", [{"role": "user", "content": "\ud800"}], "unpaired surrogate"),
     ("conversations", [{"role": ["user"], "content": "Hi"}], "has role"),
     *(("expected", value, "no expected answer") for value in (None, 5, {"a": 1}, [1], [["a"]])),
     *((name, ..., f"'{name}' is missing") for name in ("conversations", "expected", "category")),
@@ -651,11 +651,11 @@ def test_each_process_answers_its_share_of_the_problems(gsm8k, monkeypatch, shar
     for rank in range(3):
         keep = lambda value: solved.append(value) or [value]  # noqa: E731
         compute = SimpleNamespace(rank=rank, world_size=3, sum=keep)
-        trainer_utils.score_of(model, None, task, 0.0, compute)
+        trainer_utils.selection_score(model, None, task, 0.0, compute)
     golds = [problem["gold"] for problem in task.problems]
     assert asked == ([golds] * 3 if sharded else [golds[rank::3] for rank in range(3)])
     everything = SimpleNamespace(rank=0, world_size=3, sum=lambda _: [sum(solved)])
-    score = trainer_utils.score_of(model, None, task, 0.0, everything)
+    score = trainer_utils.selection_score(model, None, task, 0.0, everything)
     assert score == pytest.approx(sum(solved) / len(golds) / (3 if sharded else 1))
 
 

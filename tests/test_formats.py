@@ -7,10 +7,10 @@ from itertools import islice
 
 import pytest
 
-from dataset.formats import format_of, to_conversation, to_text
+from dataset.formats import detect_format, to_conversation, to_text
 from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from model.chat_template import call_text, list_of, render, tools_text
+from model.chat_template import call_text, parse_list, render, tools_text
 from model.tokenizer import CONTROL_TOKENS, load_tokenizer
 from tests.conftest import ROOT, write_jsonl
 
@@ -29,7 +29,7 @@ LLAMA = {"name": "add", "parameters": {"a": 1}}
 
 def converted(record):
     notes = Counter()
-    messages, tools = to_conversation(record, format_of(record), notes)
+    messages, tools = to_conversation(record, detect_format(record), notes)
     return messages, tools, dict(notes)
 
 
@@ -91,7 +91,7 @@ ORCA = {"question": "Hi", "response": "Hello."}
     ],
 )
 def test_a_record_of_each_format_becomes_a_conversation(name, record, messages):
-    assert format_of(record) == name
+    assert detect_format(record) == name
     assert converted(record) == (messages, None, {})
 
 
@@ -208,9 +208,9 @@ def test_a_record_that_is_marked_is_marked_as_a_whole():
 def test_a_key_of_another_meaning_does_not_decide_the_format():
     for data in ("2024-01-01", {"set": 1}, [1]):
         assert converted({"data": data, "question": "Hi", "answer": "Hello."})[0] == ASKED
-        assert format_of({"data": data, "text": "x"}) == "text"
+        assert detect_format({"data": data, "text": "x"}) == "text"
     with pytest.raises(ValueError, match='"data" holds a list of records: write only that list'):
-        format_of({"data": [{"text": "x"}]})
+        detect_format({"data": [{"text": "x"}]})
 
 
 def test_what_stands_in_a_prompt_is_not_dropped():
@@ -303,7 +303,7 @@ def test_repeated_keys_are_counted(tmp_path, array):
         ({"from": None, "value": "x"}, "message 2 has role None"),
         ({"role": "user", "content": None}, "message 2 has content None"),
         ({"role": "user", "content": True}, "message 2 has content True"),
-        ({"role": "user", "content": "\ud83d"}, "message 2 has content with half a character"),
+        ({"role": "user", "content": "\ud83d"}, "message 2 has content with an unpaired surrogate"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url'"),
         ({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, "part of type .'text'."),
         ({"role": "user", "content": [{"type": {}}]}, "part of type {}"),
@@ -492,7 +492,7 @@ def test_masks_of_all_that_may_occur_are_those_of_transformers(tmp_path, spellin
         ]
     path = tmp_path / "x.json"
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    assert {format_of(record) for record in records} == {spelling}
+    assert {detect_format(record) for record in records} == {spelling}
     assert compared_with_transformers(path) == 60
 
 
@@ -505,9 +505,9 @@ def compared_with_transformers(path):
     judge = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()))
     judge.chat_template = TEMPLATE
     for _, record in islice(read_records(path), 1000):
-        messages, tools = to_conversation(record, format_of(record), Counter())
+        messages, tools = to_conversation(record, detect_format(record), Counter())
         ids, mask = render(messages, tools, tokenizer=tokenizer)
-        if tools := list_of(tools, "tools"):
+        if tools := parse_list(tools, "tools"):
             if messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": ""}, *messages]
             said = [messages[0]["content"], tools_text(tools)]

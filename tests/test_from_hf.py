@@ -128,7 +128,7 @@ def test_data_is_checked_with_the_tokenizer_of_published_weights(tmp_path, comma
     assert says in folder and says not in own
     torch.save([1, 2], tmp_path / "list.pth")
     done = run_here(*flags, "--weight", tmp_path / "list.pth")
-    assert done.returncode == 2 and "is not a weights file of this program" in done.stderr
+    assert done.returncode == 2 and "isn't a weights file of this program" in done.stderr
     done = run_here(*flags, "--weight", tmp_path / "none.pth")
     assert done.returncode == 2 and "give the path of a .pth file or a folder" in done.stderr
 
@@ -174,7 +174,7 @@ def test_a_folder_without_our_tokens_continues_text(tmp_path, capsys):
     theirs = published(tmp_path, "llama 3", "llama")
     content = load(tmp_path)
     assert content["stage"] == "pretrain"
-    assert "do not know ChatML" in capsys.readouterr().out
+    assert "weren't trained with ChatML" in capsys.readouterr().out
     model, tokenizer = build_model(content, tmp_path)
     # Its end of a document is ours, under our name.
     end = theirs.config.eos_token_id
@@ -318,34 +318,34 @@ MISTAKES = {
     ),
     "pointer of weights": (
         lambda f: (f / "model.safetensors").write_bytes(POINTER),
-        "model.safetensors is a pointer of Git LFS, not the file; run: git lfs pull",
+        "model.safetensors is a Git LFS pointer, not the file itself; run: git lfs pull",
     ),
     "pointer of a tokenizer": (
         lambda f: (f / "tokenizer.json").write_bytes(POINTER),
-        "tokenizer.json is a pointer of Git LFS, not the file; run: git lfs pull",
+        "tokenizer.json is a Git LFS pointer, not the file itself; run: git lfs pull",
     ),
     "adapters": (
         lambda f: (f / "config.json").rename(f / "adapter_config.json"),
-        "it holds adapters of PEFT: python convert/peft.py --from_peft",
+        "it holds PEFT adapters: python convert/peft.py --from_peft",
     ),
-    "GGUF": (lambda f: (f / "config.json").rename(f / "x.gguf"), "GGUF isn't read"),
+    "GGUF": (lambda f: (f / "config.json").rename(f / "x.gguf"), "GGUF isn't supported"),
     "family": (
         lambda f: broken(f, "config.json", lambda c: c.update(model_type="mamba")),
-        "model_type 'mamba' is not supported; there is qwen3, qwen3_moe, qwen2, llama",
+        "model_type 'mamba' isn't supported; supported: qwen3, qwen3_moe, qwen2, llama",
     ),
     "fields": (
         lambda f: broken(
             f, "config.json", lambda c: c.update(hidden_act="gelu", attention_bias=True)
         ),
-        "hidden_act = 'gelu', attention_bias = True: not supported",
+        "not supported: hidden_act = 'gelu', attention_bias = True",
     ),
     "rope": (
         lambda f: broken(f, "config.json", lambda c: c.update(rope_parameters={"type": "yarn"})),
-        "RoPE of type 'yarn': not supported",
+        "not supported: RoPE of type 'yarn'",
     ),
     "rope without a type": (
         lambda f: broken(f, "config.json", lambda c: c.update(rope_parameters={"factor": 4.0})),
-        "factor of RoPE: not supported",
+        "not supported: factor of RoPE",
     ),
     "no spaces": (
         lambda f: broken(f, "tokenizer.json", lambda t: t.update(pre_tokenizer=None)),
@@ -353,7 +353,7 @@ MISTAKES = {
     ),
     "no number": (
         lambda f: broken(f, "config.json", lambda c: c.update(num_attention_heads="4")),
-        "a JSON file in it has a wrong value",
+        "a JSON file in it has an invalid value",
     ),
     "window": (
         lambda f: broken(f, "config.json", lambda c: c.update(layer_types=["sliding_attention"])),
@@ -369,7 +369,7 @@ MISTAKES = {
     ),
     "layers": (
         lambda f: broken(f, "config.json", lambda c: c.update(num_hidden_layers=3)),
-        "does not fit its own config",
+        "its weights don't match its config",
     ),
     "unigram": (
         lambda f: broken(f, "tokenizer.json", lambda t: t["model"].update(type="Unigram")),
@@ -381,7 +381,7 @@ MISTAKES = {
             "tokenizer.json",
             lambda t: t["model"]["vocab"].update({f"t{i}": 286 + i for i in range(100)}),
         ),
-        "they are not of the same model",
+        "they aren't from the same model",
     ),
 }
 
@@ -418,7 +418,7 @@ def test_unknown_fields_are_named_and_weights_are_never_replaced(good_folder, tm
     broken(tmp_path / "hf", "config.json", lambda c: c.update(new_trick=3))
     args = ["convert/from_hf.py", tmp_path / "hf", "--save_weight", "x", "--save_dir", tmp_path]
     done = run_here(*args)
-    assert done.returncode == 0 and "not read, because unknown: new_trick" in done.stdout
+    assert done.returncode == 0 and "ignoring unknown config fields: new_trick" in done.stdout
     done = run_here(*args)
     assert done.returncode == 2 and "exists; give another --save_weight" in done.stderr
 
@@ -453,8 +453,8 @@ def test_what_llama_cpp_would_read_in_another_way_is_refused(tmp_path, family, s
     "name, says",
     [
         ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir FOLDER"),
-        ("x.gguf", "GGUF isn't read"),
-        ("model.safetensors", "the folder of a published model that the file is in"),
+        ("x.gguf", "GGUF isn't supported"),
+        ("model.safetensors", "the published model's folder instead of one of its files"),
         ("nothing", "name other weights, or give the path of a .pth file or a folder"),
     ],
 )

@@ -16,7 +16,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
 from model.generation import complete
 from model.tokenizer import CONTROL_TOKENS, load_tokenizer
-from model.weights import save
+from model.weights import write_weights
 from tests.conftest import run_here
 from tests.test_tokenizer import SPLITS
 from trainer.train_tokenizer import train
@@ -41,7 +41,7 @@ def exported(folder, shape, *flags):
     rows = tokenizer.get_vocab_size() + 32 * ("qkv_bias" in shape)  # as Qwen's, more than tokens
     model = CausalLM(ModelConfig(vocab_size=rows, **shape)).eval()
     path, out = folder / "mine_64.pth", folder / "mine.gguf"
-    save(path, model.state_dict(), model.config, tokenizer, "full_sft", training={})
+    write_weights(path, model.state_dict(), model.config, tokenizer, "full_sft", training={})
     to_gguf.main(["--weight", str(path), "--out", str(out), *flags])
     return model, out
 
@@ -160,7 +160,7 @@ def test_published_ways_to_split_a_text_are_known_to_llama_cpp(tmp_path, split):
     torch.manual_seed(1)
     model = CausalLM(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **SMALL)).eval()
     path, out = tmp_path / "x_64.pth", tmp_path / "x.gguf"
-    save(path, model.state_dict(), model.config, tokenizer, "full_sft", training={})
+    write_weights(path, model.state_dict(), model.config, tokenizer, "full_sft", training={})
     to_gguf.main(["--weight", str(path), "--out", str(out)])
     tokenizer.encode_special_tokens = True
     with served(out) as ask:
@@ -174,7 +174,7 @@ def test_weights_that_were_only_pretrained_have_no_template_and_end_with_their_d
     model, _ = exported(tmp_path, {})
     path, out = tmp_path / "text_64.pth", tmp_path / "text.gguf"
     tokenizer = load_tokenizer()
-    save(path, model.state_dict(), model.config, tokenizer, "pretrain", training={})
+    write_weights(path, model.state_dict(), model.config, tokenizer, "pretrain", training={})
     to_gguf.main(["--weight", str(path), "--out", str(out)])
     chat, text = (gguf.GGUFReader(file).fields for file in (tmp_path / "mine.gguf", out))
     assert "tokenizer.chat_template" in chat and "tokenizer.chat_template" not in text

@@ -147,7 +147,7 @@ def test_every_attention_is_the_formula(T, dtype):
     q, k, v = torch.randn(3, 2, 4, T, 64, generator=generator).to(GPU, dtype)
     k, v = k[:, :2], v[:, :2]
     ids = torch.randint(-1, 5, (2, T), generator=generator).sort(dim=1).values.to(GPU)
-    mask = attention.visible(0, T, ids, GPU)
+    mask = attention.causal_mask(0, T, ids, GPU)
     expected = attention.plain_attention(q.double(), k.double(), v.double(), mask)
     masks = [mask]
     if T > 1 and attention.blocks_available(GPU, 64):

@@ -10,16 +10,16 @@ import torch
 
 from common import IM_END, UserError
 from dataset.packing import pad
-from evaluation.rewards import reward_function, rewards_of
+from evaluation.rewards import compute_rewards, reward_function
 from model.causal_lm import CausalLM, ModelConfig
-from model.preference_losses import advantages_of, policy_loss
+from model.preference_losses import group_advantages, policy_loss
 from model.tokenizer import load_tokenizer
 from model.weights import load
 from tests.conftest import ROOT, chat, run, run_here, torchrun, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import assert_equal, assert_like_one, log, stopped_and_resumed, weights
 from trainer import train_grpo
-from trainer.train_grpo import answers_of, as_sample
+from trainer.train_grpo import as_sample, sample_answers
 
 TOKENIZER = load_tokenizer()
 REWARDS = """
@@ -70,7 +70,7 @@ def grpo(trained, files, out, *more, reward="letters"):
 
 def test_the_advantage_is_the_reward_above_the_mean_of_the_group():
     rewards = torch.tensor([[1.0, 0.0, 0.5], [1.0, 1.0, 1.0]])
-    assert advantages_of(rewards).tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
+    assert group_advantages(rewards).tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_the_loss_of_two_groups_of_three_answers_is_that_by_hand():
@@ -78,7 +78,7 @@ def test_the_loss_of_two_groups_of_three_answers_is_that_by_hand():
     model = CausalLM(ModelConfig(hidden_size=48, num_hidden_layers=2))
     prompts = [[1, 20, 21], [1, 30]]
     answers = [[[40, 2], [41, 42, 2], [43]], [[44, 2], [45, 46, 47, 2], [48, 2]]]
-    advantages = advantages_of(torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0]]))
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0]]))
     samples = [as_sample(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
     loss, entropy = policy_loss(model, pad(samples), advantages.flatten(), 1.3)
     expected, spread = 0.0, 0.0
@@ -106,14 +106,14 @@ def test_rewards_are_those_of_the_judge_or_of_ones_own_function(files):
     problem = {"prompt": [{"role": "user", "content": "27+15?"}], "gold": ["#### 42"]}
     encode = TOKENIZER.encode
     groups = [[[*encode("27+15: 42.\n#### 42").ids, IM_END], [*encode("#### 41").ids, IM_END]]]
-    rewards = rewards_of(reward_function("tiny_world"), [problem], groups, TOKENIZER)
+    rewards = compute_rewards(reward_function("tiny_world"), [problem], groups, TOKENIZER)
     assert rewards.tolist() == [[1.0, 0.0]]
     own = reward_function("tiny_world", f"{files / 'rewards.py'}:short")
-    assert rewards_of(own, [problem], groups, TOKENIZER)[0, 1] == pytest.approx(-0.07)
+    assert compute_rewards(own, [problem], groups, TOKENIZER)[0, 1] == pytest.approx(-0.07)
     for name in ("nan", "text", "fails"):
         own = reward_function("tiny_world", f"{files / 'rewards.py'}:{name}")
         with pytest.raises(UserError, match=r"an answer to '27\+15\?'.*finite number"):
-            rewards_of(own, [problem], groups, TOKENIZER)
+            compute_rewards(own, [problem], groups, TOKENIZER)
     for text in ("rewards.py", f"{files / 'none.py'}:x", f"{files / 'rewards.py'}:none"):
         with pytest.raises(UserError, match="give FILE.py:function"):
             reward_function("tiny_world", text)
@@ -140,8 +140,8 @@ def test_answers_are_drawn_by_the_seed_and_end_with_their_stop_token():
         model.lm_head.weight[IM_END] *= 3
     args = Namespace(max_new_tokens=9, temperature=1.0, answers_at_once=3)
     prompts = [[1, 20 + i] for i in range(7)]
-    one, same = (answers_of(model, prompts, args, [1, 2]) for _ in range(2))
-    assert one == same != answers_of(model, prompts, args, [1, 3])
+    one, same = (sample_answers(model, prompts, args, [1, 2]) for _ in range(2))
+    assert one == same != sample_answers(model, prompts, args, [1, 3])
     assert all(0 < len(ids) <= 9 for ids in one)
     for ids in one:
         assert IM_END not in ids[:-1] and (len(ids) == 9 or ids[-1] in (0, IM_END))
@@ -216,7 +216,7 @@ import numpy as np
 from trainer import train_grpo
 from model.weights import load
 
-def answers_of(model, prompts, args, seed):
+def sample_answers(model, prompts, args, seed):
     # Text of the prompt, so that it does not depend on which process is asked.
     found = []
     for index, prompt in enumerate(prompts):
@@ -224,7 +224,7 @@ def answers_of(model, prompts, args, seed):
         found.append([*rng.integers(300, 600, size=rng.integers(2, 9)).tolist(), 2])
     return found
 
-train_grpo.answers_of = answers_of
+train_grpo.sample_answers = sample_answers
 train_grpo.main(sys.argv[1:])
 """
 

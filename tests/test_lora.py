@@ -14,7 +14,7 @@ from common import UserError
 from convert import peft as merge_lora
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
-from model.lora import LoRALinear, add_lora, hash_of, merge
+from model.lora import LoRALinear, add_lora, merge, weights_hash
 from model.weights import build_model, load, open_model, save_tensors
 from tests.conftest import LORA, ROOT, run_here, sft, torchrun
 from trainer import train_full_sft
@@ -114,11 +114,11 @@ def test_nothing_is_dropped_while_a_model_in_training_writes():
 
 def test_the_hash_is_of_the_weights_beneath():
     model = small()
-    before = hash_of(model)
-    assert hash_of(with_adapters(model)) == before
+    before = weights_hash(model)
+    assert weights_hash(with_adapters(model)) == before
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-6
-    assert hash_of(model) != before
+    assert weights_hash(model) != before
 
 
 def test_a_name_that_fits_nothing_is_refused():
@@ -153,7 +153,9 @@ def test_a_checkpoint_of_lora_whose_weights_have_changed_or_gone_is_refused(
     content["model"]["model.norm.weight"][0] += 1
     save_tensors(base, content)
     done = run_here("trainer/train_full_sft.py", *go_on)
-    assert done.returncode == 2 and "was trained on other weights than these" in done.stderr
+    assert (
+        done.returncode == 2 and "was trained on other weights and fits only these" in done.stderr
+    )
     base.unlink()
     done = run_here("trainer/train_full_sft.py", *go_on)
     assert done.returncode == 2 and "there is no" in done.stderr and "pretrain_32" in done.stderr
@@ -184,7 +186,7 @@ def test_adapters_are_found_by_each_of_their_names(lora_run, name):
 def test_full_weights_with_a_name_of_adapters_are_told(trained, tmp_path):
     shutil.copy(trained / "full_sft_32.pth", tmp_path / "lora_x_32.pth")
     done = run_here("eval_llm.py", "--save_dir", tmp_path, "--lora", "x", "--prompt", "Hi")
-    says = "holds no adapters, but full_sft weights; name it with --weight"
+    says = "holds full_sft weights, not adapters; pass it as --weight"
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 

@@ -413,8 +413,8 @@ LONG = "x" * 300 + ".jsonl"
         (["split", "F", "--out", "O", "--ratios", "0:0"], "--ratios 0:0"),
         (["split", LONG, "--out", "O"], "xx.jsonl: File name too long"),
         (["check", "--data_path", LONG], "xx.jsonl: File name too long"),
-        (["check", "--data_path", ""], "isn't a file"),
-        (["check", "--data_path", "D"], "isn't a file"),
+        (["check", "--data_path", ""], "not a regular file"),
+        (["check", "--data_path", "D"], "not a regular file"),
         (["cot", LONG, "--out", "O"], "File name too long"),
         (["gsm8k", "--raw", LONG, "--out", "O"], "there is no such folder"),
         (["sid", "--raw", LONG, "--out", "O"], "there is no *.index.json in it"),
@@ -453,7 +453,7 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path, monkeypatch):
     ):
         done = run_here(*command)
         assert done.returncode == 2 and "give a file" in done.stderr, done.stderr
-        assert "isn't a file" in done.stderr and "Traceback" not in done.stderr
+        assert "not a regular file" in done.stderr and "Traceback" not in done.stderr
     for kind in ("index.json", "item.json"):
         (tmp_path / f"x.{kind}").symlink_to(pipe)
     done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")

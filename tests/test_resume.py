@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common import UserError
-from model.weights import find, load, save_tensors
+from model.weights import find_weights, load, save_tensors
 from tests.conftest import chat, flags_read, run_here, write_jsonl
 from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
@@ -109,9 +109,9 @@ def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
     assert kept <= files(tmp_path) and "full_sft_previous2_32.pth" in files(tmp_path)
     assert_equal(old, weights(tmp_path, "full_sft_previous_32"))
 
-    with pytest.raises(UserError, match="those of an earlier run are full_sft_previous"):
+    with pytest.raises(UserError, match="an earlier run's weights are full_sft_previous"):
         shutil.move(tmp_path / "full_sft_32.pth", tmp_path / "x")
-        find(tmp_path, "full_sft")
+        find_weights(tmp_path, "full_sft")
     shutil.copytree(tmp_path, tmp_path.with_name("other"))
     resume(tmp_path.with_name("other"), "--save_weight", "full_sft_previous", "--epochs", 2)
     assert log(tmp_path.with_name("other"), "full_sft_previous_32")[-1]["step"] == 10
@@ -187,7 +187,7 @@ def test_of_several_sizes_the_newest_run_goes_on_and_the_newest_weights_are_take
             os.utime(path, (1_000_000, 1_000_000))
         for path in tmp_path.rglob(f"*{newest}*.pth"):
             os.utime(path, (2_000_000, 2_000_000))
-        assert find(tmp_path, "full_sft").name == f"full_sft_{newest}.pth"
+        assert find_weights(tmp_path, "full_sft").name == f"full_sft_{newest}.pth"
         args = parse(["--save_dir", str(tmp_path)])
         assert checkpoint.load_latest(args)["path"].name == f"full_sft_{newest}_resume.pth"
 

@@ -19,7 +19,7 @@ from common import END_OF_TEXT, IGNORE
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
 from model.tokenizer import load_tokenizer
-from model.weights import load, save
+from model.weights import load, write_weights
 from tests.conftest import ROOT, chat, torchrun, write_jsonl
 from trainer import runtime, train_full_sft, train_pretrain, training_run
 
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
             if "mlp.gate" in parameter_name:  # an uneven router: its balance loss has a gradient
                 torch.nn.init.normal_(weight, std=1.0)
         path = folder / f"{name}.pth"
-        save(path, model.state_dict(), model.config, tokenizer, "pretrain")
+        write_weights(path, model.state_dict(), model.config, tokenizer, "pretrain")
     for name, first in (("train", 0), ("valid", 3)):
         texts = [" and ".join(WORDS[first : first + n]) + "." for n in (1, 7, 2, 4, 6, 3, 5)]
         chats = [

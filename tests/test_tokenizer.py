@@ -185,8 +185,8 @@ def test_a_long_text_in_parts_has_the_ids_of_the_whole(monkeypatch, name):
     parts, cut = [], chat_template.parts_to_encode
     count = lambda *given: parts.append(cut(*given)) or parts[-1]  # noqa: E731
     monkeypatch.setattr(chat_template, "parts_to_encode", count)
-    monkeypatch.setattr(chat_template, "LONG_TEXT", 20)
-    monkeypatch.setattr(chat_template, "AT_ONCE", 1000)
+    monkeypatch.setattr(chat_template, "PART_CHARACTERS", 20)
+    monkeypatch.setattr(chat_template, "BATCH_CHARACTERS", 1000)
     assert {text: list(ids) for text, ids in encode_all(texts, tokenizer).items()} == expected
     assert all("".join(part) == text for part, text in zip(parts, texts, strict=True))
     is_cut = max(map(len, parts)) > 5

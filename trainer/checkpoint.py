@@ -11,17 +11,17 @@ import math
 import re
 from pathlib import Path
 
-from common import UserError, patiently
+from common import UserError, retry_on_windows
 from model.lora import adapter_state
 from model.weights import (
     attach_adapters,
     build_model,
     description,
-    find,
+    find_weights,
     load,
     matching,
-    save,
     save_tensors,
+    write_weights,
 )
 from trainer.flags import RENAMED
 from trainer.optimizer import full_state
@@ -30,7 +30,7 @@ from trainer.runtime import is_first
 EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
 
 
-def step_of(path):
+def checkpoint_step(path):
     """The step in a checkpoint's name; that of the latest is above all."""
     match = re.search(r"_step(\d+)$", path.stem)
     return int(match[1]) if match else math.inf
@@ -61,7 +61,7 @@ def load_latest(args):
     newest = max(found, key=lambda path: path.stat().st_mtime)
     run_name, failed = newest.name.rpartition("_")[0], None
     ours = [path for path in found if path.name.rpartition("_")[0] == run_name]
-    for path in sorted(ours, key=step_of, reverse=True):
+    for path in sorted(ours, key=checkpoint_step, reverse=True):
         try:
             content = load(path)
             require_checkpoint(content, path)
@@ -87,7 +87,7 @@ def build_resumed(content, path, dropout=0.0):
         model, tokenizer = build_model(content, path, dropout)
     else:
         config, name = content["config"], content["under"]
-        base = find(path.parents[1], name, config["hidden_size"], config["use_moe"])
+        base = find_weights(path.parents[1], name, config["hidden_size"], config["use_moe"])
         model, tokenizer = build_model(load(base), base, dropout)
         attach_adapters(model, content, path)
     if "projections" in content:  # of distillation
@@ -105,7 +105,7 @@ def require_checkpoint(content, path):
         raise UserError(f"{path} is no checkpoint of this version; start the run anew")
 
 
-def flags_of(args):
+def plain_flags(args):
     """The flags as torch.load(weights_only=True) may load them."""
 
     def plain(value):
@@ -123,13 +123,13 @@ def save_weights(run, path, state=None):
     state = state or full_state(run.model)
     if not is_first():
         return
-    training = dataclasses.asdict(run.progress) | flags_of(run.args)
+    training = dataclasses.asdict(run.progress) | plain_flags(run.args)
     training.pop("reference")  # only a resumed run needs it
     content = {"training": training, **description(run.model)}
     state = {name: state[name] for name in state if not name.startswith("projections.")}
     if "lora" in content:
         state, content["under"] = adapter_state(state), str(run.args.from_weight)
-    save(path, state, run.model.config, run.tokenizer, run.stage, **content)
+    write_weights(path, state, run.model.config, run.tokenizer, run.stage, **content)
 
 
 def save_run(run):
@@ -144,7 +144,7 @@ def save_run(run):
     if not is_first():
         return
     content = {"optimizer": optimizer_state, "scaler": run.runtime.scaler.state_dict()}
-    content |= {"run": dataclasses.asdict(run.progress), "arguments": flags_of(args)}
+    content |= {"run": dataclasses.asdict(run.progress), "arguments": plain_flags(args)}
     content |= description(run.model)
     if hasattr(run.model, "projections"):
         layers = run.model.projections
@@ -152,15 +152,15 @@ def save_run(run):
     if "lora" in content:  # the weights under the adapters have not changed
         state, content["under"] = adapter_state(state), str(args.from_weight)
     new, latest = run.checkpoint_path("_new.pth"), run.checkpoint_path("_resume.pth")
-    save(new, state, config, run.tokenizer, run.stage, **content)
+    write_weights(new, state, config, run.tokenizer, run.stage, **content)
     place = run.checkpoint_path(f"_step{before or 0:06d}.pth")
     if latest.exists() and not place.exists():  # there already: the latest was damaged
-        patiently(latest.replace, place)
-    patiently(new.replace, latest)
+        retry_on_windows(latest.replace, place)
+    retry_on_windows(new.replace, latest)
     which = args.save_weight, config.hidden_size, config.use_moe
-    earlier = sorted(matching(new.parent, *which, r"_step\d+"), key=step_of)
+    earlier = sorted(matching(new.parent, *which, r"_step\d+"), key=checkpoint_step)
     for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
-        patiently(path.unlink)
+        retry_on_windows(path.unlink)
     save_weights(run, run.weights_path, state)
 
 

@@ -23,7 +23,7 @@ class Teacher:
     def __init__(self, model, layers=()):
         self.model, self.layers = model.eval().requires_grad_(False), list(layers)
         self.output, self.config = model.lm_head.weight, model.config  # output (V, D)
-        self.outputs = outputs_of(model, self.layers)
+        self.outputs = record_outputs(model, self.layers)
 
     @torch.no_grad()
     def __call__(self, input_ids, *where):
@@ -31,7 +31,7 @@ class Teacher:
         return [x, *(self.outputs[layer] for layer in self.layers)]
 
 
-def outputs_of(model, layers):
+def record_outputs(model, layers):
     """{layer: its output (B, T, D) in the last forward pass}; layers are counted from 1."""
     outputs = {}
     for layer in layers:
@@ -80,7 +80,7 @@ class Distillation(nn.Module):
         self.alpha, self.temperature, self.beta = alpha, temperature, beta
         scale = student.config.num_hidden_layers / teacher.config.num_hidden_layers
         self.layers = [max(1, round(layer * scale)) for layer in teacher.layers] if beta else []
-        self.outputs = outputs_of(student, set(self.layers))
+        self.outputs = record_outputs(student, set(self.layers))
 
     def forward(self, input_ids, *where, labels):
         positions, targets = supervised_positions(labels, input_ids.device)  # (N,) each

@@ -11,7 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from cli import Parser, Problem, number, one_of, stop_at, switch, wrong_values
+from cli import Parser, Problem, choose_from, number, stop_at, switch, wrong_values
 from common import ROOT, UserError
 from dataset.formats import KEYS
 from dataset.step_plan import Source
@@ -81,7 +81,7 @@ def training_parser(doc, **defaults):
     add("accumulation_steps", 1, "forward passes per optimizer step", positive)
     optimizer = "muon (matrices of the layers; AdamW for the rest), or adamw for all, which needs "
     optimizer += "about a quarter of --learning_rate: give that too"
-    add("optimizer", "muon", optimizer, one_of("muon", "adamw"))
+    add("optimizer", "muon", optimizer, choose_from("muon", "adamw"))
     add("warmup_steps", 50, "steps of linear warm-up", count)
     add("min_lr_ratio", 0.1, "final learning rate, as a fraction of the maximum", share)
     add("weight_decay", 0.1, "weight decay of the matrices", number(float, 0))
@@ -89,10 +89,10 @@ def training_parser(doc, **defaults):
 
     add = parser.group("precision and speed")
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
-    add("dtype", "auto", "auto, fp32, bf16 or fp16", one_of("auto", "fp32", "bf16", "fp16"))
+    add("dtype", "auto", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
     add("use_compile", 0, "1: torch.compile the layers; needs a compiler", switch)
     add("grad_checkpoint", 0, "1: less memory: recompute each layer in the backward pass", switch)
-    add("parallel", "ddp", "ddp, or fsdp, which shards the model", one_of("ddp", "fsdp"))
+    add("parallel", "ddp", "ddp, or fsdp, which shards the model", choose_from("ddp", "fsdp"))
     add("deterministic", 0, "1: bit-identical runs on a GPU too, slower", switch)
 
     add = parser.group("logging and checkpoints")
@@ -124,16 +124,16 @@ def conversation_flags(parser, training=True):
     replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
     add("replay_path", None, replay, Path, metavar="FILE")
     add("replay_share", 0.4, "its tokens, per token of the conversations", number(float, 0))
-    add("data_format", None, "default: that of a file's first record", one_of(*KEYS))
+    add("data_format", None, "default: that of a file's first record", choose_from(*KEYS))
     overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
-    add("overlong", "truncate", overlong, one_of("truncate", "drop", "split"))
+    add("overlong", "truncate", overlong, choose_from("truncate", "drop", "split"))
     think = "whose reasoning is kept: that of all answers, the last, or none"
-    add("keep_think", "all", think, one_of("all", "last", "none"))
+    add("keep_think", "all", think, choose_from("all", "last", "none"))
     if training:
         from evaluation.tasks import TASKS  # here: pretraining loads no graders
 
         best = f"what makes weights the best: val_loss, or a score: {'|'.join(TASKS)}"
-        add("best_metric", "val_loss", best, one_of("val_loss", *TASKS))
+        add("best_metric", "val_loss", best, choose_from("val_loss", *TASKS))
 
 
 def parse_args(parser, argv=None, saved=None, check=None):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError, replacing
+from common import UserError, atomic_write
 
 
 class MetricsLog:
@@ -85,7 +85,7 @@ class MetricsLog:
             points = zip([line["tokens"] for line in lines], values, strict=True)
             curves[label] = [(x, y) for x, y in points if y is not None]
         path = self.path.with_name(f"{self.path.stem}_loss.svg")
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             svg = curves_as_svg(curves, self.path.stem, self.unit, clip=not self.curves)
             file.write(svg.encode("utf-8"))
         return path

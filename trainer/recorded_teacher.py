@@ -41,7 +41,7 @@ def read_manifest(folder):
     return manifest
 
 
-def belongs(path):
+def fingerprint(path):
     """The hash that ties a .pt file to its recording, (32,) uint8."""
     folder = path.parent if path.name == "output.pt" else path.parents[1]
     content = path.relative_to(folder).as_posix().encode()
@@ -59,7 +59,7 @@ def read(path, verify=True):
     """
     content = load_tensors(path, REMEDY, verify, mmap=True)
     mark = content.get("belongs") if isinstance(content, dict) else None
-    if mark is None or not torch.equal(mark, belongs(path)):
+    if mark is None or not torch.equal(mark, fingerprint(path)):
         raise UserError(
             f"{path} does not belong to the manifest.json and tokenizer.json of its folder; "
             f"{REMEDY}"

@@ -3,9 +3,9 @@
 import torch
 
 from common import UserError
-from model.lora import hash_of
+from model.lora import weights_hash
 from model.tokenizer import load_tokenizer
-from model.weights import build_model, find, load
+from model.weights import build_model, find_weights, load
 from trainer.distillation import Distillation, Teacher, add_projections
 from trainer.recorded_teacher import OfflineTeacher, read_manifest
 
@@ -23,10 +23,10 @@ def with_teacher(model, tokenizer, args):
         teacher_hash = manifest["teacher"]
         teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
     else:
-        path = find(args.save_dir, args.teacher_weight)
+        path = find_weights(args.save_dir, args.teacher_weight)
         weights, teacher_tokenizer = build_model(load(path), path)
-        teacher_hash = hash_of(weights)
-        teacher = Teacher(weights.to(device), layers_of(args.aux_layers, weights, path))
+        teacher_hash = weights_hash(weights)
+        teacher = Teacher(weights.to(device), parse_layers(args.aux_layers, weights, path))
     if teacher_tokenizer.to_str() != tokenizer.to_str():
         raise UserError(
             f"the teacher {path} has another tokenizer than the student, so their probabilities "
@@ -45,7 +45,7 @@ def with_teacher(model, tokenizer, args):
     return distillation
 
 
-def layers_of(text, model, path):
+def parse_layers(text, model, path):
     """The numbers in --aux_layers. Raises UserError if the model has no such layers."""
     depth, words = model.config.num_hidden_layers, text.split(",") if text else []
     if not all(word.isdecimal() and 1 <= int(word) <= depth for word in words):

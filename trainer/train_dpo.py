@@ -38,7 +38,7 @@ FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # mean
 
 
 @torch.no_grad()
-def reference_of(model, dataset, args, runtime):
+def reference_log_probs(model, dataset, args, runtime):
     """Return the log-probabilities of all pairs of a dataset before the training, (n, 2), on the
     CPU. Each process computes its share.
     """
@@ -96,7 +96,7 @@ def main(argv=None):
     progress = Progress(content, len(train), plan.rows_per_step, len(plan), runtime.world_size)
     datasets = [dataset] if val_dataset is dataset else [dataset, val_dataset]
     if not saved:
-        progress.reference = [reference_of(model, part, args, runtime) for part in datasets]
+        progress.reference = [reference_log_probs(model, part, args, runtime) for part in datasets]
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)

@@ -32,7 +32,7 @@ from trainer.trainer_utils import (
     init_model,
     open_data,
     replay,
-    score_of,
+    selection_score,
     show_sample,
     validation_loss,
 )
@@ -97,7 +97,9 @@ def main(argv=None):
             metrics = {"loss": runtime.sum(step_loss)[0], "lr": lr, "grad_norm": grad_norm}
             if validates:
                 metrics |= validation_loss(model, val_dataset, val, args, runtime)
-                run.note_score(score_of(model, tokenizer, task, metrics["val_loss"], runtime))
+                run.note_score(
+                    selection_score(model, tokenizer, task, metrics["val_loss"], runtime)
+                )
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval):
             show_sample(model, tokenizer, args, runtime, chat=True)

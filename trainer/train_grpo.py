@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import number, one_of, refuse
+from cli import choose_from, number, refuse
 from common import IGNORE, UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
@@ -31,12 +31,12 @@ from dataset.packing import pad
 from dataset.step_plan import cut, to_device
 from dataset.tiny_world import PRACTICE, write_missing
 from dataset.token_cache import content_hash
-from evaluation.rewards import reward_function, rewards_of
+from evaluation.rewards import compute_rewards, reward_function
 from evaluation.tasks import read_problems
 from model.chat_template import render
 from model.generation import generate
 from model.moe import router_loss
-from model.preference_losses import advantages_of, policy_loss
+from model.preference_losses import group_advantages, policy_loss
 from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
@@ -50,7 +50,7 @@ If the rewards are low, begin with weights that solve some of the questions (tra
 take easier ones, or raise --temperature or --group_size; if they are high, take harder questions"""
 
 
-def answers_of(model, prompts, args, seed):
+def sample_answers(model, prompts, args, seed):
     """The ids of an answer to each prompt, with the token that ended it; drawn by the seed, a list
     of numbers.
     """
@@ -76,8 +76,8 @@ def validate(model, problems, prompts, reward, tokenizer, args, runtime):
     numbers = range(len(problems))[runtime.rank :: runtime.world_size]
     asked = [prompts[i] for i in numbers for _ in range(args.pass_k)]
     with generating(model, runtime):
-        groups = cut(answers_of(model, asked, args, [args.seed, runtime.rank]), args.pass_k)
-    rewards = rewards_of(reward, [problems[i] for i in numbers], groups, tokenizer)
+        groups = cut(sample_answers(model, asked, args, [args.seed, runtime.rank]), args.pass_k)
+    rewards = compute_rewards(reward, [problems[i] for i in numbers], groups, tokenizer)
     sums = runtime.sum(rewards.mean(dim=1).sum().item(), rewards.amax(dim=1).sum().item())
     return {"pass_at_1": sums[0] / len(problems), "pass_at_k": sums[1] / len(problems)}
 
@@ -129,7 +129,7 @@ def main(argv=None):
         min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20, sample_interval=20
     )
     add, count = parser.group("reinforcement"), number(int, 1)
-    add("task", "tiny_world", "whose judge rewards", one_of("tiny_world", "gsm8k", "math"))
+    add("task", "tiny_world", "whose judge rewards", choose_from("tiny_world", "gsm8k", "math"))
     own = "a function (prompt, answer, gold) -> number instead"
     add("reward", None, own, metavar="FILE.py:NAME")
     add("prompts_per_step", 12, "questions of a step", count)
@@ -173,11 +173,11 @@ def main(argv=None):
         asked = asked[runtime.rank :: runtime.world_size]
         repeated = [prompts[i] for i in asked for _ in range(args.group_size)]
         with generating(model, runtime):
-            answers = answers_of(model, repeated, args, [args.seed, step, runtime.rank])
+            answers = sample_answers(model, repeated, args, [args.seed, step, runtime.rank])
         # 2. Rewards, and by how much they are above those of their group.
         groups = cut(answers, args.group_size)
-        rewards = rewards_of(reward, [problems[i] for i in asked], groups, tokenizer)
-        advantages = advantages_of(rewards).flatten()
+        rewards = compute_rewards(reward, [problems[i] for i in asked], groups, tokenizer)
+        advantages = group_advantages(rewards).flatten()
         unequal = rewards.amax(dim=1) > rewards.amin(dim=1)  # other groups teach nothing
         useful = unequal.repeat_interleave(args.group_size).nonzero()[:, 0].tolist()
         useful.sort(key=lambda i: len(repeated[i]) + len(answers[i]))  # less padding

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cli import Parser, number
-from common import UserError, replacing, report_user_errors
-from dataset.formats import format_of, to_conversation, to_text
+from common import UserError, atomic_write, report_user_errors
+from dataset.formats import detect_format, to_conversation, to_text
 from dataset.jsonl import read_records
 from dataset.tiny_world import PRETRAIN, SFT, write_missing
 from model.chat_template import encode_all
@@ -67,14 +67,14 @@ def without_endless_words(texts):
         yield text[end:]
 
 
-def texts_of(path):
+def read_texts(path):
     """Yields the texts of a file in any format: its documents, or the contents of its messages."""
     name = None
     for line, record in read_records(path):
         try:
             if isinstance(record, ValueError):
                 raise record
-            name = name or format_of(record)
+            name = name or detect_format(record)
             if name == "text":
                 yield to_text(record)
                 continue
@@ -95,12 +95,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     texts = []
     for path in args.data_path or [PRETRAIN, SFT]:
-        found = list(texts_of(write_missing(path)))
+        found = list(read_texts(write_missing(path)))
         if not any(found):
             raise UserError(f"{path}: there is no text in it; give a file with text")
         texts += found
     tokenizer = train(texts, args.vocab_size)
-    with replacing(args.out) as file:
+    with atomic_write(args.out) as file:
         file.write(tokenizer.to_str(pretty=True).encode("utf-8"))
     tokenizer = load_tokenizer(args.out)
     ids_of = encode_all(set(texts), tokenizer)

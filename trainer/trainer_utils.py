@@ -21,7 +21,7 @@ from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.weights import (
     SHAPE,
     build_model,
-    find,
+    find_weights,
     load,
     print_summary,
     require_same_shape,
@@ -51,7 +51,7 @@ def init_model(args, device="cpu", saved=None):
         expected = math.log(model.config.vocab_size) + 0.5
         print(f"the first loss of a new model is near ln V + 1/2 = {expected:.2f}")
     else:
-        path = find(args.save_dir, name, args.hidden_size, args.use_moe)
+        path = find_weights(args.save_dir, name, args.hidden_size, args.use_moe)
         if path == Path(name):  # not a name but a path, wherever the run is resumed from
             args.from_weight = str(path.resolve())
         content = load(path) | {"path": path}
@@ -215,7 +215,7 @@ def show_sample(model, tokenizer, args, runtime, chat):
     tqdm.write(f"  {args.sample_prompt} -> {text}" if chat else f"  {text}")
 
 
-def score_of(model, tokenizer, task, val_loss, runtime):
+def selection_score(model, tokenizer, task, val_loss, runtime):
     """Return what makes weights the best, the same on all processes: the share of a task's problems
     that they solve, or minus the validation loss where there is no task. Each process answers its
     share of the problems; where a model is sharded, all generate the same number of tokens, so each

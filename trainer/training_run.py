@@ -227,7 +227,7 @@ def resume(new, saved, args, model, optimizer, scaler):
     except TypeError as error:
         path = saved["path"]
         raise UserError(f"{path} is no checkpoint of this version ({error}); start anew") from None
-    now = checkpoint.flags_of(args)
+    now = checkpoint.plain_flags(args)
     differ = {
         name: f"{name} is {value} and was {before.get(name)}"
         for name, value in now.items()
@@ -285,14 +285,14 @@ def keep_previous(args, name, saved):
     """Renames the files of an earlier run, full_sft_256, to full_sft_previous_256, unless this run
     resumes it. They stay until this one is complete. Removes half-written files of a killed run.
     """
-    for path in files_of(args.save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):
+    for path in run_files(args.save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):
         path.unlink()
-    files = files_of(args.save_dir, re.escape(name))
+    files = run_files(args.save_dir, re.escape(name))
     if saved or not any(path.suffix == ".pth" for path in files):
         return
     size, numbers = name.removeprefix(args.save_weight), itertools.chain([""], itertools.count(2))
     names = (f"{args.save_weight}_previous{number}" for number in numbers)
-    kept = next(free for free in names if not files_of(args.save_dir, re.escape(free + size)))
+    kept = next(free for free in names if not run_files(args.save_dir, re.escape(free + size)))
     for path in reversed(files):  # the log first: where that is refused, nothing has changed
         try:
             path.rename(path.with_name(kept + size + path.name.removeprefix(name)))
@@ -305,7 +305,7 @@ def keep_previous(args, name, saved):
     print(f"to resume it instead: --from_resume 1 --save_weight {kept}")
 
 
-def files_of(save_dir, name, more=""):
+def run_files(save_dir, name, more=""):
     """The files that a run writes under a name, which is a pattern, with more after each."""
     endings = {".": r"\.pth", "checkpoints": r"_(resume|best|new|step\d+)\.pth"}
     endings["logs"] = r"(\.jsonl|_loss\.(png|svg))"
@@ -320,7 +320,7 @@ def files_of(save_dir, name, more=""):
 def remove_previous(args, name):
     """Removes the files of the run before, which `keep_previous` kept."""
     size = name.removeprefix(args.save_weight)
-    for path in files_of(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
+    for path in run_files(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
         try:
             path.unlink()
         except OSError as error:

@@ -14,7 +14,7 @@ from dataset.tiny_world.text import (
     sentence,
     steps,
     story,
-    story_of,
+    subject_story,
     word_problem,
     words,
 )
@@ -76,7 +76,7 @@ def two_facts(rng, pool):
 def story_on_request(rng, pool):
     subject, event = rng.choice(pool.stories), rng.choice(list(words.stories))
     request = rng.choice(["Write a story", "Tell me a story", "Write a short story"])
-    request += f" about {story_of(subject, event)}."
+    request += f" about {subject_story(subject, event)}."
     colour, animal, thing = subject
     return "compose", turns(request, story(rng, subject, event)), [f"{colour} {animal}", thing]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import replacing, report_user_errors
+from common import atomic_write, report_user_errors
 from dataset.tiny_world import FOLDER, PAIRS, PRACTICE
 from dataset.tiny_world.chat import Pool, calculation, conversations, preferences, questions
 from dataset.tiny_world.text import World, pretraining_text
@@ -43,7 +43,7 @@ def write_tiny_world(folder=FOLDER, seed=SEED):
 
 
 def write(path, records):
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
 

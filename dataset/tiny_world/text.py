@@ -162,7 +162,7 @@ def comparison(rng, person, others):
     return " ".join(lines)
 
 
-def story_of(subject, event):
+def subject_story(subject, event):
     """What a story is about: "a brown dog who lost a kite"; event is a key of words.stories."""
     return words.story_requests[event].format(**dict(zip("cat", subject, strict=True)))
 
@@ -171,7 +171,7 @@ def story(rng, subject, event):
     """A story about a (colour, animal, thing). Its first sentence repeats the request, so a model
     can copy it, and all later sentences follow from it.
     """
-    filled = dict(zip("cat", subject, strict=True)) | {"w": story_of(subject, event)}
+    filled = dict(zip("cat", subject, strict=True)) | {"w": subject_story(subject, event)}
     filled |= {"h": rng.choice(words.values["home"]), "j": rng.choice(words.values["job"])}
     parts = [words.story_beginnings, *words.stories[event], words.story_endings]
     return " ".join(rng.choice(part).format(**filled) for part in parts)
