@@ -1,4 +1,4 @@
-"""Converting records of the usual formats to the project's own.
+"""Convert records of common data formats to messages.
 
     text            {"text"}                                                   pretraining
     conversations   {"conversations": [{"role", "content", ...}], "tools"?}    the project's own
@@ -14,10 +14,10 @@
     qa              {"question", "answer"}                                     GSM8K
     prompt          {"prompt", "completion"}, texts or lists of messages       trl
     input           {"input", "output"}
-    preference      {"chosen", "rejected"} and what comes before them, see preference_pairs.py DPO
+    preference      {"chosen", "rejected"} and a prompt, see preference_pairs.py    DPO
 
-The format of a file is that of its first record in one of these. A record may also be a list of
-messages (nanochat), and a conversation a list of texts, question and answer in turn (LIMA).
+The first record in a known format decides the format of a file. A record may also be a list of
+messages (nanochat), and a conversation a list of texts, alternating question and answer (LIMA).
 """
 
 import json
@@ -33,7 +33,7 @@ ALIASES = {
     "tool": "tool function observation",
 }
 ROLE_OF = {alias: role for role, aliases in ALIASES.items() for alias in aliases.split()}
-KEYS = {  # format: the keys that every record of it has; the first format that fits is taken
+KEYS = {  # format: the keys its records have; the first matching format is used
     "preference": ("chosen", "rejected"),
     "conversations": ("conversations",),
     "sharegpt": ("conversations",),
@@ -51,10 +51,10 @@ KEYS = {  # format: the keys that every record of it has; the first format that 
     "text": ("text",),
     "ultrachat": ("data",),
 }
-# Keys by which axolotl, LLaMA-Factory, ms-swift, torchtune and verl say whether a message, or a
-# record, is trained on.
+# Keys with which axolotl, LLaMA-Factory, ms-swift, torchtune and verl mark whether a message or a
+# record is trained on.
 WEIGHTS = ("loss_weight", "weight", "loss_mask", "loss", "train", "training", "trainable")
-MASK_LIKE = re.compile(  # what seems to be such a key: train_detail and isMasked, not weight_kg
+MASK_LIKE = re.compile(  # keys that look like one: train_detail and isMasked, but not weight_kg
     r"((is|no|un|do|dont|not|use|should|skip|ignore|compute|exclude|from|assistant|turn)[_-]?)*"
     r"(mask(s|ed)?|loss|train(ed|ing|able)?|weights?|supervised?)"
     r"([_-]?(masks?|masked|loss|weights?|scale|detail|flags?|turns?|on))?",
@@ -63,21 +63,20 @@ MASK_LIKE = re.compile(  # what seems to be such a key: train_detail and isMaske
 
 
 def detect_format(record):
-    """The name of a record's format. Raises ValueError with the record's keys if it has none."""
-    fitting = (
-        name
-        for name, keys in KEYS.items()
-        if all(key in record for key in keys) and (name != "ultrachat" or is_texts(record["data"]))
-    )
-    name = next(fitting, None)
-    if name is None:
+    """Return the name of a record's format. Raises ValueError with the record's keys if it is
+    unknown.
+    """
+    matches = [name for name, keys in KEYS.items() if all(key in record for key in keys)]
+    if "ultrachat" in matches and not is_texts(record["data"]):
+        matches.remove("ultrachat")
+    if not matches:
         keys = ", ".join(map(repr, record)) or "(none)"
-        hint = list_hint(record)
-        raise ValueError(f"a record with the keys {keys} is in no known format{hint}")
+        raise ValueError(f"unknown format: a record with the keys {keys}{list_hint(record)}")
     turns = record.get("conversations")
-    if name == "conversations" and isinstance(turns, list) and turns:
-        return "sharegpt" if isinstance(turns[0], dict) and "from" in turns[0] else name
-    return name
+    if matches[0] == "conversations" and isinstance(turns, list) and turns:
+        is_sharegpt = isinstance(turns[0], dict) and "from" in turns[0]
+        return "sharegpt" if is_sharegpt else "conversations"
+    return matches[0]
 
 
 def is_texts(value):
@@ -88,58 +87,62 @@ def to_text(record):
     """Return the text of a pretraining record."""
     if "text" not in record:
         keys = ", ".join(map(repr, record))
-        raise ValueError(f'there is no "text" in it, only {keys}{list_hint(record)}')
+        raise ValueError(f'it has no "text", only {keys}{list_hint(record)}')
     if message_weights(record, "it", [None]) == [0]:
-        raise ValueError("it is marked not to be trained on; leave such a text out")
+        raise ValueError("it is marked as not trained on; remove it from the file")
     return require_text(record["text"], "it has text")
 
 
 def to_conversation(record, name, notes):
-    """Return (messages, tools) of a record in the named format, as `render` takes them.
+    """Convert a record of the named format. Returns (messages, tools), the arguments of `render`.
 
-    Assistant turns before the first turn of a user are left out, unless their loss_weight is 0, and
-    so are empty ones; the Counter notes counts them. Raises ValueError for a missing key, an
-    unknown role, content that is not text, and a mask that is not understood.
+    Empty assistant turns are dropped, and so are assistant turns before the first user turn, unless
+    their loss_weight is 0; the Counter notes counts both. Raises ValueError for a missing key, an
+    unknown role, content that isn't text, and an ambiguous mask.
     """
     if name == "preference":
-        raise ValueError("it is a pair of answers, for train_dpo.py, not a conversation")
+        raise ValueError("it is a preference pair (train_dpo.py), not a conversation")
     missing = [key for key in KEYS[name] if key not in record]
     if missing:
-        raise ValueError(f'there is no "{missing[0]}" in it, as the format {name} has')
+        raise ValueError(f'it has no "{missing[0]}", which the format {name} needs')
     messages = [message(turn, number) for number, turn in enumerate(turns(record, name), 1)]
     weights = message_weights(record, "the record", [turn.get("loss_weight") for turn in messages])
-    kept = []
+    conversation = []
     for turn, weight in zip(messages, weights, strict=True):
-        assistant = turn["role"] == "assistant"
-        turn |= {"loss_weight": 0} if weight == 0 else {}
-        filled = turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
-        leading = all(earlier["role"] == "system" for earlier in kept)
-        if assistant and not filled:
-            notes["empty assistant turns left out"] += 1
-        elif assistant and leading and weight != 0:
-            notes["leading assistant turns left out"] += 1
+        is_assistant = turn["role"] == "assistant"
+        if weight == 0:
+            turn["loss_weight"] = 0
+        has_content = (
+            turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
+        )
+        is_first = all(earlier["role"] == "system" for earlier in conversation)
+        if is_assistant and not has_content:
+            notes["empty assistant turns dropped"] += 1
+        elif is_assistant and is_first and weight != 0:
+            notes["leading assistant turns dropped"] += 1
         else:
-            kept.append(turn)
-        if weight == 1 and not assistant:
-            notes["turns marked to be trained on, but not the assistant's: they are not"] += 1
-    if not kept:
-        raise ValueError("no turn is left")
-    return kept, record.get("tools") or messages[0].get("tools")
+            conversation.append(turn)
+        if weight == 1 and not is_assistant:
+            notes["turns marked as trained on that aren't the assistant's: not supervised"] += 1
+    if not conversation:
+        raise ValueError("all its turns are empty")
+    return conversation, record.get("tools") or messages[0].get("tools")
 
 
 def message_weights(record, name, weights):
-    """Return the loss weight of each message, 0, 1 or None, as the keys of its record say, or else
-    as weights does. A list has a flag for each message. Raises ValueError for what is not
-    understood.
+    """Return the loss weight of each message, 0, 1 or None, from the keys of its record; without
+    such a key, return weights. A list has one flag per message. Raises ValueError if a key is
+    ambiguous.
     """
     system = record.get("system") or record.get("system_prompt")
     for key, value in record.items():
-        is_text = isinstance(value, str) and value.lower() not in "true false yes no 0 1".split()
-        if value is None or is_text or not MASK_LIKE.fullmatch(key):
+        if value is None or not MASK_LIKE.fullmatch(key):
             continue
+        if isinstance(value, str) and value.lower() not in ("true", "false", "yes", "no", "0", "1"):
+            continue  # a text, not a flag
         flags = value if isinstance(value, list) else [value] * len(weights)
         if system and len(flags) == len(weights) - 1:
-            flags = [None, *flags]  # the system prompt is not in the list of messages
+            flags = [None, *flags]  # the system prompt isn't in the list of messages
         if len(flags) != len(weights):
             raise ValueError(
                 f"{name} has {key} with {len(value)} flags for {len(weights)} messages"
@@ -152,8 +155,8 @@ def message_weights(record, name, weights):
 
 
 def parse_loss_weight(turn, name):
-    """Return 1 or 0, as a message says whether it is supervised, or None if it does not. Raises
-    ValueError for a key that seems to say so in another way.
+    """Return 1 or 0 if a message marks whether it is supervised, otherwise None. Raises ValueError
+    for a similar key or value that isn't known.
     """
     weights = set()
     for key, value in turn.items():
@@ -164,29 +167,31 @@ def parse_loss_weight(turn, name):
             raise ValueError(f"{name} has {key} {value!r:.100}; give {known} 0 or 1")
         weights.add(1 - int(value) if key == "masked" else int(value))
     if len(weights) > 1:
-        raise ValueError(f"{name} says both that it is trained on and that it is not")
+        raise ValueError(f"{name} is marked both as trained on and as not trained on")
     return next(iter(weights), None)
 
 
 def turns(record, name):
-    """Return the record's turns, each still in its own format."""
+    """Return the turns of a record, not yet converted."""
     system = record.get("system") or record.get("system_prompt")
-    listed = [{"role": "system", "content": system}] if system else []
+    conversation = [{"role": "system", "content": system}] if system else []
     if len(KEYS[name]) == 1:
-        conversation = record[KEYS[name][0]]
-        if not isinstance(conversation, list) or not conversation:
-            raise ValueError(f"a conversation is a list of messages, not {conversation!r}")
-        if is_texts(conversation):
-            roles = ("user", "assistant") * len(conversation)
-            conversation = [make_turn(*pair) for pair in zip(roles, conversation, strict=False)]
-        return listed + conversation
+        messages = record[KEYS[name][0]]
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"a conversation is a list of messages, not {messages!r}")
+        if is_texts(messages):
+            messages = [
+                make_turn("assistant" if index % 2 else "user", text)
+                for index, text in enumerate(messages)
+            ]
+        return conversation + messages
     question, answer = (record[key] for key in KEYS[name])
-    if isinstance(question, list):  # trl supervises the completion only
+    if isinstance(question, list):  # as in trl, only the completion is supervised
         question = [as_context(turn) for turn in question]
     for key in ("input", "context"):
         if record.get(key) and key not in KEYS[name]:
-            more = to_content(record[key], f"it has {key}")
-            question = f"{to_content(question, 'it has text')}\n{more}"
+            context = to_content(record[key], f"it has {key}")
+            question = f"{to_content(question, 'it has text')}\n{context}"
     history = record.get("history") or []
     if not isinstance(history, list):
         raise ValueError(f"history is a list of [question, answer], not {history!r}")
@@ -194,14 +199,14 @@ def turns(record, name):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history is a list of [question, answer], but has {pair!r}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            listed += text if isinstance(text, list) else [make_turn(role, text)]
-    return listed
+            conversation += text if isinstance(text, list) else [make_turn(role, text)]
+    return conversation
 
 
 def as_context(turn):
-    """Return a turn without a mask of its own, marked not to be supervised."""
+    """Return the turn with loss_weight 0 as its only mask."""
     if not isinstance(turn, dict):
-        return turn  # `message` names it
+        return turn  # `message` reports the error
     turn = {key: value for key, value in turn.items() if not MASK_LIKE.fullmatch(key)}
     return turn | {"loss_weight": 0}
 
@@ -211,13 +216,13 @@ def make_turn(role, content):
 
 
 def to_content(value, name):
-    """Return text as it is, and a number as text. Raises ValueError, which begins with name."""
+    """Return text unchanged, numbers as text. Raises ValueError; its message begins with name."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return require_text(json.dumps(value) if is_number else value, name)
 
 
 def message(turn, number):
-    """Return a turn as the project's message. Raises ValueError, which names it by its number."""
+    """Convert a turn to a message. Raises ValueError, naming its number."""
     if not isinstance(turn, dict) or not {"role", "from"} & set(turn):
         raise ValueError(f'message {number} is not {{"role": ..., "content": ...}}: {turn!r:.200}')
     alias = turn.get("role", turn.get("from"))
@@ -233,9 +238,8 @@ def message(turn, number):
         parts = split_content(content, number)
         content = "".join(parts["text"])
         reasoning = "\n".join(parts["reasoning"]) or reasoning
-        calls = [
-            parse_json(call, f"message {number}: a call") for call in parts["tool_call"]
-        ] or calls
+        if parts["tool_call"]:
+            calls = [parse_json(call, f"message {number}: a call") for call in parts["tool_call"]]
     calls = parse_json(calls, f"message {number}: a call")
     if content is None and calls:
         content = ""
@@ -252,12 +256,12 @@ def message(turn, number):
 
 
 def split_content(content, number):
-    """The texts of each type of OpenAI's content parts, as a dict of lists."""
+    """Group the texts of OpenAI's content parts by type; returns a dict of lists."""
     parts = {"text": [], "reasoning": [], "tool_call": []}
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in list(parts):  # a list: a kind that is a list or a dict cannot be hashed
-            raise ValueError(f"message {number} has a part of type {kind!r}, which is not text")
+        if not isinstance(kind, str) or kind not in parts:
+            raise ValueError(f"message {number} has a part of type {kind!r}, which isn't text")
         value = part.get(kind, part.get("text", part.get("value")))
         if kind != "tool_call":
             value = require_text(value, f"message {number} has a part")

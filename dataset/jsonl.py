@@ -1,5 +1,5 @@
-"""Reading data files: JSONL, JSON arrays, both also packed with gzip, and a sentence for each other
-kind of file that people have.
+"""Read data files: JSONL and JSON arrays, optionally gzipped. Other kinds of files are reported
+with how to convert them.
 """
 
 import codecs
@@ -15,8 +15,8 @@ from common import UserError, open_file
 SEPARATOR = re.compile(r"[\s,]*")  # between the items of a JSON array
 CSV_HEADER = re.compile(r'[\w "]+([,;\t][\w "]+)+')
 TO_JSONL = "convert it, e.g. by pandas.{}(FILE).to_json('x.jsonl', orient='records', lines=True)"
-UNPACK = "unpack it, and give what is in it"
-KINDS = {  # the first bytes of files of another kind: what it is, and the remedy
+UNPACK = "unpack it first"
+KINDS = {  # first bytes of an unsupported file: (what it is, what to do)
     b"PAR1": ("a Parquet file", TO_JSONL.format("read_parquet")),
     b"ARROW1": ("an Arrow file", TO_JSONL.format("read_feather")),
     b"PK\x03\x04": ("a zip archive or an Excel sheet", f"{UNPACK}, or save the sheet as CSV"),
@@ -24,7 +24,7 @@ KINDS = {  # the first bytes of files of another kind: what it is, and the remed
     b"BZh": ("packed with bzip2", UNPACK),
     b"\xfd7zXZ": ("packed with xz", UNPACK),
     b"%PDF": ("a PDF file", "write its text as records"),
-    b"GGUF": ("a GGUF file", "give the folder with config.json that it was made of"),
+    b"GGUF": ("a GGUF file", "give the folder with config.json it was made from"),
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
     b"<!doctype": ("a web page", "download the file itself"),
@@ -33,15 +33,14 @@ KINDS = {  # the first bytes of files of another kind: what it is, and the remed
 
 
 def read_records(path, notes=None):
-    """Yield (line number, record) of a JSONL file or of one JSON array. Only an array is held in
-    memory.
+    """Yield (line number, record) for a JSONL file, streamed, or a JSON array, read into memory.
 
-    A record is a dict; what is not a JSON object is yielded as a ValueError in its place. Reading
-    ends where an array is broken, and at the first value after an array. The Counter notes counts
-    records in which a key is repeated. Raises UserError for a file that is missing or of another
-    kind.
+    A record is a dict; anything that isn't a JSON object is yielded as a ValueError instead.
+    Reading stops at a syntax error in an array, and at the first value after an array. The Counter
+    notes counts records with a repeated key. Raises UserError for a missing or unsupported file.
     """
-    notes, repeated = Counter() if notes is None else notes, set()
+    notes = Counter() if notes is None else notes
+    repeated = set()
 
     def to_dict(pairs):
         record = dict(pairs)
@@ -58,22 +57,22 @@ def read_records(path, notes=None):
             items = array_items(file, to_dict) if is_array else line_items(file, to_dict)
             for index, (number, item) in enumerate(items):
                 if repeated:
-                    notes["records with a repeated key, of which the last value is taken"] += 1
+                    notes["records with a repeated key: the last value is used"] += 1
                     repeated.clear()
                 if is_conversation(item):
                     item = {"messages": item}
                 if not isinstance(item, dict | ValueError):
-                    item = ValueError(f"not a record in braces, but {type(item).__name__}")
+                    item = ValueError(f"expected a JSON object, got {type(item).__name__}")
                 if index == 0 and isinstance(item, ValueError) and not is_array:
                     require_lines(path)
                 yield number, item
-        except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged gzip file
+        except (OSError, EOFError, zlib.error) as error:  # the last two: damaged gzip files
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read: {reason}") from None
 
 
 def parse_line(line):
-    """Return the value of a line of JSON, None if it is not JSON."""
+    """Return the value of a line of JSON, or None if it isn't JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -85,15 +84,15 @@ def is_message(value):
 
 
 def is_conversation(value):
-    """Whether a value is a list of messages."""
+    """Return whether a value is a list of messages."""
     if not isinstance(value, list) or not value or not all(map(is_message, value)):
         return False
     return all({"content", "value", "tool_calls"} & set(message) for message in value)
 
 
 def open_text(path):
-    """Return a text file, open to be read as bytes; a gzip file is unpacked on the way. Raises
-    UserError, which names the kind, for what its first bytes show to be no text.
+    """Open a text file to read bytes, decompressing gzip. Raises UserError, naming the kind, if its
+    first bytes are those of another file type.
     """
     file = open_file(path)
     start = file.read(64)
@@ -101,16 +100,16 @@ def open_text(path):
     if start.startswith(b"\x1f\x8b"):
         file.close()
         return gzip.open(path)
-    for magic, (kind, remedy) in KINDS.items():
+    for magic, (kind, hint) in KINDS.items():
         if start.lstrip().lower().startswith(magic.lower()):
             file.close()
-            raise UserError(f"{path} is {kind}; {remedy}")
+            raise UserError(f"{path} is {kind}; {hint}")
     return file
 
 
 def require_lines(path):
-    """Raise UserError, which names the kind, if a file whose first line isn't JSON is JSON over
-    several lines, CSV or plain text. The first 64 MB are looked at.
+    """Raise UserError, naming the kind, if a file whose first line isn't JSON is multi-line JSON,
+    CSV or plain text. Reads the first 64 MB.
     """
     with open_text(path) as file:
         text = file.read(1 << 26).decode("utf-8-sig", "replace").lstrip()
@@ -121,33 +120,33 @@ def require_lines(path):
         value, end = None, 0
     if isinstance(value, dict | list) and "\n" in text[:end]:
         kind = "JSON whose first value is spread over several lines"
-        remedy = "write each record on a line of its own (jq -c), or all in one array"
-        remedy += list_hint(value) if isinstance(value, dict) else ""
+        hint = "write one record per line (jq -c), or one array of all records"
+        if isinstance(value, dict):
+            hint += list_hint(value)
     elif "\n{" in text:
         return  # other lines may be records
     elif Path(path).suffix in (".csv", ".tsv") or CSV_HEADER.fullmatch(head):
         kind = "CSV"
-        remedy = TO_JSONL.format("read_table" if "\t" in head else "read_csv")
+        hint = TO_JSONL.format("read_table" if "\t" in head else "read_csv")
     elif Path(path).suffix in (".txt", ".md"):
         kind = "plain text"
-        remedy = 'for pretraining, write each document as a line {"text": "..."}'
+        hint = 'for pretraining, write each document as a line {"text": "..."}'
     if kind:
-        raise UserError(f"{path} is {kind}; {remedy}")
+        raise UserError(f"{path} is {kind}; {hint}")
 
 
 def list_hint(record):
-    """Return the end of a sentence about a record that can't be used: under which key it holds a
-    list of records. Returns "" for a record without such a key.
-    """
+    """Return a hint if a key of an unusable record holds a list of records, otherwise ""."""
     for key, items in record.items():
-        are_records = isinstance(items, list) and items and isinstance(items[0], dict)
-        if are_records and not is_message(items[0]):
-            return f'; "{key}" holds a list of records: write only that list into a file'
+        if not isinstance(items, list) or not items or not isinstance(items[0], dict):
+            continue
+        if not is_message(items[0]):
+            return f'; "{key}" holds a list of records: write only that list to a file'
     return ""
 
 
 def line_items(file, to_dict):
-    """Yield (line number, its value or a ValueError) of a JSONL file."""
+    """Yield (line number, value or ValueError) for each line of a JSONL file."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -156,29 +155,29 @@ def line_items(file, to_dict):
             yield number, json.loads(text, object_pairs_hook=to_dict)
         except json.JSONDecodeError as error:
             yield number, ValueError(f"not JSON: {error.msg}, at character {error.colno}")
-        except (ValueError, RecursionError) as error:  # bad UTF-8, a number of too many digits
-            yield number, ValueError(f"JSON that cannot be read: {error}")
+        except (ValueError, RecursionError) as error:  # invalid UTF-8, or too many digits
+            yield number, ValueError(f"invalid JSON: {error}")
 
 
 def array_items(file, to_dict):
-    """Yield (line number, item or ValueError) of a JSON array."""
-    # A byte that is not UTF-8 becomes a lone surrogate, which makes only its own record a bad one.
+    """Yield (line number, item or ValueError) for each item of a JSON array."""
+    # Invalid UTF-8 becomes an unpaired surrogate, so that only its own record is bad.
     text = file.read().decode("utf-8-sig", "surrogateescape")
     decode = json.JSONDecoder(object_pairs_hook=to_dict).raw_decode
-    at = text.index("[") + 1
-    line = 1 + text.count("\n", 0, at)
+    position = text.index("[") + 1
+    line = 1 + text.count("\n", 0, position)
     while True:
-        start = SEPARATOR.match(text, at).end()
-        line += text.count("\n", at, start)
+        start = SEPARATOR.match(text, position).end()
+        line += text.count("\n", position, start)
         try:
             if text.startswith("]", start):
                 break
-            item, at = decode(text, start)
+            item, position = decode(text, start)
         except (ValueError, RecursionError) as error:
-            yield line, ValueError(f"not JSON, and reading ends there: {error}")
+            yield line, ValueError(f"not JSON; the rest of the file is ignored: {error}")
             return
         yield line, item
-        line += text.count("\n", start, at)
+        line += text.count("\n", start, position)
     if text[start + 1 :].strip():
-        end = "the JSON array ends here; give one array, or a record in braces a line"
-        yield line, ValueError(end)
+        problem = "unexpected text after the JSON array; use one array, or one object per line"
+        yield line, ValueError(problem)

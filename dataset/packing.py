@@ -1,8 +1,8 @@
-"""Sequence packing: several samples share a row, and rows are padded to one length.
+"""Sequence packing: short samples share a row, because padding wastes compute.
 
-Padding wastes compute, so short samples are packed. Beside its ids a row has the place of each
-token in its sample (position_ids, from 0 in each) and the number of its sample in the row
-(document_ids, -1 for padding), so that the model treats each sample as if it were alone.
+A row also has each token's position in its sample (position_ids, from 0) and the index of its
+sample in the row (document_ids, -1 for padding), so that the model treats each sample
+independently.
 """
 
 import math
@@ -13,47 +13,54 @@ import torch
 
 from common import IGNORE, PAD
 
-SHORTEST = 128  # tokens of a packed row at least, where max_seq_len is not shorter than that
-MULTIPLE = 64  # a CPU keeps compiled code for each size of product, so rows have few lengths
+SHORTEST = 128  # minimum length of a packed row, unless max_seq_len is shorter
+MULTIPLE = 64  # row lengths are multiples: oneDNN caches compiled code per matmul size
 ATTENTION = 2000  # see `row_length`; measured with the default model on a CPU
-SAMPLED = 2000  # samples that are packed to choose the length of rows
+SAMPLED = 2000  # samples that are packed to choose the row length
 
 
 def row_length(lengths, args):
-    """Return the tokens of a packed row: args.max_seq_len, or, where all samples are shorter, the
-    half, a third ... of it that costs least. Short rows are filled less well. But a token attends
-    to its whole row, where other samples are only masked out: in a row of ATTENTION tokens that
-    takes as long as everything else. Without args.packing it is the longest sample.
+    """Return the length of a row in tokens; without args.packing, of the longest sample.
+
+    It is args.max_seq_len, or a fraction of it (1/2, 1/3, ...) that fits all samples, whichever
+    minimizes the estimated cost. Shorter rows have more padding; in longer rows, attention costs
+    more, because masked scores are computed too. In a row of ATTENTION tokens, attention takes as
+    long as everything else.
     """
     longest = int(lengths.max(initial=1))
     if not args.packing:
         return longest
-    some, costs = lengths[:: math.ceil(max(1, len(lengths)) / SAMPLED)].tolist(), {}
+    stride = math.ceil(max(1, len(lengths)) / SAMPLED)
+    sampled = lengths[::stride].tolist()
+    costs = {}
     for parts in range(1, 1 + args.max_seq_len // max(SHORTEST, longest)):
         T = args.max_seq_len // parts
-        if parts == 1 or T * parts == args.max_seq_len and T % MULTIPLE == 0:
-            costs[T] = len(best_fit_decreasing(some, T)) * T * (ATTENTION + T)
+        divides = T * parts == args.max_seq_len and T % MULTIPLE == 0
+        if parts == 1 or divides:
+            costs[T] = len(best_fit_decreasing(sampled, T)) * T * (ATTENTION + T)
     return min(costs, key=costs.get, default=args.max_seq_len)
 
 
 def best_fit_decreasing(lengths, max_seq_len):
-    """Which items share a row: a list of rows, each a list of indices into lengths.
+    """Pack items into rows with best-fit decreasing; returns rows of indices into lengths.
 
-    From the longest to the shortest, each goes where it leaves the least space. No length may
-    exceed max_seq_len. This is at most 22 % above the fewest rows possible (Johnson, 1973).
+    From the longest to the shortest, each item goes into the row where it leaves the least space.
+    No length may exceed max_seq_len. At most 22 % more rows than optimal (Johnson, 1973).
     """
-    rows, with_space, spaces = [], [[] for _ in range(max_seq_len + 1)], []  # spaces is sorted
+    rows = []
+    with_space = [[] for _ in range(max_seq_len + 1)]  # the rows that have this much space left
+    spaces = []  # all s with rows in with_space[s], sorted
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     for item in order:
-        at = bisect_left(spaces, lengths[item])
-        if at == len(spaces):
+        place = bisect_left(spaces, lengths[item])
+        if place == len(spaces):
             row, space = len(rows), max_seq_len
             rows.append([])
         else:
-            space = spaces[at]
+            space = spaces[place]
             row = with_space[space].pop()
             if not with_space[space]:
-                spaces.pop(at)
+                spaces.pop(place)
         rows[row].append(item)
         space -= lengths[item]
         if not with_space[space]:
@@ -62,34 +69,32 @@ def best_fit_decreasing(lengths, max_seq_len):
     return rows
 
 
-def pad(documents, T=1, count=1):
-    """Return samples (input_ids, labels) as one batch, each in a row of its own. The length of the
-    rows is a multiple of T; there are at least count.
+def pad(documents, multiple=1, min_rows=1):
+    """Batch documents (input_ids, labels) in separate rows; see `collate`."""
+    return collate([[document] for document in documents], multiple=multiple, min_rows=min_rows)
+
+
+def collate(rows, max_length=None, multiple=1, min_rows=1):
+    """Batch rows of samples as input_ids, labels, position_ids and document_ids, (B, T) each. T is
+    the longest row's length, rounded up to a multiple, but at most max_length; B is at least
+    min_rows.
+
+    A sample's first token has no label, because the token before it is from another sample. Without
+    rows, return one token without loss: a dummy batch for ranks without data.
     """
-    return collate([[document] for document in documents], multiple=T, count=count)
-
-
-def collate(rows, longest=None, multiple=1, count=1):
-    """Return rows of samples as input_ids, labels, position_ids and document_ids, each (B, T): T is
-    the length of the longest row, rounded up to a multiple, but not above longest; B is at least
-    count.
-
-    A sample's first token has no label: what stands before it is another sample. No rows at
-    all give one token without loss, the share of a process that has nothing left to do.
-    """
-    T = max((sum(len(row_ids) for row_ids, _ in row) for row in rows), default=1)
+    T = max((sum(len(sample_ids) for sample_ids, _ in row) for row in rows), default=1)
     T = math.ceil(T / multiple) * multiple
-    T = T if longest is None else min(T, longest)
-    shape = (max(count, len(rows)), T)
-    ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
+    T = T if max_length is None else min(T, max_length)
+    shape = (max(min_rows, len(rows)), T)
+    input_ids, labels = torch.full(shape, PAD), torch.full(shape, IGNORE)
     position_ids, document_ids = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for index, row in enumerate(rows):
         start = 0
-        for number, (row_ids, row_labels) in enumerate(row):
-            end = start + len(row_ids)
-            ids[index, start:end] = row_ids
-            labels[index, start + 1 : end] = row_labels[1:]
-            position_ids[index, start:end] = torch.arange(len(row_ids))
+        for number, (sample_ids, sample_labels) in enumerate(row):
+            end = start + len(sample_ids)
+            input_ids[index, start:end] = sample_ids
+            labels[index, start + 1 : end] = sample_labels[1:]
+            position_ids[index, start:end] = torch.arange(len(sample_ids))
             document_ids[index, start:end] = number
             start = end
-    return ids, labels, position_ids, document_ids
+    return input_ids, labels, position_ids, document_ids

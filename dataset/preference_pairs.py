@@ -1,4 +1,4 @@
-"""Pairs of answers to one conversation, of which one is preferred: from a record to batches."""
+"""Preference pairs: two answers to one prompt, one of them preferred."""
 
 import numpy as np
 
@@ -7,16 +7,16 @@ from dataset import formats
 from dataset.lm_dataset import TokenDataset
 from model.chat_template import pieces, require_text
 
-# Where a record has what comes before the answers.
-SHARED = ("prompt", "conversations", "messages", "instruction", "question", "input")
+# The keys that may hold the prompt.
+PROMPT_KEYS = ("prompt", "conversations", "messages", "instruction", "question", "input")
 
 
 class PairDataset(TokenDataset):
-    """Pairs of answers to one conversation, the better first. A sample is both conversations,
-    [(input_ids, labels) of the chosen, of the rejected]; a pair that is longer than max_length in
-    all is left out.
+    """Preference pairs. A sample is both conversations, [(input_ids, labels) of the chosen one, of
+    the rejected one]; pairs longer than max_length in total are skipped.
 
-    In the tokens of the file one follows the other; the mask of the second's first token is 2.
+    In the file's tokens, the rejected conversation follows the chosen one; the mask of its first
+    token is 2.
     """
 
     options = ()
@@ -24,8 +24,8 @@ class PairDataset(TokenDataset):
     def to_pieces(self, record, report):
         report["format"] = "preference"
         chosen, rejected, tools = to_pair(record)
-        begin, *rest = pieces(rejected, tools)
-        return [*pieces(chosen, tools), (begin[0], 2), *rest]
+        first, *others = pieces(rejected, tools)
+        return [*pieces(chosen, tools), (first[0], 2), *others]
 
     def spans(self, ids, mask, max_seq_len):
         return []
@@ -33,78 +33,81 @@ class PairDataset(TokenDataset):
     def __getitem__(self, index):
         input_ids, labels = super().__getitem__(index)
         file, _, start, end = self.samples[index]
-        place = int(np.flatnonzero(self.files[file].mask[start:end] == 2)[0])
-        return [(input_ids[:place], labels[:place]), (input_ids[place:], labels[place:])]
+        split = int(np.flatnonzero(self.files[file].mask[start:end] == 2)[0])
+        return [(input_ids[:split], labels[:split]), (input_ids[split:], labels[split:])]
 
     def documents(self, index):
-        """Return the documents of a row: 0 is the chosen conversation, 1 the rejected one."""
+        """Return the sample's documents: 0 is the chosen conversation, 1 the rejected one."""
         return self[index]
 
 
 def to_pair(record):
-    """Return (chosen, rejected, tools): a preference record as two conversations, as `render` takes
-    them. What the two share is not supervised.
+    """Convert a preference record. Returns (chosen, rejected, tools): two conversations for
+    `render`, whose shared messages aren't supervised.
 
-    Answers are text, a message, or messages; messages that begin with another role than assistant
-    are the whole conversation. Raises ValueError for equal or empty answers.
+    Answers are text, a message, or messages; messages that start with another role than assistant
+    are the complete conversation. Raises ValueError for equal or empty answers.
     """
-    shared = next((record[key] for key in SHARED if record.get(key)), [])
-    if isinstance(shared, str):
-        if record.get("input") and shared != record["input"]:
-            shared += f"\n{require_text(record['input'], 'it has input')}"
-        shared = [{"role": "user", "content": shared}]
-    if not isinstance(shared, list):
-        raise ValueError(f"the prompt is text or a list of messages, not {shared!r:.200}")
+    prompt = next((record[key] for key in PROMPT_KEYS if record.get(key)), [])
+    if isinstance(prompt, str):
+        if record.get("input") and prompt != record["input"]:
+            prompt += f"\n{require_text(record['input'], 'it has input')}"
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise ValueError(f"the prompt is text or a list of messages, not {prompt!r:.200}")
     missing = [key for key in formats.KEYS["preference"] if key not in record]
     if missing:
-        raise ValueError(f'there is no "{missing[0]}" in it')
+        raise ValueError(f'it has no "{missing[0]}"')
     if formats.message_weights(record, "it", [None]) != [None]:
-        raise ValueError("a pair is supervised where its answers differ; mark its messages instead")
-    chosen, rejected = (answered(shared, record[key], key) for key in formats.KEYS["preference"])
+        raise ValueError("only the answers of a pair are supervised; mark single messages instead")
+    chosen, rejected = (with_answer(prompt, record[key], key) for key in formats.KEYS["preference"])
     for conversation in (chosen, rejected):
         if record.get("system") and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": record["system"]})
     pairs = zip(chosen, rejected, strict=False)
-    same = next(
-        (i for i, (one, other) in enumerate(pairs) if text_only(one) != text_only(other)), None
-    )
-    if same is None:
-        raise ValueError("chosen equals rejected, or is its beginning")
+    num_shared = next((i for i, (a, b) in enumerate(pairs) if text_only(a) != text_only(b)), None)
+    if num_shared is None:
+        raise ValueError("the answers are equal, or one is a prefix of the other")
     for conversation, key in ((chosen, "chosen"), (rejected, "rejected")):
-        for turn in conversation[:same]:
+        for turn in conversation[:num_shared]:
             turn["loss_weight"] = 0
-        if conversation[same : same + 1] and conversation[same]["role"] != "assistant":
-            raise ValueError(f"{key} differs before the answer: in message {same + 1}")
-        own = [turn for turn in conversation[same:] if turn["role"] == "assistant"]
-        if all(turn.get("loss_weight") == 0 for turn in own):
-            raise ValueError(f"{key} has no answer of its own to be trained on")
+        has_next = len(conversation) > num_shared
+        if has_next and conversation[num_shared]["role"] != "assistant":
+            raise ValueError(f"{key} differs before the answer: in message {num_shared + 1}")
+        answers = [turn for turn in conversation[num_shared:] if turn["role"] == "assistant"]
+        if all(turn.get("loss_weight") == 0 for turn in answers):
+            raise ValueError(f"{key} has no supervised answer that differs")
     return chosen, rejected, record.get("tools")
 
 
 def text_only(turn):
-    """Return a message without its mask."""
+    """Return a message without its loss_weight."""
     return {key: value for key, value in turn.items() if key != "loss_weight"}
 
 
-def answered(shared, answer, key):
-    """The messages of a conversation and one of its answers; key says which of the two it is."""
-    answer = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-    answer = [answer] if isinstance(answer, dict) else answer
+def with_answer(prompt, answer, key):
+    """Return the prompt followed by an answer, as messages. key names the answer in errors."""
+    if isinstance(answer, str):
+        answer = {"role": "assistant", "content": answer}
+    if isinstance(answer, dict):
+        answer = [answer]
     if not isinstance(answer, list) or not answer:
         raise ValueError(f"{key} is text, a message or messages, not {answer!r:.200}")
-    answer = [formats.message(turn, number) for number, turn in enumerate(answer, 1)]
-    if not answer[-1]["content"].strip() and not answer[-1].get("tool_calls"):
+    messages = [formats.message(turn, number) for number, turn in enumerate(answer, 1)]
+    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
         raise ValueError(f"{key} is an empty answer")
-    if answer[0]["role"] not in ("assistant", "tool"):
-        return answer
-    if not shared:
-        raise ValueError(f'there is no "prompt", and {key} has no message of a user')
-    return [formats.message(turn, number) for number, turn in enumerate(shared, 1)] + answer
+    if messages[0]["role"] not in ("assistant", "tool"):
+        return messages
+    if not prompt:
+        raise ValueError(f'it has no "prompt", and {key} has no user message')
+    return [formats.message(turn, number) for number, turn in enumerate(prompt, 1)] + messages
 
 
 def counts(pairs):
-    """(pairs, supervised tokens of the chosen answers, tokens without padding) of such a batch."""
+    """Count a batch's pairs, supervised tokens of chosen answers, and tokens without padding."""
     _, labels, _, document_ids = pairs
     supervised = labels != IGNORE
-    counted = supervised.any(dim=-1), supervised & (document_ids == 0), document_ids >= 0
-    return tuple(int(true.sum()) for true in counted)
+    num_pairs = supervised.any(dim=-1).sum()
+    num_supervised = (supervised & (document_ids == 0)).sum()
+    num_tokens = (document_ids >= 0).sum()
+    return int(num_pairs), int(num_supervised), int(num_tokens)

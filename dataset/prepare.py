@@ -1,4 +1,4 @@
-"""Looks at data before training on it, and cuts a file into parts.
+"""Inspect data before training, and split a file into parts.
 
 python dataset/prepare.py check --data_path mine.jsonl          # formats, bad records, lengths
 python dataset/prepare.py show --data_path mine.jsonl -n 3      # the tokens, in colour
@@ -32,7 +32,7 @@ from dataset.step_plan import flat
 from model.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 from model.weights import load_tensors
 
-STYLES = {  # how the terminal shows each kind of token: (before, after); colour, underlined
+STYLES = {  # kind of token: terminal codes (before, after); control tokens are underlined
     "supervised": ("\033[32m", "\033[0m"),
     "other": ("\033[90m", "\033[0m"),
     "supervised control": ("\033[32m\033[4m", "\033[0m"),
@@ -42,11 +42,11 @@ PLAIN = dict.fromkeys(STYLES, ("", "")) | dict.fromkeys(("supervised", "supervis
 
 
 def open_data(path, tokenizer, args):
-    """The dataset of a file: documents, pairs or conversations, as its first known record is."""
+    """Open a file as documents, pairs or conversations, depending on its first known record."""
     for _, record in read_records(path):
         try:
             name = formats.detect_format(record)
-        except (ValueError, TypeError):  # a bad record, which the dataset counts
+        except (ValueError, TypeError):  # a bad record; the dataset counts it
             continue
         if kind := {"text": PretrainDataset, "preference": PairDataset}.get(name):
             return kind(path, tokenizer, args.max_seq_len)
@@ -55,7 +55,7 @@ def open_data(path, tokenizer, args):
 
 
 def open_tokenizer(args):
-    """Return the tokenizer of --weight, or else of --tokenizer_path."""
+    """Load the tokenizer of --weight, or of --tokenizer_path."""
     if args.weight is None or is_folder(args.weight):
         return load_tokenizer(args.weight or args.tokenizer_path)
     weights = load_tensors(args.weight, hint="give the path of a .pth file or a folder")
@@ -65,7 +65,7 @@ def open_tokenizer(args):
 
 
 def check(args):
-    """Prints what is in each file; returns 1 if any record is bad, else 0."""
+    """Report on each file. Returns 1 if any record is bad, otherwise 0."""
     tokenizer = open_tokenizer(args)
     tables = [file_report(path, tokenizer, args) for path in args.data_path]
     if args.json:
@@ -76,7 +76,7 @@ def check(args):
 
 
 def file_report(path, tokenizer, args):
-    """What `check` reports about a file, as a dict of plain values."""
+    """Return the report of `check` on a file, a dict of plain values."""
     data = open_data(path, tokenizer, args)
     (file,) = data.files
     roles, answers, seen, duplicates = Counter(), Counter(), set(), []
@@ -91,7 +91,7 @@ def file_report(path, tokenizer, args):
             continue
         try:
             messages, _ = formats.to_conversation(record, file.report["format"], Counter())
-        except (ValueError, TypeError, KeyError, AttributeError):  # a bad record, counted already
+        except (ValueError, TypeError, KeyError, AttributeError):  # a bad record, already counted
             continue
         roles.update(message["role"] for message in messages)
         answers[sum(message["role"] == "assistant" for message in messages)] += 1
@@ -127,7 +127,7 @@ def file_report(path, tokenizer, args):
 
 
 def as_text(table):
-    """A table as lines to read. Of the bad and the duplicate lines, the first ten are shown."""
+    """Format a report as text, with the first ten bad and duplicate lines."""
     lines = []
     for name, value in table.items():
         if name == "bad_lines":
@@ -144,12 +144,12 @@ def as_text(table):
 
 
 def has_colours():
-    """Whether the output is a terminal that shows colours, which NO_COLOR says it does not."""
+    """Return whether the output is a terminal and NO_COLOR isn't set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def show(args):
-    """Prints tokens in colour, or writes them as a page; returns 0."""
+    """Print tokens in colour, or write them as an HTML page. Returns 0."""
     tokenizer, rows = open_tokenizer(args), []
     for path in args.data_path:
         data = open_data(path, tokenizer, args)
@@ -159,7 +159,7 @@ def show(args):
             numbers = best_fit_decreasing(data.lengths.tolist(), T)
         for row in numbers[: args.n]:
             samples = flat(data.documents(sample) for sample in row)
-            samples = [tokens_of(*sample, tokenizer, args.ids) for sample in samples]
+            samples = [label_spans(*sample, tokenizer, args.ids) for sample in samples]
             rows.append((f"{data.where(row)}: {sum(map(len, samples))} tokens", samples))
     if args.html:
         page = Path(__file__).with_name("show.html").read_text(encoding="utf-8")
@@ -178,7 +178,7 @@ def show(args):
 
 
 def as_html(rows):
-    """Rows as HTML, with a line between the samples of a row."""
+    """Format rows as HTML, with a line between the samples of a row."""
     sections = []
     for title, samples in rows:
         spans = [
@@ -190,30 +190,31 @@ def as_html(rows):
     return "\n".join(sections)
 
 
-def tokens_of(input_ids, labels, tokenizer, with_ids):
-    """A sample as a list of (kind of STYLES, text). The last token of a character that spans
-    several shows it. The first token of a sample is never predicted, so it is not supervised.
+def label_spans(input_ids, labels, tokenizer, with_ids):
+    """Return a sample as a list of (kind of token, text). A character that spans several tokens is
+    shown at the last. A sample's first token is never predicted, so it isn't supervised.
     """
-    found, begun = [], []
-    for place, (token, label) in enumerate(zip(input_ids.tolist(), labels.tolist(), strict=True)):
-        supervised = label == token and place > 0
+    spans, pending = [], []
+    pairs = zip(input_ids.tolist(), labels.tolist(), strict=True)
+    for position, (token, label) in enumerate(pairs):
+        supervised = label == token and position > 0
         kind = "supervised" if supervised else "other"
         if token < NAMED_CONTROL_TOKENS:
             kind = "supervised control" if supervised else "control"
             text = tokenizer.id_to_token(token)
         else:
-            begun.append(token)
-            text = tokenizer.decode(begun)
-            if text.endswith("\N{REPLACEMENT CHARACTER}") and len(begun) < 4:
+            pending.append(token)
+            text = tokenizer.decode(pending)
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4:
                 text = ""
             else:
-                begun = []
-        found.append((kind, f"{text}[{token}]" if with_ids else text))
-    return found
+                pending = []
+        spans.append((kind, f"{text}[{token}]" if with_ids else text))
+    return spans
 
 
 def split(args):
-    """Writes train, valid and test files and a manifest; returns 0."""
+    """Write train, valid and test files and a manifest. Returns 0."""
     try:
         ratios = [float(ratio) for ratio in args.ratios.split(":")]
     except ValueError:
@@ -224,17 +225,17 @@ def split(args):
     groups = []
     for number, record in read_records(args.file):
         if isinstance(record, ValueError):
-            raise UserError(f"{args.file}, line {number}: {record}. Mend it, and split again")
+            raise UserError(f"{args.file}, line {number}: {record}. Fix it and rerun")
         if args.stratify and args.stratify not in record:
-            raise UserError(f"{args.file}, line {number}: there is no {args.stratify!r} in it")
+            raise UserError(f"{args.file}, line {number}: it has no {args.stratify!r}")
         groups.append(str(record.get(args.stratify)))
     if not groups:
         raise UserError(f"{args.file} is empty; give a JSONL file")
-    part_of = shares(groups, ratios, args.seed)
+    assigned = shares(groups, ratios, args.seed)
 
     def records(part):
         for index, (_, record) in enumerate(read_records(args.file)):
-            if part_of[index] == part:
+            if assigned[index] == part:
                 yield record
 
     parts = {f"{name}.jsonl": records(part) for part, name in enumerate(names)}
@@ -244,32 +245,32 @@ def split(args):
 
 
 def shares(groups, ratios, seed):
-    """The number of the part that each record is drawn into, as a list. The records of a group are
-    spread over the parts in the proportion of the ratios.
+    """Assign records to parts at random. Returns the index of each record's part, a list. Each
+    group is split in proportion to the ratios.
     """
     members = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    part_of, rng = [0] * len(groups), np.random.default_rng(seed)
+    parts, rng = [0] * len(groups), np.random.default_rng(seed)
     for _, indices in sorted(members.items()):
         ends = np.round(np.cumsum(ratios) / sum(ratios) * len(indices)).astype(int)
-        for place, index in enumerate(rng.permutation(indices).tolist()):
-            part_of[index] = int(np.searchsorted(ends, place, side="right"))
-    return part_of
+        for rank, index in enumerate(rng.permutation(indices).tolist()):
+            parts[index] = int(np.searchsorted(ends, rank, side="right"))
+    return parts
 
 
 def write_parts(folder, parts, manifest, sources=(), texts=None):
-    """Writes {file name: records} as JSONL, {file name: text} as it is, and manifest.json with the
-    counts and hashes of the parts. All appear when all are written.
+    """Write {file name: records} as JSONL, {file name: text}, and manifest.json with the counts and
+    hashes of the parts. The files appear once all are complete.
 
-    Raises UserError if one of them would replace one of the sources, which are read meanwhile.
+    Raises UserError if one would overwrite a source, which is still being read.
     """
     for name in [*parts, *(texts or {}), "manifest.json"]:
         target = folder / name
         if target.exists() and any(target.samefile(path) for path in map(Path, sources)):
-            raise UserError(f"{target} is read, and would be replaced; give another --out")
+            raise UserError(f"{target} is the input and would be overwritten; give another --out")
     manifest = manifest | {"files": {}}
-    # The last one opened moves into place first: the manifest follows the files that it describes.
+    # ExitStack exits in reverse order: the manifest is renamed last.
     with ExitStack() as complete:
         manifest_file = complete.enter_context(atomic_write(folder / "manifest.json"))
         for name, records in parts.items():
@@ -294,37 +295,41 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True)
 
     def command(run, text):
-        plain = argparse.HelpFormatter
-        added = commands.add_parser(
-            run.__name__, help=text, description=text, formatter_class=plain
+        subparser = commands.add_parser(
+            run.__name__, help=text, description=text, formatter_class=argparse.HelpFormatter
         )
-        added.set_defaults(run=run)
-        return added.add_argument
+        subparser.set_defaults(run=run)
+        return subparser.add_argument
 
     def reader(run, text):
         add = command(run, text)
         add("--data_path", type=Path, nargs="+", required=True, help="files in any known format")
         add("--tokenizer_path", type=Path, default=SHIPPED_TOKENIZER)
-        weight = "take the tokenizer of these weights: a .pth file, or a published model's folder"
+        weight = "use the tokenizer of these weights: a .pth file, or a published model's folder"
         add("--weight", type=Path, help=weight)
-        add("--max_seq_len", type=cli.number(int, 2), default=512, help="of a row (%(default)s)")
-        long = "how a conversation is cut that is longer (%(default)s)"
+        add(
+            "--max_seq_len",
+            type=cli.number(int, 2),
+            default=512,
+            help="tokens per row (%(default)s)",
+        )
+        long = "how longer conversations are handled (%(default)s)"
         add("--overlong", choices=["truncate", "drop", "split"], default="truncate", help=long)
         return add
 
-    add = reader(check, "reads everything and reports; exit code 1 if a record is bad")
-    add("--batch_size", type=cli.number(int, 1), default=16, help="rows of a step (%(default)s)")
-    add("--json", action="store_true", help="the report as JSON")
-    add = reader(show, "shows tokens in colour: supervised, not supervised, control")
+    add = reader(check, "read everything and report; exit code 1 if a record is bad")
+    add("--batch_size", type=cli.number(int, 1), default=16, help="rows per step (%(default)s)")
+    add("--json", action="store_true", help="print the report as JSON")
+    add = reader(show, "show tokens in colour: supervised, not supervised, control")
     add("-n", "--n", type=cli.number(int, 1), default=3, help="samples or rows (%(default)s)")
     add("--packing", type=int, choices=[0, 1], default=0, help="1: packed rows")
-    add("--ids", action="store_true", help="with the id of each token")
-    add("--html", type=Path, metavar="FILE", help="writes a page instead")
-    add = command(split, "writes train, valid and test files with a manifest")
+    add("--ids", action="store_true", help="show token ids")
+    add("--html", type=Path, metavar="FILE", help="write an HTML page instead")
+    add = command(split, "write train, valid and test files with a manifest")
     add("file", type=Path)
     add("--ratios", default="8:1:1", help="sizes of the parts (%(default)s)")
     add("--seed", type=cli.number(int, 0), default=1)
-    add("--stratify", metavar="FIELD", help="keeps the shares of this field's values")
+    add("--stratify", metavar="FIELD", help="keep the proportions of this field's values")
     add("--out", type=Path, required=True, help="folder")
     args = parser.parse_args(argv)
     return args.run(args)

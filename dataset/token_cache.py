@@ -1,11 +1,11 @@
-"""Tokenised files: each is tokenised once, in batches, and then read from disk.
+"""On-disk cache of tokenized files.
 
     out/cache/{key}/    ids.bin  mask.bin  offsets.npy  supervised.npy  lines.npy  report.json
                         sizes.json
 
-The key is a hash of all that decides the tokens: the file's content, the tokenizer, the version of
-the code, the options. A folder appears under its key when it is complete. It is made again when a
-file has not the size that sizes.json holds.
+The key is a hash of everything the tokens depend on: the file's content, the tokenizer, the version
+of the code, the options. A folder appears under its key once it is complete. It is rebuilt if the
+size of a file differs from sizes.json.
 """
 
 import hashlib
@@ -25,24 +25,24 @@ from common import UserError, open_file
 from dataset.jsonl import read_records
 from model.chat_template import render_batch
 
-VERSION = 2  # to be raised when the code makes other tokens of a file; a test notices
+VERSION = 3  # increase it when the code changes a file's tokens; a test notices
 ARRAYS = ("offsets", "supervised", "lines")
-CHARACTERS = 1_000_000  # that are tokenised at once
-REASONS = 1000  # bad records that are kept with their reason; all are counted
+BATCH_CHARACTERS = 1_000_000  # tokenized per batch
+MAX_REPORTED_ERRORS = 1000  # bad records stored with a reason; all are counted
 
 
 @dataclass
 class Tokens:
-    """A file's R records as N tokens, one record after the other.
+    """The R records of a file as N concatenated tokens.
 
     ids         (N,) uint16 or uint32
     mask        (N,) uint8, 1 where the token is supervised (2: see `PairDataset`)
     offsets     (R + 1,) int64; record r is ids[offsets[r] : offsets[r + 1]]
-    supervised  (R,) int64, the supervised tokens of a record, without its first, which nothing
-                predicts
-    lines       (R,) int64, the line of the file (or the place in a JSON array) of each record
+    supervised  (R,) int64, number of supervised tokens per record, except its first token, which
+                is never predicted
+    lines       (R,) int64, line number (or index in a JSON array) of each record
     report      {"format", "records", "bad", "bad_lines": [[line, reason]], "characters", "notes"}
-    content     the hash of the file
+    content     hash of the file
     """
 
     ids: np.ndarray
@@ -55,7 +55,7 @@ class Tokens:
     content: str
 
     def __getstate__(self):
-        """Return the state without memory maps: a DataLoader worker maps the files itself."""
+        """Pickle support for DataLoader workers, which reopen the memory maps."""
         state, files = dict(vars(self)), {}
         for name in ("ids", "mask"):
             if isinstance(state[name], np.memmap):
@@ -64,70 +64,72 @@ class Tokens:
 
     def __setstate__(self, state):
         files = state.pop("files")
-        vars(self).update(state | {name: mapped(*file) for name, file in files.items()})
+        vars(self).update(state | {name: memory_map(*file) for name, file in files.items()})
 
 
-def tokenised(path, tokenizer, to_pieces, options, strict=False, cache_dir=None):
-    """The Tokens of a file, from the cache if it is there; without a cache_dir, in memory.
+def tokenize(path, tokenizer, to_pieces, options, strict=False, cache_dir=None):
+    """Tokenize a file, or load its tokens from the cache; without a cache_dir, in memory. Returns
+    Tokens.
 
     to_pieces(record, report) returns the record's [(piece, supervised)], or raises ValueError for a
-    bad record. options is a list of whatever else decides what it returns.
-    Raises UserError for a missing file, a full disk, and with strict for the first bad record.
+    bad record; options is a list of everything else that its result depends on. Raises UserError
+    for a missing file, a full disk, and, with strict, for the first bad record.
     """
     path, content = Path(path), content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     if cache_dir is None:
         ids, mask = io.BytesIO(), io.BytesIO()
-        rest = write_tokens(path, tokenizer, to_pieces, strict, dtype, ids, mask)
+        counts = write_tokens(path, tokenizer, to_pieces, strict, dtype, ids, mask)
         arrays = np.frombuffer(ids.getbuffer(), dtype), np.frombuffer(mask.getbuffer(), "u1")
-        return Tokens(*arrays, *rest, path, content)
+        return Tokens(*arrays, *counts, path, content)
     folder = Path(cache_dir) / cache_key(content, tokenizer, options)
     try:
-        if folder.is_dir() and not is_complete(folder):
-            print(f"the cache {folder} is damaged: tokenising {path} again")
+        if folder.is_dir() and not is_intact(folder):
+            print(f"the cache {folder} is damaged: tokenizing {path} again")
             shutil.rmtree(folder)
         if not folder.is_dir():
             build(folder, path, tokenizer, to_pieces, strict, dtype)
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         if strict and report["bad"]:
             raise bad_record(path, *report["bad_lines"][0])
-        ids, mask = mapped(folder / "ids.bin", dtype), mapped(folder / "mask.bin", "u1")
+        ids, mask = memory_map(folder / "ids.bin", dtype), memory_map(folder / "mask.bin", "u1")
         arrays = [np.load(folder / f"{name}.npy") for name in ARRAYS]
     except OSError as error:
         raise UserError(
-            f"the cache {folder} cannot be used: {error.strerror or error}. Make room, or choose "
-            "another --save_dir or --cache_dir"
+            f"the cache {folder} cannot be used: {error.strerror or error}. Free some space, or "
+            "choose another --save_dir or --cache_dir"
         ) from None
     return Tokens(ids, mask, *arrays, report, path, content)
 
 
-def mapped(path, dtype):
-    """A file as an array that is read from disk where it is used; an empty one cannot be."""
+def memory_map(path, dtype):
+    """Memory-map a file as an array; an empty file can't be mapped."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def content_hash(path):
+    """Return the sha256 of a file."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_key(content, tokenizer, options):
-    """The name of a cache: the same for the same input, whatever the file is called."""
+    """Return the name of a cache folder; it doesn't depend on the file's name."""
     text = json.dumps([VERSION, content, tokenizer.to_str(), options])
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
-def is_complete(folder):
-    """Whether each file of a cache has the size that `build` wrote down."""
+def is_intact(folder):
+    """Return whether all files of a cache have the sizes in sizes.json."""
     try:
         sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):  # the last: it holds no object
+    except (OSError, ValueError, AttributeError):  # the last: not a JSON object
         return False
 
 
 def build(folder, path, tokenizer, to_pieces, strict, dtype):
-    """Writes the folder beside its place and moves it there; an interrupted build leaves none."""
+    """Build a cache in a temporary folder and rename it; an interrupted build leaves nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name[:8]}.", dir=folder.parent))
     try:
@@ -139,19 +141,21 @@ def build(folder, path, tokenizer, to_pieces, strict, dtype):
         sizes = {file.name: file.stat().st_size for file in part.iterdir()}
         (part / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
         for file in part.iterdir():
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
         try:
             part.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, and wrote the same
+            if not folder.is_dir():  # else another process won the race with identical files
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file):
-    """Tokenises a file into two open ones; returns (offsets, supervised, lines, report)."""
+    """Tokenize a file, writing ids and mask to open files. Returns (offsets, supervised, lines,
+    report).
+    """
     report = {"format": None, "records": 0, "bad": 0, "bad_lines": [], "characters": 0}
     report["notes"] = Counter()
     lengths, supervised, lines = [0], [], []
@@ -162,17 +166,17 @@ def write_tokens(path, tokenizer, to_pieces, strict, dtype, ids_file, mask_file)
             mask_file.write(bytes(mask))
             lengths.append(len(ids))
             supervised.append(mask[1:].count(1))
-    counts = [np.array(numbers, np.int64) for numbers in (lengths, supervised, lines)]
+    counts = [np.array(values, np.int64) for values in (lengths, supervised, lines)]
     return np.cumsum(counts[0]), *counts[1:], report
 
 
 def good_records(path, to_pieces, strict, report):
-    """Yields [(line, pieces)] of the good records of a file, in batches of about CHARACTERS; the
-    report counts them and the bad ones.
+    """Yield batches [(line, pieces)] of a file's usable records, of about BATCH_CHARACTERS each.
+    The report counts usable and bad records.
     """
     records = read_records(path, report["notes"])
-    batch, full = [], CHARACTERS
-    for number, record in tqdm(records, f"tokenising {path.name}", leave=False, disable=None):
+    batch, limit = [], BATCH_CHARACTERS
+    for number, record in tqdm(records, f"tokenizing {path.name}", leave=False, disable=None):
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -181,15 +185,15 @@ def good_records(path, to_pieces, strict, report):
             if strict:
                 raise bad_record(path, number, error) from None
             report["bad"] += 1
-            if report["bad"] <= REASONS:
+            if report["bad"] <= MAX_REPORTED_ERRORS:
                 report["bad_lines"].append([number, str(error)])
             continue
         report["records"] += 1
         report["characters"] += sum(len(piece) for piece, _ in pieces if isinstance(piece, str))
         batch.append((number, pieces))
-        if report["characters"] > full:
+        if report["characters"] > limit:
             yield batch
-            batch, full = [], report["characters"] + CHARACTERS
+            batch, limit = [], report["characters"] + BATCH_CHARACTERS
     yield batch
 
 

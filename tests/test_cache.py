@@ -147,7 +147,7 @@ SHIPPED = load_tokenizer()
 # The hash of what `every_kind_of_record` becomes, for the version of the cache that makes it so.
 # Where the first differs, the code makes other tokens than before: raise token_cache.VERSION, so
 # that no cache of an earlier version is read, and write the new pair down here.
-TOKENS_OF_VERSION = (2, "1481b5884e5cb52c91273db2de81fee1709cd1d3af9aa88dce5516b2ac8bf4fa")
+TOKENS_OF_VERSION = (3, "5896fe24821769884735779205e5cd738d558e79fb5fff10ad553809d288ff7c")
 
 
 def every_kind_of_record():

@@ -73,15 +73,18 @@ def test_a_prompt_may_be_text():
 
 
 WRONG = {
-    "equal": ({"prompt": "Hi", "chosen": "A", "rejected": "A"}, "chosen equals rejected"),
+    "equal": ({"prompt": "Hi", "chosen": "A", "rejected": "A"}, "the answers are equal"),
     "empty": ({"prompt": "Hi", "chosen": "A", "rejected": " "}, "rejected is an empty answer"),
     "number": ({"prompt": "Hi", "chosen": 5, "rejected": "B"}, "chosen is text, a message or"),
-    "no prompt": ({"chosen": "A", "rejected": "B"}, 'there is no "prompt"'),
+    "no prompt": ({"chosen": "A", "rejected": "B"}, 'it has no "prompt"'),
     "bad prompt": ({"prompt": 7, "chosen": "A", "rejected": "B"}, "the prompt is text or a list"),
     "no answer": ({"chosen": [user("Hi")], "rejected": [user("Ho")]}, "differs before the answer"),
-    "no question": ({"system": "Be kind.", "chosen": "A", "rejected": "B"}, 'there is no "prompt"'),
-    "no rejected": ({"prompt": "Hi", "chosen": "A"}, 'there is no "rejected"'),
-    "beginning": ({"chosen": ASKED[:2], "rejected": [*ASKED, assistant("B")]}, "its beginning"),
+    "no question": ({"system": "Be kind.", "chosen": "A", "rejected": "B"}, 'it has no "prompt"'),
+    "no rejected": ({"prompt": "Hi", "chosen": "A"}, 'it has no "rejected"'),
+    "beginning": (
+        {"chosen": ASKED[:2], "rejected": [*ASKED, assistant("B")]},
+        "a prefix of the other",
+    ),
     "role": ({"prompt": [{"role": "x", "content": "y"}], "chosen": "A", "rejected": "B"}, "'x'"),
 }
 
@@ -280,7 +283,7 @@ def test_what_cannot_be_is_a_sentence(trained, pairs, data, tmp_path):
     refused(run_here(script, *dpo(trained, pairs, tmp_path, "--dpo_beta", -1)), "--dpo_beta -1")
     refused(run_here(script, *dpo(trained, data / "sft.jsonl", tmp_path)), "no usable record")
     done = run_here("trainer/train_full_sft.py", *dpo(trained, pairs, tmp_path))
-    refused(done, "pair of answers, for train_dpo.py")
+    refused(done, "preference pair (train_dpo.py)")
 
 
 def test_prepare_knows_pairs(pairs, capsys):
@@ -294,11 +297,11 @@ def test_prepare_knows_pairs(pairs, capsys):
 def test_a_pair_of_which_an_answer_is_masked_is_a_bad_record():
     """Its marks are not what two answers may differ in."""
     pair = [[*ASKED, {**assistant(text), "weight": 0}] for text in (GOOD, BAD)]
-    with pytest.raises(ValueError, match="rejected has no answer of its own to be trained on"):
+    with pytest.raises(ValueError, match="rejected has no supervised answer that differs"):
         to_pair({"chosen": [*ASKED, assistant(GOOD)], "rejected": pair[1]})
-    with pytest.raises(ValueError, match="chosen equals rejected"):
+    with pytest.raises(ValueError, match="the answers are equal"):
         to_pair({"chosen": [*ASKED, assistant(GOOD)], "rejected": pair[0]})
-    with pytest.raises(ValueError, match="supervised where its answers differ"):
+    with pytest.raises(ValueError, match="only the answers of a pair are supervised"):
         to_pair({"prompt": "Hi", "chosen": GOOD, "rejected": BAD, "train": False})
 
 

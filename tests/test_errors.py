@@ -89,8 +89,8 @@ def test_the_config_file_sets_defaults_and_its_errors_are_named(tmp_path, data):
         (b'{"conversations": [{"role": "user", "content"', "line 1: not JSON"),
         (b"\xff\xfe\x00", "is UTF-16 text; save it as UTF-8"),
         (b"\xff\x00", "line 1: "),
-        (b'{"conversations": [{"role": "user", "content": "alone"}]}\n', "an assistant's turn"),
-        (b'["a list"]\n', "not a record in braces, but str"),
+        (b'{"conversations": [{"role": "user", "content": "alone"}]}\n', "no assistant turn"),
+        (b'["a list"]\n', "expected a JSON object, got str"),
     ],
 )
 def test_unusable_data(tmp_path, content, says):

@@ -133,7 +133,7 @@ def test_the_turns_that_are_left_out_are_counted():
         {"messages": [SYSTEM, ASKED[1], ASKED[0], ASKED[0], empty, ASKED[1], ASKED[0]]}
     )
     assert messages == [SYSTEM, ASKED[0], ASKED[0], ASKED[1], ASKED[0]]
-    assert notes == {"leading assistant turns left out": 1, "empty assistant turns left out": 1}
+    assert notes == {"leading assistant turns dropped": 1, "empty assistant turns dropped": 1}
     ids, mask = render(messages)
     assert mask[-1] == 0 and ids[-2] == 2  # the user's last turn is there, and not supervised
 
@@ -220,7 +220,7 @@ def test_what_stands_in_a_prompt_is_not_dropped():
     marked = [{**ASKED[0], "train": True}, {**ASKED[1], "weight": 1}, ASKED[0]]
     messages, _, notes = converted({"prompt": marked, "completion": answer})
     assert [turn.get("loss_weight") for turn in messages] == [0, 0, 0, None] and notes == {}
-    with pytest.raises(ValueError, match="leave such a text out"):
+    with pytest.raises(ValueError, match="remove it from the file"):
         to_text({"text": "x", "train": False})
 
 
@@ -293,7 +293,7 @@ def test_repeated_keys_are_counted(tmp_path, array):
     for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
         data = PretrainDataset(tmp_path / "x.jsonl", load_tokenizer(), cache_dir=cache_dir)
         ((note, count),) = data.files[0].report["notes"].items()
-        assert count == 2 and "repeated key, of which the last value is taken" in note
+        assert count == 2 and "repeated key: the last value is used" in note
 
 
 @pytest.mark.parametrize(

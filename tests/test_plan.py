@@ -47,11 +47,11 @@ def test_a_file_given_twice_is_refused(tmp_path, again):
     elif again == "a link":
         other.hardlink_to(path)
     for options in ({}, {"cache_dir": tmp_path / "cache"}):
-        with pytest.raises(UserError, match=r"a.jsonl.*leave one out"):
+        with pytest.raises(UserError, match=r"a.jsonl.*leak into"):
             SFTDataset([path, other], load_tokenizer(), **options)
     flags = ["--from_weight", "none", "--data_path", path, other, "--save_dir", tmp_path / "out"]
     done = run_here("trainer/train_full_sft.py", *flags, *TINY)
-    assert done.returncode == 2 and "leave one out" in done.stderr
+    assert done.returncode == 2 and "leak into" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -122,7 +122,7 @@ def test_shares_of_tiny_files(tmp_path, split):
     flags += [f"{write_jsonl(tmp_path / f'{n}.jsonl', [chat('Hi', n)])}:0.5" for n in ("a", "b")]
     done = run_here("trainer/train_full_sft.py", *flags)
     if split:
-        assert done.returncode == 2 and "a.jsonl:0.5 has no sample to train on" in done.stderr
+        assert done.returncode == 2 and "a.jsonl:0.5 has no training sample" in done.stderr
     else:
         assert done.returncode == 0 and "2 samples" in done.stdout, done.stderr
 
@@ -140,13 +140,13 @@ def test_replayed_text_is_drawn_and_not_its_beginning(texts, tmp_path):
     begin, files = talks.samples, talks.files
     for seed in SEEDS:
         talks.samples, talks.files = begin, files
-        added = talks.mix_in(texts, 600, 40, seed)
+        added = talks.add_replay(texts, 600, 40, seed)
         assert list(added) == list(range(20, len(talks)))
         lengths = talks.lengths[20:]
         assert lengths.max() == 40 and 600 <= lengths.sum() < 640
         drawn.append({tuple(row) for row in talks.samples[20:].tolist()})
     talks.samples, talks.files = begin, files
-    talks.mix_in(texts, 10**9, 40, 0)
+    talks.add_replay(texts, 10**9, 40, 0)
     everything = [tuple(row) for row in talks.samples[20:].tolist()]
     assert len({row[:2] for row in everything}) == len(everything)  # none twice
     share = sum(map(len, drawn)) / len(drawn) / len(everything)

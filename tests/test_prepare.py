@@ -46,7 +46,7 @@ def test_check_reports_what_is_in_the_file(mixed):
     assert (table["format"], table["records"], table["bad"]) == ("conversations", 10, 2)
     assert [number for number, _ in table["bad_lines"]] == [9, 11]
     assert table["duplicates"] == [10]
-    assert table["notes"] == {"leading assistant turns left out": 1}
+    assert table["notes"] == {"leading assistant turns dropped": 1}
     assert table["roles"] == {"user": 20, "assistant": 20}
     assert table["answers_per_conversation"] == {"2": 10}
     talks = [talk for _, talk in read_records(mixed) if isinstance(talk, dict)]
@@ -505,7 +505,7 @@ def test_a_number_too_long_to_read_is_a_bad_record_of_each_reader(tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert "digits" in done.stderr and str(tmp_path) in done.stderr
     done = run_here("dataset/prepare.py", "check", "--data_path", tmp_path / "x.jsonl")
-    assert done.returncode == 2 and "line 1: JSON that cannot be read" in done.stderr
+    assert done.returncode == 2 and "line 1: invalid JSON" in done.stderr
     assert "(4300 digits)" in done.stderr
 
 

@@ -457,7 +457,7 @@ BAD_VIEWS = {
     "bad turns": ("turn", {"ids": ["x"], "text": "y"}, "ids is not a list of token ids"),
     "no text": ("compare", {}, "text is None"),
     "one token": ("compare", {"text": ""}, "fewer than two tokens"),
-    "format": ("compare", {"text": '{"a": 1}'}, "is in no known format"),
+    "format": ("compare", {"text": '{"a": 1}'}, "unknown format"),
     "role": ("compare", {"text": '[{"role": "x", "content": "y"}]'}, "message 1 has role 'x'"),
     "deep": ("compare", {"text": "[" * 100_000 + '{"a":'}, "begins with a bracket"),
     "half": ("compare", {"text": '[{"role": "user", "content": "y"}'}, "is text that is not JSON"),

@@ -579,7 +579,7 @@ def test_pretraining_text_can_be_mixed_in_and_all_of_it_is_learned(data, tmp_pat
     plain = SFTDataset(data / "sft.jsonl", load_tokenizer())
     mixed = SFTDataset(data / "sft.jsonl", load_tokenizer())
     documents = PretrainDataset(data / "pretrain.jsonl", load_tokenizer())
-    added = mixed.mix_in(documents, 500, 96, seed=1)
+    added = mixed.add_replay(documents, 500, 96, seed=1)
     assert len(plain) == 40 and 5 < len(added) < 20
     assert all(torch.equal(*mixed[row]) for row in added)
     assert torch.equal(mixed[3][1], plain[3][1])

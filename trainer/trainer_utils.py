@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError
-from dataset.lm_dataset import PretrainDataset
+from dataset.lm_dataset import FILE, PretrainDataset
 from dataset.step_plan import Source, batches, epoch_plan, mix, split_samples, to_device
 from dataset.tiny_world import PRETRAIN, write_missing
 from model.causal_lm import CausalLM, ModelConfig
@@ -122,7 +122,7 @@ def replay(dataset, train, args, tokenizer):
     with first_process_first():
         documents = PretrainDataset(write_missing(path), tokenizer, **reading(args))
     tokens = args.replay_share * int(dataset.lengths[train].sum())
-    return dataset.mix_in(documents, tokens, args.max_seq_len, args.seed)
+    return dataset.add_replay(documents, tokens, args.max_seq_len, args.seed)
 
 
 def reading(args):
@@ -158,7 +158,7 @@ def validation_loss(model, dataset, samples, args, runtime):
     several files also {"val_losses": {file: its mean}}. Each process computes its share.
     """
     samples, sums = np.asarray(samples), {}
-    file_of = dataset.samples[samples, 0]
+    file_of = dataset.samples[samples, FILE]
     model.eval()
     for file in np.unique(file_of).tolist():
         own = samples[file_of == file]
