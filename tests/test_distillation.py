@@ -549,3 +549,11 @@ def test_two_processes_distil_as_one_does(trained, data, tmp_path):
     assert_like_one(
         tmp_path, "distilled_32", "loss val_loss grad_norm", trained / "pretrain_32.pth"
     )
+
+
+def test_a_part_that_was_not_recorded_has_no_shards(tmp_path):
+    manifest = {"shards": {"train": 0}, "config": {}, "aux_layers": [], "teacher": ""}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for part in ("train", "valid"):
+        with pytest.raises(UserError, match="holds no shard"):
+            recorded_teacher.tokens_of(tmp_path / part)

@@ -332,3 +332,12 @@ def test_pairs_of_another_file_have_a_reference_of_their_own(trained, pairs, tmp
     last = log(tmp_path, "dpo_32")[-1]
     assert last["val_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert last["val_margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_sft_term_raises_the_chosen_answers_only(trained, pairs, tmp_path):
+    """With hardly any DPO in it, the rejected answers are left behind."""
+    more = ["--dpo_beta", 1e-6, "--sft_weight", 1, "--epochs", 4, "--learning_rate", "1e-2"]
+    train_dpo.main(dpo(trained, pairs, tmp_path, *more))
+    first, *_, last = log(tmp_path, "dpo_32")
+    gains = [last[name] - first[name] for name in ("logp_chosen", "logp_rejected")]
+    assert gains[0] > 1 and gains[0] > 2 * gains[1]

@@ -17,7 +17,7 @@ import pytest
 
 from common import END_THINK, THINK, UserError
 from dataset import prepare
-from evaluation import generate_answers, report, run_eval
+from evaluation import competition_math, generate_answers, report, run_eval, tasks
 from evaluation.tasks import TASKS, judge, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.tokenizer import load_tokenizer
@@ -687,3 +687,40 @@ def test_the_seconds_of_an_answer_are_an_even_share_of_its_batch(monkeypatch):
     assert [row["seconds"] for row in rows] == [3.0, 3.0, 6.0]
     assert [row["problem"] for row in rows] == [0, 1, 2]
     assert all(row["tokens"] == 1 and not row["truncated"] for row in rows)
+
+
+def test_a_run_is_named_after_its_weights_and_what_is_not_usual():
+    usual = {"num_samples": 1, "temperature": 0.0, "limit": 0, "dtype": "fp32"}
+    usual |= {"use_compile": False, "lora": None}
+    parser = SimpleNamespace(get_default=usual.get)
+    for changes, name in (
+        ({}, "full_sft_32"),
+        ({"lora": "out/lora_b_32.pth"}, "full_sft_32_lora_b_32"),
+        ({"lora": "b", "limit": 5, "num_samples": 4}, "full_sft_32_lora_b_num_samples_4_limit_5"),
+    ):
+        args = SimpleNamespace(**usual | changes)
+        assert run_eval.run_name("out/full_sft_32.pth", args, parser) == name
+
+
+def test_without_math_verify_the_strict_score_is_the_overall_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(competition_math, "lenient_judge", lambda: None)
+    row = {"truncated": False, "tokens": 3, "seconds": 0.1, "level": "Level 1", "type": "Algebra"}
+    answers = [(r"\boxed{2}", "2"), (r"\boxed{3}", "2"), (r"\boxed{4}", "4"), ("5", "5")]
+    rows = [
+        row | {"problem": n, "sample": 0, "prompt": "?", "output": output, "gold": gold}
+        for n, (output, gold) in enumerate(answers)
+    ]
+    result = {"task": "math", "run": "x", "weights": "w", "data": "d", "settings": {}, "params": 1}
+    result |= {"command": "c", "seconds": 1.0, "weights_sha256": "", "data_sha256": ""}
+    scores = run_eval.finish(result | {"problems": rows}, tmp_path / "x.json")
+    assert scores["overall"] == scores["Algebra"] == 0.5  # the last has no box
+    assert "pip install math-verify, then --rescore" in capsys.readouterr().out
+
+
+def test_the_ids_that_exist_are_needed_for_sid(tmp_path):
+    for text in (None, "[", "5"):
+        if text:
+            (tmp_path / "sids.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="sids.json.*cannot be read"):
+            tasks.allowed_ids("sid", tmp_path / "test.jsonl", load_tokenizer())
+    assert tasks.allowed_ids("math", tmp_path / "test.jsonl", None) is None

@@ -25,7 +25,7 @@ SMALL = {
     "initializer_range": 0.2,
 }  # fmt: skip
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 2.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 FAMILIES = {
@@ -468,3 +468,18 @@ def test_a_name_of_no_weights_leads_on(tmp_path, monkeypatch, name, says):
         made = ["--save_weight", "x", "--save_dir", tmp_path]
         done = run_here("convert/from_hf.py", name, *made)
         assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_earlier_weights_of_minimind_have_the_shape_of_llama(tmp_path):
+    """8 heads, no norm of queries and keys; the constants are MiniMind's own."""
+    weights = {"model.embed_tokens.weight": torch.zeros(50, 64)}
+    for name, rows in (("self_attn.q", 64), ("self_attn.k", 16), ("mlp.up", 192)):
+        for layer in range(2):
+            weights[f"model.layers.{layer}.{name}_proj.weight"] = torch.zeros(rows, 64)
+    config = from_hf.minimind_config(weights, tmp_path)
+    assert config == {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 192,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    }  # fmt: skip

@@ -59,6 +59,15 @@ def test_it_writes_in_half_precision_on_every_cpu(dtype, prompts):
     assert [len(answer) for answer in answers] == [5] * len(prompts)
 
 
+def test_use_compile_decodes_with_the_compiled_step(monkeypatch):
+    ours, calls = randomised(CausalLM(ModelConfig(**SHAPE))), []
+    monkeypatch.setattr(generation, "compiled_step", lambda model, B: calls.append(B) or model)
+    expected = complete(ours, PROMPTS, max_new_tokens=3, temperature=0)
+    assert not calls
+    options = {"max_new_tokens": 3, "temperature": 0, "use_compile": True}
+    assert complete(ours, PROMPTS, **options) == expected and calls == [len(PROMPTS)]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 @pytest.mark.parametrize("prompts, again", [(PROMPTS[:1], False), (PROMPTS, True)])
 def test_the_compiled_step_computes_the_same_also_with_new_weights(prompts, again):

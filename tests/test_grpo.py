@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from common import IM_END, UserError
+from common import IGNORE, IM_END, UserError
 from dataset.packing import pad
 from evaluation.rewards import compute_rewards, reward_function
 from model.causal_lm import CausalLM, ModelConfig
@@ -265,3 +265,49 @@ def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
     ):
         path = write_jsonl(tmp_path / "x.jsonl", [record])
         refuses(says, "--data_path", path)
+
+
+def test_the_first_line_of_the_log_is_that_of_its_one_batch(trained, files, tmp_path, monkeypatch):
+    results, policy_loss = [], train_grpo.policy_loss
+
+    def keep(model, batch, *options):
+        loss, entropy = policy_loss(model, batch, *options)
+        results.append((loss.item(), entropy, int((batch[1] != IGNORE).sum())))
+        return loss, entropy
+
+    monkeypatch.setattr(train_grpo, "policy_loss", keep)
+    train_grpo.main(grpo(trained, files, tmp_path, "--batch_size", 100))
+    (loss, entropy, num_tokens), line = results[0], log(tmp_path, "grpo_32")[0]
+    assert line["loss"] == pytest.approx(loss / num_tokens, rel=1e-4)
+    assert line["entropy"] == pytest.approx(entropy / num_tokens, rel=1e-4)
+
+
+def test_the_routers_loss_is_minimised_with_the_others(trained, files, tmp_path, monkeypatch):
+    """The mean of the embeddings stands in for it: it falls."""
+    mean = lambda model, count: 1e3 * model.lm_head.weight.mean()  # noqa: E731
+    monkeypatch.setattr(train_grpo, "router_loss", mean)
+    flags = ["--optimizer", "adamw", "--weight_decay", 0, "--max_bad_steps", 1]
+    train_grpo.main(grpo(trained, files, tmp_path, *flags))
+    before, after = weights(trained), weights(tmp_path, "grpo_32")
+    assert after["lm_head.weight"].mean() < before["lm_head.weight"].mean() - 1e-3
+
+
+def test_what_to_do_is_said_where_most_steps_had_no_signal(
+    trained, files, tmp_path, monkeypatch, capsys
+):
+    """Of five steps, two or three without one: half of them and more."""
+    compute_rewards = train_grpo.compute_rewards
+    for idle in (2, 3):
+        steps = []
+
+        def rewards(reward, problems, groups, tokenizer, steps=steps, idle=idle):
+            result = compute_rewards(reward, problems, groups, tokenizer)
+            steps.append(1)
+            result[:, 0] += 1
+            return torch.zeros_like(result) if len(steps) <= idle else result
+
+        monkeypatch.setattr(train_grpo, "compute_rewards", rewards)
+        monkeypatch.setattr(train_grpo, "validate", lambda *_: {"pass_at_1": 0, "pass_at_k": 0})
+        train_grpo.main(grpo(trained, files, tmp_path / str(idle)))
+        printed = capsys.readouterr().out
+        assert ("steps no group had a signal" in printed) == (idle == 3), printed

@@ -374,6 +374,12 @@ def test_without_math_verify_the_strict_rule_decides_and_the_lenient_verdict_is_
         assert is_right(row) is (strict == "correct") is (row["error"] is None)
 
 
+def test_only_a_box_is_an_answer_by_the_strict_rule():
+    for output in ("5", "The answer is 5."):
+        assert judge("math", output, "5", False)["strict_verdict"] == "wrong", output
+    assert judge("math", r"Not 4, but \boxed{5}.", "5", False)["strict_verdict"] == "correct"
+
+
 @pytest.mark.parametrize("name", ["own", "test"])
 def test_every_solution_of_math_is_its_own_answer(name):
     answers = []
@@ -410,9 +416,18 @@ def seconds_to_judge(text):
 
 
 def test_what_no_library_ends_to_compute_is_not_given_to_one():
-    for text in ("9^{9^9}", "9^{99999}", "9^9^9", "2^{3}^{4}", "99999!", "((9!)!)!", "1e99999"):
+    for text in (
+        "9^{9^9}",
+        "9^{99999}",
+        "9^{10001}",
+        "9^9^9",
+        "2^{3}^{4}",
+        "99999!",
+        "((9!)!)!",
+        "1e99999",
+    ):
         assert not competition_math.is_bounded(text), text
-    for text in ("2^{2009}", "x^2+y^2", "5!", r"\frac{1}{2}", "x^2y^2", "1e6"):
+    for text in ("2^{2009}", "x^2+y^2", "5!", r"\frac{1}{2}", "x^2y^2", "1e6", "9^{10000}"):
         assert competition_math.is_bounded(text), text
 
 

@@ -364,3 +364,12 @@ def test_weights_are_opened_with_their_adapters_merged(lora_run):
     plain = load(lora_run / "pretrain_32.pth")["model"]
     assert opened.model.state_dict().keys() == plain.keys()
     assert not any("lora" in name for name in opened.model.state_dict())
+
+
+def test_new_adapters_are_drawn_as_those_of_peft():
+    """kaiming_uniform with a = sqrt(5): uniform between -1 and 1 over the root of the inputs."""
+    for module in add_lora(small(), rank=64).modules():
+        if isinstance(module, LoRALinear):
+            bound = module.in_features**-0.5
+            assert 0.97 * bound < module.lora_A.abs().max() <= bound
+            assert torch.all(module.lora_B == 0)

@@ -9,7 +9,7 @@ import torch
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.prepare import shares
-from dataset.step_plan import Source, epoch_plan, mix, split_samples
+from dataset.step_plan import Source, StepPlan, epoch_plan, flat, mix, split_samples
 from model.tokenizer import load_tokenizer
 from tests.conftest import TINY, chat, run_here, write_jsonl
 
@@ -190,3 +190,23 @@ def test_a_long_conversation_is_split_behind_its_answers():
     ):
         dataset.overlong = overlong
         assert dataset.spans(ids, mask, limit) == spans, (overlong, limit)
+
+
+def test_each_epoch_of_a_run_has_its_own_order(data):
+    dataset = SFTDataset(data / "sft.jsonl", load_tokenizer(), 64)
+    args = SimpleNamespace(
+        seed=1, packing=False, batch_size=3, accumulation_steps=2, max_seq_len=64, epochs=3,
+        num_workers=0,
+    )  # fmt: skip
+    runtime = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1)
+    samples = list(range(len(dataset)))
+    plan, taken = StepPlan(dataset, samples, args, runtime), []
+    for batches in plan.after(0):
+        assert len(batches[0][0]) <= 3
+        taken.append(plan.samples)
+    steps = [step for epoch in range(3) for step in epoch_plan(dataset, samples, args, epoch)]
+    expected = [flat(flat(step)) for step in steps]
+    assert taken == expected and taken[: len(taken) // 3] != taken[-(len(taken) // 3) :]
+    rest = StepPlan(dataset, samples, args, runtime)
+    later = [list(rest.samples) for _ in rest.after(len(taken) - 3)]
+    assert later == taken[-3:]

@@ -546,3 +546,11 @@ def test_the_first_record_decides_the_format(tmp_path):
     done = run_here("dataset/prepare.py", "check", "--data_path", path, "--json")
     (table,) = json.loads(done.stdout)
     assert (table["format"], table["bad"]) == ("conversations", 1)
+
+
+def test_ratios_may_be_shares_of_one(data, tmp_path):
+    command = ["dataset/prepare.py", "split", data / "sft.jsonl", "--out", tmp_path / "a"]
+    assert run_here(*command, "--ratios", "0.5:0.25:0.25").returncode == 0
+    assert run_here(*command[:-1], tmp_path / "b", "--ratios", "2:1:1").returncode == 0
+    for name in ("train.jsonl", "valid.jsonl", "test.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -109,6 +109,7 @@ def test_the_client_of_openai_gets_our_answers(running, model):
     assert parts[-1].choices[0].finish_reason == "length" and len(parts) > 5
     assert last.usage == answer.usage
     text = client.completions.create(model="tiny", prompt="Nelina lives", max_tokens=9)
+    assert answer.object == "chat.completion" and text.object == "text_completion"
     expected = alone(model, TOKENIZER.encode("Nelina lives").ids, max_new_tokens=9)
     assert text.choices[0].text == expected
     with pytest.raises(openai.BadRequestError, match="n = 2 is not supported"):
@@ -364,6 +365,9 @@ def test_an_unknown_path_is_an_error_of_the_api(running, path):
 
 def test_pretrained_weights_continue_text_and_do_not_chat(model):
     with serve(model, chats=False) as server:
+        for text, ids in (("Nelina lives", TOKENIZER.encode("Nelina lives").ids), ("", [0])):
+            _, found = post(server, "/views/turn", {"model": "tiny", "text": text, "ids": [17, 18]})
+            assert found["ids"] == [17, 18, *ids]
         status, found = post(server, CHAT, {"messages": HI})
         assert status == 400 and "use /v1/completions" in found["error"]["message"]
         assert post(server, "/v1/completions", {"prompt": "", "max_tokens": 2})[0] == 200
@@ -630,6 +634,8 @@ def test_a_chunked_body_is_read(running):
     ):
         sent = request_bytes("POST", CHAT, wrong, **{"Transfer-Encoding": "chunked"})
         assert raw(running, sent).startswith(b"HTTP/1.1 " + status)
+    sent = request_bytes("POST", CHAT, chunked(body, 7), **{"Transfer-Encoding": "gzip, chunked"})
+    assert raw(running, sent).startswith(b"HTTP/1.1 501")
 
 
 def test_two_chunked_requests_of_one_connection(running):

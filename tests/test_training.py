@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from dataset.step_plan import Source, batches, epoch_plan, flat, mix, split_samp
 from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
+from model.chat_template import render
 from model.tokenizer import load_tokenizer
 from model.weights import load
 from tests.conftest import ROOT, TINY, chat, fsdp, run, run_here, torchrun, write_jsonl
@@ -587,3 +589,17 @@ def test_pretraining_text_can_be_mixed_in_and_all_of_it_is_learned(data, tmp_pat
     train_full_sft.main(flags(data, tmp_path, **more, max_seq_len=96))
     samples = int(re.search(r"(\d+) samples of", capsys.readouterr().out)[1])
     assert 45 < samples < 100
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_sample_of_text_has_no_template_and_one_of_a_chat_has(chat, monkeypatch):
+    prompts = []
+    keep = lambda model, ids, **_: prompts.extend(ids) or [[20]]  # noqa: E731
+    monkeypatch.setattr("model.generation.complete", keep)
+    tokenizer, args = load_tokenizer(), SimpleNamespace(sample_prompt="Who?", use_compile=False)
+    model = CausalLM(ModelConfig(hidden_size=32, num_hidden_layers=1))
+    runtime = SimpleNamespace(rank=0, autocast=nullcontext())
+    trainer_utils.show_sample(model, tokenizer, args, runtime, chat=chat)
+    asked = [{"role": "user", "content": "Who?"}]
+    text, (template, _) = tokenizer.encode("Who?").ids, render(asked, add_generation_prompt=True)
+    assert prompts == [template if chat else text]
