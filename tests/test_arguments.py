@@ -1,10 +1,11 @@
 """What the flags' types read, at their limits."""
 
+import importlib
 import re
 
 import pytest
 
-from cli import Problem, choose_from, number, switch
+from cli import Parser, Problem, choose_from, number, switch
 from dataset.step_plan import Source
 from tests.conftest import ROOT, TINY, flags_read, run_here
 from trainer import train_full_sft, train_pretrain
@@ -118,3 +119,86 @@ def test_no_more_than_half_of_the_data_is_held_out(capsys):
         train_pretrain.main(["--val_split", "0.51"])
     assert stopped.value.code == 2
     assert "--val_split 0.51: give a number from 0 to 0.5" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- limits and defaults, by hand
+
+TRAINING = {  # flag: lowest value, highest (None: any), default
+    "epochs": (1, None, 1), "batch_size": (1, None, 2), "max_seq_len": (2, None, 768),
+    "hidden_size": (1, None, None), "num_hidden_layers": (1, None, None), "seed": (0, None, 1),
+    "num_attention_heads": (1, None, None), "num_key_value_heads": (1, None, None),
+    "intermediate_size": (1, None, None), "num_experts": (1, None, None),
+    "num_experts_per_tok": (1, None, None), "early_stop_patience": (0, None, 0),
+    "max_bad_steps": (1, None, 10), "val_split": (0.0, 0.5, 0.01), "num_workers": (0, None, None),
+    "dropout": (0.0, 0.9, 0.0), "accumulation_steps": (1, None, 1), "warmup_steps": (0, None, 20),
+    "min_lr_ratio": (0.0, 1.0, 0.2), "weight_decay": (0.0, None, 0.1),
+    "grad_clip": (0.0, None, 1.0),
+    "log_interval": (1, None, 10), "val_interval": (1, None, 100), "save_interval": (1, None, 500),
+    "keep_checkpoints": (0, None, 1), "sample_interval": (0, None, 0), "lora_rank": (1, None, 16),
+    "lora_dropout": (0.0, 0.9, 0.0),
+}  # fmt: skip
+FINE_TUNING = TRAINING | {"min_lr_ratio": (0.0, 1.0, 0.1)}
+SAMPLED = {
+    "max_new_tokens": (1, None, 512), "temperature": (0.0, 100.0, 0.0), "batch_size": (1, None, 16),
+    "seed": (0, 2**63 - 1, 1), "limit": (0, None, 0), "hidden_size": (1, None, None),
+}  # fmt: skip
+LIMITS = {
+    "trainer.train_pretrain": TRAINING,
+    "trainer.train_full_sft": FINE_TUNING | {"replay_share": (0.0, None, 0.4)},
+    "trainer.train_distillation": FINE_TUNING
+    | {"distill_alpha": (0.0, 1.0, 0.1), "distill_temperature": (0.01, None, 1.0),
+       "hidden_weight": (0.0, None, 0.0)},
+    "trainer.train_dpo": TRAINING
+    | {"sft_weight": (0.0, None, 0.0), "batch_size": (1, None, 8), "warmup_steps": (0, None, 10),
+       "val_split": (0.0, 0.5, 0.1), "val_interval": (1, None, 20),
+       "min_lr_ratio": (0.0, 1.0, 0.1)},
+    "trainer.train_grpo": TRAINING
+    | {"prompts_per_step": (1, None, 12), "group_size": (2, None, 8), "pass_k": (1, None, 8),
+       "temperature": (0.01, None, 1.2), "max_new_tokens": (1, None, 48),
+       "answers_at_once": (1, None, 256), "batch_size": (1, None, 32), "warmup_steps": (0, None, 5),
+       "min_lr_ratio": (0.0, 1.0, 0.5), "log_interval": (1, None, 1), "val_split": (0.0, 0.5, 0.05),
+       "val_interval": (1, None, 20), "sample_interval": (0, None, 20)},
+    "evaluation.run_eval": SAMPLED | {"num_samples": (1, None, 1)},
+    "recipes.rejection_sample": SAMPLED
+    | {"num_samples": (1, None, 8), "keep": (1, None, 4), "max_new_tokens": (1, None, 256),
+       "temperature": (0.0, 100.0, 0.8), "batch_size": (1, None, 64)},
+}  # fmt: skip
+LEARNING_RATES = {"pretrain": 4e-3, "full_sft": 2.2e-3, "dpo": 2e-4, "grpo": 3e-4}
+
+
+class Caught(Exception):
+    pass
+
+
+def parser_of(module, monkeypatch):
+    """The parser of a command, taken from it before it reads the command line."""
+
+    def catch(parser, *_, **__):
+        raise Caught(parser)
+
+    script = importlib.import_module(module)
+    if hasattr(script, "parse_run"):
+        monkeypatch.setattr(script, "parse_run", catch)
+    monkeypatch.setattr(Parser, "parse_args", catch)
+    with pytest.raises(Caught) as caught:
+        script.main([])
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize("module", LIMITS)
+def test_numbers_have_their_limits_and_defaults(module, monkeypatch):
+    parser = parser_of(module, monkeypatch)
+    for name, (low, high, default) in LIMITS[module].items():
+        action = parser._option_string_actions[f"--{name}"]
+        assert parser.get_default(name) == default, name
+        step = 1 if isinstance(low, int) else 1e-3
+        assert action.type(str(low)) == low, name
+        assert isinstance(action.type(str(low - step)), Problem), name
+        if high is not None:
+            assert action.type(str(high)) == high, name
+            assert isinstance(action.type(str(high + step)), Problem), name
+    stage = module.rpartition("train_")[2]
+    if stage in LEARNING_RATES:
+        assert parser.get_default("learning_rate") == LEARNING_RATES[stage]
+        above = parser._option_string_actions["--learning_rate"].type
+        assert isinstance(above("0"), Problem) and above("1e-9") == 1e-9

@@ -360,10 +360,17 @@ def test_projections_learn_though_all_else_is_frozen(recorded):
     student.requires_grad_(False)
     args = {"offline_dir": recorded, "parallel": "ddp", "max_seq_len": 96, "aux_layers": ""}
     args |= {"distill_alpha": 0.1, "distill_temperature": 1.0, "hidden_weight": 0.1, "seed": 1}
+    plain = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1))
+    drawn = with_teacher(copy.deepcopy(plain), load_tokenizer(), SimpleNamespace(**args))
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
     learn = {name for name, weight in module.named_parameters() if weight.requires_grad}
     assert learn == {f"student.projections.{index}.weight" for index in range(3)}
     assert len(module.teacher.states) == 3
+    for seed, same in ((1, True), (2, False)):
+        args["seed"] = seed  # new projections are drawn by it
+        other = with_teacher(copy.deepcopy(plain), load_tokenizer(), SimpleNamespace(**args))
+        weight = other.student.projections[0].weight
+        assert torch.equal(weight, drawn.student.projections[0].weight) == same
     args["hidden_weight"] = 0.0  # the states of further layers are then not read
     module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
     assert len(module.teacher.states) == 1

@@ -724,3 +724,14 @@ def test_the_ids_that_exist_are_needed_for_sid(tmp_path):
         with pytest.raises(UserError, match="sids.json.*cannot be read"):
             tasks.allowed_ids("sid", tmp_path / "test.jsonl", load_tokenizer())
     assert tasks.allowed_ids("math", tmp_path / "test.jsonl", None) is None
+
+
+def test_a_score_while_training_is_that_of_run_eval_on_the_first_200_problems(tmp_path):
+    problem = {"problem": "What?", "solution": r"\boxed{1}", "level": "Level 1", "type": "Algebra"}
+    path = write_jsonl(tmp_path / "raw.jsonl", [problem | {"problem": f"{i}?"} for i in range(230)])
+    test = write_jsonl(tmp_path / "test.jsonl", read_official("math", [path]))
+    task = generate_answers.TaskScore("math", test)
+    assert len(task.problems) == 200
+    assert task.options["max_new_tokens"] == 256 and task.options["temperature"] == 0.0
+    tiny = generate_answers.TaskScore("tiny_world", None)
+    assert len(tiny.problems) == 560 and tiny.options["max_new_tokens"] == 120

@@ -138,7 +138,7 @@ def shown_in_a_terminal(*flags):
 
 def test_show_colours_what_is_supervised(data):
     shown = shown_in_a_terminal("--data_path", data / "sft.jsonl", "-n", 1)
-    assert green(shown) == "It is a number. <|im_end|>"
+    assert green(shown) == "It is a number. <|im_end|>" and "[brackets]" not in shown
     plain = re.sub(r"\033\[\d+m", "", shown)
     assert "<|im_start|>user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n" in plain
 
@@ -146,6 +146,7 @@ def test_show_colours_what_is_supervised(data):
 def test_show_writes_no_escape_codes_into_a_pipe_or_where_no_color_is_set(data, monkeypatch):
     flags = ["--data_path", data / "sft.jsonl", "-n", 1]
     piped = run_here("dataset/prepare.py", "show", *flags).stdout
+    assert "supervised tokens are in [brackets]" in piped
     monkeypatch.setenv("NO_COLOR", "1")
     assert shown_in_a_terminal(*flags) == piped
     assert "\033" not in piped and "brackets" in piped

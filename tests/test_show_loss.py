@@ -11,8 +11,9 @@ import torch
 from common import IGNORE
 from dataset.lm_dataset import SFTDataset
 from evaluation import show_loss
+from model.causal_lm import CausalLM, ModelConfig
 from model.tokenizer import load_tokenizer
-from model.weights import build_model, load
+from model.weights import build_model, load, write_weights
 from recipes import python_text
 from tests.conftest import chat, run_here, write_jsonl
 
@@ -83,3 +84,18 @@ def test_the_text_of_python_has_its_docstrings_once(tmp_path, monkeypatch):
     assert len(set(texts)) == len(texts) and min(map(len, texts)) >= 80
     assert next(python_text.docstrings(json.__path__[0] + "/__init__.py")).strip() in texts
     assert topics["if"] in texts and none.strip() not in texts
+
+
+def test_the_shortest_context_of_several_models_limits_the_sample(tmp_path):
+    for name, context in (("pretrain", 200), ("full_sft", 40)):
+        config = ModelConfig(
+            hidden_size=32, num_hidden_layers=1, max_position_embeddings=context
+        )  # fmt: skip
+        state = CausalLM(config).state_dict()
+        write_weights(tmp_path / f"{name}_32.pth", state, config, load_tokenizer(), "full_sft")
+    path = write_jsonl(tmp_path / "x.jsonl", [chat("Hi?", "A long answer. " * 20)])
+    for names in (["pretrain", "full_sft"], ["full_sft", "pretrain"]):
+        flags = ["--save_dir", tmp_path, "--data_path", path, "--weight", *names]
+        done = run_here("evaluation/show_loss.py", *flags)
+        assert done.returncode == 0, done.stderr
+        assert len(rows_of(done.stdout)) == 39, names

@@ -123,7 +123,8 @@ def test_held_out_sums_are_not_calculated_anywhere_in_training(files, world):
 
 
 def test_more_sums_are_true_and_stay_on_their_side(world, tmp_path):
-    run_here("dataset/tiny_world/generate.py", "--sums", tmp_path)
+    done = run_here("dataset/tiny_world/generate.py", "--sums", tmp_path)
+    assert done.returncode == 0, done.stderr
     questions = set()
     for name, sums in (("practice", world.sums), ("exam", world.held_out_sums)):
         lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -135,6 +136,12 @@ def test_more_sums_are_true_and_stay_on_their_side(world, tmp_path):
             assert ("+" if result == a + b else "-", a, b) in sums
             questions.add(question)
     assert len(questions) == 1400
+    solved = (tmp_path / "solved.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(solved) == 50
+    for question, answer in (turns["conversations"] for turns in map(json.loads, solved)):
+        a, b = map(int, re.findall(r"\d+", question["content"]))
+        result = int(answer["content"].rpartition("#### ")[2])
+        assert ("+" if result == a + b else "-", a, b) in world.sums
 
 
 def test_held_out_stories_are_told_nowhere_in_training(files, world):
