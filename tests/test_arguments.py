@@ -91,7 +91,7 @@ def test_help_shows_the_common_flags_first_and_none_twice(capsys):
     with pytest.raises(SystemExit):
         train_full_sft.main(["--help"])
     text = capsys.readouterr().out
-    first = text.split("the flags that most people need:")[1].split("start and stop:")[0]
+    first = text.split("common options:")[1].split("starting and stopping:")[0]
     assert len(re.findall(r"^  --", first, re.M)) == 10
     assert text.count("\n  --val_split ") == 1
 

@@ -409,8 +409,8 @@ def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path, c
         ([*HIDDEN, "--aux_layers", "1"], "recording"),
         (["--aux_layers", "1"], "--aux_layers: needs --hidden_weight above 0"),
         (["--parallel", "fsdp"], "ddp"),
-        (["--replay_path", __file__], "teacher and data in one"),
-        (["--teacher_weight", "x"], "teacher and data in one"),
+        (["--replay_path", __file__], "includes teacher and data"),
+        (["--teacher_weight", "x"], "includes teacher and data"),
     ],
 )
 def test_what_does_not_fit_a_recording_is_refused(recorded, tmp_path, flags, says, capsys):
@@ -433,7 +433,7 @@ def test_a_damaged_folder_is_named(recorded, tmp_path):
         from_disk(folder, tmp_path / "out")
     for text in ("{", "[]", "{}"):
         (folder / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match="no folder of recipes/export_hidden_states.py"):
+        with pytest.raises(UserError, match="not written by recipes/export_hidden_states.py"):
             from_disk(folder, tmp_path / "out")
 
 
@@ -472,7 +472,7 @@ def test_a_damaged_recording_is_refused_and_the_same_command_mends_it(
 
     def read():
         for part in ("train", "valid"):
-            recorded_teacher.tokens_of(folder / part)
+            recorded_teacher.recorded_tokens(folder / part)
         return recorded_teacher.OfflineTeacher(folder, "cpu")
 
     read()
@@ -503,7 +503,9 @@ def test_a_file_without_the_mark_of_its_recording_is_named(recorded, tmp_path, n
     del content["belongs"]
     for other in (content, torch.zeros(2)):
         torch.save(other, path)
-        with pytest.raises(UserError, match=f"{path.name} does not belong to the manifest.json"):
+        with pytest.raises(
+            UserError, match=f"{path.name} is from another recording than its manifest.json"
+        ):
             recorded_teacher.read(path)
 
 
@@ -562,5 +564,5 @@ def test_a_part_that_was_not_recorded_has_no_shards(tmp_path):
     manifest = {"shards": {"train": 0}, "config": {}, "aux_layers": [], "teacher": ""}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     for part in ("train", "valid"):
-        with pytest.raises(UserError, match="holds no shard"):
-            recorded_teacher.tokens_of(tmp_path / part)
+        with pytest.raises(UserError, match="has no shard"):
+            recorded_teacher.recorded_tokens(tmp_path / part)

@@ -75,7 +75,7 @@ def test_the_config_file_sets_defaults_and_its_errors_are_named(tmp_path, data):
     assert (tmp_path / "o" / "full_sft_32.pth").exists(), done.stderr
     config.write_text("hiden_size = 48\nbatch_size = -1\n")
     refused(
-        run_here("trainer/train_full_sft.py", *flags), "hiden_size is not a flag", "batch_size -1"
+        run_here("trainer/train_full_sft.py", *flags), "hiden_size isn't a flag", "batch_size -1"
     )
     config.write_text("hidden_size = = 48\n")
     refused(run_here("trainer/train_full_sft.py", *flags), "c.toml", "line 1")
@@ -152,7 +152,7 @@ def test_another_vocabulary_is_named(trained, data, tmp_path):
     assert run_here("trainer/train_tokenizer.py", *make).returncode == 0
     flags = ["--save_dir", trained, "--data_path", data / "sft.jsonl"]
     done = run_here("trainer/train_full_sft.py", *flags, "--tokenizer_path", tmp_path / "t.json")
-    refused(done, "t.json is not the tokenizer", "start from scratch")
+    refused(done, "t.json isn't the tokenizer", "start from scratch")
 
 
 def test_another_run_cannot_be_resumed(trained, data):
@@ -301,7 +301,7 @@ WRONG_FLAGS = [
     (["--learning_rate", "inf"], "--learning_rate inf"),
     (["--sample_prompt", ""], "--sample_prompt: give from 1 to 500 characters"),
     (["--sample_prompt", "x" * 501], "--sample_prompt: give from 1 to 500 characters"),
-    (["--val_data_path", "x" * 300], "there is no such file"),
+    (["--val_data_path", "x" * 300], "no such file"),
     (["--config", "x" * 300], "File name too long"),
     (["--save_dir", "x" * 300], "--save_dir xxx"),
     (["--save_dir", "x" * 300, "--from_resume", "1"], "File name too long"),

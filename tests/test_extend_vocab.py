@@ -244,7 +244,7 @@ def test_what_contradicts_itself_is_refused(trained, shop_data, tmp_path, capsys
     data = ["--data_path", shop_data / "train.jsonl"]
     for flags, says in (
         ([*start, "--freeze_base", 1], "--extend_tokens"),
-        ([*start, *tokens, "--use_lora", 1], "excludes"),
+        ([*start, *tokens, "--use_lora", 1], "can't be combined"),
         (["--from_weight", "none", *tokens], "--from_weight"),
     ):
         with pytest.raises((UserError, SystemExit)) as error:

@@ -137,9 +137,9 @@ def test_data_that_changed_under_a_stopped_run_is_named(data, tmp_path, monkeypa
     stopped_at(5, tmp_path, tmp_path, monkeypatch)
     path.write_text(original.replace("What is 7", "What was 7"), encoding="utf-8")
     command = ["--save_dir", tmp_path, "--from_resume", 1]
-    refused(run_here(NAME, *command), "the data is not what it was", "--force_resume 1")
+    refused(run_here(NAME, *command), "the data has changed", "--force_resume 1")
     done = run_here(NAME, *command, "--force_resume", 1)
-    assert done.returncode == 0 and "warning: the data is not" in done.stdout
+    assert done.returncode == 0 and "warning: the data has changed" in done.stdout
     assert log(tmp_path)[-1]["step"] == 10
 
 

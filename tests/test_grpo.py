@@ -252,7 +252,7 @@ def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
     refuses("doesn't support --accumulation_steps", "--accumulation_steps", 2)
     refuses("all questions are held out, or none", "--val_split", 0)
     refuses("doesn't support --parallel", "--parallel", "fsdp")
-    refuses("takes each question once", "--data_path", f"{files / 'questions.jsonl'}:2")
+    refuses("uses each question once", "--data_path", f"{files / 'questions.jsonl'}:2")
     refuses("give --task tiny_world", "--task", "gsm8k")
     refuses("the longest question and --max_new_tokens", "--max_new_tokens", 5000)
     refuses("finite number", reward="nan")

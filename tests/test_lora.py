@@ -172,7 +172,7 @@ def test_a_checkpoint_of_lora_with_all_weights_is_resumed(lora_run, tmp_path):
     (tmp_path / "out" / "pretrain_32.pth").unlink()
     flags = ["--from_resume", 1, "--save_dir", tmp_path / "out", "--use_lora", 1]
     done = run_here("trainer/train_full_sft.py", *flags)
-    assert done.returncode == 0 and "This run is finished" in done.stdout, done.stderr
+    assert done.returncode == 0 and "This run is already finished" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["full_sft", "lora_full_sft", "PATH"])

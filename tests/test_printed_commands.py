@@ -98,9 +98,9 @@ def test_a_name_without_a_checkpoint_beside_another_run_of_that_name_is_refused(
     refused(run_here(SFT, *resume, "--use_lora", 1), "no ", "lora_full_sft", says)
     for path in (base / "checkpoints").glob("full_sft_32_*"):
         path.rename(path.with_name(path.name.replace("full_sft", "full_sft_previous")))
-    refused(run_here(SFT, *resume), "--save_weight full_sft_previous; to start again, leave")
+    refused(run_here(SFT, *resume), "--save_weight full_sft_previous; to start again, omit")
     done = run_here(SFT, *flags(data, base, "--from_resume", 1, "--save_weight", "new"))
-    assert done.returncode == 0 and "the run starts from a prefix of the other" in done.stdout
+    assert done.returncode == 0 and "starting from the beginning" in done.stdout
 
 
 def opens(line, path, capsys):
@@ -148,7 +148,7 @@ def test_an_early_stop_says_what_did_not_get_better(data, tmp_path, monkeypatch,
     monkeypatch.setattr(train_full_sft, "validation_loss", lambda *_: {"val_loss": 1.0})
     more = ["--from_weight", "none", *TINY, "--val_interval", "1", "--early_stop_patience", "2"]
     train_full_sft.main(flags(data, tmp_path, *more, "--epochs", 3))
-    assert "2 validations in a row without a better result" in capsys.readouterr().out
+    assert "no improvement in 2 validations" in capsys.readouterr().out
 
 
 def test_a_rate_of_0_is_refused(tmp_path):
@@ -181,7 +181,7 @@ def test_more_epochs_say_what_becomes_of_the_learning_rate(base, data, capsys):
 
 def test_the_optimizer_does_not_sound_as_if_it_set_the_rate():
     text = " ".join(run_here(SFT, "--help").stdout.split())
-    assert "adamw for all, which needs about a quarter of --learning_rate: give that too" in text
+    assert "or adamw: with it, use about 1/4 of the Muon learning rate" in text
 
 
 def test_a_default_that_is_given_is_not_refused(trained, monkeypatch):

@@ -196,7 +196,7 @@ def test_resume_without_a_checkpoint_says_so_and_starts(data, tmp_path, capsys):
     """One command serves a job that is restarted again and again."""
     command = [*flags(data, tmp_path, save_interval=1), "--from_resume", "1"]
     train_full_sft.main(command)
-    assert "full_sft_32_resume.pth yet: the run starts" in capsys.readouterr().out
+    assert "full_sft_32_resume.pth yet: starting from the beginning" in capsys.readouterr().out
     first = weights(tmp_path)
     train_full_sft.main([*command, "--epochs", "2"])
     assert "resuming" in capsys.readouterr().out and log(tmp_path)[-1]["step"] == 10
@@ -319,7 +319,7 @@ def test_other_shares_of_the_data_are_refused_on_resume(data, tmp_path, monkeypa
     stopped_at(3, command, monkeypatch)
     again = ["--save_dir", tmp_path, "--from_resume", 1, "--data_path"]
     changed = [f"{data / 'sft.jsonl'}:0.4", f"{other}:0.6"]
-    refused(run_here(SFT, *again, *changed), "--data_path gives other shares")
+    refused(run_here(SFT, *again, *changed), "the weights in --data_path have changed")
     assert run_here(SFT, *again, *both).returncode == 0
 
 
@@ -334,7 +334,7 @@ def test_a_teacher_with_other_weights_is_refused_on_resume(data, trained, tmp_pa
     save_tensors(teacher, content)
     again = ["--save_dir", tmp_path / "out", "--from_resume", 1]
     script = "trainer/train_distillation.py"
-    refused(run_here(script, *again), "the teacher has other weights than when the run began")
+    refused(run_here(script, *again), "the weights of the teacher have changed since the run began")
     teacher.write_bytes((trained / "full_sft_32.pth").read_bytes())
     assert run_here(script, *again).returncode == 0
 
@@ -364,7 +364,7 @@ def test_an_optimizer_that_does_not_fit_is_said_even_by_force(data, tmp_path, mo
     stopped_at(3, flags(data, tmp_path), monkeypatch)
     force = ["--save_dir", tmp_path, "--from_resume", 1, "--force_resume", 1]
     done = run_here(SFT, *force, "--optimizer", "adamw")
-    refused(done, "optimizer state does not fit this run", "was muon", "--from_weight full_sft")
+    refused(done, "optimizer state doesn't match this run", "was muon", "--from_weight full_sft")
     assert run_here(SFT, *force, "--learning_rate", 0.01).returncode == 0
 
 

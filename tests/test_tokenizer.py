@@ -128,7 +128,7 @@ def test_a_file_without_text_makes_no_tokenizer(tmp_path, content):
     (tmp_path / "t.json").write_text("before", encoding="utf-8")
     flags = ["--data_path", tmp_path / "x.jsonl", "--out", tmp_path / "t.json"]
     done = run_here("trainer/train_tokenizer.py", *flags)
-    assert done.returncode == 2 and "x.jsonl: there is no text in it" in done.stderr
+    assert done.returncode == 2 and "x.jsonl: it has no text" in done.stderr
     assert (tmp_path / "t.json").read_text(encoding="utf-8") == "before"
 
 

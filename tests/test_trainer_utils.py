@@ -21,7 +21,7 @@ from model.weights import SHAPE, description
 from tests.conftest import chat, curves_of, flags_read, write_jsonl
 from trainer import parameters, runtime, train_distillation
 from trainer.metrics import MetricsLog, curves_as_svg
-from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonal
+from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonalize
 from trainer.runtime import seed_step
 from trainer.trainer_utils import describe, init_model
 from trainer.training_run import Progress
@@ -77,7 +77,7 @@ def test_muon_is_for_the_matrices_of_the_layers_and_both_parts_work_as_one():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it since 2.9")
 def test_muon_with_five_iterations_takes_the_steps_of_torch(monkeypatch):
     """torch computes in bf16, hence the tolerance."""
-    monkeypatch.setattr("trainer.optimizer.orthogonal", partial(orthogonal, iterations=5))
+    monkeypatch.setattr("trainer.optimizer.orthogonalize", partial(orthogonalize, iterations=5))
     torch.manual_seed(0)
     for shape in ((32, 96), (96, 32), (48, 48)):
         start, gradients = torch.randn(shape), torch.randn(3, *shape)
@@ -99,7 +99,7 @@ def test_an_orthogonal_matrix_has_the_directions_of_its_matrix_and_lengths_near_
     for shape in ((40, 16), (16, 40), (30, 30)):
         matrix = torch.randn(shape)
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        lengths = u.T @ orthogonal(matrix) @ v.T  # diagonal, since U and V are kept
+        lengths = u.T @ orthogonalize(matrix) @ v.T  # diagonal, since U and V are kept
         assert lengths.diagonal().median() > 0.65 and lengths.diagonal().max() < 1.25
         off = lengths - lengths.diagonal().diag()
         assert off.abs().max() < 1e-4
@@ -113,7 +113,7 @@ def test_three_iterations_are_three_times_the_polynomial():
     expected = values / values.norm()
     for _ in range(3):
         expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
-    result = orthogonal(left * values @ right.T)
+    result = orthogonalize(left * values @ right.T)
     torch.testing.assert_close(result, left * expected @ right.T, atol=1e-5, rtol=1e-4)
 
 
@@ -233,7 +233,7 @@ def test_new_rows_alone_are_counted(tmp_path, capsys):
     assert "2 new tokens; the vocabulary has 2050 entries" in said and "\n64 of " in said
     assert description(model) == {"first_new_token": 2048}
     args.parallel = "fsdp"
-    with pytest.raises(UserError, match="--freeze_base 1 needs whole matrices"):
+    with pytest.raises(UserError, match="--freeze_base 1 needs unsharded weights"):
         parameters.choose_trainable(model, tokenizer, args)
 
 
@@ -257,7 +257,7 @@ def test_what_cannot_be_used_of_the_data_is_counted_and_five_bad_lines_are_shown
     assert lines[0] == f"2 samples of {mean:.0f} tokens to train on, 0 to validate on"
     assert "2 records are longer than --max_seq_len 30" in lines
     assert "1 records dropped: nothing supervised within --max_seq_len" in lines
-    assert "7 bad records left out (--strict_data 1 stops at them):" in lines
+    assert "7 bad records skipped (--strict_data 1 stops at them):" in lines
     shown = [line.split(":")[0].strip() for line in lines if line.startswith("  line ")]
     assert shown == [f"line {number}" for number in range(4, 9)]
 

@@ -202,7 +202,7 @@ def test_a_finished_run_resumed_does_nothing_and_says_so(data, tmp_path, capsys)
     train_full_sft.main(flags(data, tmp_path))
     before = weights(tmp_path)
     train_full_sft.main([*flags(data, tmp_path), "--from_resume", "1"])
-    assert "This run is finished" in capsys.readouterr().out
+    assert "This run is already finished" in capsys.readouterr().out
     assert_equal(before, weights(tmp_path))
 
 
@@ -221,7 +221,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Go on with:\npython trainer/train_full_sft.py --from_resume 1 --save_weight" in printed
+    assert "Resume with:\npython trainer/train_full_sft.py --from_resume 1 --save_weight" in printed
     resume = load(tmp_path / "checkpoints/full_sft_32_resume.pth")
     assert 0 < resume["run"]["step"] < 2000 * 5
 
@@ -346,7 +346,7 @@ def test_too_many_bad_steps_in_a_row_save_point_at_the_data_and_stop(data, tmp_p
 
     monkeypatch.setattr(causal_lm, "summed_cross_entropy", nan_from_the_third)
     with pytest.raises(
-        UserError, match=r"2 steps in a row .* at step 4.*sft.jsonl, lines"
+        UserError, match=r"2 consecutive steps .* at step 4.*sft.jsonl, lines"
     ) as error:
         train_full_sft.main(flags(data, tmp_path, max_bad_steps=2, epochs=2))
     lines = [int(n) for n in re.findall(r"\d+", str(error.value).split("lines [")[1].split("]")[0])]

@@ -1,9 +1,10 @@
-"""Checkpoints on disk, beside the weights of model/weights.py:
+"""Checkpoints: save and load the state of a run.
 
-out/checkpoints/NAME_resume.pth      the latest checkpoint: "optimizer", "scaler", "run" and
-                                     "arguments" instead of "training"; of LoRA without the weights
-out/checkpoints/NAME_step000500.pth  an earlier one
-out/checkpoints/NAME_best.pth        the weights that did best in validation
+out/checkpoints/NAME_resume.pth      the latest checkpoint: a weights file with "optimizer",
+                                     "scaler", "run" and "arguments" instead of "training"; with
+                                     LoRA, without the base weights
+out/checkpoints/NAME_step000500.pth  an earlier checkpoint
+out/checkpoints/NAME_best.pth        the weights with the best validation score
 """
 
 import dataclasses
@@ -31,14 +32,14 @@ EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
 
 
 def checkpoint_step(path):
-    """The step in a checkpoint's name; that of the latest is above all."""
+    """Return the step in a checkpoint's name; infinity for the latest."""
     match = re.search(r"_step(\d+)$", path.stem)
     return int(match[1]) if match else math.inf
 
 
 def load_latest(args):
-    """The content of a run's latest checkpoint that is not damaged, with its "path". None, with a
-    line that says so, if there is no checkpoint. Raises UserError if all are damaged.
+    """Load a run's latest intact checkpoint; returns its content with its "path". Prints a line and
+    returns None if there is none. Raises UserError if all are damaged.
     """
     folder, name = args.save_dir / "checkpoints", args.save_weight
 
@@ -46,39 +47,40 @@ def load_latest(args):
         return matching(folder, name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
 
     plain = name.removeprefix("lora_")
-    found = checkpoints(name) or (checkpoints(f"lora_{name}") if name == plain else [])
-    if not found:
+    paths = checkpoints(name) or (checkpoints(f"lora_{name}") if name == plain else [])
+    if not paths:
         latest = folder / f"{name}_{args.hidden_size or '*'}_resume.pth"
         names = [f"{name}_previous", f"lora_{plain}_previous", *([plain] if name != plain else [])]
-        if others := [earlier for earlier in names if checkpoints(earlier)]:
+        if other_runs := [earlier for earlier in names if checkpoints(earlier)]:
             raise UserError(
-                f"there is no {latest}, but a checkpoint of the run {others[0]}; to resume that, "
-                f"give --save_weight {others[0]}; to start again, leave --from_resume out"
+                f"there is no {latest}, but a checkpoint of the run {other_runs[0]}; to resume "
+                f"that, give --save_weight {other_runs[0]}; to start again, omit --from_resume"
             )
-        print(f"there is no {latest} yet: the run starts from its beginning")
+        print(f"there is no {latest} yet: starting from the beginning")
         return None
-    # Of several models under one name the newest; of its checkpoints the latest, then backwards.
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    run_name, failed = newest.name.rpartition("_")[0], None
-    ours = [path for path in found if path.name.rpartition("_")[0] == run_name]
-    for path in sorted(ours, key=checkpoint_step, reverse=True):
+    # If several sizes have this name, use the newest; try its checkpoints from the latest
+    # backwards.
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    run_name, first_error = newest.name.rpartition("_")[0], None
+    run_paths = [path for path in paths if path.name.rpartition("_")[0] == run_name]
+    for path in sorted(run_paths, key=checkpoint_step, reverse=True):
         try:
             content = load(path)
             require_checkpoint(content, path)
         except UserError as error:
-            failed = failed or error
+            first_error = first_error or error
             continue
-        if failed:
-            print(f"warning: {failed}. Going on from the one before, {path}")
+        if first_error:
+            print(f"warning: {first_error}. Falling back to {path}")
         flags = content["arguments"]
         content["arguments"] = {RENAMED.get(name, name): value for name, value in flags.items()}
         return content | {"path": path}
-    raise failed
+    raise first_error
 
 
 def build_resumed(content, path, dropout=0.0):
-    """Return the (model, tokenizer) of a checkpoint. One of LoRA holds only the adapters: the
-    weights under them come from their own file. Errors are those of `find` and `load_adapters`.
+    """Build (model, tokenizer) from a checkpoint. A LoRA checkpoint holds only the adapters, so the
+    base weights are loaded from their own file. Errors as in `find_weights` and `load_adapters`.
     """
     weights = content["model"]
     names = [name for name in weights if name.startswith("projections.")]
@@ -98,15 +100,15 @@ def build_resumed(content, path, dropout=0.0):
 
 
 def require_checkpoint(content, path):
-    """Raises UserError unless a loaded file is one that `save_run` wrote."""
+    """Raise UserError unless a loaded file was written by `save_run`."""
     parts = [content.get(part) for part in ("run", "arguments", "optimizer", "scaler")]
-    ours = all(isinstance(part, dict) for part in parts)
-    if not ours or not isinstance(content["run"].get("step"), int):
-        raise UserError(f"{path} is no checkpoint of this version; start the run anew")
+    is_complete = all(isinstance(part, dict) for part in parts)
+    if not is_complete or not isinstance(content["run"].get("step"), int):
+        raise UserError(f"{path} is not a checkpoint of this version; start a new run")
 
 
 def plain_flags(args):
-    """The flags as torch.load(weights_only=True) may load them."""
+    """Return the flags as plain values, which torch.load(weights_only=True) accepts."""
 
     def plain(value):
         if isinstance(value, list):
@@ -117,14 +119,14 @@ def plain_flags(args):
 
 
 def save_weights(run, path, state=None):
-    """Write the weights of a TrainingRun; only its adapters, where only these are trained. state:
-    the full state dict. Every process must call this; the first one writes.
+    """Save the weights of a TrainingRun; with LoRA, only the adapters. state: the full state dict.
+    Must be called on all ranks; rank 0 writes.
     """
     state = state or full_state(run.model)
     if not is_first():
         return
     training = dataclasses.asdict(run.progress) | plain_flags(run.args)
-    training.pop("reference")  # only a resumed run needs it
+    training.pop("reference")  # only needed to resume
     content = {"training": training, **description(run.model)}
     state = {name: state[name] for name in state if not name.startswith("projections.")}
     if "lora" in content:
@@ -133,14 +135,14 @@ def save_weights(run, path, state=None):
 
 
 def save_run(run):
-    """Write all that resuming a TrainingRun needs, and its weights. Every process must call this.
+    """Save a checkpoint of a TrainingRun, and its weights. Must be called on all ranks.
 
-    The latest checkpoint becomes an earlier one when the new one is complete; --keep_checkpoints
-    of those stay.
+    Once it is complete, the previous checkpoint is renamed to NAME_step*.pth; --keep_checkpoints of
+    these are kept.
     """
     args, config = run.args, run.model.config
     state, optimizer_state = full_state(run.model, run.optimizer)
-    before, run.progress.saved_step = run.progress.saved_step, run.progress.step
+    previous_step, run.progress.saved_step = run.progress.saved_step, run.progress.step
     if not is_first():
         return
     content = {"optimizer": optimizer_state, "scaler": run.runtime.scaler.state_dict()}
@@ -149,22 +151,22 @@ def save_run(run):
     if hasattr(run.model, "projections"):
         layers = run.model.projections
         content["projections"] = [layers[0].out_features, len(layers)]
-    if "lora" in content:  # the weights under the adapters have not changed
+    if "lora" in content:  # the base weights haven't changed
         state, content["under"] = adapter_state(state), str(args.from_weight)
     new, latest = run.checkpoint_path("_new.pth"), run.checkpoint_path("_resume.pth")
     write_weights(new, state, config, run.tokenizer, run.stage, **content)
-    place = run.checkpoint_path(f"_step{before or 0:06d}.pth")
-    if latest.exists() and not place.exists():  # there already: the latest was damaged
-        retry_on_windows(latest.replace, place)
+    earlier_path = run.checkpoint_path(f"_step{previous_step or 0:06d}.pth")
+    if latest.exists() and not earlier_path.exists():  # exists if the latest was damaged
+        retry_on_windows(latest.replace, earlier_path)
     retry_on_windows(new.replace, latest)
-    which = args.save_weight, config.hidden_size, config.use_moe
-    earlier = sorted(matching(new.parent, *which, r"_step\d+"), key=checkpoint_step)
-    for path in earlier[: max(0, len(earlier) - args.keep_checkpoints)]:
+    run_id = args.save_weight, config.hidden_size, config.use_moe
+    earlier_paths = sorted(matching(new.parent, *run_id, r"_step\d+"), key=checkpoint_step)
+    for path in earlier_paths[: max(0, len(earlier_paths) - args.keep_checkpoints)]:
         retry_on_windows(path.unlink)
     save_weights(run, run.weights_path, state)
 
 
 def put_best_in_place(run):
-    """Make the weights that did best in validation those of a TrainingRun."""
-    best = load(run.checkpoint_path("_best.pth"))  # an error names this file
+    """Replace the weights of a TrainingRun with the best in validation."""
+    best = load(run.checkpoint_path("_best.pth"))  # errors name this file
     save_tensors(run.weights_path, best)

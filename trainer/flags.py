@@ -1,7 +1,6 @@
-"""The flags of the train scripts, in groups, the check of all of them before any work, and the
-command lines that a run prints.
+"""The flags of the train scripts: definition, validation, and the commands that a run prints.
 
-Defaults < the flags of the run that is resumed < the TOML file of --config < the command line.
+Precedence, lowest first: defaults, flags of the resumed run, TOML file of --config, command line.
 """
 
 import os
@@ -17,17 +16,17 @@ from dataset.formats import KEYS
 from dataset.step_plan import Source
 from model.weights import SHAPE
 
-# Earlier names of flags, which are still read in checkpoints.
+# Old names of flags in checkpoints.
 RENAMED = {"eval_split": "val_split", "eval_data_path": "val_data_path"}
 RENAMED |= {"eval_interval": "val_interval", "student": "from_weight"}
-# What a resumed run does not take over from the one before.
-OF_THE_COMMAND = "from_resume force_resume config save_dir save_weight".split()
-# Flags that need a validation, with the value that needs none.
+# Flags that a resumed run doesn't restore.
+NOT_RESTORED = "from_resume force_resume config save_dir save_weight".split()
+# Flags that require validation data, and the value that doesn't.
 VALIDATED = {"early_stop_patience": 0, "save_best_at_end": False, "best_metric": "val_loss"}
 
 
 def source(text):
-    """An argparse type: a file with its share, as `Source.read` takes it."""
+    """Parse FILE or FILE:WEIGHT; an argparse type."""
     try:
         return Source.read(text)
     except ValueError as error:
@@ -35,13 +34,13 @@ def source(text):
 
 
 def training_parser(doc, **defaults):
-    """The parser of a train script; defaults are those that differ from stage to stage."""
+    """Return the parser of a train script. defaults: values that depend on the stage."""
     parser = Parser(doc, usage="%(prog)s [--FLAG VALUE ...]")
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
-    add = parser.group("the flags that most people need")
-    files = "files to train on, each with its share as in FILE:0.7; default: Tiny World"
+    add = parser.group("common options")
+    files = "training files, with an optional weight: FILE:0.7; default: Tiny World"
     add("data_path", None, files, source, nargs="+", metavar="FILE")
-    add("from_weight", None, "weights to begin with: a name in --save_dir, a path, or none")
+    add("from_weight", None, "weights to start from: a name in --save_dir, a path, or none")
     add("from_resume", 0, "1: continue the last run from its latest checkpoint", switch)
     add("save_weight", None, "name of the weights file")
     add("epochs", None, "passes over the data", positive)
@@ -49,102 +48,102 @@ def training_parser(doc, **defaults):
     add("max_seq_len", None, "maximum length of a row, in tokens", number(int, 2))
     above = number(float, 0, above=True)
     add("learning_rate", None, "maximum learning rate of the schedule", above)
-    add("hidden_size", None, "width of the model; default: 256, or that of the weights", positive)
-    add("num_hidden_layers", None, "layers; default: 3, or those of the weights", positive)
+    add("hidden_size", None, "model width; default: 256, or from the weights", positive)
+    add("num_hidden_layers", None, "number of layers; default: 3, or from the weights", positive)
 
-    add = parser.group("start and stop")
+    add = parser.group("starting and stopping")
     add("config", None, "flags from a TOML file; the command line wins", Path, metavar="FILE")
-    add("save_dir", ROOT / "out", "folder of weights, checkpoints, logs and cache", Path)
+    add("save_dir", ROOT / "out", "folder for weights, checkpoints, logs and cache", Path)
     add("force_resume", 0, "1: resume even if flags or data differ", switch)
-    add("seed", 1, "of new weights, the order of samples, and dropout", count)
-    patience = "stop after this number of validations without a better one; 0: never"
+    add("seed", 1, "seed for new weights, sample order and dropout", count)
+    patience = "stop after this many validations without improvement; 0: never"
     add("early_stop_patience", 0, patience, count)
-    bad = "stop after this number of consecutive steps without a finite gradient"
+    bad = "stop after this many consecutive steps without a finite gradient"
     add("max_bad_steps", 10, bad, positive)
 
     add = parser.group("data")
-    add("val_data_path", None, "validation file; default: a part of the data", Path)
-    add("val_split", 0.01, "share of the data held out for validation", number(float, 0, 0.5))
-    add("tokenizer_path", None, "default: that of the weights, or model/tokenizer.json", Path)
-    add("packing", 1, "1: rows of several samples; 0: one padded sample per row", switch)
+    add("val_data_path", None, "validation file; default: part of the data", Path)
+    add("val_split", 0.01, "fraction of the data held out for validation", number(float, 0, 0.5))
+    add("tokenizer_path", None, "default: from the weights, or model/tokenizer.json", Path)
+    add("packing", 1, "1: pack several samples per row; 0: one padded sample per row", switch)
     add("strict_data", 0, "1: stop at the first bad record", switch)
-    add("cache_dir", None, "folder of the tokenised data; default: cache/ in --save_dir", Path)
-    add("num_workers", None, "processes that prepare batches; default 0, NVIDIA on Linux: 2", count)
+    add("cache_dir", None, "folder for tokenized data; default: cache/ in --save_dir", Path)
+    add("num_workers", None, "DataLoader workers; default: 0, with an NVIDIA GPU 2", count)
 
     add = parser.group("model")
     for name in SHAPE[2:]:
         kind = switch if name == "use_moe" else positive
-        add(name, None, "default: ModelConfig's, or that of the weights", kind)
+        add(name, None, "default: see ModelConfig, or from the weights", kind)
     add("dropout", 0.0, "dropout probability", number(float, 0, 0.9))
 
-    add = parser.group("optimisation")
+    add = parser.group("optimization")
     add("accumulation_steps", 1, "forward passes per optimizer step", positive)
-    optimizer = "muon (matrices of the layers; AdamW for the rest), or adamw for all, which needs "
-    optimizer += "about a quarter of --learning_rate: give that too"
+    optimizer = "muon (layer matrices; AdamW for the rest), or adamw: with it, use about 1/4 of "
+    optimizer += "the Muon learning rate"
     add("optimizer", "muon", optimizer, choose_from("muon", "adamw"))
-    add("warmup_steps", 50, "steps of linear warm-up", count)
+    add("warmup_steps", 50, "linear warm-up steps", count)
     add("min_lr_ratio", 0.1, "final learning rate, as a fraction of the maximum", share)
-    add("weight_decay", 0.1, "weight decay of the matrices", number(float, 0))
+    add("weight_decay", 0.1, "weight decay of matrices", number(float, 0))
     add("grad_clip", 1.0, "maximum gradient norm; 0 disables clipping", number(float, 0))
 
     add = parser.group("precision and speed")
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("dtype", "auto", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
-    add("use_compile", 0, "1: torch.compile the layers; needs a compiler", switch)
-    add("grad_checkpoint", 0, "1: less memory: recompute each layer in the backward pass", switch)
+    add("use_compile", 0, "1: use torch.compile; needs a compiler", switch)
+    add("grad_checkpoint", 0, "1: recompute layers in the backward pass to save memory", switch)
     add("parallel", "ddp", "ddp, or fsdp, which shards the model", choose_from("ddp", "fsdp"))
-    add("deterministic", 0, "1: bit-identical runs on a GPU too, slower", switch)
+    add("deterministic", 0, "1: bit-identical results on a GPU, slower", switch)
 
     add = parser.group("logging and checkpoints")
-    add("log_interval", 10, "steps between lines of the log", positive)
+    add("log_interval", 10, "steps between log lines", positive)
     add("val_interval", 100, "steps between validations", positive)
     add("save_interval", 500, "steps between checkpoints", positive)
     add("keep_checkpoints", 1, "number of earlier checkpoints to keep", count)
-    add("save_best_at_end", 0, "1: the run's weights are the best in validation", switch)
-    add("sample_interval", 0, "steps between samples of the model's text; 0: none", count)
+    add("save_best_at_end", 0, "1: at the end, use the weights with the best validation", switch)
+    add("sample_interval", 0, "steps between generated samples; 0: none", count)
     add("sample_prompt", None, "prompt of these samples")
 
     add = parser.group("fine-tuning")
-    add("use_lora", 0, "1: train LoRA adapters; the weights stay as they are", switch)
+    add("use_lora", 0, "1: train LoRA adapters and freeze the weights", switch)
     add("lora_rank", 16, "rank of the adapters", positive)
-    add("lora_alpha", 32.0, "scale of the adapters, times the rank", above)
-    add("lora_dropout", 0.0, "dropout of their input", number(float, 0, 0.9))
-    targets = "matrices with an adapter, as q_proj,v_proj; all-linear: all of the layers'"
+    add("lora_alpha", 32.0, "scale of the adapters is lora_alpha / lora_rank", above)
+    add("lora_dropout", 0.0, "dropout on the adapters' input", number(float, 0, 0.9))
+    targets = "layers with an adapter, e.g. q_proj,v_proj, or all-linear"
     add("lora_target", "all-linear", targets)
-    new = "new tokens: JSON of item to tokens or of token to description, or a token a line"
+    new = "new tokens: JSON {item: tokens} or {token: description}, or one token per line"
     add("extend_tokens", None, new, Path, metavar="FILE")
-    add("freeze_base", 0, "1: train only the rows of new tokens", switch)
+    add("freeze_base", 0, "1: train only the embeddings of new tokens", switch)
     parser.set_defaults(**defaults)
     return parser
 
 
 def conversation_flags(parser, training=True):
-    """Adds the flags of conversations: of SFT, and, not training, of what records a teacher."""
+    """Add the flags for conversations; training: also those that only SFT needs."""
     add = parser.group("conversations")
-    replay = "pretraining text mixed in against forgetting; default: Tiny World's with its data"
+    replay = "pretraining text to mix in against forgetting; default: Tiny World's, with its data"
     add("replay_path", None, replay, Path, metavar="FILE")
-    add("replay_share", 0.4, "its tokens, per token of the conversations", number(float, 0))
-    add("data_format", None, "default: that of a file's first record", choose_from(*KEYS))
-    overlong = "what happens to a conversation longer than --max_seq_len: truncate|drop|split"
+    add("replay_share", 0.4, "replayed pretraining tokens per SFT token", number(float, 0))
+    add("data_format", None, "default: detected from a file's first record", choose_from(*KEYS))
+    overlong = "conversations longer than --max_seq_len: truncate, drop or split"
     add("overlong", "truncate", overlong, choose_from("truncate", "drop", "split"))
-    think = "whose reasoning is kept: that of all answers, the last, or none"
+    think = "keep the reasoning of all answers, the last one, or none"
     add("keep_think", "all", think, choose_from("all", "last", "none"))
     if training:
         from evaluation.tasks import TASKS  # here: pretraining loads no graders
 
-        best = f"what makes weights the best: val_loss, or a score: {'|'.join(TASKS)}"
+        best = f"score that selects the best weights: val_loss, {', '.join(TASKS)}"
         add("best_metric", "val_loss", best, choose_from("val_loss", *TASKS))
 
 
 def parse_args(parser, argv=None, saved=None, check=None):
-    """Return the flags as a namespace. saved: the flags of the run that is resumed. check(args,
-    parser) returns the problems of the flags that only one script has.
+    """Parse the flags into a namespace. saved: the flags of the run to resume. check(args, parser)
+    returns error messages for the flags of a single script.
 
-    Exits with code 2 and every problem, one a line, if there are any.
+    Exits with code 2 after printing all errors, one per line.
     """
     argv = sys.argv[1:] if argv is None else argv
     if saved:
-        parser.set_defaults(**taken_over(saved, parser))
+        parser.set_defaults(**restored_flags(saved, parser))
     config = parser.parse_known_args(argv)[0].config
     from_file, problems = read_config(config, parser) if config else ([], [])
     args = parser.parse_unchecked([*from_file, *argv])
@@ -155,9 +154,9 @@ def parse_args(parser, argv=None, saved=None, check=None):
     return args
 
 
-def taken_over(saved, parser):
-    """The flags that a resumed run takes over from the one before."""
-    known = {action.dest for action in parser._actions} - set(OF_THE_COMMAND)
+def restored_flags(saved, parser):
+    """Return the flags that a resumed run restores."""
+    known = {action.dest for action in parser._actions} - set(NOT_RESTORED)
     flags = {name: value for name, value in saved.items() if name in known}
     for name in ("data_path", "val_data_path", "replay_path"):
         if isinstance(flags.get(name), list):
@@ -166,8 +165,8 @@ def taken_over(saved, parser):
 
 
 def read_config(path, parser):
-    """(a TOML file as a command line, its problems). Its tables are only headings; its paths are
-    relative to the repository, or to the file's folder if it lies elsewhere.
+    """Convert a TOML file to command-line words. Returns (words, error messages). Its tables only
+    group the flags; paths are relative to the repository, or to the file if it is elsewhere.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -181,32 +180,32 @@ def read_config(path, parser):
     for name, value in flat.items():
         action = parser._option_string_actions.get(f"--{name}")
         if action is None or name == "config":
-            problems.append(f"{path}: {name} is not a flag (--help lists them)")
+            problems.append(f"{path}: {name} isn't a flag (--help lists them)")
             continue
-        given = value if isinstance(value, list) else [value]
-        given = [str(int(v)) if isinstance(v, bool) else str(v) for v in given]
+        texts = value if isinstance(value, list) else [value]
+        texts = [str(int(v)) if isinstance(v, bool) else str(v) for v in texts]
         if action.type in (Path, source):
-            given = [str(folder / text) for text in given]
-        words += [f"--{name}", *given] if action.nargs else [f"--{name}={text}" for text in given]
+            texts = [str(folder / text) for text in texts]
+        words += [f"--{name}", *texts] if action.nargs else [f"--{name}={text}" for text in texts]
     return words, problems
 
 
 def contradictions(args):
-    """A sentence for each flag that does not fit the others or the disk. Resolves the paths of
-    data, and fills in what follows from other flags.
+    """Return an error message for each flag that conflicts with other flags or with the disk.
+    Resolves the paths of data files, and sets flags that follow from others.
     """
     problems = []
     sources = args.data_path or []
     if len({isinstance(s, Source) and s.weight is None for s in sources}) > 1:
-        problems.append("--data_path: give every file a share, or none")
+        problems.append("--data_path: give every file a weight, or none")
     for name in ("val_data_path", "tokenizer_path", "replay_path", "extend_tokens"):
         path = getattr(args, name, None)
         if path is None or (name == "extend_tokens" and args.from_resume):
-            continue  # the checkpoint of a resumed run has its tokens
+            continue  # a resumed run's checkpoint contains the tokens
         if os.path.isfile(path):  # noqa: PTH113
-            setattr(args, name, path.resolve())  # the same file, wherever the run is resumed from
+            setattr(args, name, path.resolve())  # the run may be resumed from another folder
         else:
-            problems.append(f"--{name} {path}: there is no such file; give a path from here")
+            problems.append(f"--{name} {path}: no such file; give a path from here")
     if args.from_weight in (None, "none") and not args.from_resume:
         for name in ("use_lora", "extend_tokens", "freeze_base"):
             if getattr(args, name):
@@ -219,11 +218,11 @@ def contradictions(args):
         problems.append(f"--save_dir {str(args.save_dir):.60}: {error.strerror}")
     name = str(args.save_weight)
     plain = re.fullmatch(r"\w[\w .+=-]*", name) and not name.endswith(".pth")
-    earlier = args.from_resume and Path(name).name == name  # earlier versions took any name
+    earlier = args.from_resume and Path(name).name == name  # earlier versions accepted any name
     if not (plain or earlier) or len(name.encode()) > 100:
         problems.append(
             f"--save_weight {name:.110}: give a name of at most 100 bytes, of letters, digits and "
-            "_-+=. without folders and without .pth"
+            "_-+=. (no folder, no .pth)"
         )
     if args.sample_prompt is not None and not 0 < len(args.sample_prompt) <= 500:
         problems.append("--sample_prompt: give from 1 to 500 characters")
@@ -235,9 +234,9 @@ def contradictions(args):
 
 
 def next_command(args, script="eval_llm.py"):
-    """Return the command that opens what a run has written: a chat, or the script of a stage."""
+    """Return the command for the next step: a chat, or the script of the next stage."""
     flags, name = [], args.save_weight
-    if args.use_lora:  # adapters are merged before another stage
+    if args.use_lora:  # merge adapters before another stage
         script, flags = "eval_llm.py", ["--lora", name.removeprefix("lora_")]
     elif script != "eval_llm.py":
         flags = ["--from_weight", name]
@@ -247,8 +246,8 @@ def next_command(args, script="eval_llm.py"):
 
 
 def resume_command(args, stage, processes):
-    """Return the command that resumes a run; its other flags are in the checkpoint."""
-    is_ours = Path(sys.argv[0]).resolve().parent == ROOT / "trainer"  # else called from other code
+    """Return the command that resumes a run; the checkpoint has the other flags."""
+    is_ours = Path(sys.argv[0]).resolve().parent == ROOT / "trainer"  # else: called from other code
     name = Path(sys.argv[0]).name if is_ours else f"train_{stage}.py"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes on this machine
     nodes = f"--nnodes {processes // here} " if here < processes else ""
@@ -258,7 +257,7 @@ def resume_command(args, stage, processes):
 
 
 def command(launcher, script, args, *flags):
-    """Return a command line that works from where the user is."""
+    """Return a command line that works from the current folder."""
     folder = [] if args.save_dir == ROOT / "out" else ["--save_dir", str(args.save_dir)]
     path = ROOT / script
     if Path.cwd().is_relative_to(ROOT):

@@ -1,4 +1,4 @@
-"""out/logs/NAME.jsonl, one JSON object a line, the progress bar, and the picture of the loss."""
+"""The metrics log out/logs/NAME.jsonl, the progress bar, and the loss curve."""
 
 import html
 import json
@@ -12,29 +12,32 @@ from common import UserError, atomic_write
 
 
 class MetricsLog:
-    """The log of a run and its progress bar; silent on all but the first process.
+    """A run's log and progress bar; silent except on rank 0.
 
-    tokens_per_s is that of training alone, without validation and saving. The first step does not
-    count once there is a second: it compiles and allocates.
+    tokens_per_s covers only training, without validation and saving. The first step, which compiles
+    and allocates, is excluded once there is a second.
     """
 
     def __init__(self, path, progress, silent=False):
         self.path, self.silent = Path(path), silent
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0  # of this process
-        self.curves, self.unit = {}, "nats per token"  # drawn instead: {label: (key, factor)}
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0  # by this process
+        self.curves, self.unit = (
+            {},
+            "nats per token",
+        )  # to draw: {label: (key, factor)}
         steps = {"total": progress.total_steps, "initial": progress.step}
         self.bar = tqdm(**steps, unit="step", disable=silent or None)
         if silent:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:  # what came after the checkpoint is cut off
+            with self.path.open("ab") as file:  # drop log lines newer than the checkpoint
                 file.truncate(min(progress.log_bytes, file.tell()))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def count(self, tokens, began):
-        """Counts a training step that began at a time.perf_counter()."""
+        """Count a training step that began at this time.perf_counter()."""
         if self.steps == 1:
             self.tokens, self.seconds = 0, 0.0
         self.steps += 1
@@ -42,8 +45,8 @@ class MetricsLog:
         self.seconds += time.perf_counter() - began
         self.bar.update()
 
-    def write(self, progress, *, epoch, loss, lr, grad_norm, data_wait_s, val_loss=None, **more):
-        """Adds a line to the log; prints those of the first step and of validations."""
+    def write(self, progress, *, epoch, loss, lr, grad_norm, data_wait_s, val_loss=None, **others):
+        """Append a line to the log; print a summary for the first step and validations."""
         speed = self.tokens / max(self.seconds, 1e-9)
         loss_text = "none" if loss is None else f"{loss:.3f}"
         self.bar.set_postfix(loss=loss_text, tokens_per_s=f"{speed:.0f}")
@@ -52,7 +55,7 @@ class MetricsLog:
             at = f"step {progress.step} of {progress.total_steps}"
             tqdm.write(f"{at}: loss {loss_text}, {validation}{speed:,.0f} tokens/s")
         line = {"step": progress.step, "epoch": epoch, "tokens": progress.tokens, "loss": loss}
-        line |= {"val_loss": val_loss, **more, "lr": lr, "grad_norm": grad_norm}
+        line |= {"val_loss": val_loss, **others, "lr": lr, "grad_norm": grad_norm}
         line |= {"tokens_per_s": speed, "data_wait_s": data_wait_s}
         for key, value in line.items():
             if isinstance(value, float):  # JSON has no NaN
@@ -65,21 +68,21 @@ class MetricsLog:
                 progress.log_bytes = file.tell()
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be written: {error.strerror}. Make room, and resume from the "
-                "last checkpoint with --from_resume 1"
+                f"{self.path} cannot be written: {error.strerror}. Free some space, and resume "
+                "from the last checkpoint with --from_resume 1"
             ) from None
 
     def draw(self):
-        """Draw the loss curves as an SVG beside the log; return its path."""
+        """Draw the loss curves as an SVG next to the log. Returns its path."""
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        drawn = self.curves or {"training": ("loss", 1), "validation": ("val_loss", 1)}
+        curve_keys = self.curves or {"training": ("loss", 1), "validation": ("val_loss", 1)}
         losses = {}
-        for label, (key, factor) in drawn.items():
+        for label, (key, factor) in curve_keys.items():
             values = [line.get(key) for line in lines]
             losses[label] = [value if value is None else factor * value for value in values]
         for file in sorted({name for line in lines for name in line.get("val_losses", {})}):
-            of_file = [line.get("val_losses", {}).get(file) for line in lines]
-            losses[f"validation, {file}"] = of_file
+            file_losses = [line.get("val_losses", {}).get(file) for line in lines]
+            losses[f"validation, {file}"] = file_losses
         curves = {}
         for label, values in losses.items():
             points = zip([line["tokens"] for line in lines], values, strict=True)
@@ -95,30 +98,30 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 
 
 def curves_as_svg(curves, title, unit="nats per token", clip=True):
-    """{label: [(tokens, loss)]} as the text of an SVG, 700 x 400. With clip, losses above 20 times
-    the lowest are drawn at the upper edge: they would flatten the rest.
+    """Return an SVG, 700 x 400, of curves {label: [(tokens, loss)]}. clip draws losses above 20
+    times the minimum at the upper edge, because they would flatten the rest.
     """
     tokens = [x for points in curves.values() for x, _ in points] or [1]
     losses = [y for points in curves.values() for _, y in points] or [1]
-    most, bottom = max(tokens), min(0, *losses)
+    max_tokens, bottom = max(tokens), min(0, *losses)
     top = min(max(losses), 20 * min(losses)) if clip else max(losses)
     top = top if top > bottom else bottom + 1
     left, right, above, below = 60, 680, 40, 350
 
     def place(x, y):
         y = (min(y, top) - bottom) / (top - bottom)
-        return f"{left + (right - left) * x / most:.1f},{below - (below - above) * y:.1f}"
+        return f"{left + (right - left) * x / max_tokens:.1f},{below - (below - above) * y:.1f}"
 
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 400" font-family="sans-serif" '
         'font-size="13"><rect width="700" height="400" fill="white"/>',
         f'<text x="{left}" y="24" font-size="15">{html.escape(title)}: {unit}</text>',
-        f'<text x="{right}" y="390" text-anchor="end">{most:,} tokens trained on</text>',
+        f'<text x="{right}" y="390" text-anchor="end">{max_tokens:,} tokens trained on</text>',
     ]
-    for part in range(5):
-        y = below - (below - above) * part / 4
+    for tick in range(5):
+        y = below - (below - above) * tick / 4
         parts.append(f'<path d="M{left},{y:.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="8" y="{y + 4:.1f}">{bottom + (top - bottom) * part / 4:.2f}</text>')
+        parts.append(f'<text x="8" y="{y + 4:.1f}">{bottom + (top - bottom) * tick / 4:.2f}</text>')
     for index, (label, points) in enumerate(curves.items()):
         if not points:
             continue

@@ -1,4 +1,4 @@
-"""From gradients to steps: the optimizer, its learning rate, and torch.compile."""
+"""Optimizers, learning rate schedule, and torch.compile."""
 
 import math
 
@@ -8,24 +8,25 @@ from model.device import require_compiler
 
 
 def make_optimizer(model, args):
-    """Muon for the matrices of the layers, AdamW (arXiv:1711.05101) for all other weights and for
-    adapters; with args.optimizer "adamw", AdamW for everything. Scales of norms do not decay.
+    """Return the optimizer: Muon for the layers' matrices and AdamW (arXiv:1711.05101) for all
+    other weights and for adapters; with args.optimizer "adamw", AdamW for everything. Vectors have
+    no weight decay.
     """
-    matrices, scales, muon = [], [], []
-    of_layers = {id(weight) for weight in model.model.layers.parameters()}
+    decayed, not_decayed, muon = [], [], []
+    layer_weights = {id(weight) for weight in model.model.layers.parameters()}
     use_muon = args.optimizer == "muon" and not getattr(model, "lora", None)
     for weight in model.parameters():
         if not weight.requires_grad:
             continue
-        # Rows that must stay as they are must not decay either: see model/extend_vocab.py.
+        # Frozen rows must not decay either: see model/extend_vocab.py.
         if weight.dim() < 2 or hasattr(weight, "first_row"):
-            scales.append(weight)
-        elif use_muon and id(weight) in of_layers:
+            not_decayed.append(weight)
+        elif use_muon and id(weight) in layer_weights:
             muon.append(weight)
         else:
-            matrices.append(weight)
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}]
-    groups += [{"params": scales, "weight_decay": 0.0}]
+            decayed.append(weight)
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}]
+    groups += [{"params": not_decayed, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), fused=True)
     if not muon:
@@ -34,18 +35,18 @@ def make_optimizer(model, args):
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps that are orthogonal matrices (Keller Jordan, 2024), with the weight decay of AdamW.
+    """Muon (Keller Jordan, 2024): orthogonalized momentum updates, with AdamW's weight decay.
 
-    The gradient of a matrix is dominated by few directions. An orthogonal step is equally large in
-    all of them, so what is rarely needed is learned as fast as what is needed all the time. Steps
-    are scaled to the size of AdamW's (arXiv:2502.16982), so one learning rate fits both.
+    A matrix's gradient is dominated by few directions. An orthogonal update has the same size in
+    all directions, so rare directions are learned as fast as frequent ones. Updates are scaled to
+    the size of AdamW's (arXiv:2502.16982), so both use the same learning rate.
     """
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):  # torch passes one when it loads a state
+    def step(self, closure=None):  # torch passes a closure when it loads a state
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for weight in group["params"]:
@@ -56,38 +57,38 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
                 step = weight.grad.lerp(average, momentum)  # Nesterov's momentum
-                if hasattr(step, "full_tensor"):  # a slice of fsdp's: the whole matrix is needed
+                if hasattr(step, "full_tensor"):  # sharded by FSDP: gather the full matrix
                     from torch.distributed.tensor import distribute_tensor
 
-                    whole = orthogonal(step.full_tensor())
+                    whole = orthogonalize(step.full_tensor())
                     step = distribute_tensor(whole, step.device_mesh, step.placements)
                 else:
-                    step = orthogonal(step)
+                    step = orthogonalize(step)
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.add_(step, alpha=-lr * 0.2 * max(weight.shape) ** 0.5)
 
 
-def orthogonal(matrix, iterations=3):
-    """Roughly the orthogonal matrix U V^T of a matrix U S V^T: its singular values are brought near
-    1, those below a fiftieth of their norm not all the way.
+def orthogonalize(matrix, iterations=3):
+    """Approximate U V^T for a matrix U S V^T with a Newton-Schulz iteration: singular values move
+    close to 1, except those below 1/50 of their norm.
 
-    Each iteration replaces every singular value s by a s + b s^3 + c s^5. The three numbers raise
-    small values fast; they are those of Muon's author, who takes five iterations. Three take less
-    time and train as well: see docs/18_what_was_tried.md.
+    Each iteration maps every singular value s to a s + b s^3 + c s^5. The coefficients, from Muon's
+    author, raise small values fast. He uses five iterations; three are faster and train as well:
+    see docs/18_what_was_tried.md.
     """
     x = matrix.bfloat16() if matrix.is_cuda else matrix
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T  # the products below have the size of the smaller side
-    x = x / (x.norm() + 1e-7)  # no singular value is above 1
+    is_wide = x.shape[0] <= x.shape[1]
+    x = x if is_wide else x.T  # so that the matmuls below have the smaller size
+    x = x / (x.norm() + 1e-7)  # all singular values are at most 1
     for _ in range(iterations):
-        square = x @ x.T
-        square = 2.0315 * square @ square - 4.7750 * square
-        x = 3.4445 * x + square @ x
-    return (x if wide else x.T).to(matrix.dtype)
+        gram = x @ x.T
+        gram = 2.0315 * gram @ gram - 4.7750 * gram
+        x = 3.4445 * x + gram @ x
+    return (x if is_wide else x.T).to(matrix.dtype)
 
 
 class Optimizers:
-    """Several optimizers, each with weights of its own, used as one."""
+    """Several optimizers for different weights, with the interface of one."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -106,19 +107,19 @@ class Optimizers:
 
 
 def learning_rate(step, total_steps, args):
-    """The learning rate of a step, counted from 0: a linear rise to --learning_rate over
-    --warmup_steps, then half a cosine down to --min_lr_ratio of it at the last step.
+    """Return the learning rate of a step, counted from 0: linear warm-up to --learning_rate over
+    --warmup_steps, then cosine decay to --min_lr_ratio of it at the last step.
     """
-    highest, warmup_steps = args.learning_rate, min(args.warmup_steps, total_steps - 1)
+    max_lr, warmup_steps = args.learning_rate, min(args.warmup_steps, total_steps - 1)
     if step < warmup_steps:
-        return highest * (step + 1) / (warmup_steps + 1)
-    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    floor = highest * args.min_lr_ratio
-    return floor + (highest - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return max_lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    min_lr = max_lr * args.min_lr_ratio
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer, step, total_steps, args):
-    """The learning rate of a step, which the optimizer now has."""
+    """Set the optimizer's learning rate for a step. Returns it."""
     lr = learning_rate(step, total_steps, args)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -126,8 +127,8 @@ def set_learning_rate(optimizer, step, total_steps, args):
 
 
 def clip_and_step(model, optimizer, scaler, grad_clip):
-    """Scales the gradient to a norm of at most grad_clip (0: any), and updates the weights unless
-    it is not finite; returns its norm before. The gradient is cleared afterwards.
+    """Clip the gradient to norm grad_clip (0: no limit) and update the weights, unless the norm
+    isn't finite. Clears the gradient. Returns the norm before clipping.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -140,10 +141,10 @@ def clip_and_step(model, optimizer, scaler, grad_clip):
 
 
 def full_state(model, optimizer=None):
-    """The model's state dict with whole tensors on the CPU; with an optimizer, both state dicts.
-    They are empty but on the first process. Every process must call this.
+    """Return the model's state dict with full tensors on the CPU; with an optimizer, both state
+    dicts. They are empty except on rank 0. Must be called on all ranks.
     """
-    # Here: it takes a second to load, and a chat needs none of it.
+    # Imported late: it takes a second, and a chat doesn't need it.
     from torch.distributed.checkpoint import state_dict
 
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -155,28 +156,28 @@ def full_state(model, optimizer=None):
 
 
 def load_full_state(model, optimizer, state):
-    """Loads an optimizer's state of `full_state`, of which each process takes what it shards.
+    """Load an optimizer state from `full_state`; each process takes its shard.
 
-    Raises ValueError if it is the state of other weights or of another kind of optimizer.
+    Raises ValueError if it is the state for other weights or another optimizer.
     """
     from torch.distributed.checkpoint import state_dict
 
     parts = getattr(optimizer, "parts", (optimizer,))
-    name_of = {weight: name for name, weight in model.named_parameters()}
-    names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+    name_by_weight = {weight: name for name, weight in model.named_parameters()}
+    names = [name_by_weight[p] for group in optimizer.param_groups for p in group["params"]]
     if set(state.get("state", ())) != set(names):
-        raise ValueError("it is that of other weights")
+        raise ValueError("it is the state for other weights")
     state["param_groups"] = [group for group in state["param_groups"] if group["params"]]
     options = state_dict.StateDictOptions(full_state_dict=True)
     state_dict.set_optimizer_state_dict(model, parts, state, options=options)
 
 
 def compile_layers(model):
-    """Compiles each layer: torch fuses its small operations. The layers are alike, so the code of
-    the first one serves all, and the first step waits for one compilation only.
+    """Compile each layer with torch.compile. All layers share the code of the first one, so the
+    first step waits for a single compilation.
     """
     require_compiler(model.lm_head.weight.device)
     print("compiling: the first step takes up to a minute")
-    torch._dynamo.config.optimize_ddp = False  # else it cuts each layer in pieces
+    torch._dynamo.config.optimize_ddp = False  # otherwise DDP splits each layer's graph
     for layer in model.model.layers:
         layer.compile()

@@ -1,4 +1,4 @@
-"""Which weights of a model are trained: all, those of adapters, or those of new tokens."""
+"""Select trainable parameters: all, LoRA adapters, or new embeddings."""
 
 import json
 
@@ -10,18 +10,18 @@ from model.lora import add_lora
 
 
 def choose_trainable(model, tokenizer, args, saved=None):
-    """Adds new tokens and adapters to a model, and freezes weights, as --extend_tokens, --use_lora
-    and --freeze_base say. A saved checkpoint has its tokens and adapters already.
+    """Add new tokens and adapters to a model and freeze weights, according to --extend_tokens,
+    --use_lora and --freeze_base. A saved checkpoint already has its tokens and adapters.
 
-    Raises UserError where flags contradict each other.
+    Raises UserError if flags contradict each other.
     """
     if args.use_lora and (args.freeze_base or args.extend_tokens):
         raise UserError(
-            "--use_lora 1 keeps all weights as they are, so it excludes --extend_tokens and "
-            "--freeze_base 1; add the tokens in a run of their own first"
+            "--use_lora 1 freezes all weights, so it can't be combined with --extend_tokens or "
+            "--freeze_base 1; add the tokens in a separate run first"
         )
     if args.freeze_base and args.parallel == "fsdp":
-        raise UserError("--freeze_base 1 needs whole matrices; use --parallel ddp")
+        raise UserError("--freeze_base 1 needs unsharded weights; use --parallel ddp")
     if args.extend_tokens and not saved:
         added = extend_vocab(model, tokenizer, read_tokens(args.extend_tokens))
         print(f"{added} new tokens; the vocabulary has {model.config.vocab_size} entries")
@@ -36,20 +36,21 @@ def choose_trainable(model, tokenizer, args, saved=None):
             "--lora_target" if args.use_lora else "--freeze_base 1: add some with --extend_tokens;"
         )
         raise UserError(f"{flag} {error}") from None
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     if args.freeze_base:
         rows = {weight[weight.first_row :] for weight in model.parameters() if weight.requires_grad}
-        trained = sum(weight.numel() for weight in rows)
-    total = sum(weight.numel() for weight in model.parameters())
-    if trained < total:
-        print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%})")
+        num_trained = sum(weight.numel() for weight in rows)
+    num_total = sum(weight.numel() for weight in model.parameters())
+    if num_trained < num_total:
+        share = num_trained / num_total
+        print(f"{num_trained:,} of {num_total:,} parameters are trained ({share:.1%})")
 
 
 def read_tokens(path):
-    """{token: its description or ""}, sorted: of JSON, {item: its tokens} or {token: description},
-    or of a file with a token a line.
+    """Read new tokens as {token: description or ""}, sorted, from JSON {item: tokens} or
+    {token: description}, or from a file with one token per line.
 
-    Raises UserError for a file that is none of these.
+    Raises UserError for other files.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -62,9 +63,9 @@ def read_tokens(path):
         tokens = {token.strip(): tokens[token] for token in sorted(tokens) if token.strip()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"--extend_tokens {path}: {error}; give JSON of item to tokens, of token to its "
-            "description, or a token a line"
+            f"--extend_tokens {path}: {error}; give JSON of item to tokens or of token to "
+            "description, or one token per line"
         ) from None
     if not tokens:
-        raise UserError(f"--extend_tokens {path}: there is no token in it")
+        raise UserError(f"--extend_tokens {path}: it has no token")
     return tokens

@@ -1,15 +1,15 @@
-"""The hidden states of a teacher for each token of a data set, on disk. export_hidden_states.py in
-recipes/ writes them; distillation then needs neither the teacher nor the data.
+"""Offline distillation: a teacher's hidden states for each token of a dataset, on disk. Written by
+recipes/export_hidden_states.py; distillation then needs neither the teacher nor the data.
 
     DIR/manifest.json      teacher, data and flags of the recording
     DIR/tokenizer.json     the tokenizer of the teacher
-    DIR/output.pt          its output layer (V, D), which makes logits of hidden states
-    DIR/train/00000.pt     shards, as many as the manifest says; valid/ likewise
+    DIR/output.pt          its LM head (V, D), which turns hidden states into logits
+    DIR/train/00000.pt     shards; the manifest has their number; valid/ likewise
 
-A shard holds the n tokens of its samples, one sample after the other: lengths of the samples,
-input_ids (n,), loss_mask (n,), hidden_states (n, D) of the last layer, and aux_hidden_states
-(n, L, D) of L further layers, if there are any. Each .pt file also holds `belongs`, a hash of its
-name, the manifest and the tokenizer, so that a file of another recording is noticed.
+A shard holds the n concatenated tokens of its samples: lengths of the samples, input_ids (n,),
+loss_mask (n,), hidden_states (n, D) of the last layer, and aux_hidden_states (n, L, D) of L further
+layers, if any. Each .pt file also has `belongs`, a hash of its name, the manifest and the
+tokenizer, to detect files of another recording.
 """
 
 import hashlib
@@ -26,49 +26,46 @@ from dataset.lm_dataset import SFTDataset
 from dataset.token_cache import Tokens
 from model.weights import load_tensors
 
-REMEDY = "give the command of recipes/export_hidden_states.py that wrote it again: it continues"
+HINT = "rerun the command of recipes/export_hidden_states.py that wrote it: it continues"
 
 
 def read_manifest(folder):
-    """The manifest of a recording, a dict. Raises UserError if it is missing or damaged."""
+    """Read the manifest of a recording, a dict. Raises UserError if it is missing or damaged."""
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
         manifest["shards"], manifest["config"], manifest["aux_layers"], manifest["teacher"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{folder} is no folder of recipes/export_hidden_states.py: {error!r}; {REMEDY}"
+            f"{folder} was not written by recipes/export_hidden_states.py: {error!r}; {HINT}"
         ) from None
     return manifest
 
 
 def fingerprint(path):
-    """The hash that ties a .pt file to its recording, (32,) uint8."""
+    """Return the hash that ties a .pt file to its recording, (32,) uint8."""
     folder = path.parent if path.name == "output.pt" else path.parents[1]
     content = path.relative_to(folder).as_posix().encode()
     for name in ("manifest.json", "tokenizer.json"):
         try:
             content += hashlib.sha256((folder / name).read_bytes()).digest()
         except OSError as error:
-            raise UserError(f"{folder / name}: {error.strerror}; {REMEDY}") from None
+            raise UserError(f"{folder / name}: {error.strerror}; {HINT}") from None
     return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
 
 
 def read(path, verify=True):
-    """The dict of a .pt file, memory-mapped; verify is that of `load_tensors`. Raises UserError if
-    it is missing, damaged, or of another recording.
+    """Load a .pt file, memory-mapped; verify as in `load_tensors`. Raises UserError if it is
+    missing, damaged, or from another recording.
     """
-    content = load_tensors(path, REMEDY, verify, mmap=True)
-    mark = content.get("belongs") if isinstance(content, dict) else None
-    if mark is None or not torch.equal(mark, fingerprint(path)):
-        raise UserError(
-            f"{path} does not belong to the manifest.json and tokenizer.json of its folder; "
-            f"{REMEDY}"
-        )
+    content = load_tensors(path, HINT, verify, mmap=True)
+    stored = content.get("belongs") if isinstance(content, dict) else None
+    if stored is None or not torch.equal(stored, fingerprint(path)):
+        raise UserError(f"{path} is from another recording than its manifest.json; {HINT}")
     return content
 
 
 def shards(part, verify=True):
-    """The shards of DIR/train or another part, in order. Raises UserError as `read` does."""
+    """Yield the shards of DIR/train or another part, in order. Raises UserError like `read`."""
     for number in range(read_manifest(part.parent)["shards"].get(part.name, 0)):
         yield read(part / f"{number:05d}.pt", verify)
 
@@ -77,17 +74,17 @@ class RecordedDataset(SFTDataset):
     """The samples of DIR/train or another part of a recording."""
 
     def read(self, path, tokenizer, strict, **cache):
-        return tokens_of(path)
+        return recorded_tokens(path)
 
 
-def tokens_of(part):
+def recorded_tokens(part):
     """Return the Tokens of DIR/train or another part."""
     part = Path(part)
-    found = list(shards(part))
-    if not found:
-        raise UserError(f"{part} holds no shard; give a file, or {REMEDY}")
+    part_shards = list(shards(part))
+    if not part_shards:
+        raise UserError(f"{part} has no shard; give a file, or {HINT}")
     ids, mask, lengths = (
-        np.concatenate([shard[name].numpy() for shard in found])
+        np.concatenate([shard[name].numpy() for shard in part_shards])
         for name in ("input_ids", "loss_mask", "lengths")
     )
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
@@ -107,8 +104,8 @@ def tokens_of(part):
 
 
 class OfflineTeacher:
-    """The recorded states of DIR/train, instead of a `Teacher`. A sample is found by its tokens.
-    with_layers: also those of the further layers.
+    """The recorded states of DIR/train, with the interface of `Teacher`. Samples are looked up by
+    their tokens. with_layers: also read the states of further layers.
     """
 
     def __init__(self, folder, device, with_layers=True):
@@ -116,8 +113,8 @@ class OfflineTeacher:
         self.layers = manifest["aux_layers"] if with_layers else []
         self.config = SimpleNamespace(**manifest["config"])
         self.output = read(folder / "output.pt")["output"].to(device)
-        self.samples = {}  # the bytes of its ids: (states of its shard, its first token in them)
-        for shard in shards(folder / "train", verify=False):  # verified when they were read as data
+        self.samples = {}  # bytes of a sample's ids: (states of its shard, its start in the shard)
+        for shard in shards(folder / "train", verify=False):  # already verified as data
             states, start = [shard["hidden_states"]], 0  # (n, D) each
             if self.layers:
                 states += shard["aux_hidden_states"].unbind(1)
@@ -128,16 +125,16 @@ class OfflineTeacher:
         self.states = states
 
     def __call__(self, input_ids, position_ids, document_ids):
-        """[(B, T, D), ...], as `Teacher` returns them; zeros for padding."""
+        """Return [(B, T, D), ...] like `Teacher`; zeros for padding."""
         B, T = input_ids.shape
         ids, documents = input_ids.cpu().numpy().astype(np.int32), document_ids.cpu().numpy()
-        found = [torch.zeros(B, T, part.shape[1], dtype=part.dtype) for part in self.states]
+        outputs = [torch.zeros(B, T, part.shape[1], dtype=part.dtype) for part in self.states]
         for row in range(B):
             starts = np.flatnonzero(np.diff(documents[row], prepend=-2))
             for start, end in pairwise([*starts, T]):
                 if documents[row, start] < 0:  # padding
                     continue
                 recorded, first = self.samples[ids[row, start:end].tobytes()]
-                for states, part in zip(found, recorded, strict=True):
+                for states, part in zip(outputs, recorded, strict=True):
                     states[row, start:end] = part[first : first + end - start]
-        return [states.to(input_ids.device) for states in found]
+        return [states.to(input_ids.device) for states in outputs]

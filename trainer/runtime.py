@@ -1,7 +1,7 @@
-"""Where a run computes: its device, its precision, and the other processes of its job.
+"""Device, precision and process group.
 
-`torchrun` starts the processes and gives each its rank through the environment. Without it there is
-one process, and what concerns others does nothing.
+`torchrun` starts the processes and sets their ranks in the environment. Without it there is one
+process, and collectives are no-ops.
 """
 
 import io
@@ -23,7 +23,7 @@ from model.device import DTYPES, auto_dtype, keep_freed_memory, pick_device
 
 @dataclass
 class Runtime:
-    """Where and how precisely a process computes. Weights stay fp32; autocast computes in dtype."""
+    """Device, precision and rank of a process. Weights stay fp32; autocast computes in dtype."""
 
     device: torch.device
     dtype: torch.dtype
@@ -33,25 +33,25 @@ class Runtime:
     world_size: int
 
     def sum(self, *values):
-        """Return each number summed over all processes, as floats."""
+        """Sum each number over all processes; returns floats."""
         return all_reduce_sum(*values)
 
     def backward(self, loss):
-        """Add the gradient of a loss to the gradients of the weights."""
-        # Processes average their gradients, but the sum is needed: hence the factor.
+        """Accumulate the gradient of a loss."""
+        # DDP averages gradients; multiply by world_size to get the sum.
         self.scaler.scale(loss * self.world_size).backward()
 
 
 def start_runtime(args):
-    """Return the Runtime of this process, after it has joined the others of its job.
+    """Select the device and precision, and join the process group. Returns a Runtime.
 
-    What --dtype auto stands for is stored in args.dtype: a resumed run computes as it began.
-    Raises UserError if the device cannot be used.
+    Replaces --dtype auto in args.dtype, so that a resumed run uses the same precision. Raises
+    UserError if the device isn't available.
     """
     keep_freed_memory()
     device = pick_device(args.device, args.deterministic)
     rank, world_size = join()
-    if args.dtype == "auto":  # the first process decides: machines may differ
+    if args.dtype == "auto":  # rank 0 decides: machines may differ
         names = list(DTYPES)
         chosen = names.index(auto_dtype(device)) if rank == 0 else 0
         args.dtype = names[int(all_reduce_sum(chosen)[0])]
@@ -64,18 +64,18 @@ def start_runtime(args):
 
 
 def autocast_to(dtype, device):
-    """torch.autocast to a dtype on a device; for fp32 one that does nothing."""
+    """Return torch.autocast for a dtype on a device, disabled for fp32."""
     enabled = dtype != torch.float32
-    # torch 2.6 warns of fp32 on an Apple GPU, also where nothing is cast.
+    # torch 2.6 warns about fp32 on MPS even if autocast is disabled.
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
 def join():
-    """Joins the other processes of a torchrun job; returns (rank, number of processes).
+    """Join the process group of a torchrun job. Returns (rank, world_size).
 
-    Counts and signals are summed on the CPU by gloo: it notices a lost process at once, and no GPU
-    waits for them. The limit is that of a wait, also for the process that tokenises. Gradients have
-    a group of their own: see `parallelize`.
+    Counts and signals are summed on the CPU with gloo, which detects a lost process at once and
+    needs no GPU sync. The timeout must be longer than tokenization. Gradients use a group of their
+    own: see `parallelize`.
     """
     if "RANK" not in os.environ:
         return 0, 1
@@ -84,11 +84,12 @@ def join():
 
 
 def is_first():
+    """Return whether this is rank 0."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def all_reduce_sum(*values):
-    """Each number summed over all processes, as floats."""
+    """Sum each number over all processes; returns floats."""
     total = torch.tensor([float(value) for value in values], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -96,16 +97,15 @@ def all_reduce_sum(*values):
 
 
 def barrier():
-    """Waits for all processes."""
-    # Not a sum: of the last one before the end, gloo's thread would hold a Python object, and wait
-    # for Python while Python waits for that thread to end.
+    """Wait for all processes."""
+    # barrier, not all_reduce: avoids a gloo/GIL deadlock at exit.
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
 def first_process_first():
-    """The first process runs the block before the others do: they find its files."""
+    """Context manager: rank 0 runs the block first, so that the others find its files."""
     if not is_first():
         barrier()
     try:
@@ -116,7 +116,7 @@ def first_process_first():
 
 
 def end_job():
-    """Leave the job; the first process waits for all."""
+    """Wait for all processes and shut down the process group."""
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -124,11 +124,11 @@ def end_job():
 
 @contextmanager
 def report_lost_process():
-    """Around a script's main(): turns the error of a process that lost another one into a sentence
-    and exit code 2, and ends the processes of a job without waiting for each other.
+    """Context manager for a script's main(): turn the error about a lost process into one sentence
+    and exit code 2, and exit without waiting for other processes.
     """
     if int(os.environ.get("RANK", 0)) > 0:
-        sys.stdout = io.StringIO()  # only the first process prints
+        sys.stdout = io.StringIO()  # only rank 0 prints
     code = 0
     try:
         yield
@@ -146,8 +146,8 @@ def report_lost_process():
         )
         code = 2
     if "RANK" in os.environ:
-        # DDP and fully_shard keep references to the group that outlive it. A gloo thread that is
-        # still there when Python exits now and then aborts, and nccl waits for what it has begun.
+        # DDP and fully_shard hold references to the group. A gloo thread that is still running when
+        # Python exits sometimes aborts, and nccl waits for pending operations.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -156,17 +156,17 @@ def report_lost_process():
 
 
 def parallelize(model, mode, dtype):
-    """The model as the processes of a job run it together.
+    """Wrap the model for several processes; returns it unchanged for one.
 
-    ddp    every process holds all of it, and gradients are averaged (torch's DDP)
-    fsdp   each holds a slice of the weights, their gradients and the optimizer's state, and
-           gathers a layer when it computes it (arXiv:2304.11277; torch's `fully_shard`)
+    ddp    each process holds the full model; gradients are averaged (torch's DDP)
+    fsdp   weights, gradients and optimizer state are sharded; each layer is gathered when it is
+           computed (arXiv:2304.11277; torch's `fully_shard`)
     """
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device.type
-    # When a process is lost, nccl ends the others after this limit. Processes start each step
-    # together, so no gradient waits that long.
+    # If a process is lost, nccl stops the others after this timeout. All processes start each step
+    # together, so gradients never take that long.
     backend = "nccl" if device == "cuda" and dist.is_nccl_available() else "gloo"
     group = dist.new_group(backend=backend, timeout=timedelta(minutes=10))
     if mode == "ddp":
@@ -175,10 +175,10 @@ def parallelize(model, mode, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if device == "cpu" and torch.__version__ < "2.7":
-        raise UserError("--parallel fsdp on a CPU needs torch 2.7 or newer; leave the flag out")
+        raise UserError("--parallel fsdp on a CPU needs torch 2.7 or newer; omit the flag")
     mesh = DeviceMesh.from_group(group, device)
-    # The layers are gathered in dtype. As with ddp, rotary positions, the residual stream, the
-    # embeddings and the output layer are fp32.
+    # Layers are gathered in dtype. As with ddp, rotary embeddings, the residual stream, embeddings
+    # and the LM head are fp32.
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
@@ -190,7 +190,7 @@ def parallelize(model, mode, dtype):
 
 
 def gradient_sync(ddp_model, enabled):
-    """Context manager: a backward pass averages gradients over the processes only if enabled."""
+    """Context manager: average gradients over the processes only if enabled."""
     if hasattr(ddp_model, "set_requires_gradient_sync"):  # fsdp
         ddp_model.set_requires_gradient_sync(enabled)
     elif not enabled and hasattr(ddp_model, "no_sync"):  # ddp
@@ -199,7 +199,7 @@ def gradient_sync(ddp_model, enabled):
 
 
 def seed_step(args, step, rank):
-    """Make the random numbers of a step (dropout) a function of its number: a resumed run gets
-    those of an uninterrupted one.
+    """Seed the random numbers of a step (dropout) from its index, so that a resumed run gets the
+    same as an uninterrupted one.
     """
     torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))

@@ -1,4 +1,4 @@
-"""What can happen to a run from outside: signals, and a second run under the same name."""
+"""Signals, and the lock of a run."""
 
 import os
 import signal
@@ -10,52 +10,52 @@ from common import UserError
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM (a cluster takes the machine back) and SIGHUP (the terminal is closed)
-    into a flag that the loop reads between two steps. A second Ctrl-C stops at once.
+    """Turns Ctrl-C, SIGTERM (sent by a cluster) and SIGHUP (the terminal was closed) into a flag
+    that the loop checks between steps. A second Ctrl-C stops immediately.
     """
 
     def __init__(self):
         self.received = self.ending = False
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            # nohup has SIGHUP ignored, and means it.
+            # Respect SIGHUP being ignored (nohup).
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.ending:  # a third must not break into the ending
+        if self.ending:  # ignore further signals while exiting
             return
-        if number == getattr(signal, "SIGHUP", None):  # what is printed goes nowhere from here on
+        if number == getattr(signal, "SIGHUP", None):  # there is no terminal to print to
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
         if self.received and number == signal.SIGINT:
             self.ending = True
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # also while the interpreter ends
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # also during interpreter shutdown
             raise KeyboardInterrupt
         self.received = True
 
 
 class RunLock:
-    """Keeps a second run from writing the same files. The system releases it when the process
-    ends, for whatever reason, so no stale lock is left.
+    """Prevents a second run from writing the same files. The OS releases it when the process ends
+    for any reason, so there are no stale locks.
 
-    Raises UserError with the owner if another run holds it.
+    Raises UserError, naming the owner, if another run holds it.
     """
 
-    FAR = 2**30  # Windows locks bytes against reading too; those of the owner's name stay readable
-    OWN = {}  # path: the lock of this process; an error that is kept, as in a notebook, keeps it
+    FAR = 2**30  # lock a byte beyond the owner's name: Windows also blocks reading locked bytes
+    HELD = {}  # path: lock held by this process; in a notebook a stored traceback keeps it alive
 
     def __init__(self, path):
         path = Path(path)
-        if path in self.OWN:
-            self.OWN.pop(path).release()
+        if path in self.HELD:
+            self.HELD.pop(path).release()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written: {error.strerror}; choose another place (--save_dir)"
+                f"{path} cannot be written: {error.strerror}; choose another folder (--save_dir)"
             ) from None
         try:
             self.acquire()
@@ -69,7 +69,7 @@ class RunLock:
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.file.flush()
-        self.OWN[path] = self
+        self.HELD[path] = self
 
     def acquire(self):
         if sys.platform == "win32":

@@ -1,10 +1,10 @@
-"""Distillation: SFT whose loss also compares the model, the student, with a teacher.
+"""Distillation: SFT with an additional loss between the model (the student) and a teacher.
 
     python trainer/train_distillation.py --teacher_weight full_sft --from_weight pretrain_small
     python trainer/train_distillation.py --from_weight none --hidden_size 192
     python trainer/train_distillation.py --offline_dir out/offline --from_weight pretrain_small
 
-The loss is in trainer/distillation.py. Compare with train_full_sft.py: only the forward pass and
+The loss is in trainer/distillation.py. Compared with train_full_sft.py, only the forward pass and
 the data of a recorded teacher differ. --help lists the flags.
 """
 
@@ -83,7 +83,7 @@ def main(argv=None):
 
     for step, micro_batches in run.steps(plan.after(run.progress.step)):
         lr = set_learning_rate(optimizer, step, len(plan), args)
-        # The loss of a step is divided once, by the supervised tokens of all batches and processes.
+        # A step's loss is divided once, by its supervised tokens over all batches and processes.
         num_supervised, num_tokens = runtime.sum(*token_counts(micro_batches))
         step_loss = 0.0
         for i, batch in enumerate(micro_batches):
@@ -97,15 +97,14 @@ def main(argv=None):
         grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
         run.end_step(num_tokens, grad_norm)
 
-        # Once in a while: validate, log, show a sample.
+        # At intervals: validate, log, show a sample.
         validates = len(val) > 0 and run.is_due(args.val_interval)
         if validates or step == 0 or run.is_due(args.log_interval):
             metrics = {"loss": runtime.sum(step_loss)[0], "lr": lr, "grad_norm": grad_norm}
             if validates:
                 metrics |= validation_loss(model, val_dataset, val, args, runtime)
-                run.note_score(
-                    selection_score(model, tokenizer, task, metrics["val_loss"], runtime)
-                )
+                score = selection_score(model, tokenizer, task, metrics["val_loss"], runtime)
+                run.note_score(score)
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval):
             show_sample(model, tokenizer, args, runtime, chat=True)
@@ -113,25 +112,25 @@ def main(argv=None):
 
 
 def distillation_flags(parser):
-    """Add the flags that only distillation has."""
+    """Add the flags of distillation."""
     add = parser.group("distillation")
-    add("teacher_weight", "full_sft", "weights of the teacher: a name or a path", metavar="NAME")
-    recorded = "recorded hidden states of a teacher, and its data: see export_hidden_states.py"
+    add("teacher_weight", "full_sft", "teacher weights: a name or a path", metavar="NAME")
+    recorded = "recorded hidden states of a teacher, with the data; see export_hidden_states.py"
     add("offline_dir", None, recorded, Path, metavar="DIR")
     share = number(float, 0, 1)
-    add("distill_alpha", 0.1, "weight of the data's own loss; the rest is the teacher's", share)
+    add("distill_alpha", 0.1, "weight of the data loss; 1 - distill_alpha is the teacher's", share)
     add("distill_temperature", 1.0, "temperature of both distributions", number(float, 0.01))
-    add("hidden_weight", 0.0, "weight of the squared error of hidden states", number(float, 0))
-    add("aux_layers", "", "further layers of the teacher to compare, as 1,2", metavar="LAYERS")
+    add("hidden_weight", 0.0, "weight of the hidden-state MSE", number(float, 0))
+    add("aux_layers", "", "further teacher layers to compare, e.g. 1,2", metavar="LAYERS")
 
 
 def check(args, parser):
-    """Return the problems of these flags. A recorded teacher replaces --teacher_weight."""
+    """Return error messages for these flags. --offline_dir replaces --teacher_weight."""
     problems = []
     if args.aux_layers and not args.hidden_weight:
         problems.append("--aux_layers: needs --hidden_weight above 0")
     if args.parallel == "fsdp":
-        problems.append("--parallel fsdp: distillation needs whole models; give ddp")
+        problems.append("--parallel fsdp: distillation needs unsharded models; use ddp")
     if not args.offline_dir:
         return problems
     folder = args.offline_dir = args.offline_dir.resolve()
@@ -141,14 +140,14 @@ def check(args, parser):
         args.data_path = args.val_data_path = None
     for name in ("teacher_weight", "data_path", "val_data_path", "replay_path"):
         if getattr(args, name):
-            problems.append(f"--offline_dir is teacher and data in one; leave out --{name}")
+            problems.append(f"--offline_dir includes teacher and data; omit --{name}")
     if not (folder / "manifest.json").is_file():
         problems.append(f"--offline_dir {folder}: no manifest.json; run export_hidden_states.py")
     return problems
 
 
 def recorded_data(args):
-    """Return the flags with the files of --offline_dir as data."""
+    """Return a copy of the flags with the files of --offline_dir as data."""
     folder = args.offline_dir
     valid = folder / "valid" if (folder / "valid").is_dir() else None
     files = {"data_path": [Source(folder / "train")], "val_data_path": valid}

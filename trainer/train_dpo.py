@@ -1,11 +1,11 @@
-"""Direct preference optimisation (DPO, arXiv:2305.18290): of two answers to the same conversation,
-one becomes more probable and the other less, compared with the model before.
+"""Direct preference optimization (DPO, arXiv:2305.18290): of two answers to the same prompt, raise
+the log-ratio of the chosen one to the frozen reference model over that of the rejected one.
 
     python trainer/train_dpo.py                               # Tiny World's pairs: short answers
     python trainer/train_dpo.py --from_weight full_sft --data_path mine.jsonl
     python trainer/train_dpo.py --from_resume 1               # resumes after Ctrl-C
 
-The loop is that of train_full_sft.py; what differs is the loss, which compares two answers.
+Compared with train_full_sft.py, only the loss differs: it compares two answers.
 """
 
 import sys
@@ -17,6 +17,7 @@ from cli import number, refuse
 from common import UserError, report_user_errors  # first: Ctrl-C while torch loads
 
 # isort: split
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,13 +35,13 @@ from trainer.trainer_utils import describe, init_model, open_data, show_sample
 from trainer.training_run import Progress, TrainingRun, parse_run
 
 STAGE = "dpo"
-FIGURES = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # means over pairs
+METRICS = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # means over pairs
 
 
 @torch.no_grad()
 def reference_log_probs(model, dataset, args, runtime):
-    """Return the log-probabilities of all pairs of a dataset before the training, (n, 2), on the
-    CPU. Each process computes its share.
+    """Return the reference log-probabilities of all pairs of a dataset, (n, 2), on the CPU. Each
+    process computes its share.
     """
     rows = [[sample] for sample in range(len(dataset))]
     plan = cut(rows, args.batch_size)[runtime.rank :: runtime.world_size]
@@ -55,20 +56,19 @@ def reference_log_probs(model, dataset, args, runtime):
 
 @torch.no_grad()
 def validate(model, dataset, samples, reference, args, runtime):
-    """{"val_loss", "val_accuracy", ...}: the FIGURES of pairs that are held out of training. Each
-    process computes its share.
+    """Return {"val_loss", "val_accuracy", ...}: METRICS of held-out pairs. Each process computes
+    its share.
     """
     steps = epoch_plan(dataset, samples, args, 0, runtime.rank, runtime.world_size)
-    plan, sums = [micro_batch for step in steps for micro_batch in step], torch.zeros(len(FIGURES))
+    plan = flat(steps)  # micro-batches
+    sums = torch.zeros(len(METRICS))
     loader = batches(dataset, plan, args, runtime.device)
     with eval_mode(model), runtime.autocast:
         for part, batch in zip(plan, loader, strict=True):
             policy = pair_log_probabilities(model, to_device(batch, runtime.device))
             sums += preference_loss(policy, reference[flat(part)], args.dpo_beta)[1].cpu()
     sums = runtime.sum(*sums.tolist())
-    return {
-        f"val_{name}": figure / len(samples) for name, figure in zip(FIGURES, sums, strict=True)
-    }
+    return {f"val_{name}": total / len(samples) for name, total in zip(METRICS, sums, strict=True)}
 
 
 def main(argv=None):
@@ -76,14 +76,14 @@ def main(argv=None):
     parser.set_defaults(batch_size=8, max_seq_len=768, warmup_steps=10, learning_rate=2e-4)
     parser.set_defaults(packing=False, val_split=0.1, val_interval=20, sample_prompt="Who are you?")
     add = parser.group("preferences")
-    beta = "how much the model may change: less with a larger one"
+    beta = "strength of the KL constraint to the reference (beta)"
     add("dpo_beta", 0.1, beta, number(float, 0, above=True))
-    sft = "weight of the SFT loss of the chosen answers, against both becoming improbable"
+    sft = "weight of the SFT loss on chosen answers, which keeps them probable"
     add("sft_weight", 0.0, sft, number(float, 0))
     args, saved = parse_run(parser, argv)
     refuse(args, parser, parser.prog, "packing")
 
-    # Where to compute, what to train, and what to train it on.
+    # Device, model, data.
     runtime = start_runtime(args)
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
@@ -91,7 +91,7 @@ def main(argv=None):
     describe(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, runtime)
 
-    # The reference, the optimizer, and how far the run is.
+    # Reference, optimizer and run state.
     content = dataset.content + val_dataset.content
     progress = Progress(content, len(train), plan.rows_per_step, len(plan), runtime.world_size)
     datasets = [dataset] if val_dataset is dataset else [dataset, val_dataset]
@@ -111,13 +111,13 @@ def main(argv=None):
 
     for step, micro_batches in run.steps(plan.after(run.progress.step)):
         lr = set_learning_rate(optimizer, step, len(plan), args)
-        # The losses of a step are divided once, by the pairs, and by the tokens of the chosen
-        # answers, of all batches and processes.
-        pairs, chosen, tokens = zip(*map(counts, micro_batches), strict=True)
-        num_pairs, num_chosen, num_tokens = runtime.sum(sum(pairs), sum(chosen), sum(tokens))
-        figures = torch.zeros(len(FIGURES))
-        before = references[0][plan.samples].split(pairs)
-        for i, (batch, reference) in enumerate(zip(micro_batches, before, strict=True)):
+        # A step's losses are divided once, by its pairs and by its tokens of chosen answers, over
+        # all batches and processes.
+        batch_counts = np.array([counts(batch) for batch in micro_batches])  # (batches, 3)
+        num_pairs, num_chosen, num_tokens = runtime.sum(*batch_counts.sum(axis=0))
+        step_sums = torch.zeros(len(METRICS))
+        step_reference = references[0][plan.samples].split(batch_counts[:, 0].tolist())
+        for i, (batch, reference) in enumerate(zip(micro_batches, step_reference, strict=True)):
             with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
                 with runtime.autocast:
                     policy = pair_log_probabilities(ddp_model, to_device(batch, runtime.device))
@@ -125,19 +125,19 @@ def main(argv=None):
                 sft_loss = -policy[:, 0].sum() / max(1, num_chosen)
                 loss = loss / num_pairs + args.sft_weight * sft_loss
                 runtime.backward(loss + router_loss(model, len(micro_batches) * runtime.world_size))
-            figures += sums.cpu()
+            step_sums += sums.cpu()
         grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
         run.end_step(num_tokens, grad_norm)
 
-        # Once in a while: validate, log, show a sample.
+        # At intervals: validate, log, show a sample.
         validates = len(val) > 0 and run.is_due(args.val_interval)
         if validates or step == 0 or run.is_due(args.log_interval):
-            means = [figure / num_pairs for figure in runtime.sum(*figures.tolist())]
-            metrics = dict(zip(FIGURES, means, strict=True)) | {"lr": lr, "grad_norm": grad_norm}
+            means = [total / num_pairs for total in runtime.sum(*step_sums.tolist())]
+            metrics = dict(zip(METRICS, means, strict=True)) | {"lr": lr, "grad_norm": grad_norm}
             if validates:
                 metrics |= validate(model, val_dataset, val, references[-1], args, runtime)
-                share = f"{metrics['val_accuracy']:.0%} of {len(val)} held-out pairs"
-                tqdm.write(f"  the chosen answer has gained more in {share}")
+                accuracy = f"{metrics['val_accuracy']:.0%} on {len(val)} held-out pairs"
+                tqdm.write(f"  preference accuracy {accuracy}")
                 run.note_score(-metrics["val_loss"])
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval):

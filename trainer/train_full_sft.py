@@ -1,5 +1,4 @@
-"""Supervised fine-tuning (SFT): a pretrained model learns to answer in a conversation. Compare with
-train_pretrain.py: only the data differs, and which of its tokens are supervised.
+"""Supervised fine-tuning (SFT): train a pretrained model to answer in conversations.
 
     python trainer/train_full_sft.py --from_weight pretrain           # Tiny World's conversations
     python trainer/train_full_sft.py --from_weight pretrain --data_path mine.jsonl
@@ -74,7 +73,7 @@ def main(argv=None):
 
     for step, micro_batches in run.steps(plan.after(run.progress.step)):  # 1. rows
         lr = set_learning_rate(optimizer, step, len(plan), args)
-        # The loss of a step is divided once, by the supervised tokens of all batches and processes.
+        # A step's loss is divided once, by its supervised tokens over all batches and processes.
         num_supervised, num_tokens = runtime.sum(*token_counts(micro_batches))
         step_loss = 0.0
         for i, batch in enumerate(micro_batches):
@@ -91,15 +90,14 @@ def main(argv=None):
         grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
         run.end_step(num_tokens, grad_norm)
 
-        # Once in a while: validate, log, show a sample.
+        # At intervals: validate, log, show a sample.
         validates = len(val) > 0 and run.is_due(args.val_interval)
         if validates or step == 0 or run.is_due(args.log_interval):
             metrics = {"loss": runtime.sum(step_loss)[0], "lr": lr, "grad_norm": grad_norm}
             if validates:
                 metrics |= validation_loss(model, val_dataset, val, args, runtime)
-                run.note_score(
-                    selection_score(model, tokenizer, task, metrics["val_loss"], runtime)
-                )
+                score = selection_score(model, tokenizer, task, metrics["val_loss"], runtime)
+                run.note_score(score)
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval):
             show_sample(model, tokenizer, args, runtime, chat=True)

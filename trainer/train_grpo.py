@@ -1,20 +1,20 @@
-"""Reinforcement learning by group relative policy optimisation (GRPO): the model answers each
-question several times, a judge rewards the answers, and those that are better than the others of
-their group become more probable.
+"""Group relative policy optimization (GRPO): the model answers each question several times, a judge
+rewards the answers, and answers that are better than the mean of their group become more probable.
 
     python trainer/train_grpo.py                              # Tiny World's sums
     python trainer/train_grpo.py --from_weight few --data_path out/sums/practice.jsonl
     python trainer/train_grpo.py --reward mine.py:function    # a reward of your own
     python trainer/train_grpo.py --from_resume 1              # resumes after Ctrl-C
 
-The advantage of an answer is its reward minus the mean of its group. GRPO proper (arXiv:2402.03300)
-also makes several updates with the answers of one model, and so has to clip probability ratios, and
-has a KL term, which keeps the model near its beginning. With one update for each batch of answers,
-as in nanochat, the ratios are 1; the KL term is left out, as in arXiv:2503.20783.
+The advantage of an answer is its reward minus the mean of its group. The original GRPO
+(arXiv:2402.03300) makes several updates per batch of rollouts, so it clips probability ratios, and
+it has a KL term to the initial model. With one update per batch, as in nanochat, the ratios are 1;
+the KL term is omitted, as in arXiv:2503.20783.
 """
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,53 +50,70 @@ If the rewards are low, begin with weights that solve some of the questions (tra
 take easier ones, or raise --temperature or --group_size; if they are high, take harder questions"""
 
 
+@dataclass
+class Rollout:
+    """An answer of the current policy."""
+
+    prompt: list  # token ids
+    answer: list  # token ids, with the stop token
+    advantage: float
+
+    def __len__(self):
+        return len(self.prompt) + len(self.answer)
+
+
 def sample_answers(model, prompts, args, seed):
-    """The ids of an answer to each prompt, with the token that ended it; drawn by the seed, a list
-    of numbers.
+    """Sample an answer to each prompt; returns lists of ids, with the stop token. seed: a list of
+    int.
     """
     answers = []
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     for part in cut(prompts, args.answers_at_once):
-        own = int(np.random.SeedSequence([*seed, len(answers)]).generate_state(1)[0])
-        steps = list(zip(*generate(model, part, seed=own, **options), strict=True))
-        answers += [[token for token in answer if token is not None] for answer in steps]
+        part_seed = int(np.random.SeedSequence([*seed, len(answers)]).generate_state(1)[0])
+        steps = generate(model, part, seed=part_seed, **options)
+        for tokens in zip(*steps, strict=True):  # of one answer
+            answers.append([token for token in tokens if token is not None])
     return answers
 
 
 def as_sample(prompt, answer):
-    """(input_ids, labels) of a prompt and an answer, two lists of ids; the answer is supervised."""
+    """Return (input_ids, labels) for a prompt and an answer, lists of ids; the answer is
+    supervised.
+    """
     ids = torch.tensor(prompt + answer)
     return ids, torch.cat([torch.full((len(prompt),), IGNORE), ids[len(prompt) :]])
 
 
 def validate(model, problems, prompts, reward, tokenizer, args, runtime):
-    """{"pass_at_1": mean reward, "pass_at_k": mean of the best reward among k answers} of held-out
-    problems. Each process answers its share.
+    """Return {"pass_at_1": mean reward, "pass_at_k": mean over problems of the best reward among k
+    answers} on held-out problems. Each process answers its share.
     """
-    numbers = range(len(problems))[runtime.rank :: runtime.world_size]
-    asked = [prompts[i] for i in numbers for _ in range(args.pass_k)]
+    indices = range(len(problems))[runtime.rank :: runtime.world_size]
+    repeated = [prompts[i] for i in indices for _ in range(args.pass_k)]
     with generating(model, runtime):
-        groups = cut(sample_answers(model, asked, args, [args.seed, runtime.rank]), args.pass_k)
-    rewards = compute_rewards(reward, [problems[i] for i in numbers], groups, tokenizer)
+        answers = sample_answers(model, repeated, args, [args.seed, runtime.rank])
+    groups = cut(answers, args.pass_k)
+    rewards = compute_rewards(reward, [problems[i] for i in indices], groups, tokenizer)
     sums = runtime.sum(rewards.mean(dim=1).sum().item(), rewards.amax(dim=1).sum().item())
     return {"pass_at_1": sums[0] / len(problems), "pass_at_k": sums[1] / len(problems)}
 
 
 def questions(args, tokenizer):
-    """(problems to train on, their prompts as ids, held-out problems, their prompts, the hashes of
-    all files). Raises UserError if there are none of either, or if one is too long.
+    """Read the questions. Returns (training problems, their prompts as ids, held-out problems,
+    their prompts, hashes of all files). Raises UserError if either is empty, or if a prompt is too
+    long.
     """
     paths = [source.path for source in args.data_path or []]
     if any(source.weight for source in args.data_path or []):
-        raise UserError("--data_path: GRPO takes each question once; leave out shares")
+        raise UserError("--data_path: GRPO uses each question once; omit the weights")
     paths = paths or [write_missing(PRACTICE) if args.task == "tiny_world" else None]
     train = [problem for path in paths for problem in read_problems(args.task, path)]
     order = np.random.default_rng(args.seed).permutation(len(train)).tolist()
-    count = 0 if args.val_data_path else math.ceil(args.val_split * len(train))
-    held_out = [train[i] for i in order[:count]]
+    num_held_out = 0 if args.val_data_path else math.ceil(args.val_split * len(train))
+    held_out = [train[i] for i in order[:num_held_out]]
     if args.val_data_path:
         held_out = read_problems(args.task, args.val_data_path)
-    train = [train[i] for i in order[count:]]
+    train = [train[i] for i in order[num_held_out:]]
     if not held_out or not train:
         raise UserError("all questions are held out, or none: give --val_split or --val_data_path")
     prompts = [
@@ -113,7 +130,7 @@ def questions(args, tokenizer):
 
 
 def questions_after(step, count, args):
-    """Yield the numbers of the questions of each step after the first `step` ones."""
+    """Yield the indices of each step's questions, after the first `step` steps."""
     per_epoch = math.ceil(count / args.prompts_per_step)
     while True:
         epoch, index = divmod(step, per_epoch)
@@ -128,38 +145,40 @@ def main(argv=None):
     parser.set_defaults(
         min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20, sample_interval=20
     )
-    add, count = parser.group("reinforcement"), number(int, 1)
-    add("task", "tiny_world", "whose judge rewards", choose_from("tiny_world", "gsm8k", "math"))
-    own = "a function (prompt, answer, gold) -> number instead"
-    add("reward", None, own, metavar="FILE.py:NAME")
-    add("prompts_per_step", 12, "questions of a step", count)
-    add("group_size", 8, "answers to each question", number(int, 2))
-    add("temperature", 1.2, "of the sampling", number(float, 0.01))
+    add, count = parser.group("reinforcement learning"), number(int, 1)
+    tasks = choose_from("tiny_world", "gsm8k", "math")
+    add("task", "tiny_world", "the task whose judge computes rewards", tasks)
+    custom = "a function (prompt, answer, gold) -> number instead"
+    add("reward", None, custom, metavar="FILE.py:NAME")
+    add("prompts_per_step", 12, "questions per step", count)
+    add("group_size", 8, "answers per question", number(int, 2))
+    add("temperature", 1.2, "sampling temperature", number(float, 0.01))
     add("max_new_tokens", 48, "maximum length of an answer", count)
-    add("answers_at_once", 256, "answers that are sampled at once", count)
-    add("pass_k", 8, "answers to each held-out question", count)
+    add("answers_at_once", 256, "batch size of the sampling", count)
+    add("pass_k", 8, "answers per held-out question", count)
     args, saved = parse_run(parser, argv)
-    # fsdp gathers weights in each step of `generate`, and processes need different numbers of them.
+    # With FSDP, each step of `generate` is a collective, and processes need different numbers of
+    # them.
     unused = "packing accumulation_steps parallel sample_prompt "
     refuse(args, parser, parser.prog, unused + "num_workers strict_data cache_dir")
     reward = reward_function(args.task, args.reward)
 
-    # Where to compute, what to train, and the questions.
+    # Device, model, questions.
     runtime = start_runtime(args)
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
     problems, prompts, held_out, val_prompts, content = questions(args, tokenizer)
     print(f"{len(problems)} questions to train on, {len(held_out)} held out")
 
-    # The optimizer, and how far the run is.
+    # Optimizer and run state.
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
     ddp_model = parallelize(model, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
     total_steps = math.ceil(len(problems) / args.prompts_per_step) * args.epochs
-    answers_each = math.ceil(args.prompts_per_step / runtime.world_size) * args.group_size
-    most = math.ceil(answers_each / args.batch_size)
+    answers_per_rank = math.ceil(args.prompts_per_step / runtime.world_size) * args.group_size
+    max_micro_batches = math.ceil(answers_per_rank / args.batch_size)
     progress = Progress(content, len(problems), args.prompts_per_step, total_steps)
     progress.processes = runtime.world_size
     run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
@@ -167,54 +186,64 @@ def main(argv=None):
     run.log.unit = "mean reward"
     idle_steps = 0
 
-    for step, asked in run.steps(questions_after(run.progress.step, len(problems), args)):
+    for step, indices in run.steps(questions_after(run.progress.step, len(problems), args)):
         lr = set_learning_rate(optimizer, step, total_steps, args)
-        # 1. The present model answers the questions of this step, each group_size times.
-        asked = asked[runtime.rank :: runtime.world_size]
-        repeated = [prompts[i] for i in asked for _ in range(args.group_size)]
+        # 1. Rollouts: sample group_size answers per question.
+        indices = indices[runtime.rank :: runtime.world_size]
+        repeated = [prompts[i] for i in indices for _ in range(args.group_size)]
         with generating(model, runtime):
             answers = sample_answers(model, repeated, args, [args.seed, step, runtime.rank])
-        # 2. Rewards, and by how much they are above those of their group.
+        # 2. Rewards and group-relative advantages. Groups with equal rewards have zero advantage.
         groups = cut(answers, args.group_size)
-        rewards = compute_rewards(reward, [problems[i] for i in asked], groups, tokenizer)
-        advantages = group_advantages(rewards).flatten()
-        unequal = rewards.amax(dim=1) > rewards.amin(dim=1)  # other groups teach nothing
-        useful = unequal.repeat_interleave(args.group_size).nonzero()[:, 0].tolist()
-        useful.sort(key=lambda i: len(repeated[i]) + len(answers[i]))  # less padding
-        samples = [as_sample(repeated[i], answers[i]) for i in useful]
-        lengths = [len(answer) for answer in answers]
-        own_counts = sum(lengths[i] for i in useful), sum(lengths), len(answers)
-        num_supervised, num_tokens, num_answers = runtime.sum(*own_counts)
+        rewards = compute_rewards(reward, [problems[i] for i in indices], groups, tokenizer)
+        advantages = group_advantages(rewards).flatten().tolist()
+        has_signal = rewards.amax(dim=1) > rewards.amin(dim=1)
+        has_signal = has_signal.repeat_interleave(args.group_size).tolist()
+        rollouts = [Rollout(*parts) for parts in zip(repeated, answers, advantages, strict=True)]
+        rollouts = [rollout for rollout, useful in zip(rollouts, has_signal, strict=True) if useful]
+        rollouts.sort(key=len)  # less padding
+        num_supervised, num_tokens, num_answers, num_rollouts = runtime.sum(
+            sum(len(rollout.answer) for rollout in rollouts),
+            sum(len(answer) for answer in answers),
+            len(answers),
+            len(rollouts),
+        )
         # 3. One update.
-        micro_batches = cut(list(range(len(useful))), args.batch_size)
-        if runtime.world_size > 1:  # all processes compute equally often
-            micro_batches += [[]] * (most - len(micro_batches))
+        micro_batches = cut(rollouts, args.batch_size)
+        while runtime.world_size > 1 and len(micro_batches) < max_micro_batches:
+            micro_batches.append([])  # all processes need the same number
+        if num_supervised == 0:
+            micro_batches = []
         step_loss, entropy, grad_norm = 0.0, 0.0, 0.0
-        for i, part in enumerate(micro_batches if num_supervised else []):
-            input_ids, labels, *_ = to_device(pad([samples[j] for j in part]), runtime.device)
-            batch = input_ids, labels, None, None  # padding comes last: no answer sees it
+        for i, micro_batch in enumerate(micro_batches):
+            samples = [as_sample(rollout.prompt, rollout.answer) for rollout in micro_batch]
+            advantage = torch.tensor([rollout.advantage for rollout in micro_batch])  # (B,)
+            input_ids, labels, _, _ = to_device(pad(samples), runtime.device)
+            batch = input_ids, labels, None, None  # right padding: answers don't attend to it
             with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
-                own = advantages[[useful[j] for j in part]]
                 with runtime.autocast:
-                    loss, summed_entropy = policy_loss(ddp_model, batch, own, args.temperature)
+                    loss, batch_entropy = policy_loss(ddp_model, batch, advantage, args.temperature)
                 loss = loss / num_supervised
                 runtime.backward(loss + router_loss(model, len(micro_batches) * runtime.world_size))
-            step_loss, entropy = step_loss + loss.item(), entropy + summed_entropy
+            step_loss += loss.item()
+            entropy += batch_entropy
         if num_supervised:
             grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
         else:
             idle_steps += 1
         run.end_step(num_tokens, grad_norm)
 
-        # Once in a while: validate, log, show a sample.
+        # At intervals: validate, log, show a sample.
         validates = step == 0 or run.is_due(args.val_interval)
         if validates or run.is_due(args.log_interval):
-            sums = runtime.sum(rewards.sum().item(), len(useful), entropy, step_loss)
-            metrics = {"reward": sums[0] / num_answers, "no_signal": 1 - sums[1] / num_answers}
-            metrics |= {"answer_tokens": num_tokens / num_answers, "lr": lr}
-            computed = {"entropy": sums[2] / max(1, num_supervised), "grad_norm": grad_norm}
-            computed["loss"] = sums[3]
-            metrics |= computed if num_supervised else dict.fromkeys(computed)
+            reward_sum, entropy_sum, loss = runtime.sum(rewards.sum().item(), entropy, step_loss)
+            metrics = {"reward": reward_sum / num_answers, "lr": lr}
+            metrics["no_signal"] = 1 - num_rollouts / num_answers
+            metrics["answer_tokens"] = num_tokens / num_answers
+            metrics |= {"loss": None, "entropy": None, "grad_norm": None}
+            if num_supervised:
+                metrics |= {"loss": loss, "entropy": entropy_sum / num_supervised}
+                metrics["grad_norm"] = grad_norm
             if validates:
                 metrics |= validate(model, held_out, val_prompts, reward, tokenizer, args, runtime)
                 scores = [f"{name} {metrics[name]:.3f}" for name in ("pass_at_1", "pass_at_k")]
@@ -222,9 +251,9 @@ def main(argv=None):
                 tqdm.write(f"{at}: of held-out questions, {', '.join(scores)}")
                 run.note_score(metrics["pass_at_1"])
             run.write_metrics(**metrics)
-        if args.sample_interval and run.is_due(args.sample_interval) and asked:
-            question, answer = problems[asked[0]]["prompt"][-1]["content"], answers[0]
-            tqdm.write(f"  {question} -> {tokenizer.decode(answer)}: {rewards[0, 0]:g}")
+        if args.sample_interval and run.is_due(args.sample_interval) and indices:
+            question = problems[indices[0]]["prompt"][-1]["content"]
+            tqdm.write(f"  {question} -> {tokenizer.decode(answers[0])}: {rewards[0, 0]:g}")
     if idle_steps * 2 > run.log.steps:
         print(f"in {idle_steps} of {run.log.steps} steps no group had a signal: {NO_SIGNAL}")
     run.finish("the latest answers")

@@ -1,4 +1,4 @@
-"""Pretraining: a new model learns a language, and facts, by predicting each next token of text.
+"""Pretraining: train a randomly initialized model on next-token prediction.
 
     python trainer/train_pretrain.py                                  # Tiny World, on any laptop
     python trainer/train_pretrain.py --data_path mine.jsonl --hidden_size 512 --num_hidden_layers 8
@@ -63,7 +63,7 @@ def main(argv=None):
 
     for step, micro_batches in run.steps(plan.after(run.progress.step)):  # 1. rows
         lr = set_learning_rate(optimizer, step, len(plan), args)
-        # The loss of a step is divided once, by the supervised tokens of all batches and processes.
+        # A step's loss is divided once, by its supervised tokens over all batches and processes.
         num_supervised, num_tokens = runtime.sum(*token_counts(micro_batches))
         step_loss = 0.0
         for i, batch in enumerate(micro_batches):
@@ -80,13 +80,14 @@ def main(argv=None):
         grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
         run.end_step(num_tokens, grad_norm)
 
-        # Once in a while: validate, log, show a sample.
+        # At intervals: validate, log, show a sample.
         validates = len(val) > 0 and run.is_due(args.val_interval)
         if validates or step == 0 or run.is_due(args.log_interval):
             metrics = {"loss": runtime.sum(step_loss)[0], "lr": lr, "grad_norm": grad_norm}
             if validates:
                 metrics |= validation_loss(model, val_dataset, val, args, runtime)
-                run.note_score(-metrics["val_loss"])
+                score = -metrics["val_loss"]
+                run.note_score(score)
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval):
             show_sample(model, tokenizer, args, runtime, chat=False)

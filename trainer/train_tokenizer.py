@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on JSONL: byte sequences that occur often become one token.
+"""Train a byte-level BPE tokenizer on JSONL: frequent byte sequences become single tokens.
 
     python trainer/train_tokenizer.py                       # Tiny World -> model/tokenizer.json
     python trainer/train_tokenizer.py --data_path mine.jsonl --vocab_size 6400 --out mine.json
@@ -23,19 +23,20 @@ from dataset.tiny_world import PRETRAIN, SFT, write_missing
 from model.chat_template import encode_all
 from model.tokenizer import CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 
-# Qwen2's pre-tokenizer expression, exactly: other programs know it by name and cut any text alike.
-# Tokens are merged only within one of its pieces: a contraction, a word with the space or the mark
-# before it, a single digit (sums are calculated digit by digit), punctuation, lines' ends, space.
+# Qwen2's pre-tokenizer expression, exactly: other programs know it by name and split text
+# identically. Tokens are merged only within one of its pieces: a contraction, a word with a
+# preceding space or mark, a single digit (for digit-by-digit arithmetic), punctuation, line ends,
+# whitespace.
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A run of over 1,000 letters, or of marks. It is looked for where a run begins only.
+# A run of over 1,000 letters, or of marks, from its start.
 ENDLESS = re.compile(r"(?<![^\W\d_])[^\W\d_]{1001,}|(?<!_)(?<![^\w\s])(?:[^\w\s]|_){1001,}")
 
 
 def train(texts, vocab_size):
-    """A byte-level BPE tokenizer (tokenizers.Tokenizer) of at most vocab_size tokens."""
+    """Train a byte-level BPE tokenizer (tokenizers.Tokenizer) with at most vocab_size tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -47,7 +48,7 @@ def train(texts, vocab_size):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=CONTROL_TOKENS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # any byte has a token
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte is a token
         show_progress=False,
     )
     tokenizer.train_from_iterator(without_endless_words(texts), trainer)
@@ -55,20 +56,20 @@ def train(texts, vocab_size):
 
 
 def without_endless_words(texts):
-    """Yield the texts, cut in words of over 1,000 letters or marks, such as DNA: the time to train
-    grows with the square of a word's length.
+    """Yield the texts, split within words of over 1,000 letters or marks, e.g. DNA: training time
+    is quadratic in the length of a word.
     """
     for text in texts:
         end = 0
         for run in ENDLESS.finditer(text):
             yield text[end : run.start()]
-            yield from (run[0][at : at + 1000] for at in range(0, len(run[0]), 1000))
+            yield from (run[0][i : i + 1000] for i in range(0, len(run[0]), 1000))
             end = run.end()
         yield text[end:]
 
 
 def read_texts(path):
-    """Yields the texts of a file in any format: its documents, or the contents of its messages."""
+    """Yield the documents, or the contents of all messages, of a file in any format."""
     name = None
     for line, record in read_records(path):
         try:
@@ -80,7 +81,7 @@ def read_texts(path):
                 continue
             messages, _ = to_conversation(record, name, Counter())
         except ValueError as error:
-            raise UserError(f"{path}, line {line} is no text or conversation: {error}") from None
+            raise UserError(f"{path}, line {line} isn't a text or conversation: {error}") from None
         yield from [message["content"] for message in messages]
 
 
@@ -95,16 +96,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     texts = []
     for path in args.data_path or [PRETRAIN, SFT]:
-        found = list(read_texts(write_missing(path)))
-        if not any(found):
-            raise UserError(f"{path}: there is no text in it; give a file with text")
-        texts += found
+        file_texts = list(read_texts(write_missing(path)))
+        if not any(file_texts):
+            raise UserError(f"{path}: it has no text; give a file with text")
+        texts += file_texts
     tokenizer = train(texts, args.vocab_size)
     with atomic_write(args.out) as file:
         file.write(tokenizer.to_str(pretty=True).encode("utf-8"))
     tokenizer = load_tokenizer(args.out)
-    ids_of = encode_all(set(texts), tokenizer)
-    tokens = sum(len(ids_of[text]) for text in texts)
+    token_ids = encode_all(set(texts), tokenizer)
+    tokens = sum(len(token_ids[text]) for text in texts)
     characters = sum(map(len, texts))
     ratio = f"{characters / tokens:.2f} characters of the data per token"
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens, {ratio}")

@@ -1,6 +1,4 @@
-"""What the train scripts and the chat share: a model to begin with, data, and the validation loss.
-Each is called; none calls back.
-"""
+"""Loading models and data, validation, and sampling, shared by the train scripts."""
 
 import math
 from contextlib import contextmanager, nullcontext
@@ -31,15 +29,15 @@ from trainer.runtime import first_process_first
 
 
 def init_model(args, device="cpu", saved=None):
-    """The model to begin with: returns (model on device, tokenizer, the rest of its file or None).
+    """Create or load the model. Returns (model on device, tokenizer, other entries of its file or
+    None).
 
-    Three cases, each printed:
-      saved                    the checkpoint of this run, as `checkpoint.load_latest` returns it
-      args.from_weight NAME    the weights of another stage, out/NAME_*.pth or a path
-      neither, or "none"       from scratch: random weights, drawn with args.seed
+      saved                    resume from this checkpoint, as returned by `checkpoint.load_latest`
+      args.from_weight NAME    start from the weights of another stage, out/NAME_*.pth or a path
+      neither, or "none"       start from scratch: random weights, seeded with args.seed
 
-    Shape flags that the user gave must agree with the file; those left out come from it.
-    Raises UserError, with the remedy, if there is no such file or if it does not fit.
+    Flags for the model's shape must agree with the file. Raises UserError, with a hint, if the file
+    is missing or doesn't match.
     """
     name = args.from_weight
     if saved:
@@ -49,10 +47,10 @@ def init_model(args, device="cpu", saved=None):
         content, origin = None, "starting from scratch"
         model, tokenizer = new_model(args)
         expected = math.log(model.config.vocab_size) + 0.5
-        print(f"the first loss of a new model is near ln V + 1/2 = {expected:.2f}")
+        print(f"expected initial loss: about ln V + 1/2 = {expected:.2f}")
     else:
         path = find_weights(args.save_dir, name, args.hidden_size, args.use_moe)
-        if path == Path(name):  # not a name but a path, wherever the run is resumed from
+        if path == Path(name):  # a path: the run may be resumed from another folder
             args.from_weight = str(path.resolve())
         content = load(path) | {"path": path}
         origin = f"starting from the {content['stage']} weights {path}"
@@ -61,13 +59,13 @@ def init_model(args, device="cpu", saved=None):
         model, tokenizer = build(content, path, args.dropout)
         require_same_shape(args, model.config, path)
         require_same_tokenizer(args, tokenizer, path)
-        del content["model"]  # not kept in memory
+        del content["model"]  # free the memory
     print_summary(origin, model)
     return model.to(device), tokenizer, content
 
 
 def new_model(args):
-    """(a model with random weights, its tokenizer). Raises UserError for an impossible shape."""
+    """Return (a model with random weights, its tokenizer). Raises UserError for invalid shapes."""
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer_path or SHIPPED_TOKENIZER)
     shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
@@ -80,22 +78,23 @@ def new_model(args):
 
 
 def require_same_tokenizer(args, tokenizer, path):
-    """Raise UserError where --tokenizer_path isn't the tokenizer of a weights file."""
+    """Raise UserError if --tokenizer_path isn't the tokenizer of a weights file."""
     if args.tokenizer_path and load_tokenizer(args.tokenizer_path).to_str() != tokenizer.to_str():
         raise UserError(
-            f"--tokenizer_path {args.tokenizer_path} is not the tokenizer that {path} was trained "
-            "with; its vocabulary would not fit. Leave the flag out, or start from scratch"
+            f"--tokenizer_path {args.tokenizer_path} isn't the tokenizer that {path} was trained "
+            "with, so token ids wouldn't match. Omit the flag, or start from scratch"
         )
 
 
 def open_data(kind, args, tokenizer, default, **options):
-    """(dataset, its samples to train on, validation dataset, its samples), samples as numbers.
+    """Open the training and validation data. Returns (dataset, training samples, validation
+    dataset, validation samples), samples as indices.
 
-    kind is PretrainDataset or SFTDataset, default the file that is read without --data_path, and
-    options are those of kind alone. Without --val_data_path, a part of the data is held out.
+    kind is the dataset class, default the file used without --data_path, and options further
+    arguments of kind. Without --val_data_path, a part of the data is held out for validation.
     """
     sources = args.data_path or [Source(default)]
-    options |= reading(args)
+    options |= reading_options(args)
     with first_process_first():
         paths = [write_missing(source.path) for source in sources]
         dataset = val_dataset = kind(paths, tokenizer, **options)
@@ -107,26 +106,26 @@ def open_data(kind, args, tokenizer, default, **options):
 
 
 def conversation_options(args):
-    """The flags of conversations that SFTDataset takes, as its arguments."""
+    """Return the arguments of SFTDataset that are flags of conversations."""
     names = ("overlong", "keep_think", "data_format")
     return {name: getattr(args, name) for name in names}
 
 
 def replay(dataset, train, args, tokenizer):
-    """Adds pretraining text to a dataset of conversations, whose training samples are train;
-    returns the numbers of the new samples. Conversations alone make a model forget the rest.
+    """Add pretraining text to a dataset of conversations, in proportion to the samples of train.
+    Returns the indices of the new samples. Without it, the model forgets what it was pretrained on.
     """
     path = args.replay_path or (None if args.data_path else PRETRAIN)
     if not path or not args.replay_share:
         return []
     with first_process_first():
-        documents = PretrainDataset(write_missing(path), tokenizer, **reading(args))
-    tokens = args.replay_share * int(dataset.lengths[train].sum())
-    return dataset.add_replay(documents, tokens, args.max_seq_len, args.seed)
+        text = PretrainDataset(write_missing(path), tokenizer, **reading_options(args))
+    num_tokens = args.replay_share * int(dataset.lengths[train].sum())
+    return dataset.add_replay(text, num_tokens, args.max_seq_len, args.seed)
 
 
-def reading(args):
-    """The flags that say how a dataset reads its files, as its arguments."""
+def reading_options(args):
+    """Return the arguments of a dataset for reading files."""
     return {
         "max_length": args.max_seq_len,
         "strict": args.strict_data,
@@ -135,7 +134,7 @@ def reading(args):
 
 
 def describe(dataset, train, val, args):
-    """Prints figures of the data, and what could not be used of it."""
+    """Print statistics of the data, and which records can't be used."""
     tokens = int(dataset.lengths[train].sum())
     print(f"{len(train)} samples of {tokens / len(train):.0f} tokens to train on,", end=" ")
     print(f"{len(val)} to validate on")
@@ -147,49 +146,51 @@ def describe(dataset, train, val, args):
         for note, count in file.report["notes"].items():
             print(f"{count} {note}")
         if file.report["bad"]:
-            print(f"{file.report['bad']} bad records left out (--strict_data 1 stops at them):")
+            print(f"{file.report['bad']} bad records skipped (--strict_data 1 stops at them):")
             for number, reason in file.report["bad_lines"][:5]:
                 print(f"  line {number}: {reason}")
 
 
 @torch.no_grad()
 def validation_loss(model, dataset, samples, args, runtime):
-    """{"val_loss": mean loss per supervised token of the samples, in nats}; where they come from
-    several files also {"val_losses": {file: its mean}}. Each process computes its share.
+    """Return {"val_loss": mean loss per supervised token, in nats}; for several files also
+    {"val_losses": {file: mean}}. Each process computes its share.
     """
-    samples, sums = np.asarray(samples), {}
-    file_of = dataset.samples[samples, FILE]
+    samples = np.asarray(samples)
+    sums = {}  # file: (total loss, supervised tokens)
+    file_of_sample = dataset.samples[samples, FILE]
     model.eval()
-    for file in np.unique(file_of).tolist():
-        own = samples[file_of == file]
-        plan = epoch_plan(dataset, own, args, 0, runtime.rank, runtime.world_size)
+    for file in np.unique(file_of_sample).tolist():
+        file_samples = samples[file_of_sample == file]
+        plan = epoch_plan(dataset, file_samples, args, 0, runtime.rank, runtime.world_size)
         micro_batches = [micro_batch for step in plan for micro_batch in step]
         total, count = 0.0, 0
         for batch in batches(dataset, micro_batches, args, runtime.device):
-            input_ids, labels, *where = to_device(batch, runtime.device)
+            input_ids, labels, *inputs = to_device(batch, runtime.device)
             with runtime.autocast:
-                total += model(input_ids, *where, labels=labels).item()
+                total += model(input_ids, *inputs, labels=labels).item()
             count += supervised_tokens(labels)
         sums[file] = runtime.sum(total, count)
     model.train()
-    total, count = (sum(numbers) for numbers in zip(*sums.values(), strict=True))
-    found = {"val_loss": total / max(1, count)}
+    total = sum(file_total for file_total, _ in sums.values())
+    count = sum(file_count for _, file_count in sums.values())
+    metrics = {"val_loss": total / max(1, count)}
     if len(sums) > 1:
         paths = [dataset.files[file].path for file in sums]
-        alike = len({path.name for path in paths}) < len(paths)
-        names = [str(path) if alike else path.name for path in paths]
+        unique_names = len({path.name for path in paths}) == len(paths)
+        names = [path.name if unique_names else str(path) for path in paths]
         means = [float(f"{total / max(1, count):.6g}") for total, count in sums.values()]
-        found["val_losses"] = dict(zip(names, means, strict=True))
-        each = ", ".join(f"{name} {loss:.3f}" for name, loss in found["val_losses"].items())
-        tqdm.write(f"validation of {each}")
-    return found
+        metrics["val_losses"] = dict(zip(names, means, strict=True))
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["val_losses"].items())
+        tqdm.write(f"validation of {losses}")
+    return metrics
 
 
 @contextmanager
 def generating(model, runtime):
-    """Inside, a model in training may generate text. Compiled layers run as they are: each length
-    would be compiled again. The layers of a sharded model are gathered in the dtype of autocast;
-    what a step gathered is released before, and what generation gathered after.
+    """Context manager: allow generation during training. Compiled layers run in eager mode, because
+    each new length would be compiled. FSDP gathers layers in the autocast dtype, so gathered
+    weights are freed before and after.
     """
     compiled = any(layer._compiled_call_impl for layer in model.model.layers)
     stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -202,8 +203,8 @@ def generating(model, runtime):
 
 
 def show_sample(model, tokenizer, args, runtime, chat):
-    """Prints how the model continues --sample_prompt, or, in a chat, what it answers to it."""
-    from model.generation import complete  # here: training without samples needs none of it
+    """Print the model's continuation of --sample_prompt, or, with chat, its answer."""
+    from model.generation import complete  # imported late: not needed without samples
 
     prompt = tokenizer.encode(args.sample_prompt).ids
     if chat:
@@ -216,10 +217,9 @@ def show_sample(model, tokenizer, args, runtime, chat):
 
 
 def selection_score(model, tokenizer, task, val_loss, runtime):
-    """Return what makes weights the best, the same on all processes: the share of a task's problems
-    that they solve, or minus the validation loss where there is no task. Each process answers its
-    share of the problems; where a model is sharded, all generate the same number of tokens, so each
-    answers all.
+    """Return the checkpoint-selection score, equal on all processes: the fraction of a task's
+    problems that are solved, or minus the validation loss without a task. Each process answers its
+    share; with FSDP each answers all, because all must generate the same number of tokens.
     """
     if not task:
         return runtime.sum(-val_loss)[0] / runtime.world_size
