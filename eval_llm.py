@@ -2,8 +2,8 @@
 
 python eval_llm.py                                 # the newest full_sft weights in out/
 python eval_llm.py --weight pretrain               # continues text instead of answering
-python eval_llm.py --prompt "Who are you?"         # one answer, then the end
-python eval_llm.py --serve 8000                    # a page that shows the model, and OpenAI's API
+python eval_llm.py --prompt "Who are you?"         # one answer
+python eval_llm.py --serve 8000                    # a page about the model, and OpenAI's API
 printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
 """
 
@@ -25,14 +25,14 @@ HELP = """/system TEXT   start a new conversation with this system prompt; witho
 /reset          start a new conversation with the same system prompt
 /save FILE      append the conversation to FILE, JSONL that train_full_sft.py reads
 /quit           or Ctrl-D: end; Ctrl-C stops an answer
-//TEXT          send /TEXT, which is no command"""
+//TEXT          send /TEXT as text"""
 SAMPLING = {  # name: (type, default, minimum, maximum, meaning)
-    "temperature": (float, 0.0, 0, 100, "0: always the most probable token"),
-    "top_k": (int, 0, 0, 10**9, "sample from the k most probable tokens; 0: from all"),
-    "top_p": (float, 1.0, 0, 1, "sample from the most probable tokens with this sum"),
-    "repetition_penalty": (float, 1.0, 0.01, 100, "above 1: repeats less"),
+    "temperature": (float, 0.0, 0, 100, "sampling temperature; 0: greedy"),
+    "top_k": (int, 0, 0, 10**9, "sample from the k most probable tokens; 0: all"),
+    "top_p": (float, 1.0, 0, 1, "nucleus sampling threshold"),
+    "repetition_penalty": (float, 1.0, 0.01, 100, "penalty for repeated tokens (>1)"),
     "max_new_tokens": (int, 256, 1, 10**9, "maximum length of an answer"),
-    "seed": (int, 1, 0, 2**63 - 1, "of the sampling"),
+    "seed": (int, 1, 0, 2**63 - 1, "sampling seed"),
 }
 
 
@@ -48,7 +48,7 @@ def main(argv=None):
         return
     if chat.continues:
         print("These weights were only pretrained: they continue your text and do not answer yet.")
-    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end the chat
+    sys.stdin.reconfigure(errors="replace")  # don't crash on invalid UTF-8
     terminal = sys.stdin.isatty()
     if terminal:
         print("Write something; /help lists the commands, /quit ends.")
@@ -61,7 +61,7 @@ def main(argv=None):
                 chat.command(line)
             elif line:
                 chat.answer(line[1:] if line.startswith("//") else line)
-        except UserError as error:  # in a chat, a mistake is reported and the chat continues
+        except UserError as error:  # report it and continue the chat
             print(f"[{error}]")
         except KeyboardInterrupt:
             print()
@@ -77,22 +77,22 @@ def parse(argv):
     add("weight", None, weight, dest="from_weight")
     add("lora", None, "adapters to merge into the weights: lora_NAME_512.pth", metavar="NAME")
     add("save_dir", ROOT / "out", "folder of weights", Path)
-    add("hidden_size", None, "needed only where several sizes have the name", number(int, 1))
+    add("hidden_size", None, "only needed if several sizes have this name", number(int, 1))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("dtype", "auto", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
-    add("use_compile", 0, "1: needs a compiler", switch)
+    add("use_compile", 0, "1: use torch.compile; needs a compiler", switch)
     add = parser.group("the chat")
-    add("prompt", None, "answer this and end")
+    add("prompt", None, "answer this prompt and exit")
     add("system", "", "system prompt")
     for name, (kind, default, low, high, meaning) in SAMPLING.items():
         add(name, default, meaning, number(kind, low, high))
     add = parser.group("the page and the server")
     add("serve", None, "serve a page and OpenAI's API at this port", int, metavar="PORT")
-    add("host", "127.0.0.1", "of --serve; 0.0.0.0: for other machines, too")
-    names = "of --serve: further names of this machine, e.g. the name of a tunnel: NAME,NAME"
+    add("host", "127.0.0.1", "bind address for --serve (0.0.0.0 = all interfaces)")
+    names = "for --serve: further host names, e.g. of a tunnel: NAME,NAME"
     add("allowed_hosts", "", names, metavar="NAMES")
-    add("max_batch", 16, "of --serve: answers computed at once", number(int, 1))
-    add("export", None, "write the page of --serve, for --prompt", Path, metavar="FILE.html")
+    add("max_batch", 16, "maximum batch size of --serve", number(int, 1))
+    add("export", None, "write the page of --serve for --prompt", Path, metavar="FILE.html")
     args = parser.parse_args(argv)
     others = {"serve": "prompt system seed use_compile repetition_penalty export",
               "export": "system use_compile host allowed_hosts max_batch serve"}  # fmt: skip
@@ -103,12 +103,12 @@ def parse(argv):
         raise UserError("--export needs a name that ends in .html, and --prompt")
     text = args.system + (args.prompt or "")
     if text != text.encode("utf-8", "replace").decode():
-        raise UserError("--prompt and --system: give text in UTF-8")
+        raise UserError("--prompt and --system must be valid UTF-8")
     return args
 
 
 def in_range(name, text):
-    """The value of a sampling setting. Raises UserError if text is not a number in its range."""
+    """Parse a sampling setting. Raises UserError if it isn't a number in its range."""
     kind, _, low, high, _ = SAMPLING[name]
     value = number(kind, low, high)(text)
     if isinstance(value, Problem):
@@ -117,11 +117,11 @@ def in_range(name, text):
 
 
 class Chat:
-    """A conversation with a model; with weights of stage pretrain, a text that it continues."""
+    """A conversation with a model; pretrained weights continue a text instead."""
 
     def __init__(self, args):
         self.settings = {name: getattr(args, name) for name in SAMPLING}
-        # Imported where it is used: --help and wrong flags answer before torch has loaded.
+        # Imported late, so that --help and invalid flags don't wait for torch.
         from model.generation import generate
         from model.weights import open_model
 
@@ -132,14 +132,13 @@ class Chat:
         self.start(args.system)
 
     def start(self, system):
-        """Starts a new conversation with a system prompt; "" for none."""
+        """Start a new conversation with a system prompt; "" for none."""
         self.system = system
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def prompt(self, text):
-        """The ids to continue. If they are more than the model was trained on, less a quarter for
-        the answer, the oldest questions and their answers are removed, and a line says so. Raises
-        UserError if text alone is too long for the model.
+        """Return the ids to continue. If they exceed the trained length, minus a quarter for the
+        answer, drop the oldest turns and print a line. Raises UserError if text itself is too long.
         """
         from model.chat_template import render
 
@@ -149,28 +148,29 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": text}]
         oldest = 1 if self.system else 0
         while True:
-            alone = len(messages) == oldest + 1
-            room = context if alone else min(context, self.trained_length)
-            reserved = min(self.settings["max_new_tokens"], room // 4)
+            is_last = len(messages) == oldest + 1
+            limit = context if is_last else min(context, self.trained_length)
+            reserved = min(self.settings["max_new_tokens"], limit // 4)
             ids, _ = render(messages, add_generation_prompt=True, tokenizer=self.tokenizer)
-            if len(ids) + reserved <= room:
+            if len(ids) + reserved <= limit:
                 break
-            if alone:
+            if is_last:
                 raise UserError(
                     f"that is too long: {len(ids)} tokens, and {reserved} are kept for the answer "
                     f"(max_new_tokens); the context has {context}. Shorten one of them"
                 )
             del messages[oldest : oldest + 2]
         if len(messages) <= len(self.messages):
-            print("[the conversation is longer than any in training: its oldest part is forgotten]")
+            print("[context limit reached: dropped the oldest turns]")
         self.messages = messages
         return ids
 
     def answer(self, text):
-        """Prints the answer to text while it is generated; Ctrl-C ends it early."""
+        """Generate and print the answer to text; Ctrl-C stops it."""
         from model.chat_template import parse_answer
 
-        ids, new, waiting, stopped = self.prompt(text), [], [], ""
+        ids = self.prompt(text)
+        new, waiting, stopped = [], [], ""
         begin = time.perf_counter()
         try:
             for (token,) in self.generate([ids], **self.settings):
@@ -179,7 +179,7 @@ class Chat:
                 new.append(token)
                 waiting.append(token)
                 piece = self.tokenizer.decode(waiting, skip_special_tokens=False)
-                # A character may be spread over up to four tokens; a part of it decodes to U+FFFD.
+                # A character may span up to four tokens; a part of it decodes to U+FFFD.
                 if not piece.endswith("\ufffd") or len(waiting) > 3:
                     print(piece, end="", flush=True)
                     waiting = []
@@ -193,7 +193,7 @@ class Chat:
             print(f"[{len(new)} tokens, {speed:.0f}/s{stopped}]")
 
     def command(self, line):
-        """Executes a line that starts with a slash. Raises UserError for an unknown command."""
+        """Execute a line that starts with a slash. Raises UserError for an unknown command."""
         name, _, value = line.partition(" ")
         value = value.strip()
         if name == "/help":
@@ -210,10 +210,10 @@ class Chat:
         elif name == "/save":
             self.save(value)
         else:
-            raise UserError(f"{name} is not a command; /help lists them")
+            raise UserError(f"{name} isn't a command; /help lists them")
 
     def save(self, name):
-        """Appends the conversation to a JSONL file."""
+        """Append the conversation to a JSONL file."""
         if not name or not self.messages:
             raise UserError("/save FILE needs a name of a file, and a conversation to save")
         line = json.dumps({"conversations": self.messages}, ensure_ascii=False)

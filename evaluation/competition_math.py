@@ -1,7 +1,7 @@
-r"""The judge of MATH (Hendrycks et al., arXiv:2103.03874), whose answers stand in \boxed{}.
+r"""The judge of MATH (Hendrycks et al., arXiv:2103.03874), whose answers are in \boxed{}.
 
-Strict: the official rule (github.com/hendrycks/math): the last \boxed{}, and equal text once some
-spellings are the same. Lenient: the same mathematics, by the optional package math-verify.
+Strict: the official rule (github.com/hendrycks/math): the last \boxed{}, compared as normalized
+text. Lenient: mathematical equality, with the optional package math-verify.
 """
 
 import importlib.metadata
@@ -18,13 +18,13 @@ SECONDS = 5  # of a lenient comparison
 LARGEST_POWER = 10_000
 TINY, ZERO = 1e-3, 1e-90  # below TINY, decimals are compared by their relative difference
 BASE = re.compile(r"\d[0-9A-Z]*_\{?\d")  # a number in another base, as 2516_8
-# Towers of powers and factorials of large numbers, which no library ends to compute.
+# Towers of powers and factorials of large numbers, which would never finish computing.
 TOWER = r"\^\s*(?:\{[^{}]*\^|\{[^{}]*\}\s*\^|\d+\s*\^)"
 ENDLESS = re.compile(rf"{TOWER}|\d{{4,}}\s*!|[)}}!\]]\s*!|[eE]\d{{4,}}")
 
 
 def lenient_judge():
-    """The lenient judge and its version; None where math-verify is not installed."""
+    """Return the lenient judge's name and version, or None if math-verify isn't installed."""
     try:
         return f"math-verify {importlib.metadata.version('math-verify')}"
     except importlib.metadata.PackageNotFoundError:
@@ -32,46 +32,47 @@ def lenient_judge():
 
 
 def extract_answer(text, strict=False):
-    r"""The content of the last \boxed{} or \fbox{}; None if there is none.
+    r"""Return the content of the last \boxed{} or \fbox{}, or None.
 
-    Lenient, where there is no box: what follows "####" or "the answer is", else the last formula
-    between dollar signs, else the last number.
+    If there is no box, the lenient rule takes the text after "####" or "the answer is", else the
+    last formula between dollar signs, else the last number.
     """
     text = text[-LONGEST:]
     boxed = last_boxed(text)
     if boxed is not None or strict:
         return boxed
-    place = after_mark(text) if "####" in text else after_words(text)
-    formulas = re.findall(r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\((.+?)\\\)", place or text)
+    statement = after_mark(text) if "####" in text else after_words(text)
+    formulas = re.findall(r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\((.+?)\\\)", statement or text)
     if formulas:
         return "".join(formulas[-1]).strip()
-    numbers = [found[0].strip() for found in NUMBER.finditer(text)]
-    return place.strip() if place else (numbers or [None])[-1]
+    numbers = [match[0].strip() for match in NUMBER.finditer(text)]
+    return statement.strip() if statement else (numbers or [None])[-1]
 
 
 def last_boxed(text):
+    r"""Return the content of the last \boxed{} or \fbox{}, or None."""
     begin = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if begin < 0:
         return None
-    rest = text[begin:].removeprefix("\\boxed").removeprefix("\\fbox")
-    if rest.startswith(" ") and not rest.lstrip().startswith("{"):  # \boxed 7
-        return rest.partition("$")[0].partition("\n")[0].strip()
+    content = text[begin:].removeprefix("\\boxed").removeprefix("\\fbox")
+    if content.startswith(" ") and not content.lstrip().startswith("{"):  # \boxed 7
+        return content.partition("$")[0].partition("\n")[0].strip()
     depth = 0
-    for at, letter in enumerate(rest):
+    for index, letter in enumerate(content):
         depth += (letter == "{") - (letter == "}")
         if letter == "}" and depth == 0:
-            return rest[rest.index("{") + 1 : at]
+            return content[content.index("{") + 1 : index]
     return None
 
 
 def is_equiv(a, b, strict=False):
-    """Whether two answers, as extract_answer gives them, are the same. None equals nothing.
+    """Return whether two answers from extract_answer are equal. None equals nothing.
 
-    Lenient without math-verify, the result is None where the official rule does not decide.
+    Without math-verify, the lenient rule returns None where the official rule doesn't decide.
     """
     if a is None or b is None:
         return False
-    if official(a) == official(b):
+    if normalize(a) == normalize(b):
         return True
     if strict:
         return False
@@ -79,43 +80,43 @@ def is_equiv(a, b, strict=False):
 
 
 def same_mathematics(a, b):
-    """Whether math-verify finds two answers equal; False for what it could not end to compute."""
+    """Return whether math-verify finds two answers equal; False on timeout."""
     if max(len(a), len(b)) > LONGEST_ANSWER or not (is_bounded(a) and is_bounded(b)):
         return False
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs what it cannot read
-    # Its time limit is a signal: it works on POSIX, in the main thread.
+    # Its timeout uses a signal, which works on POSIX in the main thread.
     timed = os.name == "posix" and threading.current_thread() is threading.main_thread()
     seconds = SECONDS if timed else None
     if BASE.search(a) or BASE.search(b):  # math-verify drops the base
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
     a, b = (parse(f"\\boxed{{{text}}}", parsing_timeout=seconds) for text in (a, b))
     return bool(
-        a and b and verify(a, b, timeout_seconds=seconds) and not differ_though_tiny(a[0], b[0])
+        a and b and verify(a, b, timeout_seconds=seconds) and not differ_in_tiny_numbers(a[0], b[0])
     )
 
 
-def differ_though_tiny(a, b):
-    """Whether two expressions that math-verify finds equal differ in a number so small that it was
-    rounded to 0; they may be lists of numbers. 100 digits tell such a number from 0.
+def differ_in_tiny_numbers(a, b):
+    """Return whether two expressions that math-verify finds equal, maybe lists, differ in a number
+    so small that it was rounded to 0. Compares 100 digits.
     """
     is_number = [getattr(x, "is_number", False) and x.is_real for x in (a, b)]
     if not all(is_number):
         parts = [getattr(x, "args", ()) for x in (a, b)]
-        return len(parts[0]) == len(parts[1]) and any(map(differ_though_tiny, *parts))
+        return len(parts[0]) == len(parts[1]) and any(map(differ_in_tiny_numbers, *parts))
     size = max(abs(a.evalf(100)), abs(b.evalf(100)))
     return bool(ZERO < size < TINY and abs((a - b).evalf(100)) > TINY * size)
 
 
 def is_bounded(text):
-    """Whether the numbers in a text can be computed: no towers of powers, no huge factorials."""
+    """Return whether the numbers in a text can be computed: no power towers or huge factorials."""
     powers = [int(power) for power in re.findall(r"\^\s*\{?\s*-?(\d{1,9})", text)]
     return not ENDLESS.search(text) and math.prod(powers) <= LARGEST_POWER
 
 
-def official(text):
-    """The official normal form; the text itself where the official rules break off."""
+def normalize(text):
+    """Return the official normal form, or the text itself where the official code raises."""
     form = text
     for old, new in (
         *(("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")),

@@ -1,6 +1,4 @@
-"""The answers of a model: written, scored while it is trained, and kept on disk, where another run
-never replaces them.
-"""
+"""Generate answers to problems, score them, and store results."""
 
 import json
 import time
@@ -13,165 +11,177 @@ from evaluation.tasks import allowed_ids, is_right, judge, problem, read_problem
 from model.chat_template import parse_answer, render
 from model.generation import generate
 
-TEXT = "task run command weights weights_sha256 data data_sha256".split()
-OF_RESULT = dict.fromkeys(TEXT, str) | {"params": int, "seconds": int | float, "totals": dict}
-OF_ROW = {"problem": int, "sample": int, "tokens": int, "truncated": bool, "prompt": list}
-OF_ROW |= {"output": str, "verdict": str | None, "level": str | None, "type": str | None}
-MAY_DIFFER = "run command weights data params settings".split()  # names, places, what follows
+TEXT = ("task", "run", "command", "weights", "weights_sha256", "data", "data_sha256")
+RESULT_TYPES = dict.fromkeys(TEXT, str) | {"params": int, "seconds": int | float, "totals": dict}
+ROW_TYPES = {"problem": int, "sample": int, "tokens": int, "truncated": bool, "prompt": list}
+ROW_TYPES |= {"output": str, "verdict": str | None, "level": str | None, "type": str | None}
+MAY_DIFFER = ("run", "command", "weights", "data", "params", "settings")  # don't identify a run
 
 
 def answer_all(problems, model, tokenizer, options, part=None):
-    """A row for each sample of each problem: {"problem", "sample", "output", "reasoning"?,
-    "truncated", "tokens", "seconds"} and what the problem holds.
+    """Answer all problems. Returns one row per sample of a problem: {"problem", "sample", "output",
+    "reasoning"?, "truncated", "tokens", "seconds"} and the fields of the problem. seconds is the
+    time of a batch divided by its size.
 
-    options  {"num_samples", "batch_size", "seed"}, and what `generate` takes
-    part     a Part, which keeps the rows on the way
-    seconds  an even share of its batch's
+    options  {"num_samples", "batch_size", "seed"} and the options of `generate`
+    part     a Part, which stores intermediate rows
     """
     prompts = [
         render(problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer)[0]
         for problem in problems
     ]
-    room = model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
     for index, prompt in enumerate(prompts):
-        if len(prompt) >= room:
+        if len(prompt) >= context:
             raise UserError(
-                f"problem {index} has {len(prompt)} tokens, and the model's context is {room}; "
-                "leave it out, or show fewer examples"
+                f"problem {index} has {len(prompt)} tokens, and the model's context is {context}; "
+                "remove it, or show fewer examples"
             )
     options = dict(options)
-    num_samples, batch_size, seed = map(options.pop, ("num_samples", "batch_size", "seed"))
-    # Prompts of similar length go together: less padding.
+    num_samples = options.pop("num_samples")
+    batch_size = options.pop("batch_size")
+    seed = options.pop("seed")
+    # Batch prompts of similar length: less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    asked = [(index, sample) for index in order for sample in range(num_samples)]
+    samples = [(index, sample) for index in order for sample in range(num_samples)]
     rows = list(part.rows) if part else []
-    bar = tqdm(total=len(asked), initial=len(rows), unit="answer", leave=False, disable=None)
-    for first in range(len(rows), len(asked), batch_size):
-        chosen, began = asked[first : first + batch_size], time.perf_counter()
+    bar = tqdm(total=len(samples), initial=len(rows), unit="answer", leave=False, disable=None)
+    for first in range(len(rows), len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        began = time.perf_counter()
         options["seed"] = int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
-        answers = write_answers(model, [prompts[index] for index, _ in chosen], **options)
-        seconds = round((time.perf_counter() - began) / len(chosen), 3)
-        new = []
-        for (index, sample), (ids, ended) in zip(chosen, answers, strict=True):
+        answers = generate_batch(model, [prompts[index] for index, _ in batch], **options)
+        seconds = round((time.perf_counter() - began) / len(batch), 3)
+        new_rows = []
+        for (index, sample), (ids, ended) in zip(batch, answers, strict=True):
             message = parse_answer(ids, tokenizer)
             row = {"problem": index, "sample": sample, "output": message["content"]}
             if "reasoning_content" in message:
                 row["reasoning"] = message["reasoning_content"]
-            new.append(row | {"truncated": not ended, "tokens": len(ids), "seconds": seconds})
-        rows += new
-        bar.update(len(new))
+            new_rows.append(row | {"truncated": not ended, "tokens": len(ids), "seconds": seconds})
+        rows += new_rows
+        bar.update(len(new_rows))
         if part:
-            part.add(new)
+            part.add(new_rows)
     bar.close()
     rows = sorted(rows, key=lambda row: (row["problem"], row["sample"]))
     return [{**problems[row["problem"]], **row} for row in rows]
 
 
-def write_answers(model, prompts, **options):
-    """(ids, whether a stop token ended them) of each answer; options are those of `generate`."""
-    answers, ended = [[] for _ in prompts], [False] * len(prompts)
+def generate_batch(model, prompts, **options):
+    """Generate an answer to each prompt. Returns (ids, whether it ended with a stop token) for
+    each; options as in `generate`.
+    """
+    answers, stopped = [[] for _ in prompts], [False] * len(prompts)
     for step in generate(model, prompts, **options):
-        for place, token in enumerate(step):
+        for row, token in enumerate(step):
             if token in STOP:
-                ended[place] = True
+                stopped[row] = True
             elif token is not None:
-                answers[place].append(token)
-    return list(zip(answers, ended, strict=True))
+                answers[row].append(token)
+    return list(zip(answers, stopped, strict=True))
 
 
 class TaskScore:
-    """A task's problems, to score a model on while it is trained: all of Tiny World's, else the
-    first 200 of a file. Raises UserError if there is no such file.
+    """Scores a model on a task during training: on all problems of Tiny World, or on the first 200
+    of a file. Raises UserError if the file is missing.
     """
 
     def __init__(self, task, path):
-        self.task, self.path, tiny = task, path, task == "tiny_world"
-        self.problems = read_problems(task, None if tiny else path)[: None if tiny else 200]
+        self.task, self.path = task, path
         self.options = {"num_samples": 1, "batch_size": 50, "seed": 1, "temperature": 0.0}
-        self.options["max_new_tokens"] = 120 if tiny else 256
+        if task == "tiny_world":
+            self.problems = read_problems(task)
+            self.options["max_new_tokens"] = 120
+        else:
+            self.problems = read_problems(task, path)[:200]
+            self.options["max_new_tokens"] = 256
 
     def count_solved(self, model, tokenizer, rank=0, world_size=1):
-        """Return how many of the problems a model solves, of those that are this process's."""
+        """Return how many of this rank's problems the model solves."""
         options = self.options | {"allowed": allowed_ids(self.task, self.path, tokenizer)}
         rows = answer_all(self.problems[rank::world_size], model, tokenizer, options)
-        verdicts = [judge(self.task, r["output"], r["gold"], r["truncated"]) for r in rows]
+        verdicts = [judge(self.task, row["output"], row["gold"], row["truncated"]) for row in rows]
         return sum(map(is_right, verdicts))
 
 
 def read_result(path):
-    """A stored result. Raises UserError, naming the field, if path holds none."""
+    """Load a stored result. Raises UserError, naming the field, if the file isn't one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        require_kinds(result, OF_RESULT)
-        require_kinds(result["totals"], {"accuracy": int | float})
+        require_types(result, RESULT_TYPES)
+        require_types(result["totals"], {"accuracy": int | float})
         for row in [*result["problems"]] or [{}]:
-            require_kinds(row, OF_ROW)
+            require_types(row, ROW_TYPES)
             problem(result["task"], row["prompt"], row["gold"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is no result of run_eval.py: {error}") from None
+        raise UserError(f"{path} isn't a result of run_eval.py: {error}") from None
     return result
 
 
-def require_kinds(values, kinds):
+def require_types(values, types):
+    """Raise ValueError unless values is a dict with fields of these types."""
     if not isinstance(values, dict):
-        raise ValueError(f"it holds {values!r} and no record")
-    for name, kind in kinds.items():
-        if not isinstance(values.get(name), kind):
+        raise ValueError(f"expected a JSON object, got {values!r}")
+    for name, expected in types.items():
+        if not isinstance(values.get(name), expected):
             raise ValueError(f"its {name} is {values.get(name)!r}")
 
 
 def require_same_run(path, head, run, flag):
-    """Raises UserError, naming what differs, unless the run that a file describes in its JSON text
-    head is this one: the same question with the same weights.
+    """Raise UserError, naming the differences, unless a file with the JSON text head belongs to
+    this run: the same problems, settings and weights.
     """
     try:
-        before = json.loads(head)
-        before = {**before, **before.get("settings", {}), **before.get("source", {})}
+        stored = json.loads(head)
+        stored = {**stored, **stored.get("settings", {}), **stored.get("source", {})}
     except (ValueError, TypeError, RecursionError):
-        before = {}
-    other = [
-        f"{name} was {str(before.get(name)):.12} and is {str(value):.12}"
+        stored = {}
+    differences = [
+        f"{name} was {str(stored.get(name)):.12} and is {str(value):.12}"
         for name, value in {**run, **run.get("settings", {})}.items()
-        if name not in MAY_DIFFER and before.get(name, value) != value
+        if name not in MAY_DIFFER and stored.get(name, value) != value
     ]
-    if other or "weights_sha256" not in before:
-        differ = "; ".join(other) or "it does not say which"
-        raise UserError(f"{path} is of another run: {differ}. Give {flag}, or remove that file")
+    if differences or "weights_sha256" not in stored:
+        differ = "; ".join(differences) or "it doesn't say which"
+        raise UserError(f"{path} is from another run: {differ}. Give {flag}, or remove that file")
 
 
 class Part:
-    """The answers of a run so far, a line each, kept beside where its result will be.
+    """The answers of an unfinished run, one per line, next to its result.
 
-    Its whole batches are taken: a batch is drawn together, so it is repeated together. Raises
-    UserError, naming flag, if another run left answers there.
+    Only complete batches are reused, because a batch is sampled together. Raises UserError, naming
+    flag, if the file belongs to another run.
     """
 
     def __init__(self, path, run, batch_size, flag):
         self.path, self.rows = path, []
         text = path.read_text("utf-8", "replace") if path.exists() else ""
-        head, _, rest = text.partition("\n")
-        if rest:  # else it holds no answer
+        head, _, lines = text.partition("\n")
+        if lines:
             require_same_run(path, head, run, flag)
-        for line in rest.split("\n")[:-1]:
+        for line in lines.split("\n")[:-1]:
             try:
                 self.rows.append(json.loads(line))
             except ValueError:
-                break  # a machine that went off left it in pieces
+                break  # truncated by a crash
         self.rows = self.rows[: len(self.rows) // batch_size * batch_size]
-        first = {key: value for key, value in run.items() if key != "command"}
+        header = {key: value for key, value in run.items() if key != "command"}
         with atomic_write(path) as file:
-            file.write(as_lines([first, *self.rows]))
+            file.write(as_lines([header, *self.rows]))
 
     def add(self, rows):
+        """Append rows to the file."""
         try:
             with self.path.open("ab") as file:
                 file.write(as_lines(rows))
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be written: {error.strerror}. Make room, and give the same "
-                "command again: it continues"
+                f"{self.path} cannot be written: {error.strerror}. Free some space, and run the "
+                "same command again: it continues"
             ) from None
 
 
 def as_lines(values):
+    """Encode values as JSONL."""
     return "".join(json.dumps(value) + "\n" for value in values).encode()

@@ -1,7 +1,7 @@
 """The judge of GSM8K, whose answers are numbers.
 
 Strict: the official rule (github.com/openai/grade-school-math): the number after the first "####",
-commas removed, must be the same text. Lenient: how models really write, and the same number.
+without commas, must be the same text. Lenient: any usual notation of the same number.
 """
 
 import re
@@ -39,26 +39,27 @@ LONGEST, LONGEST_NUMBER = 20_000, 1_000  # characters
 
 
 def extract_answer(text, strict=False):
-    """The final number of a solution as text, without commas, currency and units; None if there is
-    none. A fraction stays one: "3/4".
+    """Return the final number of a solution as text, without commas, currency and units; None if it
+    has no number. Fractions are kept: "3/4".
     """
     if strict:
-        found = OFFICIAL.search(text)
-        return found[1].strip().replace(",", "") if found else None
+        match = OFFICIAL.search(text)
+        return match[1].strip().replace(",", "") if match else None
     text = text[-LONGEST:]
     for spelling, replacement in SPELLINGS:
         text = re.sub(spelling, replacement, text)
     text = text.replace("\\$", "$")
-    for place in places(text):
-        numbers = list(NUMBER.finditer(place.rpartition("=")[2])) or list(NUMBER.finditer(place))
+    for statement in answer_statements(text):
+        result = statement.rpartition("=")[2]
+        numbers = list(NUMBER.finditer(result)) or list(NUMBER.finditer(statement))
         if numbers:
-            return written(numbers[0])
+            return format_number(numbers[0])
     numbers = list(NUMBER.finditer(text))
-    return written(numbers[-1]) if numbers else None
+    return format_number(numbers[-1]) if numbers else None
 
 
 def is_correct(answer, gold, strict=False):
-    """Whether the final number of answer is that of gold, which is a whole solution or a number."""
+    """Return whether answer and gold, a solution or a number, have the same final number."""
     expected = extract_answer(gold, strict) or extract_answer(f"#### {gold}", strict)
     number = extract_answer(answer, strict)
     if number is None or expected is None:
@@ -74,13 +75,13 @@ def is_correct(answer, gold, strict=False):
 
 
 def exact_value(number):
-    """Return the exact value of a number or fraction, as `extract_answer` writes it: 0.5 is 1/2."""
+    """Return the exact value of a number or fraction from `extract_answer`: 0.5 is 1/2."""
     number, _, over = number.partition("/")
     return Fraction(number) / Fraction(over or 1)
 
 
-def places(text):
-    """The parts of a solution that state its answer, the surest first."""
+def answer_statements(text):
+    """Yield the parts of a solution that state its answer, the most reliable first."""
     if "####" in text:
         yield after_mark(text)
     boxed = text.rfind("\\boxed")
@@ -92,19 +93,19 @@ def places(text):
 
 
 def after_mark(text):
-    """The line after the last "####"."""
+    """Return the line after the last "####"."""
     return text.rpartition("####")[2].strip().partition("\n")[0]
 
 
 def after_words(text):
-    """The sentence after the last "the answer is"; None if there is none."""
-    found = list(ANSWER.finditer(text))
-    if not found:
+    """Return the sentence after the last "the answer is", or None."""
+    matches = list(ANSWER.finditer(text))
+    if not matches:
         return None
-    return re.split(r"\.(?:\s|$)|\n", text[found[-1].end() :].lstrip(), maxsplit=1)[0]
+    return re.split(r"\.(?:\s|$)|\n", text[matches[-1].end() :].lstrip(), maxsplit=1)[0]
 
 
-def written(number):
+def format_number(number):
     minus = "-" if number["sign"] or number["inner"] else ""
     over = (number["over"] or "").replace(" ", "")
     return minus + number["digits"].replace(",", "") + (number["power"] or "") + over

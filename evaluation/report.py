@@ -1,4 +1,4 @@
-"""The figures of an evaluation: totals, a table of them, two runs compared."""
+"""Evaluation metrics, reports, and the comparison of two runs."""
 
 import json
 import math
@@ -9,64 +9,63 @@ from evaluation.tasks import is_right
 
 
 def wilson(right, n, z=1.96):
-    """The 95 % confidence interval of a share, right of n (Wilson, 1927): (low, high)."""
+    """Return (low, high) of the 95 % confidence interval for right of n (Wilson, 1927)."""
     if n == 0:
         return 0.0, 1.0
-    share, spread = right / n, z * z / n
-    middle = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    p, spread = right / n, z * z / n
+    center = p + spread / 2
+    half_width = z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return (center - half_width) / (1 + spread), (center + half_width) / (1 + spread)
 
 
 def pass_at(k, n, right):
-    """The probability that one of k answers is right, drawn from n of which some are right.
-
-    The unbiased estimate of arXiv:2107.03374.
+    """Return the probability that at least one of k answers, drawn from n of which some are right,
+    is right: the unbiased estimate of arXiv:2107.03374.
     """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def totals(rows, same_answer):
-    """The figures of a run from its rows, one per sample of a problem. The lenient accuracy is None
-    where its judge was not installed; then the strict one decides what is right.
+    """Compute the metrics of a run from its rows, one per sample of a problem. The lenient accuracy
+    is None if its judge isn't installed; then the strict one decides what is right.
 
-    same_answer(a, b) returns whether two extracted answers are one in the majority vote.
+    same_answer(a, b) returns whether two extracted answers count as one in the majority vote.
     """
     by_problem = defaultdict(list)
     for row in rows:
         by_problem[row["problem"]].append(row)
     samples = max(map(len, by_problem.values()))
-    found = {"problems": len(by_problem)}
+    figures = {"problems": len(by_problem)}
     for name, verdict in (("accuracy", "verdict"), ("strict_accuracy", "strict_verdict")):
-        right = sum(row[verdict] == "correct" for row in rows)
-        # Samples of one problem are not independent: the interval is that of problems.
-        found[name] = right / len(rows)
-        found[f"{name}_95"] = wilson(right / samples, len(by_problem))
+        num_right = sum(row[verdict] == "correct" for row in rows)
+        # Samples of one problem aren't independent, so the interval is over problems.
+        figures[name] = num_right / len(rows)
+        figures[f"{name}_95"] = wilson(num_right / samples, len(by_problem))
     if any(row["verdict"] is None for row in rows):
-        found["accuracy"] = found["accuracy_95"] = None
-    found |= {
-        "by_level": shares_of(rows, "level"),
-        "by_type": shares_of(rows, "type"),
+        figures["accuracy"] = figures["accuracy_95"] = None
+    figures |= {
+        "by_level": accuracy_by(rows, "level"),
+        "by_type": accuracy_by(rows, "type"),
         "errors": dict(Counter(row["error"] for row in rows if row["error"])),
         "truncated": sum(row["truncated"] for row in rows) / len(rows),
         "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
     }
     if samples > 1:
-        right = [sum(map(is_right, group)) for group in by_problem.values()]
-        ks = sorted({1 << power for power in range(samples.bit_length())} | {samples})
-        found["pass_at"] = {
-            str(k): sum(pass_at(k, samples, n) for n in right) / len(right)
-            for k in ks
-            if k <= samples
+        num_right = [sum(map(is_right, group)) for group in by_problem.values()]
+        ks = [2**power for power in range(samples.bit_length())]  # 1, 2, 4, ... <= samples
+        if samples not in ks:
+            ks.append(samples)
+        figures["pass_at"] = {
+            str(k): sum(pass_at(k, samples, n) for n in num_right) / len(num_right) for k in ks
         }
         votes = sum(majority(group, same_answer) for group in by_problem.values())
-        found["majority"] = votes / len(by_problem)
-    return found
+        figures["majority"] = votes / len(by_problem)
+    return figures
 
 
 def majority(group, same_answer):
-    """Whether the answer that most samples of a problem gave is right; the earliest of a tie."""
-    votes = []  # lists of rows that gave the same answer
+    """Return whether the most frequent answer to a problem is right; ties go to the earliest."""
+    votes = []  # lists of rows with the same answer
     for row in group:
         if row["extracted"] is None:
             continue
@@ -79,8 +78,8 @@ def majority(group, same_answer):
     return bool(votes) and is_right(max(votes, key=len)[0])
 
 
-def shares_of(rows, field):
-    """{value of the field: [right, rows]}, sorted; empty where no row has one."""
+def accuracy_by(rows, field):
+    """Return {value of the field: [number right, number of rows]}, sorted; {} if no row has it."""
     counts = defaultdict(lambda: [0, 0])
     for row in rows:
         if row.get(field) is not None:
@@ -90,6 +89,7 @@ def shares_of(rows, field):
 
 
 def percent(share, interval=None):
+    """Format a fraction, with its confidence interval."""
     if share is None:
         return "not judged: pip install math-verify"
     text = f"{share:.1%}"
@@ -97,7 +97,7 @@ def percent(share, interval=None):
 
 
 def write(path, result):
-    """Writes a result as path, a .json file, and its figures as a table beside it, as .md."""
+    """Write a result to path, a .json file, and a table of its metrics to an .md file."""
     totals = result["totals"]
     judge = f" ({result['lenient_judge']})" if result.get("lenient_judge") else ""
     figures = {
@@ -118,22 +118,23 @@ def write(path, result):
     figures["time"] = f"{result['seconds']:.0f} s"
     table = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
     title = f"# {result['task']}: {result['run']}"
-    written = {
+    texts = {
         ".md": f"{title}\n\n| | |\n|---|---|\n{table}\nIntervals: 95 %, Wilson.\n",
         ".json": json.dumps(result, ensure_ascii=False, indent=1),
     }
-    for suffix, text in written.items():
+    for suffix, text in texts.items():
         with atomic_write(path.with_suffix(suffix)) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def compare(old, new):
-    """Lines on the problems whose verdict differs between two results, and on the probability of
-    such a difference by chance: the exact sign test (McNemar, 1947). Raises UserError for runs of
-    different data.
+    """Compare two results. Returns lines of text: the problems whose verdict differs, and the
+    p-value of the exact sign test (McNemar, 1947). Raises UserError if their data differs.
     """
     if old["data_sha256"] != new["data_sha256"]:
-        raise UserError(f"{old['run']} and {new['run']} are of different data: compare runs of one")
+        raise UserError(
+            f"{old['run']} and {new['run']} have different data; choose runs on one file"
+        )
     before, after = (
         {(row["problem"], row["sample"]): row for row in result["problems"]}
         for result in (old, new)
@@ -143,15 +144,15 @@ def compare(old, new):
     lost = [key for key in shared if is_right(before[key]) and not is_right(after[key])]
     flips = len(won) + len(lost)
     tail = sum(math.comb(flips, i) for i in range(min(len(won), len(lost)) + 1))
-    chance = min(1.0, 2 * tail / 2**flips)
+    p_value = min(1.0, 2 * tail / 2**flips)
     lines = [
         f"{len(shared)} answers in both; {old['run']} {percent(old['totals']['accuracy'])}, "
         f"{new['run']} {percent(new['totals']['accuracy'])}",
-        f"{len(won)} became right, {len(lost)} wrong; p = {chance:.3f} (exact sign test)",
+        f"{len(won)} became right, {len(lost)} wrong; p = {p_value:.3f} (exact sign test)",
     ]
     for mark, keys in (("+", won), ("-", lost)):
         for key in keys:
-            given = " -> ".join(repr(rows[key]["extracted"]) for rows in (before, after))
+            answers = " -> ".join(repr(rows[key]["extracted"]) for rows in (before, after))
             row = after[key]
-            lines.append(f"{mark} problem {row['problem']}: {given}, gold {row['gold']!r}")
+            lines.append(f"{mark} problem {row['problem']}: {answers}, gold {row['gold']!r}")
     return lines

@@ -1,4 +1,4 @@
-"""Rewards of answers: what a task's judge says, or what a function of the user returns."""
+"""Rewards from a task's judge, or from a user's function."""
 
 import math
 import runpy
@@ -12,28 +12,29 @@ from evaluation.tasks import is_right, judge
 from model.chat_template import parse_answer
 
 
-def reward_function(task, own=None):
-    """A function (problem, answer) -> reward: 1 or 0, as the task's judge says; or own,
-    "FILE.py:name", a function (prompt, answer, gold) -> number. Raises UserError if there is none.
+def reward_function(task, custom=None):
+    """Return a function (problem, answer) -> reward: 1 or 0 from the task's judge; or from custom,
+    "FILE.py:name", a function (prompt, answer, gold) -> number. Raises UserError if it can't be
+    loaded.
     """
-    if own is None:
+    if custom is None:
         return lambda problem, answer: float(is_right(judge(task, answer, problem["gold"], False)))
-    path, _, name = own.rpartition(":")
-    sys.path.insert(0, str(Path(path).resolve().parent))  # for what stands beside it
+    path, _, name = custom.rpartition(":")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # so the file can import its neighbours
     try:
         function = runpy.run_path(path)[name]
     except (Exception, SystemExit) as error:  # whatever the user's file does
-        raise UserError(f"--reward {own}: {error!r}; give FILE.py:function") from None
+        raise UserError(f"--reward {custom}: {error!r}; give FILE.py:function") from None
     if not callable(function):
-        raise UserError(f"--reward {own}: {name} is no function")
+        raise UserError(f"--reward {custom}: {name} isn't a function")
     return lambda problem, answer: function(problem["prompt"], answer, problem["gold"])
 
 
 def compute_rewards(reward, problems, groups, tokenizer):
-    """The rewards of G answers to each of P problems, (P, G); groups are their ids, with the token
-    that ended each. Raises UserError for a reward that is not a finite number.
+    """Return the rewards of G answers to each of P problems, (P, G); groups hold their ids, with
+    the stop token. Raises UserError if a reward isn't a finite number.
     """
-    found = []
+    rewards = []
     for problem, group in zip(problems, groups, strict=True):
         for ids in group:
             answer = parse_answer(ids[:-1] if ids[-1] in STOP else ids, tokenizer)["content"]
@@ -42,10 +43,10 @@ def compute_rewards(reward, problems, groups, tokenizer):
                 if not math.isfinite(value):
                     raise ValueError("it is not finite")
             except Exception as error:  # whatever the user's function does
-                asked = problem["prompt"][-1]["content"]
+                question = problem["prompt"][-1]["content"]
                 raise UserError(
-                    f"the reward of {answer!r:.100}, an answer to {asked!r:.100}: {error!r}; it "
+                    f"the reward of {answer!r:.100}, an answer to {question!r:.100}: {error!r}; it "
                     "must be a finite number"
                 ) from None
-            found.append(float(value))
-    return torch.tensor(found).view(len(problems), -1 if found else 1)
+            rewards.append(float(value))
+    return torch.tensor(rewards).view(len(problems), -1 if rewards else 1)

@@ -1,13 +1,12 @@
-"""Has a model answer every problem of a task, and reports how many it solved.
+"""Evaluate a model on a task: answer every problem and report the accuracy.
 
     python evaluation/run_eval.py --task tiny_world --weight full_sft
     python evaluation/run_eval.py --task gsm8k --data_path out/gsm8k/test.jsonl --limit 200
-    python evaluation/run_eval.py --rescore out/eval/gsm8k/full_sft.json      # judges again
-    python evaluation/run_eval.py --compare A.json B.json                     # what flipped
+    python evaluation/run_eval.py --rescore out/eval/gsm8k/full_sft.json      # judge again
+    python evaluation/run_eval.py --compare A.json B.json                     # compare two runs
 
-Every prompt, answer and verdict goes to out/eval/TASK/RUN.json, a report beside it. A run that was
-stopped continues where it was when the same command is given again. What another run left under the
-same name is never overwritten.
+Writes every prompt, answer and verdict to out/eval/TASK/RUN.json, with a report next to it. Running
+the same command again continues an interrupted run. Results of another run are never overwritten.
 """
 
 import hashlib
@@ -33,22 +32,22 @@ def parse(argv):
     parser = Parser(__doc__)
     add = parser.group("the evaluation")
     add("task", "tiny_world", f"one of {'|'.join(TASKS)}", choose_from(*TASKS))
-    add("data_path", None, "problems, as a recipe writes them; default: Tiny World's", Path)
+    add("data_path", None, "problems, written by a recipe; default: Tiny World's", Path)
     add("num_samples", 1, "answers to each problem", number(int, 1))
-    name = "name of the result; default: the weights' name and the options that are not defaults"
+    name = "name of the result; default: the weights' name plus every non-default option"
     add("run", None, name)
-    add("rescore", None, "judge a stored run again, without the model", Path, metavar="FILE")
-    flipped = "what flipped between two stored runs"
+    add("rescore", None, "judge a stored run again without the model", Path, metavar="FILE")
+    flipped = "compare two stored runs"
     add("compare", None, flipped, Path, nargs=2, metavar=("OLD", "NEW"))
     answering_flags(parser, batch_size=16, max_new_tokens=512, temperature=0.0)
     args = parser.parse_args(argv)
     if args.num_samples > 1 and args.temperature == 0:
-        parser.error(f"--num_samples {args.num_samples} are all the same at --temperature 0")
+        parser.error(f"--num_samples {args.num_samples} are identical at --temperature 0")
     return args, parser
 
 
 def answering_flags(parser, **defaults):
-    """Add the flags that `open_model` and `generation_options` read, except --num_samples."""
+    """Add the flags for `open_model` and `generation_options`, except --num_samples."""
     add = parser.group("the model and its answers")
     newest = "a name in --save_dir, or a path; default: full_sft, or the weights of --lora"
     add("weight", None, newest, dest="from_weight")
@@ -56,15 +55,15 @@ def answering_flags(parser, **defaults):
     add("hidden_size", None, "only where several sizes have the name", number(int, 1))
     add("save_dir", ROOT / "out", "folder of weights and results", Path)
     add("limit", 0, "number of problems; 0: all", number(int, 0))
-    add("batch_size", defaults["batch_size"], "answers written at once", number(int, 1))
+    add("batch_size", defaults["batch_size"], "batch size", number(int, 1))
     longest = "maximum length of an answer, in tokens"
     add("max_new_tokens", defaults["max_new_tokens"], longest, number(int, 1))
-    sampling = "0: always the most probable token"
+    sampling = "sampling temperature; 0: greedy"
     add("temperature", defaults["temperature"], sampling, number(float, 0, 100))
-    add("seed", 1, "of the sampling, above temperature 0", number(int, 0, 2**63 - 1))
+    add("seed", 1, "sampling seed, if the temperature is above 0", number(int, 0, 2**63 - 1))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("dtype", "fp32", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
-    add("use_compile", 0, "1: torch.compile the step to the next token", switch)
+    add("use_compile", 0, "1: use torch.compile for decoding", switch)
 
 
 def generation_options(args):
@@ -99,7 +98,8 @@ def main(argv=None):
     problems = problems[: args.limit or None]
     trained = open_model(args)
     data = args.data_path or EVAL
-    how = ("num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
+    settings = ("num_samples", "temperature", "batch_size", "max_new_tokens", "seed")
+    settings += ("dtype", "use_compile", "limit")
     result = {
         "task": args.task,
         "run": args.run or run_name(trained.name, args, parser),
@@ -109,7 +109,7 @@ def main(argv=None):
         "data": str(data),
         "data_sha256": sha256_of(data),
         "params": sum(weight.numel() for weight in trained.model.parameters()),
-        "settings": {name: getattr(args, name) for name in (*how, "dtype", "use_compile", "limit")},
+        "settings": {name: getattr(args, name) for name in settings},
     }
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
     if path.exists():
@@ -130,7 +130,7 @@ def sha256_of(path):
 
 
 def run_name(name, args, parser):
-    """Return the name of the weights, with the options of this run that are not the defaults."""
+    """Return the default name of a run: the weights' name plus every non-default option."""
     words = [Path(name).stem]
     words += [f"lora_{Path(args.lora).stem.removeprefix('lora_')}"] if args.lora else []
     for flag in ("num_samples", "temperature", "limit", "dtype", "use_compile"):
@@ -140,31 +140,31 @@ def run_name(name, args, parser):
 
 
 def finish(result, path):
-    """Judges all rows of a result, writes it with its report to path, and prints its scores."""
+    """Judge all rows of a result, write it and its report to path, and print the scores."""
     task, rows = result["task"], result["problems"]
     for row in rows:
         row |= judge(task, row["output"], row["gold"], row["truncated"])
     if task == "math":
         result["lenient_judge"] = competition_math.lenient_judge()
-    found = report.totals(rows, lambda a, b: same_answer(task, a, b))
-    lenient, strict = found["accuracy"], found["strict_accuracy"]
+    totals = report.totals(rows, lambda a, b: same_answer(task, a, b))
+    lenient, strict = totals["accuracy"], totals["strict_accuracy"]
     scores = {"overall": strict if lenient is None else lenient}
-    parts = found["by_type"] | found["by_level"]
+    parts = totals["by_type"] | totals["by_level"]
     scores |= {part: right / n for part, (right, n) in parts.items()}
-    report.write(path, result | {"totals": found, "scores": scores, "problems": rows})
+    report.write(path, result | {"totals": totals, "scores": scores, "problems": rows})
 
     for part, score in scores.items():
         print(f"{part:24} {score:6.1%} of {parts[part][1] if part in parts else len(rows):4}")
     if lenient is None:
-        print(f"strict {report.percent(strict, found['strict_accuracy_95'])}; 95 % intervals")
+        print(f"strict {report.percent(strict, totals['strict_accuracy_95'])}; 95 % intervals")
         print("for the lenient score: pip install math-verify, then --rescore")
     else:
-        interval = report.percent(lenient, found["accuracy_95"])
+        interval = report.percent(lenient, totals["accuracy_95"])
         print(f"lenient {interval}, strict {strict:.1%}; 95 % intervals")
-    for k, share in found.get("pass_at", {}).items():
+    for k, share in totals.get("pass_at", {}).items():
         print(f"pass@{k:19} {share:6.1%}")
-    if "majority" in found:
-        print(f"{'majority vote':24} {found['majority']:6.1%}")
+    if "majority" in totals:
+        print(f"{'majority vote':24} {totals['majority']:6.1%}")
     print(f"report: {path.with_suffix('.md')}\nevery answer: {path}")
     return scores
 

@@ -1,11 +1,10 @@
-"""Shows what the loss sees: a line for each token of a sample, with the probability that each model
-gives to the token that comes next.
+"""Per-token loss table for one sample: the probability each model gives to the next token.
 
     python evaluation/show_loss.py                                   # a conversation of Tiny World
     python evaluation/show_loss.py --data_path mine.jsonl --record 3 --weight full_sft
 
-A line has the token that the model reads, the token that it must predict, the label of that token
-(- is -100, no loss), and the probabilities. Supervised lines are green in a terminal.
+Each line has the input token, the target token, its label (- means -100, no loss), and the
+probabilities. Supervised lines are green in a terminal.
 """
 
 import math
@@ -26,14 +25,14 @@ from model.weights import build_model, find_weights, load
 
 
 def probabilities(model, input_ids):
-    """The probability that the model gives to the token after each one, (T,) -> (T - 1,)."""
+    """Return the model's probability of each next token, (T,) -> (T - 1,)."""
     with torch.inference_mode():
         logits = model(input_ids[None])[0, :-1]  # (1, T) -> (1, T, V) -> (T - 1, V)
     return logits.softmax(dim=-1).gather(1, input_ids[1:, None])[:, 0]
 
 
 def table(names, columns, input_ids, labels, tokenizer, coloured):
-    """The lines of the table; columns are the probabilities of each of the models."""
+    """Return the lines of the table; columns are the probabilities of each model."""
 
     def text(token):
         return repr(tokenizer.decode([token], skip_special_tokens=False))
@@ -41,10 +40,10 @@ def table(names, columns, input_ids, labels, tokenizer, coloured):
     header = "".join(f"{name:>12}" for name in names)
     lines = [f"{'reads':20}{'predicts':20}{'label':>6}{header}"]
     targets = zip(input_ids[:-1].tolist(), input_ids[1:].tolist(), labels[1:].tolist(), strict=True)
-    for place, (token, following, label) in enumerate(targets):
-        cells = "".join(f"{column[place]:12.3f}" for column in columns)
-        shown = "-" if label == IGNORE else label
-        line = f"{text(token):20}{text(following):20}{shown:>6}{cells}"
+    for position, (token, target, label) in enumerate(targets):
+        cells = "".join(f"{column[position]:12.3f}" for column in columns)
+        label_text = "-" if label == IGNORE else label
+        line = f"{text(token):20}{text(target):20}{label_text:>6}{cells}"
         before, after = STYLES["other" if label == IGNORE else "supervised"]
         lines.append(f"{before}{line}{after}" if coloured else line)
     return lines

@@ -1,4 +1,4 @@
-"""The problems of each task, and who judges their answers."""
+"""The problems of each task, and their graders."""
 
 import json
 import re
@@ -18,17 +18,15 @@ def read_problems(task, path=None):
     """
     path = write_missing(path or EVAL) if task == "tiny_world" else path
     if path is None:
-        raise UserError(
-            f"--data_path is missing: give a test file of {task}, as a recipe writes it"
-        )
+        raise UserError(f"--data_path is missing: give a test file for {task}, written by a recipe")
     problems = []
     for number, record in read_records(path):
         try:
             if isinstance(record, ValueError):
                 raise record
             if record.get("source", task) != task:
-                raise ValueError(f"its source is {record['source']}")
-            problems.append(problem(task, *FIELDS_OF[task](record)))
+                raise ValueError(f"record is from {record['source']}, not {task}")
+            problems.append(problem(task, *READERS[task](record)))
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"--data_path {path}, line {number}: {reason}{hint(record)}") from None
@@ -38,7 +36,7 @@ def read_problems(task, path=None):
 
 
 def hint(record):
-    """Return the end of a sentence about a record that isn't a problem of the task."""
+    """Return a hint for a record that isn't a problem of the task, or ""."""
     if not isinstance(record, dict):
         return ""
     if record.get("source") in TASKS:
@@ -51,13 +49,11 @@ def hint(record):
 
 
 def problem(task, prompt, gold, level=None, kind=None):
-    """A problem. Raises ValueError for a prompt that is no conversation, and a gold answer that no
-    judge reads.
-    """
+    """Return a problem. Raises ValueError for an invalid prompt or gold answer."""
     pieces(prompt)
     texts = gold if task == "tiny_world" and isinstance(gold, list) else [gold]
     if task not in TASKS or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{gold!r} is no expected answer of {task}")
+        raise ValueError(f"{gold!r} isn't a valid gold answer for {task}")
     level, kind = (value if value is None else str(value) for value in (level, kind))
     return {"prompt": prompt, "gold": gold, "level": level, "type": kind}
 
@@ -79,8 +75,8 @@ def sid_fields(record):
     return prompt, answer["content"], None, record["task"]
 
 
-FIELDS_OF = {"tiny_world": tiny_world_fields, "sid": sid_fields}
-FIELDS_OF |= {"gsm8k": math_fields, "math": math_fields}
+READERS = {"tiny_world": tiny_world_fields, "sid": sid_fields}
+READERS |= {"gsm8k": math_fields, "math": math_fields}
 
 
 class Allowed:
@@ -102,28 +98,29 @@ class Allowed:
 
 
 def allowed_ids(task, path, tokenizer):
-    """The constraint on the answers of a task for `generate`: in sid, ids that exist; else None."""
+    """Return the constraint of `generate` for a task: for sid, ids that exist; otherwise None."""
     if task != "sid":
         return None
-    place = path.with_name("sids.json")
+    sids_path = path.with_name("sids.json")
     try:
-        return Allowed(json.loads(place.read_text(encoding="utf-8-sig")), tokenizer)
+        return Allowed(json.loads(sids_path.read_text(encoding="utf-8-sig")), tokenizer)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{place} says which ids exist, and cannot be read: {error}") from None
+        raise UserError(f"{sids_path}, the list of ids, cannot be read: {error}") from None
 
 
 def judge(task, output, gold, truncated):
-    """The verdict on an output: {"extracted", "verdict", "strict_verdict", "error"}.
+    """Judge an output; returns {"extracted", "verdict", "strict_verdict", "error"}.
 
-    verdict is the lenient one, None where its judge is not installed. error: no_answer, truncated
-    (no end within max_new_tokens), wrong; None of a correct answer.
+    verdict is the lenient one, None if its judge isn't installed. error: no_answer, truncated (no
+    stop token within max_new_tokens), wrong, or None for a correct answer.
     """
     if task in ("tiny_world", "sid"):
         extracted = output.strip()
         strict = lenient = tiny_world_is_correct(output, gold)
     elif task == "gsm8k":
         extracted = gsm8k.extract_answer(output)
-        strict, lenient = (gsm8k.is_correct(output, gold, s) for s in (True, False))
+        strict = gsm8k.is_correct(output, gold, strict=True)
+        lenient = gsm8k.is_correct(output, gold)
     else:
         extracted = competition_math.extract_answer(output)
         official = competition_math.extract_answer(output, strict=True)
@@ -131,26 +128,31 @@ def judge(task, output, gold, truncated):
         lenient = None
         if competition_math.lenient_judge():
             lenient = competition_math.is_equiv(extracted, gold)
-    words = {True: "correct", False: "wrong", None: None}
-    verdicts = {"verdict": words[lenient], "strict_verdict": words[strict]}
-    error = "truncated" if truncated else "wrong" if extracted else "no_answer"
-    return {"extracted": extracted, **verdicts, "error": None if is_right(verdicts) else error}
+    verdict_names = {True: "correct", False: "wrong", None: None}
+    verdicts = {"verdict": verdict_names[lenient], "strict_verdict": verdict_names[strict]}
+    if is_right(verdicts):
+        error = None
+    elif truncated:
+        error = "truncated"
+    else:
+        error = "wrong" if extracted else "no_answer"
+    return {"extracted": extracted, **verdicts, "error": error}
 
 
 def is_right(row):
-    """Whether a judged answer is right: by the lenient judge, or by the strict one without it."""
+    """Return whether a judged answer is right, by the lenient judge if available."""
     return (row["verdict"] or row["strict_verdict"]) == "correct"
 
 
 def same_answer(task, a, b):
-    """Whether two extracted answers vote for the same."""
+    """Return whether two extracted answers are equal, for majority voting."""
     same = {"gsm8k": gsm8k.is_correct, "math": competition_math.is_equiv}.get(task)
     return same(a, b) if same else a == b
 
 
 def tiny_world_is_correct(answer, expected):
-    """Whether an answer is right: equal to the expected text, or, where that is a list, holding
-    each of its entries as whole words.
+    """Return whether an answer equals the expected text, or, for a list, contains all its entries
+    as whole words.
     """
     answer = answer.strip()
     if isinstance(expected, str):

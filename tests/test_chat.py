@@ -162,7 +162,7 @@ def test_the_coldest_and_the_narrowest_draw_the_likeliest(trained):
         (["--repetition_penalty", 101], "repetition_penalty 101: give a number from 0.01 to 100"),
         (["--max_new_tokens", 0], "max_new_tokens 0: give a whole number from 1 to"),
         (["--max_batch", 0], "max_batch 0: give a whole number"),
-        (["--prompt", "\udcff"], "--prompt and --system: give text in UTF-8"),
+        (["--prompt", "\udcff"], "--prompt and --system must be valid UTF-8"),
         (["--weight", "none"], "--weight none: an untrained model can't answer"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_prompt(tra
             assert {message["role"] for message in answers} == {"assistant"}
             numbers = [int(re.search(r"number (\d)", message["content"])[1]) for message in asked]
             assert numbers == list(range(number + 1))[-len(answers) :]
-    assert "its oldest part is forgotten" in capsys.readouterr().out
+    assert "dropped the oldest turns" in capsys.readouterr().out
     assert talk.messages[0]["content"] == "Be brief."
     assert "number 7" in talk.messages[-2]["content"] and len(talk.messages) < 17
     with pytest.raises(eval_llm.UserError) as error:
@@ -274,7 +274,7 @@ def test_a_conversation_longer_than_those_it_was_trained_on_is_shortened(trained
     talk.messages = [{"role": role, "content": "one two"} for role in ("user", "assistant")] * 9
     assert len(talk.prompt("And three?")) <= 96 - 24 and 1 < len(talk.messages) < 18
     assert talk.messages[0]["role"] == "user"
-    assert "longer than any in training" in capsys.readouterr().out
+    assert "context limit reached" in capsys.readouterr().out
     talk.messages.append({"role": "assistant", "content": "Three."})
     alone = talk.prompt("word " * 200)  # longer than that by itself: the model may still try
     assert len(alone) > 200 and len(talk.messages) == 1
@@ -341,7 +341,7 @@ def test_typed_control_text_starts_no_turn(trained):
 def test_a_line_that_begins_with_a_slash_can_be_sent(trained, tmp_path):
     lines = f"\ufeff//reset is a word\n/unknown\n/save {tmp_path / 'c.jsonl'}\n"
     done = run("eval_llm.py", "--save_dir", trained, "--max_new_tokens", 2, text_input=lines)
-    assert "/unknown is not a command" in done.stdout, done.stderr
+    assert "/unknown isn't a command" in done.stdout, done.stderr
     (saved,) = (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [m["content"] for m in json.loads(saved)["conversations"] if m["role"] == "user"]
     assert asked == ["/reset is a word"]  # also without the byte-order mark of the file

@@ -206,7 +206,7 @@ def test_an_unfinished_run_is_gone_on_with_and_another_ones_answers_are_kept(tmp
         ({"weights_sha256": "b"}, "weights_sha256 was a and is b"),
         ({"settings": {"limit": 3}}, "limit was 0 and is 3"),
     ):
-        with pytest.raises(UserError, match=rf"it.part is of another run: {says}.*--run NAME"):
+        with pytest.raises(UserError, match=rf"it.part is from another run: {says}.*--run NAME"):
             opened(**other)
         assert opened().rows == rows[:4]
     text = part.read_text(encoding="utf-8").splitlines()
@@ -217,7 +217,7 @@ def test_an_unfinished_run_is_gone_on_with_and_another_ones_answers_are_kept(tmp
     assert opened(settings={"limit": 3}).rows == []  # without answers, nothing would be lost
     for damaged in ("[1]\n1\n", "{\n{}\n", '{"settings": 1}\n{}\n', "[" * 100_000 + "\n[\n"):
         part.write_text(damaged, encoding="utf-8")
-        with pytest.raises(UserError, match="does not say which"):
+        with pytest.raises(UserError, match="doesn't say which"):
             opened()
         assert part.read_text(encoding="utf-8") == damaged
 
@@ -241,7 +241,7 @@ def test_another_question_never_replaces_stored_answers(trained, gsm8k, tmp_path
         (test, ["--seed", 0], "seed was 1 and is 0"),
         (test, ["--run", "full_sft_32", "--limit", 3], "limit was 0 and is 3"),
     ):
-        with pytest.raises(UserError, match=rf"full_sft_32.json is of .*{says}.*--run NAME"):
+        with pytest.raises(UserError, match=rf"full_sft_32.json is from .*{says}.*--run NAME"):
             evaluate(trained, data, tmp_path, "--task", "gsm8k", *flags)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
     (moved := tmp_path / "moved.jsonl").write_bytes(test.read_bytes())
@@ -326,7 +326,7 @@ def test_compare_shows_what_flipped(tmp_path, capsys):
         "- problem 1: 'R' -> 'W', gold 'g'",
     ]
     other = store(tmp_path, "other", rows, data_sha256="y")
-    with pytest.raises(UserError, match="a and other are of different data"):
+    with pytest.raises(UserError, match="a and other have different data"):
         run_eval.main(["--compare", str(paths[0]), str(other)])
 
 
@@ -376,11 +376,11 @@ def test_mistakes_are_told_in_a_sentence(trained, gsm8k, tmp_path, capsys):
     for data, flags, says in (
         (test, ["--task", "gsm8k", "--num_samples", 3], "--temperature"),
         (test, ["--task", "gsm8k", "--batch_size", 0], "from 1 to"),
-        (test, ["--task", "math"], "line 1: its source is gsm8k"),
+        (test, ["--task", "math"], "line 1: record is from gsm8k"),
         (test, ["--task", "tiny_world"], "line 1"),
         *((tmp_path / "empty.jsonl", ["--task", name], "is empty") for name in TASKS),
         (tmp_path / "no.jsonl", ["--task", "gsm8k"], "no.jsonl"),
-        (test, ["--rescore", test], "no result of run_eval.py"),
+        (test, ["--rescore", test], "a result of run_eval.py"),
     ):
         with pytest.raises((UserError, SystemExit)) as error:
             evaluate(trained, data, tmp_path, *flags)
@@ -424,7 +424,7 @@ MALFORMED = [  # of a Tiny World problem: its field, what is in it, what is said
     ("conversations", [{"role": "user", "content": 7}], "content 7, which is not text"),
     ("conversations", [{"role": "user", "content": "\ud800"}], "unpaired surrogate"),
     ("conversations", [{"role": ["user"], "content": "Hi"}], "has role"),
-    *(("expected", value, "no expected answer") for value in (None, 5, {"a": 1}, [1], [["a"]])),
+    *(("expected", value, "isn't a valid gold answer") for value in (None, 5, {"a": 1}, [1], [["a"]])),
     *((name, ..., f"'{name}' is missing") for name in ("conversations", "expected", "category")),
 ]
 
@@ -479,7 +479,7 @@ def test_a_result_that_was_tampered_with_is_refused(evaluated, tmp_path, where, 
         path.write_text(json.dumps(crafted), encoding="utf-8")
         for flags in (["--rescore", path], ["--compare", path, evaluated]):
             done = run_here("evaluation/run_eval.py", *flags)
-            assert done.returncode == 2 and "it.json is no result of run_eval.py" in done.stderr
+            assert done.returncode == 2 and "it.json isn't a result of run_eval.py" in done.stderr
         assert json.loads(path.read_text(encoding="utf-8")) == crafted
     path.write_text(json.dumps(result), encoding="utf-8")
     assert run_here("evaluation/run_eval.py", "--rescore", path).returncode == 0
@@ -490,7 +490,7 @@ def test_an_answer_is_truncated_unless_it_came_to_its_stop_token(monkeypatch):
     steps = [[5, 6, 2, 0], [5, 2, None, None], [5, None, None, None]]
     monkeypatch.setattr(generate_answers, "generate", lambda *a, **k: iter(steps))
     for longest in (3, 50):
-        got = generate_answers.write_answers(None, [[3]] * 4, max_new_tokens=longest)
+        got = generate_answers.generate_batch(None, [[3]] * 4, max_new_tokens=longest)
         assert got == [([5, 5, 5], False), ([6], True), ([], True), ([], True)]
 
 
@@ -502,7 +502,7 @@ def test_reasoning_is_stored_apart_from_the_answer_and_not_judged(monkeypatch):
         [THINK, *tokenizer.encode("\nHm").ids],
     ]
     monkeypatch.setattr(
-        generate_answers, "write_answers", lambda *a, **k: [(wrote[0], True), (wrote[1], False)]
+        generate_answers, "generate_batch", lambda *a, **k: [(wrote[0], True), (wrote[1], False)]
     )
     asked = [{"prompt": [{"role": "user", "content": "?"}], "gold": "It is 5."}] * 2
     options = {"num_samples": 1, "batch_size": 2, "seed": 1}
@@ -591,9 +591,9 @@ def test_shares_are_counted_by_hand():
     rows = [("Level 2", True), ("Level 10", False), ("Level 2", False), (None, True)]
     verdicts = {True: "correct", False: "wrong"}
     rows = [{"level": level, "verdict": verdicts[right]} for level, right in rows]
-    assert report.shares_of(rows, "level") == {"Level 2": [1, 2], "Level 10": [0, 1]}
-    assert list(report.shares_of(rows, "level")) == ["Level 2", "Level 10"]
-    assert report.shares_of(rows[:0], "level") == {}
+    assert report.accuracy_by(rows, "level") == {"Level 2": [1, 2], "Level 10": [0, 1]}
+    assert list(report.accuracy_by(rows, "level")) == ["Level 2", "Level 10"]
+    assert report.accuracy_by(rows[:0], "level") == {}
 
 
 def test_totals_of_several_samples():
@@ -678,7 +678,7 @@ def test_the_seconds_of_an_answer_are_an_even_share_of_its_batch(monkeypatch):
     now = itertools.count(0, 6)
     monkeypatch.setattr(generate_answers.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(
-        generate_answers, "write_answers", lambda m, prompts, **_: [([9], True)] * len(prompts)
+        generate_answers, "generate_batch", lambda m, prompts, **_: [([9], True)] * len(prompts)
     )
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
     problem = {"prompt": [{"role": "user", "content": "Hm?"}], "gold": "x"}

@@ -275,7 +275,7 @@ def test_an_evaluation_is_of_weights_and_adapters_together(lora_run, gsm8k, tmp_
     (result,) = (tmp_path / "eval" / "gsm8k").glob("*.json")
     before = result.read_bytes()
     done = run_here("evaluation/run_eval.py", *flags, "--lora", "full_sft")
-    assert done.returncode == 2 and "is of another run: weights_sha256 was" in done.stderr
+    assert done.returncode == 2 and "is from another run: weights_sha256 was" in done.stderr
     assert result.read_bytes() == before
 
 

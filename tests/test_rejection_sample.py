@@ -53,14 +53,14 @@ def test_a_run(trained, tmp_path):
     rejection_sample.main(list(map(str, [*flags, "--out", again])))  # the same: it runs again
     assert again.read_bytes() == outs[1].read_bytes()
     for other in (["--limit", 1], ["--seed", 2], ["--keep", 1], ["--batch_size", 5]):
-        says = f"a.jsonl is of another run: {other[0][2:]} was .* and is {other[1]}.*--out FILE"
+        says = f"a.jsonl is from another run: {other[0][2:]} was .* and is {other[1]}.*--out FILE"
         with pytest.raises(UserError, match=says):
             rejection_sample.main(list(map(str, [*flags, *other, "--out", again])))
     part = again.replace(tmp_path / "b.part")
     for out, file in ((tmp_path / "b.jsonl", part), (data, data)):
         outs[1].unlink(missing_ok=True)
         before = file.read_bytes()
-        with pytest.raises(UserError, match=f"{file.name} is of another run"):
+        with pytest.raises(UserError, match=f"{file.name} is from another run"):
             rejection_sample.main(list(map(str, [*flags, "--seed", 2, "--out", out])))
         assert file.read_bytes() == before
 
