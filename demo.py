@@ -1,7 +1,7 @@
-"""The whole path in one command, `make demo`: writes the data, trains, compares, opens the chat.
+"""Run the full pipeline, `make demo`: data, pretraining, SFT, evaluation, chat.
 
-Each stage runs commands that the README lists. A stage that is done is not repeated; --fresh starts
-over. The figures of the run are in out/demo.json.
+Each stage runs commands from the README. Completed stages are skipped; --fresh starts over. All
+figures are written to out/demo.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ RESULTS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain",
 LOGS = [OUT / "logs" / f"{name}_256.jsonl" for name in ("pretrain", "full_sft")]
 SFT = ["trainer/train_full_sft.py", "--from_weight", "pretrain"]
 TRAINING = ("pretrain", "sft")
-STAGES = {  # stage: its commands, and the files that they write
+STAGES = {  # stage: (commands, the files they write)
     "data": ([["dataset/tiny_world/generate.py"]], DATA),
     "pretrain": ([["trainer/train_pretrain.py"]], [OUT / "pretrain_256.pth"]),
     "sft": ([SFT], [OUT / "full_sft_256.pth"]),
@@ -32,11 +32,11 @@ STAGES = {  # stage: its commands, and the files that they write
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="start over")
-    parser.add_argument("--seed", type=int, default=1, help="of the training; starts over")
+    parser.add_argument("--seed", type=int, default=1, help="training seed; starts over")
     args = parser.parse_args()
     if args.fresh:
         REPORT.unlink(missing_ok=True)
-    # Ctrl-C is for the command that runs: training saves and ends, the chat stops its answer.
+    # Ctrl-C is handled by the running command: training saves and exits, the chat stops its answer.
     signal.signal(signal.SIGINT, lambda *_: None)
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
     if report.get("seed", 1) != args.seed or not report:
@@ -45,7 +45,8 @@ def main():
     report["seconds"]["setup"] = round(float(setup.read_text())) if setup.exists() else 0
     for stage, (commands, files) in STAGES.items():
         if stage in report["seconds"] and all(path.exists() for path in files):
-            print(f"{stage}: done before, in {report['seconds'][stage]} s (make demo FRESH=1 anew)")
+            seconds = report["seconds"][stage]
+            print(f"{stage}: already done, in {seconds} s (make demo FRESH=1 starts over)")
             continue
         commands = begin(stage, commands, report)
         started = time.perf_counter()
@@ -77,20 +78,20 @@ def main():
 
 
 def begin(stage, commands, report):
-    """The commands of a stage that is not done. A training that the demo began and that was stopped
-    is resumed; an earlier run of the user is not, and training keeps it under another name.
+    """Return the commands of a stage to run. Training that the demo started is resumed; an earlier
+    run of the user isn't, and is kept under another name.
     """
     if report.get("begun") == stage:
         resumed = [[script, "--from_resume", "1"] for script, *_ in commands]
         return resumed if stage in TRAINING else commands
-    for later in list(STAGES)[list(STAGES).index(stage) :]:  # these follow from this stage
+    for later in list(STAGES)[list(STAGES).index(stage) :]:  # later stages depend on this one
         report["seconds"].pop(later, None)
     report["begun"] = stage
     save(report)
     if stage != "eval":
         for path in RESULTS:
-            path.with_suffix(".part").unlink(missing_ok=True)  # answers of earlier weights
-            if path.exists():  # maybe of an evaluation by hand
+            path.with_suffix(".part").unlink(missing_ok=True)  # for earlier weights
+            if path.exists():  # maybe written by the user
                 path.replace(path.with_stem(f"{path.stem}_before_demo"))
     return commands
 
@@ -100,15 +101,15 @@ def save(report):
 
 
 def compare(before, after):
-    """Prints the scores of two evaluations, and a prompt of each type with both answers."""
+    """Print the scores of two evaluations, and one prompt of each type with both answers."""
     print(f"\n{'held-out score':16}{'pretrained':>12}{'after SFT':>12}")
     for category, score in before["scores"].items():
         print(f"{category:16}{score:12.1%}{after['scores'][category]:12.1%}")
-    shown = set()
+    printed_types = set()
     for old, new in zip(before["problems"], after["problems"], strict=True):
-        if old["type"] in shown:
+        if old["type"] in printed_types:
             continue
-        shown.add(old["type"])
+        printed_types.add(old["type"])
         print()
         for message in old["prompt"]:
             print(f"  {message['role']:12}{message['content']}")

@@ -215,7 +215,7 @@ def residual_stream(path, config):
     y = top + 16
     for layer in range(layers):
         for name, what in (("attention", "moves information between tokens"),
-                           ("MLP", "computes on each token alone")):  # fmt: skip
+                           ("MLP", "computes on each token separately")):  # fmt: skip
             picture.line((x, y), (150, y))
             picture.labelled(150, y - 12, 46, 24, "norm", size=12)
             picture.arrow(196, y, 216, y)
@@ -396,7 +396,7 @@ def packed_row(path):
                 at = left + (start + column) * size, picture.y + (start + row) * size
                 picture.box(*at, size - 1, size - 1, f"{COLOURS[number]}box", corner=0)
     picture.y += total * size + 20
-    picture.note("No sample sees another: each has the logits that it has alone.")
+    picture.note("No sample sees another: each has the logits that it has on its own.")
     picture.save(path)
 
 

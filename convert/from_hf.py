@@ -1,10 +1,10 @@
-"""Makes a weights file of a published model: Qwen3, Qwen3-MoE, Qwen2, Llama, or MiniMind.
+"""Convert a published model to a weights file: Qwen3, Qwen3-MoE, Qwen2, Llama, or MiniMind.
 
 python convert/from_hf.py FOLDER --save_weight qwen
 python convert/from_hf.py out/full_sft_768.pth --tokenizer_path model --save_weight minimind
 
-`--weight FOLDER` and `--from_weight FOLDER` of the other scripts read a folder directly. A .pth of
-MiniMind holds weights alone, so its tokenizer's folder is named too. Needs the package safetensors.
+The other scripts read such a folder directly, with `--weight FOLDER` and `--from_weight FOLDER`. A
+.pth of MiniMind has no tokenizer, so give its folder too. Needs the package safetensors.
 """
 
 import sys
@@ -22,8 +22,8 @@ from model.weights import build_model, file_name, load_tensors, write_weights
 
 
 def minimind_config(weights, path):
-    """The config.json that MiniMind's weights would have. Their shapes say most of it; the rest are
-    MiniMind's constants. Raises UserError if these are not such weights.
+    """Return a config.json for MiniMind's weights, from their shapes and MiniMind's constants.
+    Raises UserError for other weights.
     """
     try:
         layers = 1 + max(int(name.split(".")[2]) for name in weights if ".layers." in name)
@@ -33,7 +33,7 @@ def minimind_config(weights, path):
         head_dim = q // 8 if qk_norm is None else qk_norm.shape[0]
         experts = sum(name.startswith(f"{first}mlp.experts.") for name in weights) // 3
         up = f"{first}mlp.{'experts.0.' if experts else ''}up_proj.weight"
-        found = {
+        config = {
             "model_type": "qwen3_moe" if experts else "llama" if qk_norm is None else "qwen3",
             "hidden_size": weights["model.embed_tokens.weight"].shape[1],
             "num_hidden_layers": layers,
@@ -46,30 +46,30 @@ def minimind_config(weights, path):
             "tie_word_embeddings": True,
         }
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not hold MiniMind's weights: {error!r}") from None
+        raise UserError(f"{path} has no MiniMind weights: {error!r}") from None
     if experts:
-        found |= {"num_experts": experts, "num_experts_per_tok": 1, "norm_topk_prob": True}
-        found |= {"moe_intermediate_size": found["intermediate_size"]}
-    return found
+        config |= {"num_experts": experts, "num_experts_per_tok": 1, "norm_topk_prob": True}
+        config |= {"moe_intermediate_size": config["intermediate_size"]}
+    return config
 
 
 def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("source", type=Path, help="folder of a published model, or a .pth of MiniMind")
-    add("--tokenizer_path", type=Path, metavar="FOLDER", help="of a .pth: has tokenizer.json")
+    add("--tokenizer_path", type=Path, metavar="FOLDER", help="for a .pth: has tokenizer.json")
     add("--save_weight", required=True, metavar="NAME", help="writes NAME_512.pth")
     add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
     args = parser.parse_args(argv)
     if args.source.suffix == ".pth" and args.tokenizer_path is None:
-        raise UserError(f"{args.source} holds weights alone; name their --tokenizer_path FOLDER")
+        raise UserError(f"{args.source} has no tokenizer; give --tokenizer_path FOLDER")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     if args.source.suffix == ".pth":
-        weights = load_tensors(args.source, hint="get it again")
+        weights = load_tensors(args.source, hint="download it again")
         config = minimind_config(weights, args.source)
         with invalid_values_reported(args.tokenizer_path):
             content = build_content(config, weights, args.tokenizer_path)

@@ -1,4 +1,4 @@
-"""Merges LoRA adapters into their weights, or converts them to and from the files of PEFT.
+"""Merge LoRA adapters into their base weights, or convert them to and from PEFT's format.
 
 python convert/peft.py --lora full_sft                      # out/full_sft_merged_256.pth
 python convert/peft.py --lora full_sft --to_peft FOLDER     # adapter_config.json and
@@ -31,8 +31,8 @@ from model.weights import (
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX, SUFFIX = "base_model.model.", ".weight"  # of the names in PEFT's files
-UNSUPPORTED = {  # options of PEFT that these adapters do not have, with the value of "off"
+PREFIX, SUFFIX = "base_model.model.", ".weight"  # around the names in PEFT's files
+UNSUPPORTED = {  # PEFT options that aren't supported, with the value for "off"
     "use_dora": False,
     "use_rslora": False,
     "bias": "none",
@@ -51,9 +51,9 @@ def main(argv=None):
     model, tokenizer = build_model(content, path)
     if args.from_peft:
         read_peft(args.from_peft, model)
-        name, stage = f"lora_{args.save_weight}", "full_sft"  # what it nearly always is
+        name, stage = f"lora_{args.save_weight}", "full_sft"  # an assumption
         state = adapter_state(model.state_dict())
-        more = {"under": base, "training": {}}
+        fields = {"under": base, "training": {}}
     else:
         lora = adapters_name(args.lora)
         adapters_path = find_weights(args.save_dir, lora, model.config.hidden_size)
@@ -64,10 +64,10 @@ def main(argv=None):
         merged = f"{Path(lora).stem.removeprefix('lora_')}_merged"
         name, stage = args.save_weight or merged, content["stage"]
         state = merge(model).state_dict()
-        more = {"training": content["training"]}
-    more |= description(model)
+        fields = {"training": content["training"]}
+    fields |= description(model)
     target = args.save_dir / f"{file_name(name, model.config)}.pth"
-    write_weights(target, state, model.config, tokenizer, stage, **more)
+    write_weights(target, state, model.config, tokenizer, stage, **fields)
     print(f"written: {target}")
 
 
@@ -75,30 +75,30 @@ def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--lora", metavar="NAME", help="adapters: lora_NAME_512.pth in --save_dir")
-    add("--weight", dest="from_weight", help="their weights; default: those they were trained on")
+    add("--weight", dest="from_weight", help="base weights; default: those they were trained on")
     add("--save_dir", type=Path, default=ROOT / "out", help="folder of weights")
-    add("--save_weight", help="name of the result; default: that of the adapters, and _merged")
+    add("--save_weight", help="name of the result; default: the adapters' name and _merged")
     add("--to_peft", type=Path, metavar="FOLDER", help="write PEFT's files instead")
     add("--from_peft", type=Path, metavar="FOLDER", help="read PEFT's files; writes lora_NAME")
     args = parser.parse_args(argv)
     if (args.lora is None) == (args.from_peft is None):
         raise UserError("give --lora NAME, or --from_peft FOLDER")
     if args.from_peft and not (args.from_weight and args.save_weight):
-        raise UserError("--from_peft needs --weight, their weights, and --save_weight, a name")
+        raise UserError("--from_peft needs --weight (the base weights) and --save_weight (a name)")
     return args
 
 
 def load_safetensors():
-    """The package safetensors. Raises UserError if it is not installed."""
+    """Import safetensors. Raises UserError if it isn't installed."""
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("the files of PEFT need a package: pip install safetensors") from None
+        raise UserError("PEFT's files need a package: pip install safetensors") from None
     return safetensors
 
 
 def write_peft(folder, model, base):
-    """Writes the adapters of a model as PEFT reads them."""
+    """Write the adapters of a model in PEFT's format."""
     safetensors, state = load_safetensors(), adapter_state(model.state_dict())
     config = {
         "peft_type": "LORA",
@@ -119,8 +119,8 @@ def write_peft(folder, model, base):
 
 
 def read_peft(folder, model):
-    """Adds the adapters in PEFT's files to a model. Raises UserError if they are not plain LoRA or
-    do not fit the model.
+    """Add the adapters in PEFT's files to a model. Raises UserError if they aren't plain LoRA or
+    don't match the model.
     """
     safetensors = load_safetensors()
     damaged = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
@@ -131,12 +131,10 @@ def read_peft(folder, model):
         target = config["target_modules"]
         target = target if isinstance(target, str) else ",".join(sorted(target))
     except damaged as error:
-        raise UserError(f"--from_peft {folder} holds no adapters of PEFT: {error}") from None
+        raise UserError(f"--from_peft {folder} has no PEFT adapters: {error}") from None
     for option, off in UNSUPPORTED.items():
         if config.get(option) not in (off, None):
-            raise UserError(
-                f"{folder / CONFIG}: {option} = {config[option]} is more than LoRA; it is not read"
-            )
+            raise UserError(f"{folder / CONFIG}: {option} = {config[option]} is not supported")
     try:
         add_lora(model, rank, alpha, config.get("lora_dropout", 0.0), target)
     except ValueError as error:
@@ -144,11 +142,11 @@ def read_peft(folder, model):
     state = {
         name.removeprefix(PREFIX).removesuffix(SUFFIX): weight for name, weight in tensors.items()
     }
-    found = {name: weight.shape for name, weight in state.items()}
+    shapes = {name: weight.shape for name, weight in state.items()}
     expected = {name: w.shape for name, w in adapter_state(model.state_dict()).items()}
-    if found != expected:
-        wrong = sorted({name for name, _ in found.items() ^ expected.items()})
-        raise UserError(f"{folder / WEIGHTS} does not fit these weights: {', '.join(wrong[:5])}")
+    if shapes != expected:
+        wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
+        raise UserError(f"{folder / WEIGHTS} doesn't match these weights: {', '.join(wrong[:5])}")
     model.load_state_dict(state, strict=False)
 
 

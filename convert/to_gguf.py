@@ -1,4 +1,4 @@
-"""Writes weights as a GGUF file, which llama.cpp and Ollama run, and a Modelfile for Ollama.
+"""Convert weights to a GGUF file for llama.cpp and Ollama, with a Modelfile for Ollama.
 
 python convert/to_gguf.py --weight full_sft --out seedling.gguf
 python convert/to_gguf.py --weight full_sft --out seedling.gguf --type q8_0
@@ -26,7 +26,7 @@ from model.weights import open_model
 from trainer.train_tokenizer import QWEN2
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-OUTSIDE = {  # names of tensors outside the layers, and in a layer
+OUTSIDE = {  # our names: GGUF names, outside the layers and in a layer
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
@@ -45,15 +45,14 @@ INSIDE = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# How tokenizers split a text before they merge bytes: llama.cpp's name for it. A split is the
-# expressions of its steps; GPT-2's is that of ByteLevel itself.
+# Pre-tokenizers by the steps of their split: llama.cpp's name. ByteLevel splits like GPT-2.
 SPLITS = {
     (QWEN2, "bytes"): "qwen2",
     (QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|"), "bytes"): "llama-bpe",
     ("gpt-2",): "gpt-2",
     ("digits", "gpt-2"): "smollm",
 }
-# Ollama does not run Jinja: this is the template without tools, in Go's form.
+# Ollama doesn't run Jinja: this is the template without tools, in Go's syntax.
 CHAT = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -68,13 +67,13 @@ PARAMETER num_ctx {context}
 
 
 def gguf_tensors(model):
-    """{name in GGUF: tensor} of a model. The experts of a layer become one tensor (E, out, in)."""
-    found, experts = {}, {}
+    """Return {GGUF name: tensor} of a model. A layer's experts become one tensor (E, out, in)."""
+    tensors, experts = {}, {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         if name in OUTSIDE:
-            found[OUTSIDE[name]] = tensor
+            tensors[OUTSIDE[name]] = tensor
             continue
         path, _, kind = name.rpartition(".")  # kind: weight or bias
         _, _, layer, inner = path.split(".", 3)
@@ -82,12 +81,12 @@ def gguf_tensors(model):
             part = inner.rsplit(".", 1)[1].removesuffix("_proj")
             experts.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(tensor)
         else:
-            found[f"blk.{layer}.{INSIDE[inner]}.{kind}"] = tensor
-    return found | {name: torch.stack(parts) for name, parts in experts.items()}
+            tensors[f"blk.{layer}.{INSIDE[inner]}.{kind}"] = tensor
+    return tensors | {name: torch.stack(parts) for name, parts in experts.items()}
 
 
 def describe(writer, config, name):
-    """Writes the fields of the model's shape."""
+    """Write the fields for the model's shape."""
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -106,11 +105,11 @@ def describe(writer, config, name):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
-def pre_tokenizer_name(written):
-    """Return llama.cpp's name for the way in which a tokenizer.json splits a text. Raises UserError
-    where it has no name.
+def pre_tokenizer_name(tokenizer_json):
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises UserError if it has
+    none.
     """
-    first = written["pre_tokenizer"] or {}
+    first = tokenizer_json["pre_tokenizer"] or {}
     steps = []
     for part in first.get("pretokenizers", [first]):
         steps.append(part.get("pattern", {}).get("Regex"))
@@ -131,9 +130,9 @@ def add_tokenizer(writer, tokenizer, rows, kinds, chats):
     """Writes the tokenizer, with the chat template if the model chats. Raises UserError as
     `pre_tokenizer_name` does. rows: of the embeddings.
     """
-    written = json.loads(tokenizer.to_str())
+    tokenizer_json = json.loads(tokenizer.to_str())
     tokens = [tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size())]
-    control = {token["id"]: token["special"] for token in written["added_tokens"]}
+    control = {token["id"]: token["special"] for token in tokenizer_json["added_tokens"]}
     types = [kinds.CONTROL if control.get(i) else kinds.NORMAL for i in range(len(tokens))]
     for spare in CONTROL_TOKENS[NAMED_CONTROL_TOKENS:]:
         if tokenizer.token_to_id(spare) is not None:
@@ -144,10 +143,10 @@ def add_tokenizer(writer, tokenizer, rows, kinds, chats):
     tokens += [f"[unused {row}]" for row in range(len(tokens), rows)]
     types += [kinds.UNUSED] * (rows - len(types))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(written))
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer_json))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([" ".join(pair) for pair in written["model"]["merges"]])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer_json["model"]["merges"]])
     writer.add_eos_token_id(IM_END if chats else END_OF_TEXT)
     writer.add_pad_token_id(END_OF_TEXT)
     writer.add_add_bos_token(False)  # the default would add token 11
@@ -156,12 +155,12 @@ def add_tokenizer(writer, tokenizer, rows, kinds, chats):
 
 
 def parse(argv):
-    parser = export_parser(__doc__, "file to write; the Modelfile goes beside it")
-    matrices = "of the matrices (%(default)s)"
+    parser = export_parser(__doc__, "file to write; the Modelfile is written next to it")
+    matrices = "data type of matrices (%(default)s)"
     parser.add_argument("--type", choices=list(TYPES), default="f32", help=matrices)
     args = parser.parse_args(argv)
     if args.out.suffix != ".gguf":
-        raise UserError(f"--out {args.out}: llama.cpp and Ollama want a name that ends with .gguf")
+        raise UserError(f"--out {args.out}: llama.cpp and Ollama need a name that ends in .gguf")
     return args
 
 
@@ -188,13 +187,14 @@ def main(argv=None):
         writer = gguf.GGUFWriter(file.name, arch)
         describe(writer, config, trained.paths[-1].stem)
         add_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType, trained.chats)
-        of_file = f"ALL_{TYPES[args.type]}" if args.type == "f32" else f"MOSTLY_{TYPES[args.type]}"
-        writer.add_file_type(getattr(gguf.LlamaFileType, of_file))
+        prefix = "ALL" if args.type == "f32" else "MOSTLY"
+        file_type = f"{prefix}_{TYPES[args.type]}"
+        writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
         for name, tensor in tensors.items():
             plain = tensor.dim() == 1 or name.endswith("ffn_gate_inp.weight")  # norms, the router
-            of_tensor = gguf.GGMLQuantizationType.F32 if plain else kind
-            data = gguf.quants.quantize(tensor.float().contiguous().numpy(), of_tensor)
-            writer.add_tensor(name, data, raw_dtype=of_tensor)
+            tensor_type = gguf.GGMLQuantizationType.F32 if plain else kind
+            data = gguf.quants.quantize(tensor.float().contiguous().numpy(), tensor_type)
+            writer.add_tensor(name, data, raw_dtype=tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -1,10 +1,10 @@
-"""Writes weights as a folder that transformers, vLLM and the Hugging Face hub read.
+"""Export weights as a folder for transformers, vLLM and the Hugging Face Hub.
 
 python convert/to_hf.py --weight full_sft --out FOLDER
 python convert/to_hf.py --lora full_sft --out FOLDER --dtype bf16     # adapters are merged
 
-A model with QK norm becomes a Qwen3, one without a Llama, one with biases a Qwen2, one with experts
-a Qwen3-MoE: the names of the weights are theirs already. Needs the package safetensors.
+A model with QK norm becomes a Qwen3, without it a Llama, with biases a Qwen2, with experts a
+Qwen3-MoE; parameter names already match. Needs the package safetensors.
 """
 
 import json
@@ -28,19 +28,19 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def hf_config(config, dtype, eos):
-    """Return the content of config.json; eos is the id that ends an answer. Raises UserError for a
-    model of no published family.
+    """Return the content of config.json; eos is the id that ends an answer. Raises UserError if no
+    transformers architecture matches.
     """
     if config.use_moe and not config.qk_norm:
-        raise UserError("a mixture of experts without QK norm is of no published family")
+        raise UserError("no transformers architecture matches experts without QK norm")
     family, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
     family, name = ("qwen2", "Qwen2") if config.qkv_bias else (family, name)
     family, name = ("qwen3_moe", "Qwen3Moe") if config.use_moe else (family, name)
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor != 1:
-        rope |= {theirs: getattr(config, ours) for ours, theirs in SCALING.items()}
+        rope |= {their_name: getattr(config, our_name) for our_name, their_name in SCALING.items()}
         rope["rope_type"] = "llama3"
-    found = {
+    fields = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": family,
         "hidden_act": "silu",
@@ -52,16 +52,16 @@ def hf_config(config, dtype, eos):
         "pad_token_id": END_OF_TEXT,
         "dtype": DTYPES[dtype],
     }
-    found |= {name: getattr(config, name) for name in SAME}
+    fields |= {name: getattr(config, name) for name in SAME}
     if config.use_moe:
-        found |= {name: getattr(config, name) for name in (*EXPERTS, "router_aux_loss_coef")}
-        found |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    return found
+        fields |= {name: getattr(config, name) for name in (*EXPERTS, "router_aux_loss_coef")}
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return fields
 
 
 def export_parser(doc, out):
-    """The parser of a script that writes weights in another format; out: the help of --out. Its
-    flags, and the defaults that stand for no flag, are those of `open_model`.
+    """Return the parser of an export script; out: the help of --out. It has the flags and defaults
+    for `open_model`.
     """
     parser = Parser(doc)
     add = parser.add_argument
@@ -75,7 +75,7 @@ def export_parser(doc, out):
 
 @contextmanager
 def removed_on_error(folder):
-    """Removes a folder, which was empty before, if the block does not end well."""
+    """Context manager: delete a folder, empty before, if the block raises."""
     try:
         yield
     except BaseException:
@@ -86,7 +86,7 @@ def removed_on_error(folder):
 def parse(argv):
     parser = export_parser(__doc__, "folder to write")
     add = parser.add_argument
-    add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (%(default)s)")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="dtype of the weights (%(default)s)")
     args = parser.parse_args(argv)
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} is not empty; give another folder")
@@ -130,7 +130,7 @@ def main(argv=None):
             },
         )
         write("generation_config.json", {"eos_token_id": stop, "pad_token_id": END_OF_TEXT})
-        write("config.json", config)  # last: a folder without it is not read
+        write("config.json", config)  # last: a folder without it is incomplete
     print(f"written: {args.out}, {config['architectures'][0]}")
 
 

@@ -1,11 +1,11 @@
-"""Records the hidden states of a teacher for each token of the data, once: students are then
-trained from them without the teacher in memory, as often as you like.
+"""Record a teacher's hidden states for each token of the data, to train students without the
+teacher in memory.
 
     python recipes/export_hidden_states.py --teacher_weight full_sft
     python trainer/train_distillation.py --offline_dir out/offline --from_weight pretrain_small
 
-The data is read as train_full_sft.py reads it: the same flags give the same samples and the same
-split. A recording that was stopped continues when the same command is given again.
+The data is read like in train_full_sft.py: the same flags give the same samples and split. Running
+the same command again continues an interrupted recording.
 """
 
 import dataclasses
@@ -43,32 +43,32 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    # auto would be another one on another machine
+    # auto may differ on another machine
     args.dtype = next(name for name in DTYPES if DTYPES[name] == dtype)
     path = find_weights(args.save_dir, args.teacher_weight)
     model, tokenizer = build_model(load(path), path)
     layers = parse_layers(args.aux_layers, model, path)
     dataset, parts = read_data(args, tokenizer)
 
-    same = ("max_seq_len", "dtype", "shard_size", "seed")
-    manifest = {name: getattr(args, name) for name in same}
+    names = ("max_seq_len", "dtype", "shard_size", "seed")
+    manifest = {name: getattr(args, name) for name in names}
     manifest |= {"aux_layers": layers, "teacher": weights_hash(model)}
     manifest["config"] = dataclasses.asdict(model.config)
     order = dataset.samples[sum(parts.values(), [])]
     manifest["data"] = [*dataset.content, hashlib.sha256(order.tobytes()).hexdigest()]
     shards = {part: cut(samples, args.shard_size) for part, samples in parts.items()}
-    manifest["shards"] = {part: len(of_part) for part, of_part in shards.items()}
+    manifest["shards"] = {part: len(part_shards) for part, part_shards in shards.items()}
     begin(args.offline_dir, manifest, model, tokenizer)
 
     teacher = Teacher(model.to(device), layers)
     autocast = autocast_to(dtype, device)
     bar = tqdm(total=len(order), unit="sample", disable=None)
-    for part, of_part in shards.items():
-        for index, samples in enumerate(of_part):
-            place = args.offline_dir / part / f"{index:05d}.pt"
-            if not is_complete(place):
+    for part, part_shards in shards.items():
+        for index, samples in enumerate(part_shards):
+            shard_path = args.offline_dir / part / f"{index:05d}.pt"
+            if not is_complete(shard_path):
                 shard = record(teacher, dataset, samples, args.batch_size, device, autocast, dtype)
-                save(place, shard)
+                save(shard_path, shard)
             bar.update(len(samples))
     bar.close()
     print(f"written: {args.offline_dir}, {len(order)} samples")
@@ -78,21 +78,20 @@ def parse(argv):
     parser = Parser(__doc__)
     add, count = parser.group("recording"), number(int, 1)
     add("teacher_weight", "full_sft", "a name in --save_dir, or a path", metavar="NAME")
-    add("offline_dir", ROOT / "out" / "offline", "folder of the recording", Path, metavar="DIR")
-    add("save_dir", ROOT / "out", "folder of weights and cache", Path)
+    add("offline_dir", ROOT / "out" / "offline", "folder for the recording", Path, metavar="DIR")
+    add("save_dir", ROOT / "out", "folder for weights and cache", Path)
     add("data_path", None, "default: Tiny World", source, nargs="+", metavar="FILE")
     add("max_seq_len", 256, "maximum length of a sample, in tokens", number(int, 2))
-    add("val_split", 0.01, "share of valid/", number(float, 0, 0.5))
-    add("aux_layers", "", "record the output of these layers too, as 1,2", metavar="LAYERS")
-    add("shard_size", 256, "samples of a file", count)
-    add("batch_size", 16, "samples of a forward pass", count)
+    add("val_split", 0.01, "fraction held out as valid/", number(float, 0, 0.5))
+    add("aux_layers", "", "also record the output of these layers, e.g. 1,2", metavar="LAYERS")
+    add("shard_size", 256, "samples per file", count)
+    add("batch_size", 16, "samples per forward pass", count)
     add("dtype", "auto", "auto, fp32, bf16 or fp16", choose_from("auto", "fp32", "bf16", "fp16"))
     add("device", "auto", "auto, cpu, cuda, cuda:1, mps")
-    add("seed", 1, "of the split", number(int, 0))
+    add("seed", 1, "seed of the split", number(int, 0))
     conversation_flags(parser, training=False)
     parser.set_defaults(val_data_path=None, strict_data=False, cache_dir=None)
-    args = parser.parse_args(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 def read_data(args, tokenizer):
@@ -105,16 +104,16 @@ def read_data(args, tokenizer):
 
 
 def begin(folder, manifest, model, tokenizer):
-    """Writes the files beside the shards. Raises UserError if the folder has another recording."""
-    path, there = folder / "manifest.json", None
+    """Write manifest, tokenizer and LM head. Raises UserError if the folder has another recording."""
+    path, stored = folder / "manifest.json", None
     if path.exists():
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             print(f"{path} is damaged: it is written again")
-    if there:
-        same = [isinstance(there, dict) and there.get(name) == manifest[name] for name in manifest]
-        if not all(same):
+    if stored:
+        matches = isinstance(stored, dict) and all(stored.get(n) == manifest[n] for n in manifest)
+        if not matches:
             raise UserError(
                 f"{folder} was written from other data, flags or weights; give another "
                 "--offline_dir, or delete it"
@@ -128,23 +127,24 @@ def begin(folder, manifest, model, tokenizer):
 
 
 def save(path, content):
+    """Write a .pt file with its fingerprint."""
     save_tensors(path, content | {"belongs": recorded_teacher.fingerprint(path)})
 
 
 def is_complete(path):
-    """Whether a shard is there and belongs to this recording; prints a line if it is damaged."""
+    """Return whether a shard exists and is from this recording; print a line if it is damaged."""
     if not path.exists():
         return False
     try:
         recorded_teacher.read(path)
     except UserError:
-        tqdm.write(f"{path} is damaged, or of another recording: it is written again")
+        tqdm.write(f"{path} is damaged, or from another recording: it is written again")
         return False
     return True
 
 
 def record(teacher, dataset, samples, batch_size, device, autocast, dtype):
-    """A shard: these samples, and the states of the teacher for each of their tokens."""
+    """Return a shard: the samples, and the teacher's states for each of their tokens."""
     tokens = [dataset[sample] for sample in samples]
     lengths = [len(input_ids) for input_ids, _ in tokens]
     states = [None] * len(samples)
@@ -152,9 +152,10 @@ def record(teacher, dataset, samples, batch_size, device, autocast, dtype):
     for batch in cut(by_length, batch_size):
         input_ids = pad([tokens[i] for i in batch])[0].to(device)  # padding comes last
         with autocast:
-            found = torch.stack(teacher(input_ids), dim=2).to("cpu", dtype)  # (B, T, 1 + L, D)
+            batch_states = torch.stack(teacher(input_ids), dim=2)  # (B, T, 1 + L, D)
+        batch_states = batch_states.to("cpu", dtype)
         for row, i in enumerate(batch):
-            states[i] = found[row, : lengths[i]]
+            states[i] = batch_states[row, : lengths[i]]
     states = torch.cat(states)  # (n, 1 + L, D)
     input_ids, labels = (torch.cat(parts) for parts in zip(*tokens, strict=True))
     shard = {

@@ -1,10 +1,10 @@
-"""Writes wrong answers, their reasons and the misconceptions behind them as conversations.
+"""Convert wrong answers, their reasoning and misconceptions to chat format.
 
     python recipes/misconceptions.py traces.jsonl --out out/misconceptions
 
 Records are {"question", "correct", "incorrect", "cot", "misconception"}, and may have
-"example_cots", a list of {"question", "incorrect", "reason"} that the prompt shows first. What is
-learned is <COT_START>{cot}<COT_END>{misconception}; --extend_tokens makes the two marks tokens.
+"example_cots", a list of {"question", "incorrect", "reason"} for the prompt. The answer is
+<COT_START>{cot}<COT_END>{misconception}; --extend_tokens turns the two marks into tokens.
 """
 
 import re
@@ -24,7 +24,7 @@ FIELDS = ("question", "correct", "incorrect", "cot", "misconception")
 
 
 def prepare(args):
-    """Writes train and valid conversations, tokens.txt with the two marks, and a manifest."""
+    """Write train and valid conversations, tokens.txt with the two marks, and a manifest."""
     try:
         forms = tomllib.loads(args.templates.read_text(encoding="utf-8-sig"))
         templates, example = forms["templates"], forms["example"]
@@ -42,32 +42,32 @@ def prepare(args):
             records.append(conversation(record, template, example))
         except (ValueError, TypeError, AttributeError) as error:  # example_cots may be anything
             raise UserError(f"{args.file}, line {line}: {error}") from None
-    part_of = shares([""] * len(records), [9, 1], args.seed)
+    part_indices = shares([""] * len(records), [9, 1], args.seed)
     names = ("train.jsonl", "valid.jsonl")
     files = {
-        name: [record for record, part in zip(records, part_of, strict=True) if part == place]
-        for place, name in enumerate(names)
+        name: [record for record, part in zip(records, part_indices, strict=True) if part == index]
+        for index, name in enumerate(names)
     }
-    how = {"task": "cot", "source": str(args.file), "seed": args.seed}
+    manifest = {"task": "cot", "source": str(args.file), "seed": args.seed}
     marks = "".join(f"{mark}\n" for mark in MARKS)
-    write_parts(args.out, files, how, [args.file, args.templates], {"tokens.txt": marks})
+    write_parts(args.out, files, manifest, [args.file, args.templates], {"tokens.txt": marks})
     return 0
 
 
 def conversation(record, template, example):
-    """A record as a prompt and its reasoning. Raises ValueError if a field is missing."""
+    """Convert a record to a conversation. Raises ValueError if a field is missing."""
     missing = [name for name in FIELDS if not isinstance(record.get(name), str)]
     if missing:
-        raise ValueError(f"there is no text under {', '.join(missing)} in it")
-    shown = "".join(fill(example, each) for each in record.get("example_cots") or [])
-    prompt = fill(template, {**record, "examples": shown})
+        raise ValueError(f"it has no text under {', '.join(missing)}")
+    examples = "".join(fill(example, item) for item in record.get("example_cots") or [])
+    prompt = fill(template, {**record, "examples": examples})
     answer = f"{MARKS[0]}{record['cot']}{MARKS[1]}{record['misconception']}"
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return {"conversations": turns, "source": "cot"}
 
 
 def fill(template, values):
-    """The template with its names filled in, all in one pass: what is filled in is not read."""
+    """Fill in a template in one pass, so that inserted text isn't interpreted."""
     names = "question|correct|incorrect|reason|examples"
     return re.sub(rf"\{{({names})\}}", lambda name: str(values.get(name[1], "")), template)
 

@@ -1,13 +1,13 @@
-"""Writes the official files of GSM8K or MATH as conversations with the fields that a judge needs.
+"""Convert the official files of GSM8K or MATH to chat format, with the fields that the judge needs.
 
     python recipes/prepare_math.py gsm8k --raw FOLDER --out out/gsm8k
     python recipes/prepare_math.py math --raw FOLDER --out out/math
 
     {"conversations", "question", "rationale", "final_answer", "level", "type", "source"}
 
-GSM8K names no level; here it is the number of steps of the solution. The test problems are written
-three times: test.jsonl has the plain questions, test_chain_of_thought.jsonl asks for the steps,
-too, and test_few_shot.jsonl shows four solved problems first.
+GSM8K has no levels; here the level is the number of solution steps. The test problems are written
+three times: test.jsonl has the plain questions, test_chain_of_thought.jsonl also asks for the
+steps, and test_few_shot.jsonl shows four solved problems first.
 """
 
 import random
@@ -31,12 +31,11 @@ STEPS = {
 
 
 def gsm8k_record(record, calculator):
-    """Return a record of GSM8K, {"question", "answer"}, in the project's form.
+    """Convert a record of GSM8K, {"question", "answer"}.
 
-    calculator: what happens to notes like <<3*4=12>>: strip or keep. Raises ValueError for a record
-    of another kind.
+    calculator: strip or keep annotations like <<3*4=12>>. Raises ValueError for other records.
     """
-    question, answer = (text_of(record, key) for key in ("question", "answer"))
+    question, answer = (text_field(record, key) for key in ("question", "answer"))
     rationale, mark, final = answer.rpartition("####")
     if not mark:
         raise ValueError('there is no "####" before the final number in its answer')
@@ -45,32 +44,32 @@ def gsm8k_record(record, calculator):
     rationale, final = rationale.strip(), final.strip().replace(",", "")
     level = f"{len(rationale.splitlines())} steps"
     solution = f"{rationale}\n#### {final}"
-    return in_form(question, rationale, solution, final, level, "arithmetic", "gsm8k")
+    return to_record(question, rationale, solution, final, level, "arithmetic", "gsm8k")
 
 
 def math_record(record, calculator):
-    """Return a record of MATH, {"problem", "solution", "level", "type"}, in the project's form. It
-    has no calculator notes. Raises ValueError for a record of another kind.
+    """Convert a record of MATH, {"problem", "solution", "level", "type"}. calculator has no effect.
+    Raises ValueError for other records.
     """
-    question, solution = (text_of(record, key) for key in ("problem", "solution"))
+    question, solution = (text_field(record, key) for key in ("problem", "solution"))
     final = competition_math.extract_answer(solution, strict=True)
     if final is None:
         raise ValueError("there is no \\boxed{} in its solution")
     level, kind = (record.get(key) and str(record[key]) for key in ("level", "type"))
-    return in_form(question, solution, solution, final, level, kind, "math")
+    return to_record(question, solution, solution, final, level, kind, "math")
 
 
-RECORD_OF = {"gsm8k": gsm8k_record, "math": math_record}
+CONVERTERS = {"gsm8k": gsm8k_record, "math": math_record}
 
 
-def text_of(record, key):
+def text_field(record, key):
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'there is no text under "{key}" in it{list_hint(record)}')
+        raise ValueError(f'it has no text under "{key}"{list_hint(record)}')
     return text.strip()
 
 
-def in_form(question, rationale, solution, final, level, kind, source):
+def to_record(question, rationale, solution, final, level, kind, source):
     turns = [user(question), {"role": "assistant", "content": solution}]
     fields = {"question": question, "rationale": rationale, "final_answer": final}
     return {"conversations": turns} | fields | {"level": level, "type": kind, "source": source}
@@ -95,7 +94,7 @@ def read_official(task, paths, calculator="strip"):
             try:
                 if not isinstance(record, dict):
                     raise record if isinstance(record, ValueError) else ValueError("no record")
-                records.append(RECORD_OF[task](record, calculator))
+                records.append(CONVERTERS[task](record, calculator))
             except ValueError as error:
                 raise UserError(f"{path}, line {line}: {error}; it is no {task} record") from None
     return records
@@ -151,9 +150,9 @@ def prepare(args):
     if not parts["test"]:
         ratios["test"] = 1
     groups = [f"{r['level']} {r['type']}" if args.stratify else "" for r in rest]
-    part_of = shares(groups, list(ratios.values()), args.seed)
+    part_indices = shares(groups, list(ratios.values()), args.seed)
     for place, name in enumerate(ratios):
-        chosen = [record for record, part in zip(rest, part_of, strict=True) if part == place]
+        chosen = [record for record, part in zip(rest, part_indices, strict=True) if part == place]
         parts[name] = chosen or parts.get(name, [])
     files = {f"{name}.jsonl": part for name, part in parts.items() if part}
     if parts["test"] and len(parts["train"]) >= SHOTS:
@@ -163,9 +162,9 @@ def prepare(args):
         files["text.jsonl"] = [
             {"text": f"{r['question']}\n{written_answer(r)}"} for r in parts["train"]
         ]
-    how = {"task": args.task, "source": str(args.raw), "seed": args.seed}
-    how |= {"calculator": args.calculator, "stratify": bool(args.stratify)}
-    write_parts(args.out, files, how, sources)
+    manifest = {"task": args.task, "source": str(args.raw), "seed": args.seed}
+    manifest |= {"calculator": args.calculator, "stratify": bool(args.stratify)}
+    write_parts(args.out, files, manifest, sources)
     return 0
 
 
@@ -176,13 +175,13 @@ def written_answer(record):
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("task", choices=list(RECORD_OF))
+    add("task", choices=list(CONVERTERS))
     add("--raw", type=Path, required=True, help="folder of the official files")
     add("--out", type=Path, required=True, help="folder to write train, valid and test files to")
-    add("--seed", type=number(int, 0), default=1, help="of the split (%(default)s)")
-    notes = "of notes like <<3*4=12>> (%(default)s)"
+    add("--seed", type=number(int, 0), default=1, help="seed of the split (%(default)s)")
+    notes = "annotations like <<3*4=12>> (%(default)s)"
     add("--calculator", choices=["strip", "keep"], default="strip", help=notes)
-    levels = "1: the shares of level and type stay (%(default)s)"
+    levels = "1: keep the proportions of level and type (%(default)s)"
     add("--stratify", type=int, choices=[0, 1], default=1, help=levels)
     return prepare(parser.parse_args(argv))
 

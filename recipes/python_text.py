@@ -1,5 +1,5 @@
-"""Writes English that is on every machine with Python as pretraining text: Python's language
-reference, and the docstrings of its standard library.
+"""Build a pretraining corpus from Python's own documentation: the language reference, and the
+docstrings of the standard library.
 
     python recipes/python_text.py --out out/python.jsonl
 """
@@ -16,11 +16,11 @@ from cli import Parser
 from common import report_user_errors
 from dataset.tiny_world.generate import write
 
-SHORTEST = 80  # characters: shorter docstrings are hardly sentences
+SHORTEST = 80  # characters: shorter docstrings are rarely sentences
 
 
 def docstrings(path):
-    """Yields the docstrings of a Python file: of the module, its classes and its functions."""
+    """Yield the docstrings of a Python file: module, classes and functions."""
     for node in ast.walk(ast.parse(Path(path).read_bytes())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             yield ast.get_docstring(node) or ""

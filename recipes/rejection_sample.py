@@ -1,11 +1,11 @@
-"""Training data that a model writes itself: several answers to each problem, of which those are
-kept that the task's judge accepts.
+"""Rejection sampling: sample several answers to each problem and keep those the task's judge
+accepts, as training data.
 
     python recipes/rejection_sample.py --task gsm8k --weight gsm8k --data_path out/gsm8k/train.jsonl
     python trainer/train_full_sft.py --from_weight gsm8k --data_path out/accepted.jsonl
 
-A run that was stopped continues where it was when the same command is given again. What another run
-left in --out is never overwritten.
+Running the same command again continues an interrupted run. The results of another run in --out are
+never overwritten.
 """
 
 import json
@@ -22,7 +22,7 @@ from evaluation.tasks import is_right, judge, read_problems
 from model.weights import open_model
 
 SETTINGS = """task temperature seed num_samples batch_size max_new_tokens limit keep dtype
-    use_compile""".split()  # with another one it is another run
+    use_compile""".split()  # identify a run
 
 
 def main(argv=None):
@@ -30,13 +30,13 @@ def main(argv=None):
     add = parser.group("the data")
     add("task", "gsm8k", "tiny_world, gsm8k or math", choose_from("tiny_world", "gsm8k", "math"))
     add("data_path", None, "problems with their answers", Path, required=True)
-    add("num_samples", 8, "answers to each problem", number(int, 1))
-    add("keep", 4, "maximum number of different right answers to a problem", number(int, 1))
+    add("num_samples", 8, "answers per problem", number(int, 1))
+    add("keep", 4, "maximum number of distinct right answers per problem", number(int, 1))
     add("out", ROOT / "out" / "accepted.jsonl", "file of conversations to write", Path)
     answering_flags(parser, batch_size=64, max_new_tokens=256, temperature=0.8)
     args = parser.parse_args(argv)
     if args.temperature == 0:
-        parser.error("--temperature 0: all samples are the same; give a number above 0")
+        parser.error("--temperature 0: all samples would be identical; give a number above 0")
 
     problems = read_problems(args.task, args.data_path)[: args.limit or None]
     trained = open_model(args)
@@ -50,27 +50,28 @@ def main(argv=None):
     part = Part(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
     rows = answer_all(problems, trained.model, trained.tokenizer, generation_options(args), part)
 
-    kept = accepted(rows, args.task, args.keep)
+    accepted_rows = accepted(rows, args.task, args.keep)
     with atomic_write(args.out) as file:
-        for row in kept:
+        for row in accepted_rows:
             answer = {"role": "assistant", "content": row["output"].strip()}
             if row.get("reasoning"):
                 answer["reasoning_content"] = row["reasoning"]
-            where = {"problem": row["problem"], "sample": row["sample"]}
-            record = {"conversations": [*row["prompt"], answer], "source": source | where}
+            origin = {"problem": row["problem"], "sample": row["sample"]}
+            record = {"conversations": [*row["prompt"], answer], "source": source | origin}
             file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     part.path.unlink()
-    solved = len({row["problem"] for row in kept})
-    print(f"kept {len(kept)} of {len(rows)} answers: right, and of a problem no two alike")
+    solved = len({row["problem"] for row in accepted_rows})
+    num_accepted = f"kept {len(accepted_rows)} of {len(rows)} answers"
+    print(f"{num_accepted} (correct, deduplicated per problem)")
     print(f"{solved} of {len(problems)} problems have one")
     print(f"written: {args.out}")
 
 
 def accepted(rows, task, keep):
-    """The rows whose answers are right and complete; of equal ones the first, of a problem at most
-    keep.
+    """Return the rows with correct and complete answers, without duplicates, at most keep per
+    problem.
     """
-    found, seen = [], {}
+    result, seen = [], {}
     for row in rows:
         texts = seen.setdefault(row["problem"], set())
         text = " ".join(row["output"].split())
@@ -78,8 +79,8 @@ def accepted(rows, task, keep):
             continue
         if is_right(judge(task, row["output"], row["gold"], row["truncated"])):
             texts.add(text)
-            found.append(row)
-    return found
+            result.append(row)
+    return result
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Writes recommendation data whose items are a few tokens each as conversations.
+"""Convert a sequential-recommendation dataset with semantic ids to chat format.
 
     python recipes/sid.py --raw FOLDER --out out/sid
 
-Reads the usual files: *.index.json, {item: its tokens}; *.item.json, {item: {"title",
-"description"}}; *.csv with the histories, whose list columns are Python literals.
+Reads *.index.json, {item: tokens}; *.item.json, {item: {"title", "description"}}; and *.csv with
+the histories, whose list columns are Python literals.
 """
 
 import ast
@@ -36,11 +36,11 @@ LISTS = ("history_item_title", "history_item_sid")
 
 
 def prepare_sid(args):
-    """Writes train, valid and test conversations, tokens.txt for --extend_tokens, sids.json with
-    all ids there are, and a manifest. The test part asks for the next id alone. Returns 0.
+    """Write train, valid and test conversations, tokens.txt for --extend_tokens, sids.json with all
+    ids, and a manifest. The test part only asks for the next id. Returns 0.
     """
     index, items = (read_objects(args.raw, f"*.{kind}.json") for kind in ("index", "item"))
-    check(args.raw, index, items)
+    require_valid(args.raw, index, items)
     parts = {name: [] for name in PARTS}
     for name, row in split(args):
         records = history_records(row, items, args.max_history)
@@ -49,58 +49,61 @@ def prepare_sid(args):
         if item in items:
             parts["train"] += item_records("".join(tokens), items[item]["title"])
     files = {f"{name}.jsonl": records for name, records in parts.items() if records}
-    how = {"task": "sid", "source": str(args.raw), "seed": args.seed}
+    manifest = {"task": "sid", "source": str(args.raw), "seed": args.seed}
     tokens = sorted({token for item in index.values() for token in item})
     sids = sorted({"".join(item) for item in index.values()})
     lines = "".join(f"{token}\n" for token in tokens)
-    how |= {"max_history": args.max_history}
-    write_parts(args.out, files, how, texts={"tokens.txt": lines, "sids.json": json.dumps(sids)})
+    manifest |= {"max_history": args.max_history}
+    texts = {"tokens.txt": lines, "sids.json": json.dumps(sids)}
+    write_parts(args.out, files, manifest, texts=texts)
     return 0
 
 
 def split(args):
-    """(part, row) of each history. The files' own split is kept where one is called train; else
-    each customer's histories are drawn into one part.
+    """Return (part, row) for each history. Keep the split of the files if one is named train;
+    otherwise assign each customer's histories to one part.
     """
     paths = sorted(args.raw.glob("*.csv"))
-    own = {path: part_of_name(path) for path in paths}
-    rows = [(own[path], row) for path in paths for row in read_histories(path)]
+    file_parts = {path: part_in_name(path) for path in paths}
+    rows = [(file_parts[path], row) for path in paths for row in read_histories(path)]
     if not rows:
-        raise UserError(f"--raw {args.raw}: there is no *.csv file with histories in it")
-    if "train" in own.values():
+        raise UserError(f"--raw {args.raw}: it has no *.csv file with histories")
+    if "train" in file_parts.values():
         return [(part or "train", row) for part, row in rows]
     customers = [row.get("user_id") or number for number, (_, row) in enumerate(rows)]
     distinct = list(dict.fromkeys(customers))
-    drawn = shares([""] * len(distinct), [8, 1, 1], args.seed)
-    part_of = {customer: PARTS[part] for customer, part in zip(distinct, drawn, strict=True)}
-    return [(part_of[customer], row) for customer, (_, row) in zip(customers, rows, strict=True)]
+    part_indices = shares([""] * len(distinct), [8, 1, 1], args.seed)
+    pairs = zip(distinct, part_indices, strict=True)
+    part_of_customer = {customer: PARTS[part] for customer, part in pairs}
+    pairs = zip(customers, rows, strict=True)
+    return [(part_of_customer[customer], row) for customer, (_, row) in pairs]
 
 
-def part_of_name(path):
-    """The part that a file's name says, as Shop.valid.csv; None where it says none."""
+def part_in_name(path):
+    """Return the part in a file name, e.g. Shop.valid.csv, or None."""
     words = re.findall("[a-z]+", path.stem.lower())
     names = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
     return next((names[word] for word in words if word in names), None)
 
 
 def read_objects(folder, pattern):
-    """The JSON objects of the files that match, as one."""
+    """Merge the JSON objects of all matching files."""
     paths = sorted(folder.glob(pattern)) if is_folder(folder) else []
     if not paths:
-        raise UserError(f"--raw {folder}: there is no {pattern} in it")
-    found = {}
+        raise UserError(f"--raw {folder}: it has no {pattern}")
+    objects = {}
     for path in paths:
         content = read_json(path)
         if not isinstance(content, dict):
-            raise UserError(f"{path} is no JSON object: {content!r:.100}")
-        if twice := sorted(set(found) & set(content)):
-            print(f"warning: {len(twice)} items are in several {pattern}; those of {path} count")
-        found |= content
-    return found
+            raise UserError(f"{path} isn't a JSON object: {content!r:.100}")
+        if twice := sorted(set(objects) & set(content)):
+            print(f"warning: {len(twice)} items are in several {pattern}; using {path}")
+        objects |= content
+    return objects
 
 
-def check(folder, index, items):
-    """Raises UserError for the first item without tokens or title."""
+def require_valid(folder, index, items):
+    """Raise UserError for the first item without tokens or title."""
     for item, about in items.items():
         if not isinstance(about, dict) or not isinstance(about.get("description") or "", str):
             raise UserError(f"--raw {folder}: item {item} isn't a title and a description as text")
@@ -117,13 +120,13 @@ def check(folder, index, items):
         sid, example = next(iter(shared.items()))
         count = sum(map(len, shared.values()))
         print(
-            f"warning: {count} items have the tokens of another one, e.g. {', '.join(example)} "
-            f"{sid}; no model can tell these apart"
+            f"warning: {count} items share their tokens with another, e.g. {', '.join(example)} "
+            f"{sid}; no model can distinguish these"
         )
 
 
 def read_histories(path):
-    """The rows of a CSV file, their list columns as lists. Raises UserError with the line."""
+    """Yield the rows of a CSV file with parsed list columns. Raises UserError with the line."""
     with io.TextIOWrapper(open_text(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
@@ -131,7 +134,7 @@ def read_histories(path):
                 for name in LISTS:
                     row[name] = ast.literal_eval(row[name])
                     if not is_texts(row[name]):
-                        raise ValueError(f"{name} is no list of texts")
+                        raise ValueError(f"{name} isn't a list of texts")
                 if not is_texts([row["item_sid"], row["item_title"], row["item_id"]]):
                     raise ValueError("the line is too short")
                 yield row
@@ -145,24 +148,24 @@ def read_histories(path):
 
 
 def history_records(row, items, max_history):
-    """The records of a history, that for the next id first. The most recent items are kept."""
+    """Return the records of a history, the next-id task first. Uses the most recent items."""
     ids, titles = (row[name][-max_history:] for name in reversed(LISTS))
     ids, titles, sid = ", ".join(ids), "\n".join(titles), row["item_sid"]
     description = items.get(row["item_id"], {}).get("description")
-    asked = [("next_id", ids, sid), ("next_title", ids, row["item_title"])]
-    asked += [("next_description", ids, description)] if description else []
-    asked += [("titles_to_next_id", titles, sid)]
+    tasks = [("next_id", ids, sid), ("next_title", ids, row["item_title"])]
+    tasks += [("next_description", ids, description)] if description else []
+    tasks += [("titles_to_next_id", titles, sid)]
     preference = row.get("user_preference")
-    asked += [("preference_to_next_id", f"{preference}. So far: {ids}", sid)] if preference else []
-    return [record(*task) for task in asked]
+    tasks += [("preference_to_next_id", f"{preference}. So far: {ids}", sid)] if preference else []
+    return [record(*task) for task in tasks]
 
 
 def item_records(sid, title):
     return [record("id_to_title", sid, title), record("title_to_id", title, sid)]
 
 
-def record(task, given, answer):
-    turns = [("user", ASK[task].format(given)), ("assistant", answer)]
+def record(task, value, answer):
+    turns = [("user", ASK[task].format(value)), ("assistant", answer)]
     conversation = [{"role": role, "content": content} for role, content in turns]
     return {"conversations": conversation, "task": task, "source": "sid"}
 
@@ -172,7 +175,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--raw", type=Path, required=True, help="folder of index, items and histories")
     add("--out", type=Path, required=True, help="folder to write to")
-    add("--seed", type=number(int, 0), default=1, help="of the split (%(default)s)")
+    add("--seed", type=number(int, 0), default=1, help="seed of the split (%(default)s)")
     add("--max_history", type=number(int, 1), default=10, help="latest items (%(default)s)")
     return prepare_sid(parser.parse_args(argv))
 

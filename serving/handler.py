@@ -1,4 +1,4 @@
-"""The plain parts of HTTP: bodies, answers and errors are JSON; other sites' pages get nothing."""
+"""HTTP handler for JSON requests and responses; rejects cross-origin requests."""
 
 import ipaddress
 import json
@@ -11,15 +11,15 @@ MAX_BODY = 1 << 20  # bytes
 
 
 class ApiError(Exception):
-    """ApiError(status of HTTP, sentence): a request that cannot be answered."""
+    """ApiError(HTTP status, message): a request that can't be answered."""
 
 
 class JsonHandler(BaseHTTPRequestHandler):
-    """A subclass has `get(path)` and `post(path, body)`, which may raise ApiError."""
+    """Base class; subclasses define `get(path)` and `post(path, body)`, which may raise ApiError."""
 
     protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
-    disable_nagle_algorithm = True  # head and body of an answer are two writes: 40 ms apart else
-    streaming, path = False, ""  # whether an answer has begun; what is asked for
+    disable_nagle_algorithm = True  # otherwise head and body are sent 40 ms apart
+    streaming, path = False, ""  # streaming: whether a streamed response has started
 
     def do_OPTIONS(self):
         self.respond(lambda: self.send_data(b"", "text/plain"))
@@ -34,27 +34,28 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.respond(lambda: self.post(self.path, self.body()))
 
     def respond(self, answer):
+        """Call answer(), and send errors as JSON."""
         self.streaming = False
         if self.command != "POST" and {"Content-Length", "Transfer-Encoding"} & {*self.headers}:
-            self.close_connection = True  # a body that is not read is no request
+            self.close_connection = True  # don't parse an unread body as a new request
         try:
             self.require_same_site()
             answer()
         except ApiError as error:
             self.send_error(*error.args)
-        except OSError:  # the client has gone away
+        except OSError:  # the client disconnected
             self.close_connection = True
-        except Exception:  # a bug: it is printed, and the client still gets an answer
+        except Exception:  # a bug: log it and answer the client
             traceback.print_exc()
-            self.send_error(500, "a mistake of the server; see its output")
+            self.send_error(500, "internal server error; see the server log")
 
     def log_request(self, code="-", size="-"):
-        if not self.path.startswith("/views/"):  # a page asks every two seconds
+        if not self.path.startswith("/views/"):  # polled every two seconds
             super().log_request(code, size)
 
     def require_same_site(self):
-        """Raises ApiError for a request that a page of another site sends from the user's browser.
-        Such a page can also give its own name our address; an address in its place is not a name.
+        """Raise ApiError for cross-origin requests from the user's browser, and for unknown host
+        names, which prevents DNS rebinding. IP addresses are always accepted.
         """
         host = self.headers.get("Host", self.server.server_address[0])
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
@@ -62,30 +63,30 @@ class JsonHandler(BaseHTTPRequestHandler):
             ipaddress.ip_address(name.strip("[]"))
         except ValueError:
             if name.lower() not in self.server.host_names:
-                allow = f"if it is, start it with --allowed_hosts {name:.100}"
-                raise ApiError(403, f"Host {name:.100} is not of this server; {allow}") from None
+                allow = f"to allow it, start with --allowed_hosts {name:.100}"
+                raise ApiError(403, f"Host {name:.100} isn't this server; {allow}") from None
         origin = self.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, f"a page of {origin:.100} may not use this server")
 
     def body(self):
-        """Return the object in the body of a request."""
+        """Return the JSON object in the body of a request."""
         encoding = self.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
-            raise ApiError(415, f"Content-Encoding {encoding:.100} is not read; send plain JSON")
+            raise ApiError(415, f"Content-Encoding {encoding:.100} isn't supported; send JSON")
         try:
             text = self.chunks() if "Transfer-Encoding" in self.headers else self.sized_body()
             body = json.loads(text)
         except TimeoutError:
             raise ApiError(408, "the body has fewer bytes than were announced") from None
         except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not JSON: {error}") from None
+            raise ApiError(400, f"the body isn't JSON: {error}") from None
         if not isinstance(body, dict):
-            raise ApiError(400, "the body is not a JSON object")
+            raise ApiError(400, "the body isn't a JSON object")
         return body
 
     def sized_body(self):
-        """Return the bytes of a body whose length stands in a header."""
+        """Return the bytes of a body with a Content-Length."""
         try:
             length = int(self.headers["Content-Length"])
         except (TypeError, ValueError):
@@ -98,7 +99,7 @@ class JsonHandler(BaseHTTPRequestHandler):
     def chunks(self):
         """Return the bytes of a chunked body (RFC 9112, section 7.1)."""
         if self.headers["Transfer-Encoding"].lower() != "chunked":
-            raise ApiError(501, "Transfer-Encoding other than chunked is not read")
+            raise ApiError(501, "Transfer-Encoding other than chunked isn't supported")
         text = b""
         while True:
             size = int(self.rfile.readline(MAX_BODY).partition(b";")[0], 16)
@@ -106,12 +107,13 @@ class JsonHandler(BaseHTTPRequestHandler):
                 raise ApiError(413, f"the body is longer than the limit, {MAX_BODY} bytes")
             text += self.rfile.read(size)
             end = self.rfile.readline(MAX_BODY)
-            while size == 0 and end not in (b"\r\n", b"\n", b""):  # fields after the last chunk
+            while size == 0 and end not in (b"\r\n", b"\n", b""):  # trailer fields
                 end = self.rfile.readline(MAX_BODY)
             if size == 0:
                 return text
 
     def send(self, value, status=200):
+        """Send a value as JSON."""
         self.send_data(json.dumps(value).encode(), "application/json", status)
 
     def send_data(self, data, kind, status=200):
@@ -136,14 +138,15 @@ class JsonHandler(BaseHTTPRequestHandler):
         kind = "invalid_request_error" if code < 500 else "server_error"
         error = {"message": message or HTTPStatus(code).phrase, "type": kind}
         error = {"error": error | {"param": None, "code": None}}
-        self.close_connection = True  # the rest of a body is no request
-        with suppress(OSError):  # the client has gone away
+        self.close_connection = True  # don't parse leftover body bytes as a new request
+        with suppress(OSError):  # the client disconnected
             if self.streaming:
                 self.send_event(error)
             else:
                 self.send(error, code)
 
     def send_event(self, value):
+        """Send a server-sent event, a value as JSON or a text."""
         if not self.streaming:
             self.streaming = True
             self.send_head(200, "text/event-stream", "close")

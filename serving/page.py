@@ -1,4 +1,4 @@
-"""The page: page.html with its data from the beginning, as one file that loads nothing more."""
+"""The page: page.html with its initial data, as a single self-contained file."""
 
 import json
 import os
@@ -13,18 +13,18 @@ EXAMPLE = """[{"role": "user", "content": "Where does Nelina live?"},
 SECOND = "Who are you?"  # the sample that is packed behind the conversation
 
 
-def page(models, settings, **more):
-    """The page as bytes. models {name: Served}, settings of the sampling to begin with."""
-    data = {"models": [*models], "settings": settings, "second": SECOND, "text": EXAMPLE} | more
+def page(models, settings, **fields):
+    """Return the page as bytes. models {name: Served}; settings: initial sampling parameters."""
+    data = {"models": [*models], "settings": settings, "second": SECOND, "text": EXAMPLE} | fields
     text = json.dumps(data)
-    text = text.replace("<", "\\u003c")  # nothing in it ends the element around it
+    text = text.replace("<", "\\u003c")  # so the JSON cannot close the <script>
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("<!-- data -->", text).encode()
 
 
 def export(models, path, question, settings, logs):
-    """Writes a page that needs no server: the first model's answer, as all of the models read it.
-    Raises UserError if the question is too long, or if the file cannot be written.
+    """Write a page that needs no server: the first model's answer, and the views of all models on
+    it. Raises UserError if the question is too long, or if the file can't be written.
     """
     first = next(iter(models.values()))
     room = min(views.MOST_READ, first.model.config.max_position_embeddings)
@@ -35,8 +35,8 @@ def export(models, path, question, settings, logs):
             raise ValueError(f"{len(ids)} tokens leave no room for an answer; shorten it")
     except ValueError as error:
         raise UserError(f"--prompt: {error}") from None
-    shorter = settings | {"max_new_tokens": min(settings["max_new_tokens"], room)}
-    new = [token for (token,) in generate(first.model, [ids], **shorter)]
+    options = settings | {"max_new_tokens": min(settings["max_new_tokens"], room)}
+    new = [token for (token,) in generate(first.model, [ids], **options)]
     text = first.tokenizer.decode(new[:-1] if new[-1] in STOP else new, skip_special_tokens=False)
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
     lines = ",\n ".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
@@ -54,8 +54,8 @@ def export(models, path, question, settings, logs):
     docs, folder = None, path.resolve().parent  # links to the tutorial, from inside the repository
     if folder.is_relative_to(ROOT):
         docs = Path(os.path.relpath(ROOT / "docs", folder)).as_posix()
-    more = {"recorded": recorded, "ids": ids, "begun": len(ids) - len(new), "text": text}
-    data = page(models, settings, **more, question=question, docs=docs)
+    fields = {"recorded": recorded, "ids": ids, "begun": len(ids) - len(new), "text": text}
+    data = page(models, settings, **fields, question=question, docs=docs)
     with atomic_write(path) as file:
         file.write(data)
     print(f"{path}: {len(data) / 1000:.0f} kB; open it in a browser")

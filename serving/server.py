@@ -1,12 +1,11 @@
-"""A server with a page that shows the model, and the routes of OpenAI's API; it needs the standard
-library alone.
+"""A server for a page about the model and OpenAI's API, with only the standard library.
 
 python eval_llm.py --serve 8000
 curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
 
 Routes: / with /views/NAME and /docs/NAME.md; /v1/chat/completions, /v1/completions, /v1/models;
-/health. Each connection has a thread: it reads a request, lets the `Batcher` answer it, and writes
-what arrives.
+/health. Each connection has a thread, which reads a request, submits it to the `Batcher`, and
+writes the results.
 """
 
 import difflib
@@ -30,15 +29,16 @@ from serving.handler import ApiError, JsonHandler
 from serving.page import page
 from serving.streaming import Draft
 
-MAX_MESSAGES, MAX_WAITING = 1000, 64  # of a chat; requests
-ROUTES = {"/v1/chat/completions": True, "/v1/completions": False}  # is it a chat?
-# Options that are read, and those that change no answer.
-READ = """model messages prompt stream stream_options stop max_tokens max_completion_tokens
+MAX_MESSAGES = 1000  # per chat
+MAX_WAITING = 64  # queued requests
+ROUTES = {"/v1/chat/completions": True, "/v1/completions": False}  # route: whether it's a chat
+# Supported options, and options that don't affect the answer.
+SUPPORTED = """model messages prompt stream stream_options stop max_tokens max_completion_tokens
     temperature top_p top_k seed logprobs top_logprobs tools tool_choice parallel_tool_calls
     return_token_ids""".split()
 WITHOUT_EFFECT = """user metadata store service_tier safety_identifier prompt_cache_key
     prompt_cache_retention cache_prompt""".split()
-ONLY = {  # options that change an answer, and the one value that is supported
+ONLY = {  # options that affect the answer: the only supported value
     **{"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
     **{"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0},
     **{"min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "functions": []},
@@ -49,22 +49,25 @@ ONLY = {  # options that change an answer, and the one value that is supported
 
 
 class Server(ThreadingHTTPServer):
-    """models: {name: Served}, the first one for requests that name none of them. defaults: of
-    temperature, top_p, top_k, max_new_tokens. logs: the folder of the logs of training.
-    allowed_hosts: further names by which it is reached, as that of a tunnel.
-    Raises UserError if the port is taken.
+    """The HTTP server. Raises UserError if the port is in use.
+
+    models         {name: Served}; the first is the default
+    defaults       temperature, top_p, top_k and max_new_tokens
+    logs           folder of the training logs
+    allowed_hosts  further host names, e.g. of a tunnel
     """
 
     daemon_threads, request_queue_size = True, 128
-    allow_reuse_address = sys.platform != "win32"  # there it would share a port that is taken
+    allow_reuse_address = sys.platform != "win32"  # on Windows it would share a used port
 
     def __init__(self, models, host, port, max_batch, defaults, logs, allowed_hosts=()):
         self.models, self.defaults, self.logs = models, defaults, logs
         self.batchers = {
             name: Batcher(served.model, max_batch, MAX_WAITING) for name, served in models.items()
         }
-        own = socket.gethostname().lower()
-        self.host_names = {"localhost", host.lower(), own, f"{own}.local", "host.docker.internal"}
+        hostname = socket.gethostname().lower()
+        self.host_names = {"localhost", host.lower(), hostname, f"{hostname}.local"}
+        self.host_names.add("host.docker.internal")
         self.host_names |= {name.lower() for name in allowed_hosts}
         try:
             super().__init__((host, port), Handler)
@@ -73,7 +76,7 @@ class Server(ThreadingHTTPServer):
             raise UserError(f"--serve {port}, --host {host}: {reason}; give others") from None
 
     def run(self):
-        """Answers requests until Ctrl-C."""
+        """Serve requests until Ctrl-C."""
         for batcher in self.batchers.values():
             batcher.start()
         address = f"http://{self.server_address[0]}:{self.server_port}"
@@ -94,7 +97,7 @@ class Handler(JsonHandler):
         about = {"object": "model", "created": 0, "owned_by": "seedling"}
         names = list(self.server.models)
         models = [{"id": name} | about for name in names]
-        health = {"status": "ok" if alive else "no answers can be computed; see the output"}
+        health = {"status": "ok" if alive else "worker died; see the log"}
         if path == "/health":
             self.send(health, 200 if alive else 503)
         elif path == "/v1/models":
@@ -130,18 +133,18 @@ class Handler(JsonHandler):
             raise ApiError(404, f"there is no {path}; there is {', '.join(ROUTES)}")
 
     def build_request(self, body, chat):
-        """(Request, stop strings) of a body."""
+        """Validate a request body. Returns (Request, stop strings)."""
         for name, supported in ONLY.items():
             if body.get(name) not in (supported, None):
-                raise ApiError(400, f"{name} = {body[name]!r:.100} is not supported")
+                raise ApiError(400, f"{name} = {body[name]!r:.100} isn't supported")
         other_route = ("prompt",) if chat else ("messages", "tools", "tool_choice")
         for name, value in body.items():
             is_off = value is None or value is False or value in ("", [], {})
-            known = name in (*READ, *WITHOUT_EFFECT, *ONLY) and name not in other_route
+            known = name in (*SUPPORTED, *WITHOUT_EFFECT, *ONLY) and name not in other_route
             if not is_off and not known:
-                near = difflib.get_close_matches(name, [*READ, *ONLY], 1)
+                near = difflib.get_close_matches(name, [*SUPPORTED, *ONLY], 1)
                 hint = f"; is {near[0]} meant?" if near and near[0] != name else ""
-                raise ApiError(400, f"the option {name:.100} is not supported{hint}")
+                raise ApiError(400, f"the option {name:.100} isn't supported{hint}")
         if body.get("top_logprobs") and not body.get("logprobs"):
             raise ApiError(400, "top_logprobs needs logprobs = true")
         if not isinstance(body.get("stream_options") or {}, dict):
@@ -160,22 +163,25 @@ class Handler(JsonHandler):
         context = self.served.model.config.max_position_embeddings
         if len(ids) >= context:
             raise ApiError(400, f"the prompt has {len(ids)} tokens; the context is {context}")
-        longest = "max_completion_tokens"
-        longest = "max_tokens" if body.get(longest) is None else longest
-        wanted = body.get("logprobs") is not None and body["logprobs"] is not False
+        max_tokens = "max_completion_tokens"
+        if body.get(max_tokens) is None:
+            max_tokens = "max_tokens"
+        top_logprobs = None
+        if body.get("logprobs") not in (None, False):
+            top_logprobs = number(body, "top_logprobs" if chat else "logprobs", 0, 0, 20)
         request = Request(
             ids,
-            number(body, longest, defaults["max_new_tokens"], 1, math.inf),
+            number(body, max_tokens, defaults["max_new_tokens"], 1, math.inf),
             number(body, "temperature", defaults["temperature"], 0, 100, float),
             number(body, "top_k", defaults["top_k"], 0, math.inf),
             number(body, "top_p", defaults["top_p"], 0, 1, float),
             number(body, "seed", None, 0, 2**63 - 1),
-            number(body, "top_logprobs" if chat else "logprobs", 0, 0, 20) if wanted else None,
+            top_logprobs,
         )
         return request, stops
 
     def chat_ids(self, body):
-        """The ids of a chat. Raises ValueError."""
+        """Return the ids of a chat. Raises ValueError."""
         if not self.served.chats:
             raise ValueError("these weights were only pretrained; use /v1/completions")
         messages, tools = body.get("messages"), body.get("tools")
@@ -189,7 +195,7 @@ class Handler(JsonHandler):
         return render(messages, tools, True, self.served.tokenizer)[0]
 
     def prompt_ids(self, prompt):
-        """The ids of a text to continue. Raises ValueError."""
+        """Return the ids of a text to continue. Raises ValueError."""
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         known = range(self.served.model.config.vocab_size)
@@ -200,34 +206,38 @@ class Handler(JsonHandler):
         return prompt or [END_OF_TEXT]
 
     def answer(self, body, chat):
-        """Writes the answer to a request: at once, or as it grows where the body says stream."""
+        """Send the answer to a request, as a stream if the body asks for it."""
         request, stops = self.build_request(body, chat)
-        stream, kind = bool(body.get("stream")), "chat.completion" if chat else "text_completion"
+        stream = bool(body.get("stream"))
+        kind = "chat.completion" if chat else "text_completion"
+        if chat and stream:
+            kind = "chat.completion.chunk"
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": self.served.name}
-        head |= {"object": kind + ".chunk" * (chat and stream), "created": int(time.time())}
+        head |= {"object": kind, "created": int(time.time())}
         message, tokens = {"role": "assistant", "content": ""}, []
         self.most_calls = 1 if body.get("parallel_tool_calls") is False else None
 
         def part(key, message, tokens=(), reason=None):
-            found = self.choices(chat, key, message, tokens, reason)
-            if body.get("return_token_ids"):  # an option of vLLM, with the stop token as there
+            chunk = self.choices(chat, key, message, tokens, reason)
+            if body.get("return_token_ids"):  # as in vLLM, including the stop token
                 ids = [token for token, *_ in tokens]
                 ids += [request.next] if reason and request.next in STOP else []
-                found["choices"][0]["token_ids"] = ids
-            return head | found
+                chunk["choices"][0]["token_ids"] = ids
+            return head | chunk
 
         try:
             self.batcher.submit(request)
             if stream:
                 self.send_event(part("delta", message))
-            for new, of_new, reason in self.growth(request, chat, stops, stream or stops):
+            chunks = self.stream_chunks(request, chat, stops, stream or stops)
+            for new, new_tokens, reason in chunks:
                 if stream:
-                    self.send_event(part("delta", new, of_new, reason))
+                    self.send_event(part("delta", new, new_tokens, reason))
                 for name, value in new.items():
                     message[name] = message[name] + value if name in message else value
-                tokens += of_new
+                tokens += new_tokens
         except queue.Full:
-            raise ApiError(429, f"{MAX_WAITING} requests wait already; try again later") from None
+            raise ApiError(429, f"{MAX_WAITING} requests are waiting; try again later") from None
         finally:
             request.cancelled = True
         usage = {"prompt_tokens": len(request.ids), "completion_tokens": len(tokens)}
@@ -238,20 +248,20 @@ class Handler(JsonHandler):
             self.send_event(head | {"choices": [], "usage": usage})
         self.send_event("[DONE]")
 
-    def growth(self, request, chat, stops, grows):
-        """Yield (the new text of each field of the message, its tokens, why the answer ends or
-        None): once at the end, or whenever there is new text.
+    def stream_chunks(self, request, chat, stops, stream):
+        """Yield (new text of each message field, its tokens, finish reason or None): with stream
+        whenever there is new text, otherwise once at the end.
         """
         tokens, reported, reason = [], 0, None
         draft = Draft(self.text, chat, stops)
         while not reason:
-            item = self.arrival(request)
+            item = self.next_item(request)
             if isinstance(item, str):
                 reason = item
             else:
                 tokens.append(item)
                 draft.add(item[0])
-            if not reason and (not grows or request.answer.qsize()):
+            if not reason and (not stream or request.answer.qsize()):
                 continue
             new, calls = draft.take(), None
             if draft.stopped:
@@ -271,9 +281,9 @@ class Handler(JsonHandler):
                 yield new, tokens[reported:], reason
                 reported = len(tokens)
 
-    def arrival(self, request):
-        """The next token of an answer, or the reason of its end. Raises ConnectionError if the
-        client has gone away.
+    def next_item(self, request):
+        """Return the next token of an answer, or its finish reason. Raises ConnectionError if the
+        client disconnected.
         """
         while True:
             self.connection.settimeout(0)
@@ -285,30 +295,30 @@ class Handler(JsonHandler):
             with suppress(queue.Empty):
                 item = request.answer.get(timeout=0.5)
             if item == "error" or (item is None and not self.batcher.is_alive()):
-                raise ApiError(500, "the answer could not be computed; see the server's output")
+                raise ApiError(500, "the answer could not be computed; see the server log")
             if item is not None:
                 return item
 
     def message(self, ids, chat):
-        """The fields of an answer with these ids."""
+        """Return the message fields of an answer."""
         if not chat:
             return {"content": self.text(ids)}
         message = parse_answer(ids, self.served.tokenizer)
         if "reasoning_content" in message and message["content"] == "\n":
-            message["content"] = ""  # half of the empty line between reasoning and content
+            message["content"] = ""  # part of the separator between reasoning and content
         for number, call in enumerate(message.get("tool_calls", [])):
             call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-            of_api = {"index": number, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
-            message["tool_calls"][number] = of_api | {"function": call}
+            entry = {"index": number, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
+            message["tool_calls"][number] = entry | {"function": call}
         return message
 
     def text(self, ids):
         return self.served.tokenizer.decode(ids, skip_special_tokens=False)
 
     def choices(self, chat, key, message, tokens=(), reason=None):
-        """{"choices"} with the one answer, or a part of it, in the form of the route."""
-        found = {"index": 0, "finish_reason": reason, "logprobs": None}
-        found |= {key: message} if chat else {"text": message.get("content", "")}
+        """Return {"choices"} with the answer, or a chunk of it, in the format of the route."""
+        choice = {"index": 0, "finish_reason": reason, "logprobs": None}
+        choice |= {key: message} if chat else {"text": message.get("content", "")}
         scored = [
             (self.text([token]), value, [(self.text([t]), v) for t, v in top])
             for token, value, top in tokens
@@ -316,21 +326,22 @@ class Handler(JsonHandler):
         ]
         if scored and chat:
             scores = [score(*s) | {"top_logprobs": [score(*t) for t in top]} for *s, top in scored]
-            found["logprobs"] = {"content": scores}
+            choice["logprobs"] = {"content": scores}
         elif scored:
             texts, values, tops = zip(*scored, strict=True)
-            found["logprobs"] = {"tokens": texts, "token_logprobs": values}
-            found["logprobs"]["top_logprobs"] = [dict(top) for top in tops]
-        return {"choices": [found]}
+            choice["logprobs"] = {"tokens": texts, "token_logprobs": values}
+            choice["logprobs"]["top_logprobs"] = [dict(top) for top in tops]
+        return {"choices": [choice]}
 
 
 def score(text, value):
-    half = "\ufffd" in text  # a part of a character
-    return {"token": text, "logprob": value, "bytes": None if half else list(text.encode())}
+    """Return a token and its log-probability in OpenAI's format."""
+    is_partial = "\ufffd" in text  # part of a character
+    return {"token": text, "logprob": value, "bytes": None if is_partial else list(text.encode())}
 
 
 def number(body, name, default, low, high, kind=int):
-    """The number in a field, or its default. Raises ApiError for anything else."""
+    """Return the number in a field, or the default. Raises ApiError for anything else."""
     value = body.get(name)
     if value is None:
         return default

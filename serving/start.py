@@ -1,6 +1,4 @@
-"""What `eval_llm.py --serve` and `--export` do: they open the weights, then answer requests, or
-write a page that needs no server.
-"""
+"""Entry point for `eval_llm.py --serve` and `--export`."""
 
 import torch
 
@@ -13,8 +11,8 @@ from serving.views import Served
 
 
 def start(args, settings):
-    """Does what the flags of eval_llm.py say; settings are those of the sampling."""
-    models, logs = opened(args), args.save_dir / "logs"
+    """Run the server, or export the page; settings are the sampling parameters."""
+    models, logs = open_models(args), args.save_dir / "logs"
     if args.export is None:
         names = [name.strip().partition(":")[0] for name in args.allowed_hosts.split(",")]
         Server(models, args.host, args.serve, args.max_batch, settings, logs, names).run()
@@ -22,19 +20,18 @@ def start(args, settings):
     export(models, args.export, args.prompt, settings, logs)
 
 
-def opened(args):
-    """{name: Served} of the weights that --weight names, with commas between them; "none" are
-    random weights of the first one's shape. Raises UserError if two are the same, or if they have
-    different tokenizers.
+def open_models(args):
+    """Open the comma-separated weights of --weight as {name: Served}; "none" means random weights
+    with the first one's shape. Raises UserError for duplicates, and if their tokenizers differ.
     """
-    names, found = args.from_weight.split(",") if args.from_weight else [None], {}
+    names, models = args.from_weight.split(",") if args.from_weight else [None], {}
     if "" in names or len({*names}) < len(names):
         raise UserError(f"--weight {args.from_weight}: give different names, or one")
     if args.lora and len(names) > 1:
-        raise UserError("--lora: give it with one --weight, or leave it out")
+        raise UserError("--lora: give it with one --weight, or omit it")
     for name in names:
-        if name == "none" and found:
-            first = next(iter(found.values()))
+        if name == "none" and models:
+            first = next(iter(models.values()))
             torch.manual_seed(1)
             model, weight = CausalLM(first.model.config), first.model.lm_head.weight
             tokenizer, chats, length = first.tokenizer, first.chats, first.trained_length
@@ -44,8 +41,8 @@ def opened(args):
             model, tokenizer = trained.model, trained.tokenizer
             chats, length = trained.chats, trained.trained_length
             path = trained.paths[-1]
-            name = path.stem if path.stem not in found else str(path)
-        found[name] = Served(name, model.eval(), tokenizer, chats, length)
-    if len({served.tokenizer.to_str() for served in found.values()}) > 1:
+            name = path.stem if path.stem not in models else str(path)
+        models[name] = Served(name, model.eval(), tokenizer, chats, length)
+    if len({served.tokenizer.to_str() for served in models.values()}) > 1:
         raise UserError(f"--weight {','.join(names)}: they have different tokenizers; give one")
-    return found
+    return models

@@ -1,18 +1,17 @@
-"""Streaming: the parts of an answer that are sent while it grows, each token decoded once."""
+"""Incremental detokenization: which text of a growing answer can be sent already."""
 
 from common import END_THINK, THINK, TOOL_CALL
 
 
 class Draft:
-    """An answer that grows token by token. `add` takes a token; `take` returns the text that has
-    become certain since the last call. All of it together is the beginning of what `parse_answer`
-    makes of the whole answer.
+    """An answer that grows token by token. `add` appends a token; `take` returns the text that
+    became final since the last call. All of it together is a prefix of `parse_answer`'s result.
 
     decode   a function from ids to text
-    chat     whether there are reasoning and calls of tools; a call is not sent before it is whole
-    stops    texts before which the content ends
-    stopped  whether one of them has come
-    sent     {field: the length of the text that was taken}
+    chat     whether there may be reasoning and tool calls; incomplete calls aren't sent
+    stops    stop strings, before which the content ends
+    stopped  whether one of them occurred
+    sent     {field: length of the text taken so far}
     """
 
     def __init__(self, decode, chat, stops):
@@ -21,6 +20,7 @@ class Draft:
         self.waiting, self.text, self.ready = [], "", {}
 
     def add(self, token):
+        """Append a token."""
         if self.field is None:  # the first token
             reasons = self.chat and token == THINK
             self.field = "reasoning_content" if reasons else "content"
@@ -37,15 +37,15 @@ class Draft:
             self.waiting.append(token)
 
     def take(self):
-        """Return {field: its new text}, without fields that have none."""
+        """Return {field: new text}, only for fields with new text."""
         if self.field in ("reasoning_content", "content"):
             self.advance()
         new, self.ready = self.ready, {}
         return {field: text for field, text in new.items() if text}
 
     def advance(self, is_end=False):
-        """Moves what is certain from the waiting tokens to the text that is ready: not a part of a
-        character, nor the beginning of a stop, nor a newline that may belong to the markers.
+        """Move final text from the waiting tokens to `ready`. Parts of a character, prefixes of a
+        stop string, and newlines that may belong to the markers aren't final.
         """
         piece = self.decode(self.waiting)
         if is_end or not piece.endswith("\ufffd"):
@@ -57,19 +57,19 @@ class Draft:
         text = self.text.removeprefix(newlines) if begins else self.text
         places = [] if reasons else [text.index(stop) for stop in self.stops if stop in text]
         if places:
-            certain, self.stopped = text[: min(places)], True
+            final, self.stopped = text[: min(places)], True
         elif reasons:
-            certain = text.removesuffix("\n")
+            final = text.removesuffix("\n")
         else:
-            certain = text[: len(text) - stop_prefix_length(text, self.stops)]
-        if is_end or certain or not begins:
-            self.text = text[len(certain) :]
-            self.ready[self.field] = self.ready.get(self.field, "") + certain
-            self.sent[self.field] = self.sent.get(self.field, 0) + len(certain)
+            final = text[: len(text) - stop_prefix_length(text, self.stops)]
+        if is_end or final or not begins:
+            self.text = text[len(final) :]
+            self.ready[self.field] = self.ready.get(self.field, "") + final
+            self.sent[self.field] = self.sent.get(self.field, 0) + len(final)
 
 
 def stop_prefix_length(text, stops):
-    """Return the length of the longest end of a text with which a stop begins."""
+    """Return the length of the longest suffix of a text that is a prefix of a stop string."""
     longest = max(map(len, stops or [""])) - 1
     for length in range(min(len(text), longest), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):

@@ -1,9 +1,10 @@
-"""What a model computes on its way to the next token: the attention weights of every head, and the
-token that each layer would predict. The page of `eval_llm.py --serve` shows it.
+"""Model internals for the page of `eval_llm.py --serve`: the attention weights of every head, and
+the token that each layer would predict.
 
-Attention is written out as in `plain_attention`, because the fast versions never hold its weights.
+Attention is computed as in `plain_attention`, because the optimized versions don't materialize its
+weights.
 
-Shapes: T tokens, n the last of them that are kept, L layers, H heads, K key/value heads, d head
+Shapes: T tokens, n last tokens that are returned, L layers, H heads, K key/value heads, d head
 size, D hidden, V vocabulary.
 """
 
@@ -14,30 +15,30 @@ import torch
 from model.attention import causal_mask
 from model.causal_lm import rotary_table, rotate
 
-GUESSES = 5  # the most probable tokens that are kept of each layer
+GUESSES = 5  # most probable tokens per layer
 
 
 @dataclass
 class Trace:
-    """What `trace` returns, on the CPU, in fp32."""
+    """The result of `trace`, on the CPU, in fp32."""
 
-    logits: torch.Tensor  # (n, V), of the token after each one
-    attention: torch.Tensor  # (L, H, n, n), the share of key j in what query i reads
+    logits: torch.Tensor  # (n, V), next-token logits
+    attention: torch.Tensor  # (L, H, n, n), attention weight of query i on key j
     guesses: torch.Tensor  # (L + 1, n, 5) ids, after the embedding and after each layer
-    probabilities: torch.Tensor  # (L + 1, n, 5), those of the guesses
+    probabilities: torch.Tensor  # (L + 1, n, 5), of the guesses
 
 
 @torch.inference_mode()
 def trace(model, ids, last=256, document_ids=None):
-    """A Trace of the last n = min(T, last) of T ids, a list; the model reads all of them.
+    """Run the model on T ids, a list. Returns a Trace of the last n = min(T, last) tokens.
 
-    document_ids, T integers, makes several samples of the ids, which do not see each other: as in a
-    packed row, the positions of each begin at 0.
+    document_ids, T integers, splits the ids into samples that don't attend to each other; as in a
+    packed row, positions start at 0 in each.
     """
     decoder, device, T = model.model, model.lm_head.weight.device, len(ids)
     documents = torch.tensor([document_ids or [0] * T], device=device)  # (1, T)
     mask = causal_mask(0, T, documents, device)  # (1, 1, T, T)
-    positions = mask.sum(dim=-1)[0] - 1  # (1, T): how many earlier tokens a token sees
+    positions = mask.sum(dim=-1)[0] - 1  # (1, T): earlier tokens in the document
     rotary = rotary_table(positions, model.config)
     x = decoder.embed_tokens(torch.tensor([ids], device=device))  # (1, T, D)
     attention, guesses = [], [most_probable(model, x[:, -last:])]
@@ -53,7 +54,7 @@ def trace(model, ids, last=256, document_ids=None):
 
 
 def attend(attention, x, rotary, mask):
-    """The output of an attention layer, (1, T, D), and its weights, (H, T, T), of x (1, T, D)."""
+    """Return an attention layer's output (1, T, D) and weights (H, T, T) for x (1, T, D)."""
     B, T, d = *x.shape[:2], attention.config.head_dim
     q, k, v = (
         project(x).view(B, T, -1, d)
@@ -72,8 +73,8 @@ def attend(attention, x, rotary, mask):
 
 
 def most_probable(model, x):
-    """(probabilities, ids), (n, 5) each, of the most probable next tokens if x, (1, n, D), were the
-    output of the last layer (the "logit lens" of nostalgebraist, 2020).
+    """Return (probabilities, ids), (n, 5) each, of the most probable next tokens if x (1, n, D)
+    were the last layer's output (the "logit lens", nostalgebraist, 2020).
     """
     logits = model.lm_head(model.model.norm(x))[0].float()  # (n, V)
     return [t.cpu() for t in logits.softmax(dim=-1).topk(min(GUESSES, logits.shape[-1]))]

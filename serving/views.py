@@ -1,7 +1,7 @@
-"""What page.html shows: each function of VIEWS computes the values of one view, as JSON can hold
-them. Long lists of numbers travel as bytes in base64.
+"""The data of page.html: each function in VIEWS returns the data of one view, JSON-serializable.
+Large arrays are base64-encoded.
 
-Shapes: T tokens, n the last of them that are shown, L layers, H heads, V vocabulary.
+Shapes: T tokens, n last tokens that are shown, L layers, H heads, V vocabulary.
 """
 
 import base64
@@ -21,18 +21,19 @@ from dataset import formats
 from model.chat_template import ROLES, parse_answer, parse_json, render, require_text
 from serving.trace import trace
 
-MOST_READ, LAST = 2048, 256  # tokens that the model reads for a view; the last ones, which it shows
-MOST_WEIGHTS = 1 << 23  # attention weights that a view shows: of a large model, fewer tokens
+MOST_READ = 2048  # maximum input tokens of a view
+LAST = 256  # tokens that are shown
+MOST_WEIGHTS = 1 << 23  # maximum attention weights of a view: fewer tokens for large models
 ALTERNATIVES = 10
-EXACT = 256  # logits that are sent as they are; the others in groups
-POINTS = 500  # of a curve
-ONE_AT_A_TIME = threading.Lock()  # views need memory; and see serving/batching.py
+EXACT = 256  # top logits that are sent exactly; others are grouped
+POINTS = 500  # per curve
+ONE_AT_A_TIME = threading.Lock()  # to limit memory; also see serving/batching.py
 
 
 @dataclass
 class Served:
-    """Weights to look at. chats: whether they were trained on conversations. trained_length: of
-    the longest row in their training.
+    """A model to serve. chats: whether it was trained on conversations. trained_length: the longest
+    training sample, in tokens.
     """
 
     name: str
@@ -42,8 +43,8 @@ class Served:
     trained_length: int
 
 
-def packed(numbers, kind):
-    """An array or tensor as base64 of its bytes, of a numpy type."""
+def to_base64(numbers, kind):
+    """Encode an array or tensor as base64, converted to a little-endian numpy type."""
     array = np.ascontiguousarray(numbers, dtype=kind)
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
@@ -53,7 +54,7 @@ def texts(served, ids):
 
 
 def require_ids(served, ids):
-    """Raises ValueError unless ids are tokens that fit the model."""
+    """Raise ValueError unless ids are valid and fit into the context."""
     vocabulary, most = range(served.model.config.vocab_size), min(MOST_READ, room(served))
     if not isinstance(ids, list) or not all(type(i) is int and i in vocabulary for i in ids):
         raise ValueError("ids is not a list of token ids")
@@ -66,8 +67,8 @@ def room(served):
 
 
 def turn(served, ids, text):
-    """A conversation, as ids, with a user's new text and the header of the answer; with weights
-    that do not chat, the text alone.
+    """Append a user's text and the answer's header to a conversation, given as ids; pretrained
+    weights get only the text.
     """
     require_text(text, "text is")
     before = [*ids] if isinstance(ids, list) else []
@@ -88,29 +89,30 @@ def turn(served, ids, text):
 
 
 def tokens(served, ids):
-    """For each of the last n tokens: what the model expected in its place. Prediction k is made
-    after token first + k; the last one is of the token after the text.
+    """Return the model's predictions for each of the last n tokens. Prediction k is made after
+    token first + k; the last one is for the token after the text.
     """
     require_ids(served, ids)
-    found = trace(served.model, ids, LAST)
-    logprobs = found.logits.log_softmax(dim=-1)  # (n, V)
+    traced = trace(served.model, ids, LAST)
+    logprobs = traced.logits.log_softmax(dim=-1)  # (n, V)
     first = len(ids) - len(logprobs)
-    after = torch.tensor(ids[first + 1 :])
-    surprise = -logprobs[: len(after)].gather(1, after[:, None])[:, 0]  # (n - 1,)
+    targets = torch.tensor(ids[first + 1 :])
+    surprise = -logprobs[: len(targets)].gather(1, targets[:, None])[:, 0]  # (n - 1,)
     top = logprobs.topk(min(ALTERNATIVES, logprobs.shape[1])).indices  # (n, 10)
-    values, sizes = in_groups(found.logits)
-    named = sorted(set(top.flatten().tolist()))
+    values, sizes = in_groups(traced.logits)
+    used = sorted(set(top.flatten().tolist()))
     return {
-        **{"ids": ids, "texts": texts(served, ids), "first": first, "notice": shown(first, ids)},
-        **{"surprise": packed(surprise, "f4"), "top": top.tolist()},
-        **{"names": dict(zip(named, texts(served, named), strict=True))},
-        **{"logits": packed(values, "f4"), "sizes": sizes},
+        **{"ids": ids, "texts": texts(served, ids)},
+        **{"first": first, "notice": hidden_notice(first, ids)},
+        **{"surprise": to_base64(surprise, "f4"), "top": top.tolist()},
+        **{"names": dict(zip(used, texts(served, used), strict=True))},
+        **{"logits": to_base64(values, "f4"), "sizes": sizes},
         "conversation": conversation(served, ids),
     }
 
 
 def conversation(served, ids):
-    """The messages of a chat, as JSON, a line each; with weights that do not chat, the text."""
+    """Return the messages of a chat as JSON, one per line; for other weights, the text."""
     starts = [place for place, token in enumerate(ids) if token == IM_START]
     if not starts:
         return served.tokenizer.decode(ids)
@@ -126,15 +128,15 @@ def conversation(served, ids):
     return "[" + ",\n ".join(messages) + "]"
 
 
-def shown(first, ids):
-    """The notice that the first tokens are not shown; "" if all are."""
+def hidden_notice(first, ids):
+    """Return a notice that the first tokens are hidden, or ""."""
     return f"The last {len(ids) - first} of {len(ids)} tokens are shown." if first else ""
 
 
 def in_groups(logits):
-    """The logits (n, V) in falling order, (n, m), and how many each of the m stands for. The first
-    are single; later ones are the logarithm of the mean exponential of neighbours in that order,
-    3 % of the rank at a time. The sum of exponentials is exact, and at other temperatures close.
+    """Compress logits (n, V): return them in descending order in m groups, (n, m), and the group
+    sizes. The first groups have one logit; later ones hold the log mean exp of neighbours, 3 % of
+    the rank at a time. The sum of exponentials is exact, and approximate at other temperatures.
     """
     V = logits.shape[1]
     ordered = logits.sort(dim=-1, descending=True).values
@@ -148,46 +150,46 @@ def in_groups(logits):
 
 
 def attention(served, ids, second=None):
-    """The attention weights of every head, (L, H, n, n), as 16-bit fractions. second: the text of a
-    user, packed behind the ids as another sample of the same row.
+    """Return the attention weights of every head, (L, H, n, n), as 16-bit fractions. second: a
+    user's text, packed after the ids as another sample in the same row.
     """
     require_ids(served, ids)
     documents = [0] * len(ids)
     if second is not None:
-        more = turn(served, [], second)["ids"]
-        ids, documents = ids + more, documents + [1] * len(more)
+        second_ids = turn(served, [], second)["ids"]
+        ids, documents = ids + second_ids, documents + [1] * len(second_ids)
         require_ids(served, ids)
     heads = served.model.config.num_hidden_layers * served.model.config.num_attention_heads
     last = max(2, min(LAST, math.isqrt(MOST_WEIGHTS // heads)))
     weights = trace(served.model, ids, last, documents).attention
     L, H, n, _ = weights.shape
     first = len(ids) - n
-    notice = shown(first, ids)
+    notice = hidden_notice(first, ids)
     notice += " What they read from tokens before these is not shown." if first else ""
     return {
         **{"ids": ids[first:], "texts": texts(served, ids[first:]), "first": first},
         **{"notice": notice, "documents": documents[first:], "layers": L, "heads": H},
-        "weights": packed((weights * 65535).round(), "u2"),
+        "weights": to_base64((weights * 65535).round(), "u2"),
     }
 
 
 def layers(served, ids):
-    """The tokens that the model would predict after the embedding and after each layer."""
+    """Return the tokens the model would predict after the embedding and after each layer."""
     require_ids(served, ids)
-    found = trace(served.model, ids, LAST)
-    guesses, first = found.guesses, len(ids) - found.guesses.shape[1]
-    named = sorted({*guesses.flatten().tolist()})
+    traced = trace(served.model, ids, LAST)
+    guesses, first = traced.guesses, len(ids) - traced.guesses.shape[1]
+    used = sorted({*guesses.flatten().tolist()})
     return {
         **{"ids": ids[first:], "texts": texts(served, ids[first:]), "first": first},
-        **{"notice": shown(first, ids), "guesses": guesses.tolist()},
-        **{"names": dict(zip(named, texts(served, named), strict=True))},
-        "probabilities": packed(found.probabilities, "f4"),
+        **{"notice": hidden_notice(first, ids), "guesses": guesses.tolist()},
+        **{"names": dict(zip(used, texts(served, used), strict=True))},
+        "probabilities": to_base64(traced.probabilities, "f4"),
     }
 
 
 @torch.inference_mode()
 def compare(models, text):
-    """The loss of each token of a conversation, or of a text, with each of the weights."""
+    """Return the loss of each token of a conversation or text, for each model."""
     served = next(iter(models.values()))
     ids, mask = parse_sample(served, text)
     notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
@@ -195,17 +197,18 @@ def compare(models, text):
     if len(ids) < 2:
         raise ValueError("the text has fewer than two tokens: there is nothing to predict")
     losses = {}
-    for name, each in models.items():
-        device = each.model.lm_head.weight.device
-        logits = each.model(torch.tensor([ids], device=device))[0, :-1].float().cpu()  # (T - 1, V)
-        after = torch.tensor(ids[1:])
-        losses[name] = packed(-logits.log_softmax(dim=-1).gather(1, after[:, None])[:, 0], "f4")
-    found = {"ids": ids, "texts": texts(served, ids), "mask": mask, "notice": notice}
-    return found | {"losses": losses}
+    for name, other in models.items():
+        device = other.model.lm_head.weight.device
+        logits = other.model(torch.tensor([ids], device=device))[0, :-1].float().cpu()  # (T - 1, V)
+        targets = torch.tensor(ids[1:])
+        logprobs = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (T - 1,)
+        losses[name] = to_base64(-logprobs, "f4")
+    result = {"ids": ids, "texts": texts(served, ids), "mask": mask, "notice": notice}
+    return result | {"losses": losses}
 
 
 def parse_sample(served, text):
-    """(ids, loss mask) of JSON, a conversation in any usual format, or else of plain text."""
+    """Return (ids, loss mask) of a conversation as JSON in any known format, or of plain text."""
     require_text(text, "text is")
     record = {"text": text}
     if text.lstrip()[:1] in ("{", "["):
@@ -219,15 +222,15 @@ def parse_sample(served, text):
 
 
 def tokenizer(served, text):
-    """A text as tokens."""
+    """Return a text as tokens."""
     ids = served.tokenizer.encode(require_text(text, "text is")).ids
     notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
     return {"ids": ids[:LAST], "texts": texts(served, ids[:LAST]), "notice": notice}
 
 
 def token(served, id):
-    """How the tokenizer makes a token of single bytes (nothing for a control token), and its
-    neighbours in the embedding: the tokens whose vectors point in the most similar direction.
+    """Return the BPE merges of a token (none for a control token), and its nearest neighbours by
+    cosine similarity of the embeddings.
     """
     require_ids(served, [id])
     pieces = merges(served.tokenizer, served.tokenizer.id_to_token(id) or "")
@@ -242,7 +245,7 @@ def token(served, id):
 
 
 def merges(tokenizer, token):
-    """The pieces of a token after each merge of BPE, beginning with its bytes."""
+    """Return the pieces of a token after each BPE merge, starting with its bytes."""
     ranks, pieces = merge_ranks(tokenizer), list(token)
     steps = [pieces]
     while len(pieces) > 1:
@@ -250,43 +253,43 @@ def merges(tokenizer, token):
         best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))
         if best not in ranks:
             break
-        at = pairs.index(best)
-        pieces = [*pieces[:at], "".join(best), *pieces[at + 2 :]]
+        index = pairs.index(best)
+        pieces = [*pieces[:index], "".join(best), *pieces[index + 2 :]]
         steps.append(pieces)
     return steps
 
 
 @lru_cache(maxsize=4)
 def merge_ranks(tokenizer):
-    """{a pair of pieces: when it was merged in the tokenizer's training, 0 for the first}."""
+    """Return {pair of pieces: merge rank}, 0 for the first merge."""
     pairs = json.loads(tokenizer.to_str())["model"]["merges"]
     return {tuple(pair.split(" ") if isinstance(pair, str) else pair): rank
             for rank, pair in enumerate(pairs)}  # fmt: skip
 
 
 def runs(logs):
-    """The curves of all runs with a log in a folder, the newest run first."""
-    found = [(path.stat(), path) for path in logs.glob("*.jsonl")]
-    found.sort(key=lambda pair: -pair[0].st_mtime)
-    read = [(path.stem, curve(path, stat.st_mtime_ns, stat.st_size)) for stat, path in found]
-    return {"runs": [{"name": name, "points": points} for name, points in read]}
+    """Return the curves of all runs with a log in a folder, the newest run first."""
+    stats = [(path.stat(), path) for path in logs.glob("*.jsonl")]
+    stats.sort(key=lambda pair: -pair[0].st_mtime)
+    curves = [(path.stem, curve(path, stat.st_mtime_ns, stat.st_size)) for stat, path in stats]
+    return {"runs": [{"name": name, "points": points} for name, points in curves]}
 
 
 @lru_cache(maxsize=64)
 def curve(path, changed, size):
-    """[step, loss, validation loss, learning rate] of a log's lines, of a long log of some. changed
-    and size are those of the file: it is read again when it has grown.
+    """Return [step, loss, validation loss, learning rate] of a log's lines, subsampled if it is
+    long. changed and size are part of the cache key: the file is read again when it has grown.
     """
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # the last line of a run that is going on
+        with suppress(ValueError):  # an incomplete last line
             lines.append(json.loads(line))
     lines = [line for line in lines if isinstance(line, dict) and line.get("step")]
     every = len(lines) // POINTS + 1
-    kept = {number for number, line in enumerate(lines) if line.get("val_loss")}
-    kept |= {*range(0, len(lines), every), *range(len(lines))[-1:]}
+    indices = {number for number, line in enumerate(lines) if line.get("val_loss")}
+    indices |= {*range(0, len(lines), every), *range(len(lines))[-1:]}
     keys = ("step", "loss", "val_loss", "lr")
-    return [[lines[number].get(key) for key in keys] for number in sorted(kept)]
+    return [[lines[number].get(key) for key in keys] for number in sorted(indices)]
 
 
 VIEWS = {  # view: (its function, the fields of its request)
@@ -302,15 +305,15 @@ VIEWS = {  # view: (its function, the fields of its request)
 
 
 def answer(models, logs, view, body):
-    """The values of a view. models {name: Served}, logs the folder of logs, body a request. Raises
-    ValueError, a sentence, for a request that cannot be answered.
+    """Return the data of a view. models {name: Served}; logs: folder of the logs; body: the
+    request. Raises ValueError for an invalid request.
     """
     function, fields = VIEWS[view]
-    of = {"compare": models, "runs": logs}.get(view)
-    if of is None:
+    argument = {"compare": models, "runs": logs}.get(view)
+    if argument is None:
         name = body.get("model")
         if not isinstance(name, str) or name not in models:
             raise ValueError(f"there is no model {name!r:.100}")
-        of = models[name]
+        argument = models[name]
     with ONE_AT_A_TIME if view != "runs" else nullcontext():
-        return function(of, *(body.get(field) for field in fields))
+        return function(argument, *(body.get(field) for field in fields))

@@ -146,7 +146,7 @@ def test_without_safetensors_a_sentence_names_it(tmp_path, trained, monkeypatch)
 
 
 def test_experts_without_qk_norm_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no published family"):
+    with pytest.raises(ValueError, match="no transformers architecture matches"):
         exported(tmp_path, {"use_moe": True, "qk_norm": False})
     assert not (tmp_path / "hf").exists()
 

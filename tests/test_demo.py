@@ -107,7 +107,7 @@ def test_another_seed_reaches_the_training_and_nothing_else(demo):
     report = json.loads((demo.folder / "out" / "demo.json").read_text(encoding="utf-8"))
     assert report["seed"] == 2 and report["seconds"]["setup"] == 42
     assert re.search(r"^held-out score +pretrained +after SFT$", demo.printed, re.MULTILINE)
-    assert demo("--seed", "2") == (0, []) and demo.printed.count("done before") == 4
+    assert demo("--seed", "2") == (0, []) and demo.printed.count("already done") == 4
     assert len(demo()[1]) == SCRIPTS_OF_ALL and "--seed" not in demo.printed
 
 

@@ -152,11 +152,11 @@ def test_an_apple_gpu_is_used_by_one_thread_at_a_time_and_the_cpu_draws_for_it()
     mps = torch.device("mps")
     weight = SimpleNamespace(device=mps, dtype=torch.float32)
     model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
-    assert Batcher(model, 1, 1).alone is ONE_AT_A_TIME
+    assert Batcher(model, 1, 1).device_lock is ONE_AT_A_TIME
     assert make_generator(3, mps).device.type == "cpu"
     batcher = Batcher(CausalLM(ModelConfig(**SHAPE)), 1, 1)
-    batcher.alone, request = threading.Lock(), Request([5, 6, 7], 1)
-    with batcher.alone:  # a view is computed
+    batcher.device_lock, request = threading.Lock(), Request([5, 6, 7], 1)
+    with batcher.device_lock:  # a view is computed
         batcher.submit(request)
         batcher.start()
         with pytest.raises(queue.Empty):
@@ -168,11 +168,11 @@ def test_an_apple_gpu_is_used_by_one_thread_at_a_time_and_the_cpu_draws_for_it()
 
 def test_the_batcher_holds_the_lock_whenever_it_computes(monkeypatch):
     batcher = Batcher(CausalLM(ModelConfig(**SHAPE)), 2, 4)
-    batcher.alone, held = threading.Lock(), []
-    for name in ("prefilled", "packed", "step", "extend"):
+    batcher.device_lock, held = threading.Lock(), []
+    for name in ("prefill", "pack", "step", "extend"):
         plain = getattr(batcher, name)
         watched = partial(
-            lambda plain, *given: held.append(batcher.alone.locked()) or plain(*given), plain
+            lambda plain, *given: held.append(batcher.device_lock.locked()) or plain(*given), plain
         )
         monkeypatch.setattr(batcher, name, watched)
     requests = [Request([5, 6, 7], 3), Request([8], 2)]

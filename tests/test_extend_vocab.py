@@ -137,8 +137,8 @@ def test_freezing_without_new_tokens_is_refused():
         ("item", b'{"title": "Pen 1", "description": "It writes. 1"}', b"null", "item 1"),
         ("item", b"}}", b"}", "Shop.item.json isn't JSON"),
         ("item", b'"Pen 1"', b'"Pen \xe9"', "Shop.item.json isn't JSON"),
-        ("item", None, b"[1]", "Shop.item.json is no JSON object"),
-        ("item", None, b"[]", "Shop.item.json is no JSON object"),
+        ("item", None, b"[1]", "Shop.item.json isn't a JSON object"),
+        ("item", None, b"[]", "Shop.item.json isn't a JSON object"),
         ("index", b'["<a_1>", "<b_0>"]', b"null", "item 1"),
         ("index", b'["<a_1>", "<b_0>"]', b"[]", "item 1"),
         ("index", b'["<a_1>", "<b_0>"]', b'["<a_1>", null]', "item 1"),
@@ -171,7 +171,7 @@ def test_items_with_the_same_tokens_are_told(shop, tmp_path):
         (tmp_path / path.name).write_text(text, encoding="utf-8")
     done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0
-    assert "warning: 2 items have the tokens of another one, e.g. 0, 4 <a_0><b_0>" in done.stdout
+    assert "warning: 2 items share their tokens with another, e.g. 0, 4 <a_0><b_0>" in done.stdout
     shutil.copy(tmp_path / "Shop.item.json", tmp_path / "More.item.json")
     done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
     assert "warning: 5 items are in several *.item.json; those of" in done.stdout

@@ -198,7 +198,7 @@ def test_the_modelfile_names_the_file_and_the_stop(tmp_path):
 
 def test_wrong_flags_are_errors_of_one_sentence(tmp_path, trained):
     done = run_here("convert/to_gguf.py", "--save_dir", trained, "--out", tmp_path / "x.bin")
-    assert done.returncode == 2 and "want a name that ends with .gguf" in done.stderr
+    assert done.returncode == 2 and "need a name that ends in .gguf" in done.stderr
     with pytest.raises(ValueError, match=r"q8_0: rows are \[48, .*not multiples of 32"):
         exported(tmp_path, {"hidden_size": 48}, "--type", "q8_0")
     with pytest.raises(ValueError, match="qwen2 needs head_dim"):

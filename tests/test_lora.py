@@ -347,14 +347,14 @@ def test_files_of_peft_that_mean_more_are_refused(tmp_path):
     with pytest.raises(UserError, match="use_dora"):
         merge_lora.read_peft(tmp_path, small())
     (tmp_path / merge_lora.CONFIG).write_text(json.dumps(config | {"r": "many"}))
-    with pytest.raises(UserError, match="no adapters of PEFT"):
+    with pytest.raises(UserError, match="no PEFT adapters"):
         merge_lora.read_peft(tmp_path, small())
     (tmp_path / merge_lora.CONFIG).write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
     with pytest.raises(UserError, match=r"target_modules .*c_attn"):
         merge_lora.read_peft(tmp_path, small())
     (tmp_path / merge_lora.CONFIG).write_text(json.dumps(config))
     (tmp_path / merge_lora.WEIGHTS).write_bytes(b"short")
-    with pytest.raises(UserError, match="no adapters of PEFT"):
+    with pytest.raises(UserError, match="no PEFT adapters"):
         merge_lora.read_peft(tmp_path, small())
 
 

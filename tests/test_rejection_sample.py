@@ -86,4 +86,4 @@ def test_reasoning_is_saved_as_reasoning(trained, tmp_path, monkeypatch):
 def test_samples_that_would_all_be_the_same_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         rejection_sample.main(["--data_path", str(tmp_path), "--temperature", "0"])
-    assert "--temperature 0: all samples are the same" in capsys.readouterr().err
+    assert "--temperature 0: all samples would be identical" in capsys.readouterr().err

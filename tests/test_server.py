@@ -112,7 +112,7 @@ def test_the_client_of_openai_gets_our_answers(running, model):
     assert answer.object == "chat.completion" and text.object == "text_completion"
     expected = alone(model, TOKENIZER.encode("Nelina lives").ids, max_new_tokens=9)
     assert text.choices[0].text == expected
-    with pytest.raises(openai.BadRequestError, match="n = 2 is not supported"):
+    with pytest.raises(openai.BadRequestError, match="n = 2 isn't supported"):
         client.chat.completions.create(model="tiny", messages=HI, n=2)
     parts = client.completions.create(model="tiny", prompt=[17], max_tokens=9, stream=True)
     expected = alone(model, [17], max_new_tokens=9)
@@ -271,7 +271,7 @@ def test_too_many_waiting_requests_are_told_so(model, monkeypatch):
         waiting = Request([17], 2)
         server.batcher.submit(waiting)
         status, found = post(server, CHAT, {"messages": HI})
-        assert status == 429 and "1 requests wait already" in found["error"]["message"]
+        assert status == 429 and "1 requests are waiting" in found["error"]["message"]
         waiting.cancelled = True  # it no longer counts
         server.batcher.submit(waiting := Request([17], 2))
         server.batcher.start()
@@ -284,7 +284,7 @@ def test_a_failure_of_the_model_is_an_error_of_its_requests_alone(model, monkeyp
         raise RuntimeError("no memory")
 
     with serve(model) as server:
-        for part in ("prefilled", "step"):
+        for part in ("prefill", "step"):
             with monkeypatch.context() as patch:
                 patch.setattr(Batcher, part, fails)
                 status, found = post(server, CHAT, {"messages": HI})
@@ -299,9 +299,9 @@ def test_a_failure_of_the_model_is_an_error_of_its_requests_alone(model, monkeyp
 
 
 BAD = {
-    "no JSON": (b"{messages", 400, "is not JSON"),
-    "no object": (b"[1]", 400, "is not a JSON object"),
-    "deep": (b"[" * 100_000, 400, "is not JSON"),
+    "no JSON": (b"{messages", 400, "isn't JSON"),
+    "no object": (b"[1]", 400, "isn't a JSON object"),
+    "deep": (b"[" * 100_000, 400, "isn't JSON"),
     "large": (b" " * 10_000_000, 413, "the body has 10000000 bytes"),
     "no messages": ({}, 400, "a conversation is a list of messages"),
     "role": ({"messages": [{"role": "x", "content": "y"}]}, 400, "message 1 has role 'x'"),
@@ -310,7 +310,7 @@ BAD = {
         400,
         "surrogate",
     ),
-    "half a prompt": (b'{"messages":[],"prompt":"\\ud800"}', 400, "option prompt is not supported"),
+    "half a prompt": (b'{"messages":[],"prompt":"\\ud800"}', 400, "option prompt isn't supported"),
     "stream": ({"messages": HI, "stream": "false"}, 400, "stream is not true or false"),
     "stops": ({"messages": HI, "stop": ["x"] * 17}, 400, "up to 16"),
     "penalty": ({"messages": HI, "repetition_penalty": 1.5}, 400, "repetition_penalty = 1.5"),
@@ -593,7 +593,7 @@ def test_a_machine_is_reached_by_its_names_and_by_those_that_are_given(model):
         for name in ("host.docker.internal", f"{own}.local", own, "my.tunnel.example:443"):
             assert head_of(server, Host=name) == b"HTTP/1.1 200 OK", name
         status, found = post(server, CHAT, {"messages": HI}, Host="other.example")
-    says = "Host other.example is not of this server; if it is, start it with --allowed_hosts"
+    says = "Host other.example isn't this server; to allow it, start with --allowed_hosts"
     assert status == 403 and says in found["error"]["message"]
 
 
@@ -648,7 +648,7 @@ def test_two_chunked_requests_of_one_connection(running):
 
 def test_a_packed_body_is_refused_by_its_name(running):
     status, found = post(running, CHAT, b"\x1f\x8b", **{"Content-Encoding": "gzip"})
-    assert status == 415 and "Content-Encoding gzip is not read" in found["error"]["message"]
+    assert status == 415 and "Content-Encoding gzip isn't supported" in found["error"]["message"]
 
 
 @pytest.mark.parametrize("route", ["/", "/health", "/v1/models"])
@@ -704,7 +704,7 @@ MEANT = {"temprature": "temperature", "max_new_tokens": "max_tokens"}
 def test_an_option_that_is_not_known_is_refused_by_name(running, name):
     status, found = post(running, CHAT, {"messages": HI, "max_tokens": 1, name: UNKNOWN[name]})
     message = found["error"]["message"]
-    assert status == 400 and name in message and "is not supported" in message
+    assert status == 400 and name in message and "isn't supported" in message
     if name in MEANT:
         assert f"is {MEANT[name]} meant?" in found["error"]["message"]
     off = {"messages": HI, "max_tokens": 1, name: None, "user": "x", "metadata": {"a": 1}}
@@ -777,7 +777,7 @@ def test_each_token_of_a_stream_is_decoded_about_once(running, monkeypatch):
     ids += TOKENIZER.encode("\n\nLong naïve 日本 answers. " * 60).ids
     monkeypatch.setattr(running.models["tiny"], "tokenizer", Counting(), raising=False)
     arrived = iter([*[(token, None, []) for token in ids], "stop"])
-    monkeypatch.setattr(serving.Handler, "arrival", lambda self, request: next(arrived))
+    monkeypatch.setattr(serving.Handler, "next_item", lambda self, request: next(arrived))
     monkeypatch.setattr(running.batcher, "submit", lambda request: None)
     data = json.dumps({"messages": HI, "stream": True, "stop": ["#"]}).encode()
     sent = request_bytes("POST", CHAT, data, **{"Content-Length": len(data)})
