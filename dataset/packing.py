@@ -19,26 +19,24 @@ ATTENTION = 2000  # see `row_length`; measured with the default model on a CPU
 SAMPLED = 2000  # samples that are packed to choose the row length
 
 
-def row_length(lengths, args):
-    """Return the length of a row in tokens; without args.packing, of the longest sample.
+def row_length(lengths, max_seq_len):
+    """Return the length of packed rows, in tokens, for samples of these lengths.
 
-    It is args.max_seq_len, or a fraction of it (1/2, 1/3, ...) that fits all samples, whichever
+    It is max_seq_len, or a fraction of it (1/2, 1/3, ...) that fits all samples, whichever
     minimizes the estimated cost. Shorter rows have more padding; in longer rows, attention costs
     more, because masked scores are computed too. In a row of ATTENTION tokens, attention takes as
     long as everything else.
     """
     longest = int(lengths.max(initial=1))
-    if not args.packing:
-        return longest
     stride = math.ceil(max(1, len(lengths)) / SAMPLED)
     sampled = lengths[::stride].tolist()
     costs = {}
-    for parts in range(1, 1 + args.max_seq_len // max(SHORTEST, longest)):
-        T = args.max_seq_len // parts
-        divides = T * parts == args.max_seq_len and T % MULTIPLE == 0
+    for parts in range(1, 1 + max_seq_len // max(SHORTEST, longest)):
+        T = max_seq_len // parts
+        divides = T * parts == max_seq_len and T % MULTIPLE == 0
         if parts == 1 or divides:
             costs[T] = len(best_fit_decreasing(sampled, T)) * T * (ATTENTION + T)
-    return min(costs, key=costs.get, default=args.max_seq_len)
+    return min(costs, key=costs.get, default=max_seq_len)
 
 
 def best_fit_decreasing(lengths, max_seq_len):

@@ -41,7 +41,7 @@ STYLES = {  # kind of token: terminal codes (before, after); control tokens are 
 PLAIN = dict.fromkeys(STYLES, ("", "")) | dict.fromkeys(("supervised", "supervised control"), "[]")
 
 
-def open_data(path, tokenizer, args):
+def open_data(path, tokenizer, max_seq_len, overlong="truncate"):
     """Open a file as documents, pairs or conversations, depending on its first known record."""
     for _, record in read_records(path):
         try:
@@ -49,9 +49,9 @@ def open_data(path, tokenizer, args):
         except (ValueError, TypeError):  # a bad record; the dataset counts it
             continue
         if kind := {"text": PretrainDataset, "preference": PairDataset}.get(name):
-            return kind(path, tokenizer, args.max_seq_len)
+            return kind(path, tokenizer, max_seq_len)
         break
-    return SFTDataset(path, tokenizer, args.max_seq_len, overlong=args.overlong)
+    return SFTDataset(path, tokenizer, max_seq_len, overlong=overlong)
 
 
 def open_tokenizer(args):
@@ -77,7 +77,7 @@ def check(args):
 
 def file_report(path, tokenizer, args):
     """Return the report of `check` on a file, a dict of plain values."""
-    data = open_data(path, tokenizer, args)
+    data = open_data(path, tokenizer, args.max_seq_len, args.overlong)
     (file,) = data.files
     roles, answers, seen, duplicates = Counter(), Counter(), set(), []
     for number, record in read_records(path):
@@ -96,12 +96,13 @@ def file_report(path, tokenizer, args):
         roles.update(message["role"] for message in messages)
         answers[sum(message["role"] == "assistant" for message in messages)] += 1
     lengths = np.diff(file.offsets)
-    tokens, args.packing = int(lengths.sum()), not isinstance(data, PairDataset)
-    T, rows_at_once, rows = args.max_seq_len, args.batch_size, range(len(data))
-    if args.packing:  # a pair has a row of its own
-        T = row_length(data.lengths, args)
-        rows = best_fit_decreasing(data.lengths.tolist(), T)
-        rows_at_once *= args.max_seq_len // T
+    tokens = int(lengths.sum())
+    if isinstance(data, PairDataset):  # not packed
+        T, num_rows, rows_per_step = args.max_seq_len, len(data), args.batch_size
+    else:
+        T = row_length(data.lengths, args.max_seq_len)
+        num_rows = len(best_fit_decreasing(data.lengths.tolist(), T))
+        rows_per_step = args.batch_size * (args.max_seq_len // T)
     return {
         "file": str(path),
         **{key: file.report[key] for key in ("format", "records", "bad", "bad_lines", "notes")},
@@ -118,11 +119,11 @@ def file_report(path, tokenizer, args):
         "longer": data.cut,
         "dropped": data.dropped,
         "samples": len(data),
-        "packed_rows": len(rows),
+        "packed_rows": num_rows,
         "tokens_per_row": T,
-        "packing_efficiency": int(data.lengths.sum()) / (len(rows) * T),
+        "packing_efficiency": int(data.lengths.sum()) / (num_rows * T),
         "batch_size": args.batch_size,
-        "steps_per_epoch": math.ceil(len(rows) / rows_at_once),
+        "steps_per_epoch": math.ceil(num_rows / rows_per_step),
     }
 
 
@@ -152,10 +153,10 @@ def show(args):
     """Print tokens in colour, or write them as an HTML page. Returns 0."""
     tokenizer, rows = open_tokenizer(args), []
     for path in args.data_path:
-        data = open_data(path, tokenizer, args)
+        data = open_data(path, tokenizer, args.max_seq_len, args.overlong)
         numbers = [[sample] for sample in range(len(data))]
         if args.packing:
-            T = row_length(data.lengths, args)
+            T = row_length(data.lengths, args.max_seq_len)
             numbers = best_fit_decreasing(data.lengths.tolist(), T)
         for row in numbers[: args.n]:
             samples = flat(data.documents(sample) for sample in row)

@@ -94,7 +94,9 @@ class StepPlan:
 
     def __init__(self, dataset, samples, args, runtime):
         self.dataset, self.args, self.device = dataset, args, runtime.device
-        self.row_length = row_length(dataset.lengths, args) if args.packing else None
+        self.row_length = None
+        if args.packing:
+            self.row_length = row_length(dataset.lengths, args.max_seq_len)
         self.rows_per_step = args.batch_size * args.accumulation_steps * runtime.world_size
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self.train_samples, self.samples = samples, []
@@ -138,7 +140,7 @@ def epoch_plan(dataset, samples, args, epoch, rank=0, world_size=1):
     order = rng.permutation(np.asarray(samples, np.int64)).tolist()
     rows, rows_per_batch = [[sample] for sample in order], args.batch_size
     if args.packing:
-        T = row_length(dataset.lengths, args)
+        T = row_length(dataset.lengths, args.max_seq_len)
         packed = best_fit_decreasing(dataset.lengths[order].tolist(), T)
         rows = [[order[item] for item in packed[index]] for index in rng.permutation(len(packed))]
         rows_per_batch *= args.max_seq_len // T
@@ -192,8 +194,10 @@ def batches(dataset, micro_batches, args, device):
     workers = args.num_workers
     if workers is None:
         workers = 2 if on_gpu and sys.platform != "win32" else 0
-    T, num_rows, multiple = row_length(dataset.lengths, args), args.batch_size, 1
+    T = int(dataset.lengths.max(initial=1))  # the longest sample
+    num_rows, multiple = args.batch_size, 1
     if args.packing:
+        T = row_length(dataset.lengths, args.max_seq_len)
         num_rows *= args.max_seq_len // T
         multiple = MULTIPLE
     elif on_gpu:  # FlexAttention computes blocks of 128 tokens

@@ -63,9 +63,8 @@ def main(argv=None):
     tokenizer = opened[0][1]
     if len({each.to_str() for _, each in opened}) > 1:
         raise UserError(f"{', '.join(args.weight)} have different tokenizers; show one at a time")
-    args.max_seq_len = min(model.config.max_position_embeddings for model, _ in opened)
-    args.overlong = "truncate"
-    data = open_data(write_missing(args.data_path), tokenizer, args)
+    context = min(model.config.max_position_embeddings for model, _ in opened)
+    data = open_data(write_missing(args.data_path), tokenizer, context)
     if args.record > len(data):
         raise UserError(f"--record {args.record}: {args.data_path} has {len(data)} samples")
     input_ids, labels = data[args.record - 1]

@@ -104,7 +104,7 @@ def read_data(args, tokenizer):
 
 
 def begin(folder, manifest, model, tokenizer):
-    """Write manifest, tokenizer and LM head. Raises UserError if the folder has another recording."""
+    """Write manifest, tokenizer and LM head. Raises UserError if another recording is there."""
     path, stored = folder / "manifest.json", None
     if path.exists():
         try:

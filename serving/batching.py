@@ -121,7 +121,7 @@ class Batcher(threading.Thread):
         return cache
 
     def pack(self, rows):
-        """Merge rows (cache, row, length) into one KV cache, in which all end at the same column."""
+        """Merge rows (cache, row, length) into one KV cache, all ending at the same column."""
         lengths, config = [length for *_, length in rows], self.model.config
         T = max(lengths)
         packed = KVCache(config, len(rows), T + max(ROOM, T // 4), self.device, self.dtype)

@@ -15,7 +15,7 @@ class ApiError(Exception):
 
 
 class JsonHandler(BaseHTTPRequestHandler):
-    """Base class; subclasses define `get(path)` and `post(path, body)`, which may raise ApiError."""
+    """Subclasses define `get(path)` and `post(path, body)`, which may raise ApiError."""
 
     protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
     disable_nagle_algorithm = True  # otherwise head and body are sent 40 ms apart
