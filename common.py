@@ -78,7 +78,7 @@ def atomic_write(path):
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}. The files that were there are unchanged; "
-            "free some space, or choose another folder (--save_dir)"
+            "free some space, or choose another folder"
         ) from None
     finally:
         if part_exists:

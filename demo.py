@@ -78,8 +78,8 @@ def main():
 
 
 def begin(stage, commands, report):
-    """Return the commands of a stage to run. Training that the demo started is resumed; an earlier
-    run of the user isn't, and is kept under another name.
+    """Record that a stage begins, set later results aside, and return its commands. Training that
+    the demo started is resumed; an earlier run of the user isn't, and is kept under another name.
     """
     if report.get("begun") == stage:
         resumed = [[script, "--from_resume", "1"] for script, *_ in commands]

@@ -3,7 +3,7 @@
 python eval_llm.py                                 # the newest full_sft weights in out/
 python eval_llm.py --weight pretrain               # continues text instead of answering
 python eval_llm.py --prompt "Who are you?"         # one answer
-python eval_llm.py --serve 8000                    # a page about the model, and OpenAI's API
+python eval_llm.py --serve 8000                    # OpenAI's API, and a page that shows the model
 printf 'Who are you?\nAnd where do you live?\n' | python eval_llm.py
 """
 
@@ -73,7 +73,7 @@ def parse(argv):
     parser = Parser(__doc__)
     add = parser.group("the model")
     weight = "a name in --save_dir, or a path; default: full_sft; "
-    weight += "of --serve and --export: several, as in full_sft,pretrain,none (random)"
+    weight += "with --serve or --export a list: full_sft,pretrain,none (none: random)"
     add("weight", None, weight, dest="from_weight")
     add("lora", None, "adapters to merge into the weights: lora_NAME_512.pth", metavar="NAME")
     add("save_dir", ROOT / "out", "folder of weights", Path)
@@ -87,7 +87,13 @@ def parse(argv):
     for name, (kind, default, low, high, meaning) in SAMPLING.items():
         add(name, default, meaning, number(kind, low, high))
     add = parser.group("the page and the server")
-    add("serve", None, "serve a page and OpenAI's API at this port", int, metavar="PORT")
+    add(
+        "serve",
+        None,
+        "serve the page and OpenAI's API on this port",
+        int,
+        metavar="PORT",
+    )
     add("host", "127.0.0.1", "bind address for --serve (0.0.0.0 = all interfaces)")
     names = "for --serve: further host names, e.g. of a tunnel: NAME,NAME"
     add("allowed_hosts", "", names, metavar="NAMES")

@@ -21,7 +21,7 @@ from dataset.packing import best_fit_decreasing, collate
 from dataset.tiny_world.text import words
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import keep_freed_memory
-from model.loss import supervised_tokens
+from model.loss import count_supervised
 from model.tokenizer import load_tokenizer
 
 STEPS, EVERY, RATE = 600, 100, 1e-3
@@ -46,7 +46,7 @@ def loss_of(model, documents):
     rows = best_fit_decreasing([len(ids) for ids, _ in documents], 256)
     ids, labels, *where = collate([[documents[i] for i in row] for row in rows], 256, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        return model(ids, *where, labels=labels) / supervised_tokens(labels)
+        return model(ids, *where, labels=labels) / count_supervised(labels)
 
 
 def train(tokenizer, std, seed=1):

@@ -176,8 +176,8 @@ def packed_rows():
     for documents in (1, 16):
         ids = full_rows(B, T, documents)[3]
         masks = {"dense causal": None, "masked kernel": attention.causal_mask(0, T, ids, GPU)}
-        if attention.blocks_available(GPU, d):
-            masks["FlexAttention"] = attention.document_blocks(ids)
+        if attention.flex_available(GPU, d):
+            masks["FlexAttention"] = attention.document_block_mask(ids)
         seconds = timed({name: lambda mask=mask: both(mask) for name, mask in masks.items()})
         for name, each in seconds.items():
             more = f"{seconds['dense causal'] / each:.2f} x dense causal"

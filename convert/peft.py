@@ -21,7 +21,7 @@ from model.lora import adapter_state, add_lora, merge
 from model.weights import (
     adapters_name,
     build_model,
-    description,
+    extra_entries,
     file_name,
     find_weights,
     load,
@@ -32,7 +32,7 @@ from model.weights import (
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"  # around the names in PEFT's files
-UNSUPPORTED = {  # PEFT options that aren't supported, with the value for "off"
+DISABLED = {  # PEFT options that must be off, and are written as off
     "use_dora": False,
     "use_rslora": False,
     "bias": "none",
@@ -65,7 +65,7 @@ def main(argv=None):
         name, stage = args.save_weight or merged, content["stage"]
         state = merge(model).state_dict()
         fields = {"training": content["training"]}
-    fields |= description(model)
+    fields |= extra_entries(model)
     target = args.save_dir / f"{file_name(name, model.config)}.pth"
     write_weights(target, state, model.config, tokenizer, stage, **fields)
     print(f"written: {target}")
@@ -88,7 +88,7 @@ def parse(argv):
     return args
 
 
-def load_safetensors():
+def import_safetensors():
     """Import safetensors. Raises UserError if it isn't installed."""
     try:
         import safetensors.torch
@@ -99,7 +99,7 @@ def load_safetensors():
 
 def write_peft(folder, model, base):
     """Write the adapters of a model in PEFT's format."""
-    safetensors, state = load_safetensors(), adapter_state(model.state_dict())
+    safetensors, state = import_safetensors(), adapter_state(model.state_dict())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -112,7 +112,7 @@ def write_peft(folder, model, base):
     }
     tensors = {f"{PREFIX}{name}{SUFFIX}": weight.float() for name, weight in state.items()}
     with atomic_write(folder / CONFIG) as file:
-        file.write(json.dumps(config | UNSUPPORTED, indent=1).encode())
+        file.write(json.dumps(config | DISABLED, indent=1).encode())
     with atomic_write(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save(tensors))
     print(f"written: {folder / CONFIG}, {folder / WEIGHTS}")
@@ -122,7 +122,7 @@ def read_peft(folder, model):
     """Add the adapters in PEFT's files to a model. Raises UserError if they aren't plain LoRA or
     don't match the model.
     """
-    safetensors = load_safetensors()
+    safetensors = import_safetensors()
     damaged = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
     try:
         config = read_json(folder / CONFIG)
@@ -132,7 +132,7 @@ def read_peft(folder, model):
         target = target if isinstance(target, str) else ",".join(sorted(target))
     except damaged as error:
         raise UserError(f"--from_peft {folder} has no PEFT adapters: {error}") from None
-    for option, off in UNSUPPORTED.items():
+    for option, off in DISABLED.items():
         if config.get(option) not in (off, None):
             raise UserError(f"{folder / CONFIG}: {option} = {config[option]} is not supported")
     try:

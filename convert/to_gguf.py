@@ -174,15 +174,15 @@ def main(argv=None):
     model, tokenizer, config = trained.model, trained.tokenizer, trained.model.config
     if config.use_moe and not (config.qk_norm and config.norm_topk_prob):
         raise UserError("llama.cpp has no mixture of experts without QK norm or norm_topk_prob")
+    arch = "qwen3moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2"
     if config.rope_factor != 1:
-        raise UserError("llama.cpp's qwen2 has no RoPE scaling, which these weights need")
+        raise UserError(f"llama.cpp's {arch} has no RoPE scaling, which these weights need")
     if not config.qk_norm and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise UserError("llama.cpp's qwen2 needs head_dim * num_attention_heads = hidden_size")
     tensors, kind = gguf_tensors(model), getattr(gguf.GGMLQuantizationType, TYPES[args.type])
     widths = {tensor.shape[-1] for tensor in tensors.values() if tensor.dim() > 1}
     if args.type == "q8_0" and any(width % 32 for width in widths):
         raise UserError(f"--type q8_0: rows are {sorted(widths)}, not multiples of 32; use f16")
-    arch = "qwen3moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2"
     with atomic_write(args.out) as file:
         writer = gguf.GGUFWriter(file.name, arch)
         describe(writer, config, trained.paths[-1].stem)

@@ -33,6 +33,8 @@ def hf_config(config, dtype, eos):
     """
     if config.use_moe and not config.qk_norm:
         raise UserError("no transformers architecture matches experts without QK norm")
+    if config.qkv_bias and (config.qk_norm or config.use_moe):
+        raise UserError("no transformers architecture matches QK norm or experts with biases")
     family, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
     family, name = ("qwen2", "Qwen2") if config.qkv_bias else (family, name)
     family, name = ("qwen3_moe", "Qwen3Moe") if config.use_moe else (family, name)

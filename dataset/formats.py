@@ -53,8 +53,8 @@ KEYS = {  # format: the keys its records have; the first matching format is used
 }
 # Keys with which axolotl, LLaMA-Factory, ms-swift, torchtune and verl mark whether a message or a
 # record is trained on.
-WEIGHTS = ("loss_weight", "weight", "loss_mask", "loss", "train", "training", "trainable")
-MASK_LIKE = re.compile(  # keys that look like one: train_detail and isMasked, but not weight_kg
+LOSS_WEIGHT_KEYS = ("loss_weight", "weight", "loss_mask", "loss", "train", "training", "trainable")
+MASK_LIKE = re.compile(  # keys that look like a mask: train_detail and isMasked, but not weight_kg
     r"((is|no|un|do|dont|not|use|should|skip|ignore|compute|exclude|from|assistant|turn)[_-]?)*"
     r"(mask(s|ed)?|loss|train(ed|ing|able)?|weights?|supervised?)"
     r"([_-]?(masks?|masked|loss|weights?|scale|detail|flags?|turns?|on))?",
@@ -72,9 +72,9 @@ def detect_format(record):
     if not matches:
         keys = ", ".join(map(repr, record)) or "(none)"
         raise ValueError(f"unknown format: a record with the keys {keys}{list_hint(record)}")
-    turns = record.get("conversations")
-    if matches[0] == "conversations" and isinstance(turns, list) and turns:
-        is_sharegpt = isinstance(turns[0], dict) and "from" in turns[0]
+    conversation = record.get("conversations")
+    if matches[0] == "conversations" and isinstance(conversation, list) and conversation:
+        is_sharegpt = isinstance(conversation[0], dict) and "from" in conversation[0]
         return "sharegpt" if is_sharegpt else "conversations"
     return matches[0]
 
@@ -123,7 +123,7 @@ def to_conversation(record, name, notes):
         else:
             conversation.append(turn)
         if weight == 1 and not is_assistant:
-            notes["turns marked as trained on that aren't the assistant's: not supervised"] += 1
+            notes["non-assistant turns marked as trained on: not supervised"] += 1
     if not conversation:
         raise ValueError("all its turns are empty")
     return conversation, record.get("tools") or messages[0].get("tools")
@@ -134,6 +134,7 @@ def message_weights(record, name, weights):
     such a key, return weights. A list has one flag per message. Raises ValueError if a key is
     ambiguous.
     """
+    weights = list(weights)
     system = record.get("system") or record.get("system_prompt")
     for key, value in record.items():
         if value is None or not MASK_LIKE.fullmatch(key):
@@ -162,8 +163,8 @@ def parse_loss_weight(turn, name):
     for key, value in turn.items():
         if value is None or not MASK_LIKE.fullmatch(key):
             continue
-        if key not in (*WEIGHTS, "masked") or value not in (0, 1):
-            known = key if key in WEIGHTS else "loss_weight"
+        if key not in (*LOSS_WEIGHT_KEYS, "masked") or value not in (0, 1):
+            known = key if key in LOSS_WEIGHT_KEYS else "loss_weight"
             raise ValueError(f"{name} has {key} {value!r:.100}; give {known} 0 or 1")
         weights.add(1 - int(value) if key == "masked" else int(value))
     if len(weights) > 1:

@@ -15,14 +15,14 @@ from common import UserError, open_file
 SEPARATOR = re.compile(r"[\s,]*")  # between the items of a JSON array
 CSV_HEADER = re.compile(r'[\w "]+([,;\t][\w "]+)+')
 TO_JSONL = "convert it, e.g. by pandas.{}(FILE).to_json('x.jsonl', orient='records', lines=True)"
-UNPACK = "unpack it first"
+DECOMPRESS = "decompress it first"
 KINDS = {  # first bytes of an unsupported file: (what it is, what to do)
     b"PAR1": ("a Parquet file", TO_JSONL.format("read_parquet")),
     b"ARROW1": ("an Arrow file", TO_JSONL.format("read_feather")),
-    b"PK\x03\x04": ("a zip archive or an Excel sheet", f"{UNPACK}, or save the sheet as CSV"),
-    b"\x28\xb5\x2f\xfd": ("packed with zstd", UNPACK),
-    b"BZh": ("packed with bzip2", UNPACK),
-    b"\xfd7zXZ": ("packed with xz", UNPACK),
+    b"PK\x03\x04": ("a zip archive or an Excel sheet", f"{DECOMPRESS}, or save the sheet as CSV"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", DECOMPRESS),
+    b"BZh": ("compressed with bzip2", DECOMPRESS),
+    b"\xfd7zXZ": ("compressed with xz", DECOMPRESS),
     b"%PDF": ("a PDF file", "write its text as records"),
     b"GGUF": ("a GGUF file", "give the folder with config.json it was made from"),
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),

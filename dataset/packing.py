@@ -13,10 +13,10 @@ import torch
 
 from common import IGNORE, PAD
 
-SHORTEST = 128  # minimum length of a packed row, unless max_seq_len is shorter
-MULTIPLE = 64  # row lengths are multiples: oneDNN caches compiled code per matmul size
-ATTENTION = 2000  # see `row_length`; measured with the default model on a CPU
-SAMPLED = 2000  # samples that are packed to choose the row length
+MIN_ROW_LENGTH = 128  # minimum length of a packed row, unless max_seq_len is shorter
+ROW_MULTIPLE = 64  # row lengths are multiples: oneDNN caches compiled code per matmul size
+ATTENTION_BREAK_EVEN = 2000  # see `row_length`; measured with the default model on a CPU
+MAX_SAMPLED = 2000  # samples that are packed to choose the row length
 
 
 def row_length(lengths, max_seq_len):
@@ -24,18 +24,18 @@ def row_length(lengths, max_seq_len):
 
     It is max_seq_len, or a fraction of it (1/2, 1/3, ...) that fits all samples, whichever
     minimizes the estimated cost. Shorter rows have more padding; in longer rows, attention costs
-    more, because masked scores are computed too. In a row of ATTENTION tokens, attention takes as
-    long as everything else.
+    more, because masked scores are computed too. In a row of ATTENTION_BREAK_EVEN tokens, attention
+    takes as long as everything else.
     """
     longest = int(lengths.max(initial=1))
-    stride = math.ceil(max(1, len(lengths)) / SAMPLED)
+    stride = math.ceil(max(1, len(lengths)) / MAX_SAMPLED)
     sampled = lengths[::stride].tolist()
     costs = {}
-    for parts in range(1, 1 + max_seq_len // max(SHORTEST, longest)):
+    for parts in range(1, 1 + max_seq_len // max(MIN_ROW_LENGTH, longest)):
         T = max_seq_len // parts
-        divides = T * parts == max_seq_len and T % MULTIPLE == 0
+        divides = T * parts == max_seq_len and T % ROW_MULTIPLE == 0
         if parts == 1 or divides:
-            costs[T] = len(best_fit_decreasing(sampled, T)) * T * (ATTENTION + T)
+            costs[T] = len(best_fit_decreasing(sampled, T)) * T * (ATTENTION_BREAK_EVEN + T)
     return min(costs, key=costs.get, default=max_seq_len)
 
 

@@ -38,7 +38,8 @@ STYLES = {  # kind of token: terminal codes (before, after); control tokens are 
     "supervised control": ("\033[32m\033[4m", "\033[0m"),
     "control": ("\033[35m\033[4m", "\033[0m"),
 }
-PLAIN = dict.fromkeys(STYLES, ("", "")) | dict.fromkeys(("supervised", "supervised control"), "[]")
+PLAIN = dict.fromkeys(STYLES, ("", ""))
+PLAIN |= dict.fromkeys(("supervised", "supervised control"), ("[", "]"))
 
 
 def open_data(path, tokenizer, max_seq_len, overlong="truncate"):
@@ -206,6 +207,7 @@ def label_spans(input_ids, labels, tokenizer, with_ids):
         else:
             pending.append(token)
             text = tokenizer.decode(pending)
+            # A character in UTF-8 has at most 4 bytes.
             if text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4:
                 text = ""
             else:
@@ -232,7 +234,7 @@ def split(args):
         groups.append(str(record.get(args.stratify)))
     if not groups:
         raise UserError(f"{args.file} is empty; give a JSONL file")
-    assigned = shares(groups, ratios, args.seed)
+    assigned = assign_parts(groups, ratios, args.seed)
 
     def records(part):
         for index, (_, record) in enumerate(read_records(args.file)):
@@ -245,7 +247,7 @@ def split(args):
     return 0
 
 
-def shares(groups, ratios, seed):
+def assign_parts(groups, ratios, seed):
     """Assign records to parts at random. Returns the index of each record's part, a list. Each
     group is split in proportion to the ratios.
     """

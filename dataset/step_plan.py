@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import UserError, open_file
 from dataset.lm_dataset import FILE, RECORD
-from dataset.packing import MULTIPLE, best_fit_decreasing, collate, row_length
-from model.loss import supervised_tokens
+from dataset.packing import ROW_MULTIPLE, best_fit_decreasing, collate, row_length
+from model.loss import count_supervised
 
 
 class Source(NamedTuple):
@@ -38,16 +38,16 @@ class Source(NamedTuple):
         weight = float(weight) if weight else None
         if weight == 0:
             raise ValueError(f"{text:.200}: give a weight above 0, e.g. :0.7")
-        return cls(
-            Path(path).resolve(), weight
-        )  # absolute: the run may be resumed from another folder
+        # Absolute: the run may be resumed from another folder.
+        return cls(Path(path).resolve(), weight)
 
 
 def split_samples(dataset, val_split, seed):
-    """Return the indices of (training samples, validation samples); at least one for validation.
+    """Return the indices of (training samples, validation samples).
 
     The i-th random number of the seed (seed, f) decides about record i of file f, so the split
-    stays the same when records are appended to a file, and no record is on both sides.
+    stays the same when records are appended to a file, and no record is on both sides. In a dataset
+    so small that a side would be empty, one sample is moved.
     """
     held_out = np.zeros(len(dataset), bool)
     for index, file in enumerate(dataset.files):
@@ -107,7 +107,7 @@ class StepPlan:
         return self.steps_per_epoch * self.args.epochs
 
     def plan_epoch(self, epoch):
-        """Return the steps of an epoch; see `epoch_plan`."""
+        """Return this rank's steps of an epoch; see `epoch_plan`."""
         ranks = self.rank, self.world_size
         return epoch_plan(self.dataset, self.train_samples, self.args, epoch, *ranks)
 
@@ -162,7 +162,7 @@ def token_counts(micro_batches):
     """Return (supervised tokens, tokens without padding) of a step's batches. The first token of a
     row is never predicted, so its label doesn't count.
     """
-    supervised = sum(supervised_tokens(labels) for _, labels, *_ in micro_batches)
+    supervised = sum(count_supervised(labels) for _, labels, *_ in micro_batches)
     tokens = sum(int((document_ids >= 0).sum()) for *_, document_ids in micro_batches)
     return supervised, tokens
 
@@ -199,7 +199,7 @@ def batches(dataset, micro_batches, args, device):
     if args.packing:
         T = row_length(dataset.lengths, args.max_seq_len)
         num_rows *= args.max_seq_len // T
-        multiple = MULTIPLE
+        multiple = ROW_MULTIPLE
     elif on_gpu:  # FlexAttention computes blocks of 128 tokens
         T = min(args.max_seq_len, math.ceil(T / 128) * 128)
     if on_gpu:

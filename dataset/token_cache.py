@@ -42,6 +42,7 @@ class Tokens:
                 is never predicted
     lines       (R,) int64, line number (or index in a JSON array) of each record
     report      {"format", "records", "bad", "bad_lines": [[line, reason]], "characters", "notes"}
+    path        the file
     content     hash of the file
     """
 

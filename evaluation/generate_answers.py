@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import STOP, UserError, atomic_write
-from evaluation.tasks import allowed_ids, is_right, judge, problem, read_problems
+from evaluation.tasks import decoding_constraint, is_right, judge, make_problem, read_problems
 from model.chat_template import parse_answer, render
 from model.generation import generate
 
@@ -24,7 +24,7 @@ def answer_all(problems, model, tokenizer, options, part=None):
     time of a batch divided by its size.
 
     options  {"num_samples", "batch_size", "seed"} and the options of `generate`
-    part     a Part, which stores intermediate rows
+    part     PartialResults, which stores intermediate rows
     """
     prompts = [
         render(problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer)[0]
@@ -99,7 +99,7 @@ class TaskScore:
 
     def count_solved(self, model, tokenizer, rank=0, world_size=1):
         """Return how many of this rank's problems the model solves."""
-        options = self.options | {"allowed": allowed_ids(self.task, self.path, tokenizer)}
+        options = self.options | {"allowed": decoding_constraint(self.task, self.path, tokenizer)}
         rows = answer_all(self.problems[rank::world_size], model, tokenizer, options)
         verdicts = [judge(self.task, row["output"], row["gold"], row["truncated"]) for row in rows]
         return sum(map(is_right, verdicts))
@@ -113,7 +113,7 @@ def read_result(path):
         require_types(result["totals"], {"accuracy": int | float})
         for row in [*result["problems"]] or [{}]:
             require_types(row, ROW_TYPES)
-            problem(result["task"], row["prompt"], row["gold"])
+            make_problem(result["task"], row["prompt"], row["gold"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} isn't a result of run_eval.py: {error}") from None
     return result
@@ -147,7 +147,7 @@ def require_same_run(path, head, run, flag):
         raise UserError(f"{path} is from another run: {differ}. Give {flag}, or remove that file")
 
 
-class Part:
+class PartialResults:
     """The answers of an unfinished run, one per line, next to its result.
 
     Only complete batches are reused, because a batch is sampled together. Raises UserError, naming

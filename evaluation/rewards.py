@@ -49,4 +49,5 @@ def compute_rewards(reward, problems, groups, tokenizer):
                     "must be a finite number"
                 ) from None
             rewards.append(float(value))
+    # view(0, -1) would be ambiguous.
     return torch.tensor(rewards).view(len(problems), -1 if rewards else 1)

@@ -22,8 +22,8 @@ from common import ROOT, report_user_errors  # first: Ctrl-C while torch loads
 from cli import Parser, choose_from, number, switch
 from dataset.tiny_world import EVAL
 from evaluation import competition_math, report
-from evaluation.generate_answers import Part, answer_all, read_result, require_same_run
-from evaluation.tasks import TASKS, allowed_ids, judge, read_problems, same_answer
+from evaluation.generate_answers import PartialResults, answer_all, read_result, require_same_run
+from evaluation.tasks import TASKS, decoding_constraint, judge, read_problems, same_answer
 from model.weights import open_model
 
 
@@ -37,8 +37,7 @@ def parse(argv):
     name = "name of the result; default: the weights' name plus every non-default option"
     add("run", None, name)
     add("rescore", None, "judge a stored run again without the model", Path, metavar="FILE")
-    flipped = "compare two stored runs"
-    add("compare", None, flipped, Path, nargs=2, metavar=("OLD", "NEW"))
+    add("compare", None, "compare two stored runs", Path, nargs=2, metavar=("OLD", "NEW"))
     answering_flags(parser, batch_size=16, max_new_tokens=512, temperature=0.0)
     args = parser.parse_args(argv)
     if args.num_samples > 1 and args.temperature == 0:
@@ -92,7 +91,7 @@ def main(argv=None):
         print("\n".join(report.compare(*map(read_result, args.compare))))
         return None
     if args.rescore:
-        return finish(read_result(args.rescore), args.rescore)
+        return judge_and_report(read_result(args.rescore), args.rescore)
 
     problems = read_problems(args.task, args.data_path)
     problems = problems[: args.limit or None]
@@ -114,13 +113,13 @@ def main(argv=None):
     path = args.save_dir / "eval" / args.task / f"{result['run']}.json"
     if path.exists():
         require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
-    part = Part(path.with_suffix(".part"), result, args.batch_size, "--run NAME")
+    part = PartialResults(path.with_suffix(".part"), result, args.batch_size, "--run NAME")
     options = generation_options(args) | {
-        "allowed": allowed_ids(args.task, data, trained.tokenizer)
+        "allowed": decoding_constraint(args.task, data, trained.tokenizer)
     }
     rows = answer_all(problems, trained.model, trained.tokenizer, options, part)
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
-    scores = finish(result | {"problems": rows}, path)
+    scores = judge_and_report(result | {"problems": rows}, path)
     part.path.unlink()
     return scores
 
@@ -139,7 +138,7 @@ def run_name(name, args, parser):
     return "_".join(words)
 
 
-def finish(result, path):
+def judge_and_report(result, path):
     """Judge all rows of a result, write it and its report to path, and print the scores."""
     task, rows = result["task"], result["problems"]
     for row in rows:

@@ -26,7 +26,7 @@ def read_problems(task, path=None):
                 raise record
             if record.get("source", task) != task:
                 raise ValueError(f"record is from {record['source']}, not {task}")
-            problems.append(problem(task, *READERS[task](record)))
+            problems.append(make_problem(task, *READERS[task](record)))
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"--data_path {path}, line {number}: {reason}{hint(record)}") from None
@@ -48,9 +48,9 @@ def hint(record):
     return list_hint(record)
 
 
-def problem(task, prompt, gold, level=None, kind=None):
+def make_problem(task, prompt, gold, level=None, kind=None):
     """Return a problem. Raises ValueError for an invalid prompt or gold answer."""
-    pieces(prompt)
+    pieces(prompt)  # raises ValueError for invalid messages
     texts = gold if task == "tiny_world" and isinstance(gold, list) else [gold]
     if task not in TASKS or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{gold!r} isn't a valid gold answer for {task}")
@@ -79,7 +79,7 @@ READERS = {"tiny_world": tiny_world_fields, "sid": sid_fields}
 READERS |= {"gsm8k": math_fields, "math": math_fields}
 
 
-class Allowed:
+class TokenTrie:
     """Which tokens may come next, so that an answer is one of some texts: a tree of their ids."""
 
     def __init__(self, texts, tokenizer):
@@ -97,13 +97,13 @@ class Allowed:
         return list(node) or [IM_END]
 
 
-def allowed_ids(task, path, tokenizer):
+def decoding_constraint(task, path, tokenizer):
     """Return the constraint of `generate` for a task: for sid, ids that exist; otherwise None."""
     if task != "sid":
         return None
     sids_path = path.with_name("sids.json")
     try:
-        return Allowed(json.loads(sids_path.read_text(encoding="utf-8-sig")), tokenizer)
+        return TokenTrie(json.loads(sids_path.read_text(encoding="utf-8-sig")), tokenizer)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{sids_path}, the list of ids, cannot be read: {error}") from None
 
@@ -116,7 +116,7 @@ def judge(task, output, gold, truncated):
     """
     if task in ("tiny_world", "sid"):
         extracted = output.strip()
-        strict = lenient = tiny_world_is_correct(output, gold)
+        strict = lenient = matches_expected(output, gold)
     elif task == "gsm8k":
         extracted = gsm8k.extract_answer(output)
         strict = gsm8k.is_correct(output, gold, strict=True)
@@ -150,7 +150,7 @@ def same_answer(task, a, b):
     return same(a, b) if same else a == b
 
 
-def tiny_world_is_correct(answer, expected):
+def matches_expected(answer, expected):
     """Return whether an answer equals the expected text, or, for a list, contains all its entries
     as whole words.
     """

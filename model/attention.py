@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BLOCK = 128  # queries per block on a CPU: larger blocks waste more work on masked scores
+BLOCK = 128  # queries per block, tuned on a CPU: larger ones waste more work on masked scores
 
 
 def plain_attention(q, k, v, mask):
@@ -46,13 +46,13 @@ def causal_mask(past, T, document_ids, device):
 def attend(q, k, v, mask):
     """Compute `plain_attention` with the fastest implementation for the device of q.
 
-    mask comes from `causal_mask` or `document_blocks`. None means causal attention; the T queries
-    are then the last of the S tokens.
+    mask comes from `causal_mask` or `document_block_mask`. None means causal attention; the T
+    queries are then the last of the S tokens.
     """
     device = q.device.type
     is_block_mask = isinstance(mask, BlockMask)
-    # On Apple's GPUs, torch's kernel had errors up to 2.12: keys of the future in half precision,
-    # masks that all heads share.
+    # Up to torch 2.12, SDPA on MPS attends to future keys in half precision, and errs on masks
+    # broadcast over heads.
     if device == "mps" or (device == "cpu" and q.shape[2] > 1 and not is_block_mask):
         return attend_in_blocks(q, k, v, mask)
     if q.shape[2] == 1:
@@ -127,17 +127,17 @@ class AttentionWeights(torch.autograd.Function):
         return q_grad, grad.transpose(-1, -2) @ q.reshape(B, K, G * t, d), None
 
 
-def blocks_available(device, head_dim):
+def flex_available(device, head_dim):
     """Return whether FlexAttention can be used: on NVIDIA GPUs since Ampere, with Triton and a
     compiler, for head sizes that are a power of two.
     """
     if device.type != "cuda" or head_dim not in (16, 32, 64, 128, 256):
         return False
-    return blocks_work(device, head_dim)
+    return flex_works(device, head_dim)
 
 
 @cache
-def blocks_work(device, head_dim):
+def flex_works(device, head_dim):
     """Return whether the output and gradients of FlexAttention match `plain_attention` on a small
     batch; otherwise warn with the reason. Checked once per device, because support depends on GPU,
     driver and compiler.
@@ -155,7 +155,7 @@ def blocks_work(device, head_dim):
             torch.enable_grad(),
             torch.autocast("cuda", enabled=False),
         ):
-            for mask in (document_blocks(documents), causal_mask(0, 256, documents, device)):
+            for mask in (document_block_mask(documents), causal_mask(0, 256, documents, device)):
                 q, k, v = (t.clone().requires_grad_() for t in tensors[:3])
                 implementation = attend if isinstance(mask, BlockMask) else plain_attention
                 out = implementation(q, k, v, mask)
@@ -170,7 +170,7 @@ def blocks_work(device, head_dim):
     return True
 
 
-def document_blocks(document_ids):
+def document_block_mask(document_ids):
     """Return `causal_mask` without a cache as a BlockMask; document_ids (B, T).
 
     FlexAttention (arXiv:2412.05496) skips blocks of the T x T scores that are fully masked, so the
@@ -193,6 +193,5 @@ def compiled(function):
 
 @cache
 def compile_once(function):
-    return torch.compile(
-        function, dynamic=False
-    )  # all batches have one shape: see `dataset.step_plan`
+    # All batches have one shape: see `dataset.step_plan`.
+    return torch.compile(function, dynamic=False)

@@ -229,8 +229,8 @@ class CausalLM(nn.Module):
             if "mlp" in name:
                 std = 0.02
             if name.endswith("down_proj.weight"):
-                # 2L outputs are added to the residual stream. Scaled down, their sum has the same
-                # variance at any depth (the GPT-2 paper, section 2.3).
+                # As in GPT-2 (section 2.3), scaled down because each layer adds to the residual
+                # stream; here only in the MLPs: o_proj isn't scaled.
                 std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
             nn.init.normal_(weight, std=std)
         if config.tie_word_embeddings:
@@ -277,8 +277,8 @@ class CausalLM(nn.Module):
         mask = None  # causal, over all tokens
         # FlexAttention needs T > 1. T is 1 in the dummy batch of a rank without data.
         packed = document_ids is not None and kv_cache is None and T > 1
-        if packed and attention.blocks_available(device, self.config.head_dim):
-            mask = attention.document_blocks(document_ids)
+        if packed and attention.flex_available(device, self.config.head_dim):
+            mask = attention.document_block_mask(document_ids)
         elif document_ids is not None or (past > 0 and T > 1):
             mask = attention.causal_mask(past, T, document_ids, device)
         return self.model(input_ids, rotary, mask, kv_cache)

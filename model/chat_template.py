@@ -94,12 +94,14 @@ def render_batch(conversations, tokenizer):
     arrays, which use a tenth of the memory of lists. Each distinct text is encoded once, on all
     cores.
     """
-    texts = {text for pieces in conversations for text, _ in pieces if isinstance(text, str)}
+    texts = set()
+    for conversation in conversations:
+        texts.update(piece for piece, _ in conversation if isinstance(piece, str))
     token_ids = encode_all(texts, tokenizer)
     rendered = []
-    for pieces in conversations:
+    for conversation in conversations:
         ids, loss_mask = array("i"), bytearray()
-        for piece, supervised in pieces:
+        for piece, supervised in conversation:
             piece_ids = [piece] if isinstance(piece, int) else token_ids[piece]
             ids.extend(piece_ids)
             loss_mask.extend([supervised] * len(piece_ids))

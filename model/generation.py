@@ -77,11 +77,11 @@ def generate(
                 logits = decode(new, positions, documents, cache)[:, -1]  # (B, V)
             logits = logits.float()
             if repetition_penalty != 1.0:
-                logits = penalise(logits, ids, pads, repetition_penalty)
+                logits = apply_repetition_penalty(logits, ids, pads, repetition_penalty)
             if allowed:
                 logits = constrain(logits, ids[:, T:].tolist(), allowed)
             new = sample(logits, temperature, top_k, top_p, generator)  # (B, V) -> (B, 1)
-            tokens = new[:, 0].tolist()  # the only GPU sync in the loop
+            tokens = new[:, 0].tolist()  # the only GPU sync in the loop, unless allowed is given
             yield [None if f else token for f, token in zip(finished, tokens, strict=True)]
             for row, token in enumerate(tokens):
                 full = lengths[row] + step + 1 >= context
@@ -115,7 +115,7 @@ def eval_mode(model):
         model.train(was_training)
 
 
-def penalise(logits, ids, pads, penalty):
+def apply_repetition_penalty(logits, ids, pads, penalty):
     """Apply the repetition penalty to logits (B, V): make each token in ids (B, T), after the row's
     left padding, less likely. Positive logits are divided; negative ones are multiplied, since
     dividing would raise them.
@@ -159,7 +159,8 @@ def sample(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(dropped, -torch.inf)
     probability = logits.softmax(dim=-1)
     probability = probability if logits.is_cuda else probability.cpu()
-    if logits.is_cuda or probability[:, 0].isnan().any():  # multinomial rejects NaN
+    # NaN: multinomial raises an error; searchsorted would return an id outside the vocabulary.
+    if logits.is_cuda or probability[:, 0].isnan().any():
         return torch.multinomial(probability, 1, generator=generator)
     # On a CPU multinomial is slow: it draws a random number for each token of the vocabulary.
     cumulative = probability.cumsum(dim=-1)  # (B, V)

@@ -2,7 +2,7 @@
 adapter, A and B, is trained.
 
 A is (rank, in) and B is (out, rank), so both are small. B starts at zero, so the initial output is
-the base model's, bit for bit. s = alpha / rank makes the update size independent of the rank.
+the base model's, bit for bit. s = alpha / rank, so that another rank needs little retuning.
 """
 
 import hashlib

@@ -106,6 +106,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_grad * grad_output, weight_grad, None, None, None, None
 
 
-def supervised_tokens(labels):
+def count_supervised(labels):
     """Count the supervised tokens of labels (B, T). A row's first token is never predicted."""
     return int((labels[:, 1:] != IGNORE).sum())

@@ -1,6 +1,7 @@
 """The losses of DPO and GRPO.
 
-Shapes: B rows, T time, V vocabulary, P pairs, N supervised tokens, G answers per question.
+Shapes: B rows, T time, V vocabulary, P pairs, N supervised tokens, Q questions, G answers per
+question.
 """
 
 import torch
@@ -37,7 +38,7 @@ def pair_log_probabilities(model, batch):
     return torch.stack(halves, dim=-1)[:pairs]
 
 
-def preference_loss(policy, reference, beta):
+def dpo_loss(policy, reference, beta):
     """Return (the DPO loss summed over pairs; sums of loss, correctly ranked pairs, margins, and
     log p of the chosen and rejected answers, (5,)). policy and reference are log-probabilities (P,
     2) of the policy and of the frozen reference model.
@@ -53,7 +54,7 @@ def preference_loss(policy, reference, beta):
 
 
 def group_advantages(rewards):
-    """Return the group-relative advantages: reward minus group mean, (P, G) -> (P, G).
+    """Return the group-relative advantages: reward minus group mean, (Q, G) -> (Q, G).
 
     The original GRPO (arXiv:2402.03300) also divides by the group's standard deviation, which gives
     more weight to questions that are answered correctly almost always or almost never
@@ -62,12 +63,13 @@ def group_advantages(rewards):
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 
-def policy_loss(model, batch, advantages, temperature=1.0):
+def grpo_loss(model, batch, advantages, temperature=1.0):
     """Return (the policy gradient loss, summed over tokens; the summed entropy, a float). A row is
     an answer sampled at the temperature, with its advantage (B,); rows without supervised tokens
     may follow.
 
-    The loss is -advantage * log p (REINFORCE, Williams 1992).
+    The loss is -advantage * log p (REINFORCE, Williams 1992), valid for one update per batch of
+    answers, for which GRPO's probability ratio is 1.
     """
     logp, logits = log_probabilities(model, batch, temperature)
     num_padding = len(logp) - len(advantages)

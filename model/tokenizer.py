@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from common import UserError, is_folder, open_file, read_json
 
-SHIPPED_TOKENIZER = Path(__file__).resolve().parents[1] / "model" / "tokenizer.json"
+SHIPPED_TOKENIZER = Path(__file__).resolve().with_name("tokenizer.json")
 
 CONTROL_TOKENS = [
     "<|endoftext|>",  # ends a pretraining document; also the padding token

@@ -1,7 +1,8 @@
 """Weights files: find, load, save, and build models and adapters from them.
 
 out/NAME_256.pth       {"format", "stage", "config", "tokenizer", "model", "training"}
-out/lora_NAME_256.pth  only the adapters in "model", and their configuration in "lora"
+out/lora_NAME_256.pth  only the adapters in "model"; their configuration in "lora", and the name of
+                       their base weights in "under"
 
 Both are dicts of plain values and tensors, which torch.load opens without running code.
 """
@@ -274,7 +275,7 @@ class SkipInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def description(model):
+def extra_entries(model):
     """Return the entries of a weights file for adapters and new tokens, if the model has any."""
     parts = {}
     if getattr(model, "first_new_token", None) is not None:

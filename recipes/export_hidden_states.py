@@ -33,7 +33,7 @@ from model.lora import weights_hash
 from model.weights import build_model, find_weights, load, save_tensors
 from trainer import recorded_teacher
 from trainer.distillation import Teacher
-from trainer.flags import conversation_flags, source
+from trainer.flags import conversation_flags, parse_source
 from trainer.runtime import autocast_to
 from trainer.teacher import parse_layers
 from trainer.trainer_utils import conversation_options, open_data, replay
@@ -80,7 +80,7 @@ def parse(argv):
     add("teacher_weight", "full_sft", "a name in --save_dir, or a path", metavar="NAME")
     add("offline_dir", ROOT / "out" / "offline", "folder for the recording", Path, metavar="DIR")
     add("save_dir", ROOT / "out", "folder for weights and cache", Path)
-    add("data_path", None, "default: Tiny World", source, nargs="+", metavar="FILE")
+    add("data_path", None, "default: Tiny World", parse_source, nargs="+", metavar="FILE")
     add("max_seq_len", 256, "maximum length of a sample, in tokens", number(int, 2))
     add("val_split", 0.01, "fraction held out as valid/", number(float, 0, 0.5))
     add("aux_layers", "", "also record the output of these layers, e.g. 1,2", metavar="LAYERS")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import Parser, number
 from common import UserError, report_user_errors
 from dataset.jsonl import read_records
-from dataset.prepare import shares, write_parts
+from dataset.prepare import assign_parts, write_parts
 
 MARKS = ("<COT_START>", "<COT_END>")
 FIELDS = ("question", "correct", "incorrect", "cot", "misconception")
@@ -42,7 +42,7 @@ def prepare(args):
             records.append(conversation(record, template, example))
         except (ValueError, TypeError, AttributeError) as error:  # example_cots may be anything
             raise UserError(f"{args.file}, line {line}: {error}") from None
-    part_indices = shares([""] * len(records), [9, 1], args.seed)
+    part_indices = assign_parts([""] * len(records), [9, 1], args.seed)
     names = ("train.jsonl", "valid.jsonl")
     files = {
         name: [record for record, part in zip(records, part_indices, strict=True) if part == index]
@@ -69,7 +69,7 @@ def conversation(record, template, example):
 def fill(template, values):
     """Fill in a template in one pass, so that inserted text isn't interpreted."""
     names = "question|correct|incorrect|reason|examples"
-    return re.sub(rf"\{{({names})\}}", lambda name: str(values.get(name[1], "")), template)
+    return re.sub(rf"\{{({names})\}}", lambda match: str(values.get(match[1], "")), template)
 
 
 def main(argv=None):

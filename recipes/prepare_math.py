@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import Parser, number
 from common import UserError, is_folder, read_json, report_user_errors
 from dataset.jsonl import list_hint, read_records
-from dataset.prepare import shares, write_parts
+from dataset.prepare import assign_parts, write_parts
 from evaluation import competition_math
 
 SHOTS = 4  # solved problems of a few-shot prompt, the same before every question
@@ -150,7 +150,7 @@ def prepare(args):
     if not parts["test"]:
         ratios["test"] = 1
     groups = [f"{r['level']} {r['type']}" if args.stratify else "" for r in rest]
-    part_indices = shares(groups, list(ratios.values()), args.seed)
+    part_indices = assign_parts(groups, list(ratios.values()), args.seed)
     for place, name in enumerate(ratios):
         chosen = [record for record, part in zip(rest, part_indices, strict=True) if part == place]
         parts[name] = chosen or parts.get(name, [])

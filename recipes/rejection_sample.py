@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import Parser, choose_from, number
 from common import ROOT, atomic_write, report_user_errors
-from evaluation.generate_answers import Part, answer_all, require_same_run
+from evaluation.generate_answers import PartialResults, answer_all, require_same_run
 from evaluation.run_eval import answering_flags, generation_options, hash_of_files, sha256_of
 from evaluation.tasks import is_right, judge, read_problems
 from model.weights import open_model
@@ -47,7 +47,7 @@ def main(argv=None):
         with args.out.open(encoding="utf-8", errors="replace") as file:
             head = file.readline()
         require_same_run(args.out, head, source, "--out FILE")
-    part = Part(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
+    part = PartialResults(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
     rows = answer_all(problems, trained.model, trained.tokenizer, generation_options(args), part)
 
     accepted_rows = accepted(rows, args.task, args.keep)
@@ -61,8 +61,8 @@ def main(argv=None):
             file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
     part.path.unlink()
     solved = len({row["problem"] for row in accepted_rows})
-    num_accepted = f"kept {len(accepted_rows)} of {len(rows)} answers"
-    print(f"{num_accepted} (correct, deduplicated per problem)")
+    counts = f"{len(accepted_rows)} of {len(rows)}"
+    print(f"kept {counts} answers (correct, deduplicated per problem)")
     print(f"{solved} of {len(problems)} problems have one")
     print(f"written: {args.out}")
 

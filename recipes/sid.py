@@ -20,7 +20,7 @@ from cli import Parser, number
 from common import UserError, is_folder, read_json, report_user_errors
 from dataset.formats import is_texts
 from dataset.jsonl import open_text
-from dataset.prepare import shares, write_parts
+from dataset.prepare import assign_parts, write_parts
 
 ASK = {  # task: the question; {0} is the history, the title or the id
     "next_id": "A customer bought, one after the other: {0}. Which item is next?",
@@ -72,7 +72,7 @@ def split(args):
         return [(part or "train", row) for part, row in rows]
     customers = [row.get("user_id") or number for number, (_, row) in enumerate(rows)]
     distinct = list(dict.fromkeys(customers))
-    part_indices = shares([""] * len(distinct), [8, 1, 1], args.seed)
+    part_indices = assign_parts([""] * len(distinct), [8, 1, 1], args.seed)
     pairs = zip(distinct, part_indices, strict=True)
     part_of_customer = {customer: PARTS[part] for customer, part in pairs}
     pairs = zip(customers, rows, strict=True)
@@ -103,7 +103,7 @@ def read_objects(folder, pattern):
 
 
 def require_valid(folder, index, items):
-    """Raise UserError for the first item without tokens or title."""
+    """Raise UserError for an invalid item; warn about items that share tokens."""
     for item, about in items.items():
         if not isinstance(about, dict) or not isinstance(about.get("description") or "", str):
             raise UserError(f"--raw {folder}: item {item} isn't a title and a description as text")
@@ -115,7 +115,7 @@ def require_valid(folder, index, items):
     by_tokens = {}
     for item, tokens in index.items():
         by_tokens.setdefault("".join(tokens), []).append(item)
-    shared = {sid: items for sid, items in by_tokens.items() if len(items) > 1}
+    shared = {sid: names for sid, names in by_tokens.items() if len(names) > 1}
     if shared:
         sid, example = next(iter(shared.items()))
         count = sum(map(len, shared.values()))

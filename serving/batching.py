@@ -39,7 +39,7 @@ class Request:
     answer: queue.Queue = field(default_factory=queue.Queue)
     cancelled: bool = False  # set when the client disconnects
     finished: bool = False
-    new: int = 0  # tokens of the answer so far
+    num_generated: int = 0
     generator: torch.Generator | None = None  # seeded with seed
 
     def __post_init__(self):
@@ -73,14 +73,14 @@ class Batcher(threading.Thread):
         with eval_mode(self.model), prepacked_weights(self.model, self.max_batch):
             while not self.ended:
                 try:
-                    self.answer_all()
+                    self.serve()
                 except Exception:  # fail these requests and continue
                     traceback.print_exc()
                     for request in self.running:
                         request.answer.put("error")
                     self.running = []
 
-    def answer_all(self):
+    def serve(self):
         """Answer requests until the server ends."""
         cache = None
         while not self.ended:
@@ -99,7 +99,7 @@ class Batcher(threading.Thread):
             with self.device_lock:
                 if previous != self.running or cache.length == cache.max_length:
                     cache = self.pack(rows)
-                self.extend(self.step(cache))
+                self.sample_next(self.step(cache))
 
     def next_request(self):
         """Return the oldest waiting request if the batch isn't full, or None."""
@@ -146,11 +146,11 @@ class Batcher(threading.Thread):
         documents = torch.zeros_like(ids) if cache.has_documents else None
         return self.model(ids, positions, documents, cache)[:, -1].float()
 
-    def extend(self, logits):
+    def sample_next(self, logits):
         """Sample and report the next token of each running request from logits (B, V)."""
         sampled = []
         for request, row in zip(self.running, logits.split(1), strict=True):  # (1, V) each
-            if request.new == 0:
+            if request.num_generated == 0:
                 request.generator = make_generator(request.seed, self.device)
             options = request.temperature, request.top_k, request.top_p, request.generator
             sampled.append(sample(row, *options))
@@ -160,9 +160,11 @@ class Batcher(threading.Thread):
 
     def report(self, request, token, logits):
         """Report a request's next token, sampled from logits (V,), to its client."""
-        request.next, request.length, request.new = token, request.length + 1, request.new + 1
+        request.next = token
+        request.length += 1
+        request.num_generated += 1
         full = request.length + 1 >= self.model.config.max_position_embeddings
-        reason = "length" if full or request.new >= request.max_tokens else None
+        reason = "length" if full or request.num_generated >= request.max_tokens else None
         logprob, top = None, []
         if request.top_logprobs is not None:
             logprobs = logits.log_softmax(dim=-1)  # (V,)

@@ -1,4 +1,4 @@
-"""A server for a page about the model and OpenAI's API, with only the standard library.
+"""An OpenAI-compatible API, and a page that shows the model, with only the standard library.
 
 python eval_llm.py --serve 8000
 curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -27,7 +27,7 @@ from serving import views
 from serving.batching import Batcher, Request
 from serving.handler import ApiError, JsonHandler
 from serving.page import page
-from serving.streaming import Draft
+from serving.streaming import IncrementalDetokenizer
 
 MAX_MESSAGES = 1000  # per chat
 MAX_WAITING = 64  # queued requests
@@ -171,12 +171,12 @@ class Handler(JsonHandler):
             top_logprobs = number(body, "top_logprobs" if chat else "logprobs", 0, 0, 20)
         request = Request(
             ids,
-            number(body, max_tokens, defaults["max_new_tokens"], 1, math.inf),
-            number(body, "temperature", defaults["temperature"], 0, 100, float),
-            number(body, "top_k", defaults["top_k"], 0, math.inf),
-            number(body, "top_p", defaults["top_p"], 0, 1, float),
-            number(body, "seed", None, 0, 2**63 - 1),
-            top_logprobs,
+            max_tokens=number(body, max_tokens, defaults["max_new_tokens"], 1, math.inf),
+            temperature=number(body, "temperature", defaults["temperature"], 0, 100, float),
+            top_k=number(body, "top_k", defaults["top_k"], 0, math.inf),
+            top_p=number(body, "top_p", defaults["top_p"], 0, 1, float),
+            seed=number(body, "seed", None, 0, 2**63 - 1),
+            top_logprobs=top_logprobs,
         )
         return request, stops
 
@@ -229,7 +229,7 @@ class Handler(JsonHandler):
             self.batcher.submit(request)
             if stream:
                 self.send_event(part("delta", message))
-            chunks = self.stream_chunks(request, chat, stops, stream or stops)
+            chunks = self.stream_chunks(request, chat, stops, incremental=bool(stream or stops))
             for new, new_tokens, reason in chunks:
                 if stream:
                     self.send_event(part("delta", new, new_tokens, reason))
@@ -248,12 +248,12 @@ class Handler(JsonHandler):
             self.send_event(head | {"choices": [], "usage": usage})
         self.send_event("[DONE]")
 
-    def stream_chunks(self, request, chat, stops, stream):
-        """Yield (new text of each message field, its tokens, finish reason or None): with stream
-        whenever there is new text, otherwise once at the end.
+    def stream_chunks(self, request, chat, stops, incremental):
+        """Yield (new text of each message field, its tokens, finish reason or None): with
+        incremental whenever there is new text, otherwise once at the end.
         """
         tokens, reported, reason = [], 0, None
-        draft = Draft(self.text, chat, stops)
+        draft = IncrementalDetokenizer(self.text, chat, stops)
         while not reason:
             item = self.next_item(request)
             if isinstance(item, str):
@@ -261,7 +261,7 @@ class Handler(JsonHandler):
             else:
                 tokens.append(item)
                 draft.add(item[0])
-            if not reason and (not stream or request.answer.qsize()):
+            if not reason and (not incremental or request.answer.qsize()):
                 continue
             new, calls = draft.take(), None
             if draft.stopped:

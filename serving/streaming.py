@@ -3,7 +3,7 @@
 from common import END_THINK, THINK, TOOL_CALL
 
 
-class Draft:
+class IncrementalDetokenizer:
     """An answer that grows token by token. `add` appends a token; `take` returns the text that
     became final since the last call. All of it together is a prefix of `parse_answer`'s result.
 

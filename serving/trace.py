@@ -67,9 +67,9 @@ def attend(attention, x, rotary, mask):
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # (1, H, T, d)
     scores = q @ k.transpose(-2, -1) / d**0.5  # (1, H, T, d) @ (1, H, d, T) -> (1, H, T, T)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    read = weights @ v  # (1, H, T, T) @ (1, H, T, d) -> (1, H, T, d)
-    read = read.transpose(1, 2).reshape(B, T, -1).type_as(x)  # -> (1, T, H * d)
-    return attention.o_proj(read), weights[0]
+    output = weights @ v  # (1, H, T, T) @ (1, H, T, d) -> (1, H, T, d)
+    output = output.transpose(1, 2).reshape(B, T, -1).type_as(x)  # -> (1, T, H * d)
+    return attention.o_proj(output), weights[0]
 
 
 def most_probable(model, x):

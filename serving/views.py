@@ -192,8 +192,9 @@ def compare(models, text):
     """Return the loss of each token of a conversation or text, for each model."""
     served = next(iter(models.values()))
     ids, mask = parse_sample(served, text)
-    notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
-    ids, mask = ids[: min(LAST, room(served))], mask[: min(LAST, room(served))]
+    limit = min(LAST, room(served))
+    notice = f"The first {limit} of {len(ids)} tokens are shown." if len(ids) > limit else ""
+    ids, mask = ids[:limit], mask[:limit]
     if len(ids) < 2:
         raise ValueError("the text has fewer than two tokens: there is nothing to predict")
     losses = {}

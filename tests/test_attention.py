@@ -97,7 +97,7 @@ def test_flex_attention_is_the_formula(K, monkeypatch):
         (q, k, v), documents = tensors(T, K, 0, True)
         with torch.no_grad():
             q, k, v = q.detach(), k.detach(), v.detach()
-            found = attend(q, k, v, attention.document_blocks(documents))
+            found = attend(q, k, v, attention.document_block_mask(documents))
         expected = formula(q, k, v, 0, documents)
         torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
 
@@ -108,7 +108,7 @@ def test_a_process_without_rows_computes_its_empty_batch_where_blocks_are_used(
     collate, monkeypatch
 ):
     """On a GPU with several processes: `pad` gives it a batch of a single token."""
-    monkeypatch.setattr(attention, "blocks_available", lambda device, head_dim: True)
+    monkeypatch.setattr(attention, "flex_available", lambda device, head_dim: True)
     monkeypatch.setattr(attention, "compile_once", lambda function: function)
     model = CausalLM(ModelConfig(vocab_size=9, hidden_size=16, num_attention_heads=2))
     ids, labels, *where = collate([])

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from common import UserError
 from convert import to_hf
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
@@ -206,3 +207,10 @@ def test_generation_ends_at_both_tokens_that_end_an_answer(folder):
     assert written["eos_token_id"] == [2, 0] and written["pad_token_id"] == 0
     theirs = transformers.GenerationConfig.from_pretrained(folder[1])
     assert theirs.eos_token_id == [2, 0]
+
+
+@pytest.mark.parametrize("shape", [{"qk_norm": True}, {"use_moe": True, "qk_norm": True}])
+def test_biases_with_qk_norm_or_experts_are_refused(shape):
+    config = ModelConfig(hidden_size=32, qkv_bias=True, **shape)
+    with pytest.raises(UserError, match="no transformers architecture matches .* with biases"):
+        to_hf.hf_config(config, "fp32", 2)

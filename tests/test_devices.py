@@ -30,7 +30,7 @@ from model.device import auto_dtype, pick_device, pick_dtype, require_compiler
 from model.generation import complete, make_generator
 from model.kv_cache import KVCache
 from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
-from model.preference_losses import pair_log_probabilities, policy_loss, preference_loss
+from model.preference_losses import dpo_loss, grpo_loss, pair_log_probabilities
 from model.tokenizer import load_tokenizer
 from serving.batching import Batcher, Request
 from serving.views import ONE_AT_A_TIME
@@ -169,7 +169,7 @@ def test_an_apple_gpu_is_used_by_one_thread_at_a_time_and_the_cpu_draws_for_it()
 def test_the_batcher_holds_the_lock_whenever_it_computes(monkeypatch):
     batcher = Batcher(CausalLM(ModelConfig(**SHAPE)), 2, 4)
     batcher.device_lock, held = threading.Lock(), []
-    for name in ("prefill", "pack", "step", "extend"):
+    for name in ("prefill", "pack", "step", "sample_next"):
         plain = getattr(batcher, name)
         watched = partial(
             lambda plain, *given: held.append(batcher.device_lock.locked()) or plain(*given), plain
@@ -251,7 +251,7 @@ def test_blocks_that_do_not_work_are_not_used_and_a_line_says_why(monkeypatch):
         monkeypatch.setattr(attention, "compile_once", fails)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert not attention.blocks_work.__wrapped__(torch.device("cpu"), 64)
+            assert not attention.flex_works.__wrapped__(torch.device("cpu"), 64)
         assert [str(each.message) for each in said] == (
             [f"FlexAttention is not used, packed rows are slower: {line}"] if line else []
         )
@@ -269,13 +269,13 @@ def test_blocks_are_used_where_output_and_gradients_are_the_formulas(monkeypatch
 
     given = []
     mask = BlockMask.from_kv_blocks(*(torch.zeros(1, 1, 1, dtype=torch.int),) * 2)
-    monkeypatch.setattr(attention, "document_blocks", lambda ids: given.append(ids) or mask)
+    monkeypatch.setattr(attention, "document_block_mask", lambda ids: given.append(ids) or mask)
     monkeypatch.setattr(attention, "attend", blocks)
     monkeypatch.setattr(attention, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert attention.blocks_work.__wrapped__(torch.device("cpu"), 64) == works
+        assert attention.flex_works.__wrapped__(torch.device("cpu"), 64) == works
     assert len(said) == (not works)
 
 
@@ -317,11 +317,11 @@ def test_steps_of_dpo_and_grpo_on_the_meta_device(on_meta):
     for pairs in ([one, other], [one], empty):
         policy = pair_log_probabilities(on_meta, to_device(collate(pairs, None, 64, 3), META))
         assert policy.shape == (len(pairs), 2) and policy.device == META
-        preference_loss(policy, torch.zeros(len(pairs), 2), 0.1)[0].backward()
+        dpo_loss(policy, torch.zeros(len(pairs), 2), 0.1)[0].backward()
     for rows in (one, empty):
         input_ids, labels, *_ = to_device(pad(rows), META)
         advantages = torch.zeros(len(rows))
-        policy_loss(on_meta, (input_ids, labels, None, None), advantages)[0].backward()
+        grpo_loss(on_meta, (input_ids, labels, None, None), advantages)[0].backward()
     assert all(weight.grad.device == META for weight in on_meta.parameters())
 
 
@@ -436,7 +436,7 @@ def test_gradients_have_a_group_of_their_own_that_gives_up_soon(monkeypatch, dev
     monkeypatch.setattr(dist, "init_process_group", lambda *how, **more: made.append((how, more)))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    assert runtime.join() == (0, 2)
+    assert runtime.join_process_group() == (0, 2)
     assert made == [(("gloo",), {"timeout": timedelta(hours=6)})]
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)

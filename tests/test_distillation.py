@@ -27,7 +27,7 @@ from trainer import (
 )
 from trainer.distillation import Distillation, Teacher, add_projections
 from trainer.recorded_teacher import RecordedDataset
-from trainer.teacher import with_teacher
+from trainer.teacher import build_distillation
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -92,7 +92,7 @@ def test_only_supervised_positions_count(batch):
     one = Distillation(student, teacher, 0.5, 2.0, 1.0)(ids, labels=labels)
 
     class Other:  # a teacher with other states at all other positions
-        layers, config, output = teacher.layers, teacher.config, teacher.output
+        layers, config, lm_head_weight = teacher.layers, teacher.config, teacher.lm_head_weight
 
         def __call__(self, *where):
             found = teacher(*where)
@@ -361,19 +361,19 @@ def test_projections_learn_though_all_else_is_frozen(recorded):
     args = {"offline_dir": recorded, "parallel": "ddp", "max_seq_len": 96, "aux_layers": ""}
     args |= {"distill_alpha": 0.1, "distill_temperature": 1.0, "hidden_weight": 0.1, "seed": 1}
     plain = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1))
-    drawn = with_teacher(copy.deepcopy(plain), load_tokenizer(), SimpleNamespace(**args))
-    module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
+    drawn = build_distillation(copy.deepcopy(plain), load_tokenizer(), SimpleNamespace(**args))
+    module = build_distillation(student, load_tokenizer(), SimpleNamespace(**args))
     learn = {name for name, weight in module.named_parameters() if weight.requires_grad}
     assert learn == {f"student.projections.{index}.weight" for index in range(3)}
-    assert len(module.teacher.states) == 3
+    assert len(module.teacher.widths) == 3
     for seed, same in ((1, True), (2, False)):
         args["seed"] = seed  # new projections are drawn by it
-        other = with_teacher(copy.deepcopy(plain), load_tokenizer(), SimpleNamespace(**args))
+        other = build_distillation(copy.deepcopy(plain), load_tokenizer(), SimpleNamespace(**args))
         weight = other.student.projections[0].weight
         assert torch.equal(weight, drawn.student.projections[0].weight) == same
     args["hidden_weight"] = 0.0  # the states of further layers are then not read
-    module = with_teacher(student, load_tokenizer(), SimpleNamespace(**args))
-    assert len(module.teacher.states) == 1
+    module = build_distillation(student, load_tokenizer(), SimpleNamespace(**args))
+    assert len(module.teacher.widths) == 1
 
 
 def test_an_export_goes_on_where_it_stopped(recorded, trained, data, tmp_path, capsys):

@@ -13,7 +13,7 @@ from dataset.packing import collate
 from dataset.preference_pairs import PairDataset, counts, to_pair
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
-from model.preference_losses import pair_log_probabilities, preference_loss
+from model.preference_losses import dpo_loss, pair_log_probabilities
 from model.tokenizer import load_tokenizer
 from model.weights import load
 from tests.conftest import ROOT, run_here, torchrun, write_jsonl
@@ -151,7 +151,7 @@ def test_the_log_probabilities_are_those_of_each_answer_alone(pairs):
 def test_the_loss_of_two_pairs_is_that_of_the_formula():
     policy = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]])
     reference = torch.tensor([[-2.0, -1.0], [-1.0, -2.0]])
-    loss, figures = preference_loss(policy, reference, beta=0.5)
+    loss, figures = dpo_loss(policy, reference, beta=0.5)
     margins = [0.5 * ((-1 + 2) - (-2 + 1)), 0.5 * ((-3 + 1) - (-1 + 2))]  # 1.0 and -1.5
     expected = sum(math.log(1 + math.exp(-margin)) for margin in margins)
     assert loss.item() == pytest.approx(expected)
@@ -201,7 +201,7 @@ def test_loss_and_gradients_are_those_of_trl(pairs, tmp_path, sft_weight):
     found = pair_log_probabilities(policy, batch)
     with torch.no_grad():
         before = pair_log_probabilities(reference, batch)
-    loss, _ = preference_loss(found, before, 0.3)
+    loss, _ = dpo_loss(found, before, 0.3)
     tokens = sum(int((pair[0][1] != IGNORE).sum()) for pair in some)
     loss = loss / len(some) - sft_weight * found[:, 0].sum() / tokens
     loss.backward()

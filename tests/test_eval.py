@@ -113,7 +113,7 @@ def test_unstratified_parts_are_drawn_from_all_problems_as_one(gsm8k_raw, tmp_pa
         assert run_here("recipes/prepare_math.py", "gsm8k", *flags).returncode == 0
         valid = read(tmp_path / str(stratify) / "valid.jsonl")
         parts[stratify] = {record["question"] for record in valid}
-    drawn = prepare.shares([""] * len(total), [8, 1], 1)
+    drawn = prepare.assign_parts([""] * len(total), [8, 1], 1)
     assert parts[0] == {q for q, part in zip(total, drawn, strict=True) if part == 1}
     assert parts[0] != parts[1]
 
@@ -197,7 +197,7 @@ def test_an_unfinished_run_is_gone_on_with_and_another_ones_answers_are_kept(tmp
 
     def opened(command="x", **other):
         run = {"weights_sha256": "a", "command": command, "settings": {"limit": 0}}
-        return run_eval.Part(part, run | other, 2, "--run NAME")
+        return run_eval.PartialResults(part, run | other, 2, "--run NAME")
 
     opened().add(rows)
     for _ in range(2):  # whole batches alone, and a second stop changes nothing
@@ -712,7 +712,7 @@ def test_without_math_verify_the_strict_score_is_the_overall_one(monkeypatch, tm
     ]
     result = {"task": "math", "run": "x", "weights": "w", "data": "d", "settings": {}, "params": 1}
     result |= {"command": "c", "seconds": 1.0, "weights_sha256": "", "data_sha256": ""}
-    scores = run_eval.finish(result | {"problems": rows}, tmp_path / "x.json")
+    scores = run_eval.judge_and_report(result | {"problems": rows}, tmp_path / "x.json")
     assert scores["overall"] == scores["Algebra"] == 0.5  # the last has no box
     assert "pip install math-verify, then --rescore" in capsys.readouterr().out
 
@@ -722,8 +722,8 @@ def test_the_ids_that_exist_are_needed_for_sid(tmp_path):
         if text:
             (tmp_path / "sids.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match="sids.json.*cannot be read"):
-            tasks.allowed_ids("sid", tmp_path / "test.jsonl", load_tokenizer())
-    assert tasks.allowed_ids("math", tmp_path / "test.jsonl", None) is None
+            tasks.decoding_constraint("sid", tmp_path / "test.jsonl", load_tokenizer())
+    assert tasks.decoding_constraint("math", tmp_path / "test.jsonl", None) is None
 
 
 def test_a_score_while_training_is_that_of_run_eval_on_the_first_200_problems(tmp_path):

@@ -13,7 +13,7 @@ from common import UserError
 from dataset.jsonl import read_records
 from dataset.lm_dataset import SFTDataset
 from evaluation import run_eval
-from evaluation.tasks import Allowed, read_problems
+from evaluation.tasks import TokenTrie, read_problems
 from model.causal_lm import CausalLM, ModelConfig
 from model.extend_vocab import extend_vocab, freeze_base
 from model.generation import complete
@@ -174,7 +174,7 @@ def test_items_with_the_same_tokens_are_told(shop, tmp_path):
     assert "warning: 2 items share their tokens with another, e.g. 0, 4 <a_0><b_0>" in done.stdout
     shutil.copy(tmp_path / "Shop.item.json", tmp_path / "More.item.json")
     done = run_here("recipes/sid.py", "--raw", tmp_path, "--out", tmp_path / "out")
-    assert "warning: 5 items are in several *.item.json; those of" in done.stdout
+    assert "warning: 5 items are in several *.item.json; using" in done.stdout
     assert (
         "warning" not in run_here("recipes/sid.py", "--raw", shop, "--out", tmp_path / "o").stdout
     )
@@ -270,7 +270,7 @@ def test_answers_held_to_some_texts_are_the_likeliest_of_them(extended):
     model, tokenizer = build_model(content, extended)
     prompt = tokenizer.encode("Which item?").ids
     texts = [f"<a_{i}><b_0>" for i in range(3)]
-    options = {"max_new_tokens": 5, "temperature": 0, "allowed": Allowed(texts, tokenizer)}
+    options = {"max_new_tokens": 5, "temperature": 0, "allowed": TokenTrie(texts, tokenizer)}
     (answer,) = complete(model, [prompt], **options)
     first = [tokenizer.token_to_id(f"<a_{i}>") for i in range(3)]
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 
 from model import generation
 from model.causal_lm import CausalLM, ModelConfig
-from model.generation import complete, generate, penalise, sample
+from model.generation import apply_repetition_penalty, complete, generate, sample
 from tests.test_model import SHAPE, pair, randomised
 
 transformers = pytest.importorskip("transformers")
@@ -110,10 +110,10 @@ def test_filters_and_penalty_equal_those_of_transformers():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3
     seen = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     expected = judge.RepetitionPenaltyLogitsProcessor(1.7)(seen, logits.clone())
-    got = penalise(logits, seen, torch.zeros(4, 1, dtype=torch.long), 1.7)
+    got = apply_repetition_penalty(logits, seen, torch.zeros(4, 1, dtype=torch.long), 1.7)
     torch.testing.assert_close(got, expected)
     padded = torch.cat([torch.full((4, 2), 49), seen], dim=1)  # padding is not penalised
-    assert torch.equal(penalise(logits, padded, torch.full((4, 1), 2), 1.7), got)
+    assert torch.equal(apply_repetition_penalty(logits, padded, torch.full((4, 1), 2), 1.7), got)
 
     for top_k, top_p in ((5, 1.0), (0, 0.6), (8, 0.8), (200, 1.0)):
         kept = judge.TemperatureLogitsWarper(0.8)(seen, logits.clone())
@@ -231,7 +231,7 @@ def test_a_penalty_of_at_most_1_is_that_of_transformers(penalty):
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     seen = torch.randint(0, 20, (3, 6), generator=torch.Generator().manual_seed(1))
     expected = judge.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
-    found = penalise(logits, seen, torch.zeros(3, 1, dtype=torch.long), penalty)
+    found = apply_repetition_penalty(logits, seen, torch.zeros(3, 1, dtype=torch.long), penalty)
     torch.testing.assert_close(found, expected)
     ours, theirs = pair("qwen3")
     prompt, options = list(range(20, 40)), {"max_new_tokens": 8, "repetition_penalty": penalty}

@@ -77,7 +77,7 @@ def test_flex_attention_works_here_without_a_warning():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="FlexAttention is not used")
         for head_dim in (64, 128):
-            worked = attention.blocks_work(GPU, head_dim)
+            worked = attention.flex_works(GPU, head_dim)
             assert worked or torch.cuda.get_device_capability(GPU) < (8, 0)
 
 
@@ -130,7 +130,7 @@ def test_packed_rows_compute_what_they_do_on_a_cpu(rows, T, head_dim, dtype, mon
     for flex in (True, False):
         with monkeypatch.context() as patch:
             if not flex:
-                patch.setattr(attention, "blocks_available", lambda *_: False)
+                patch.setattr(attention, "flex_available", lambda *_: False)
             found_logits, found_loss, found = loss_and_gradients(model, batch, dtype)
         exact = {"atol": of_logits, "rtol": of_logits}
         torch.testing.assert_close(found_logits[real], logits[real], **exact)
@@ -150,8 +150,8 @@ def test_every_attention_is_the_formula(T, dtype):
     mask = attention.causal_mask(0, T, ids, GPU)
     expected = attention.plain_attention(q.double(), k.double(), v.double(), mask)
     masks = [mask]
-    if T > 1 and attention.blocks_available(GPU, 64):
-        masks.append(attention.document_blocks(ids))
+    if T > 1 and attention.flex_available(GPU, 64):
+        masks.append(attention.document_block_mask(ids))
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for given in masks:
         out = attention.attend(q, k, v, given)

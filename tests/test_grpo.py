@@ -12,7 +12,7 @@ from common import IGNORE, IM_END, UserError
 from dataset.packing import pad
 from evaluation.rewards import compute_rewards, reward_function
 from model.causal_lm import CausalLM, ModelConfig
-from model.preference_losses import group_advantages, policy_loss
+from model.preference_losses import group_advantages, grpo_loss
 from model.tokenizer import load_tokenizer
 from model.weights import load
 from tests.conftest import ROOT, chat, run, run_here, torchrun, write_jsonl
@@ -80,7 +80,7 @@ def test_the_loss_of_two_groups_of_three_answers_is_that_by_hand():
     answers = [[[40, 2], [41, 42, 2], [43]], [[44, 2], [45, 46, 47, 2], [48, 2]]]
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0]]))
     samples = [as_sample(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
-    loss, entropy = policy_loss(model, pad(samples), advantages.flatten(), 1.3)
+    loss, entropy = grpo_loss(model, pad(samples), advantages.flatten(), 1.3)
     expected, spread = 0.0, 0.0
     for prompt, group, own in zip(prompts, answers, advantages, strict=True):
         for answer, advantage in zip(group, own, strict=True):
@@ -93,7 +93,7 @@ def test_the_loss_of_two_groups_of_three_answers_is_that_by_hand():
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
     assert entropy == pytest.approx(spread, rel=1e-4)
     # The gradient moves each answer's log-probability into the direction of its advantage.
-    one = policy_loss(model, pad(samples, 20, 9), advantages.flatten(), 1.3)[0]  # as on a GPU
+    one = grpo_loss(model, pad(samples, 20, 9), advantages.flatten(), 1.3)[0]  # as on a GPU
     for found, other in zip(
         torch.autograd.grad(loss, list(model.parameters())),
         torch.autograd.grad(one, list(model.parameters())),
@@ -268,14 +268,14 @@ def test_what_cannot_be_is_a_sentence(trained, files, data, tmp_path):
 
 
 def test_the_first_line_of_the_log_is_that_of_its_one_batch(trained, files, tmp_path, monkeypatch):
-    results, policy_loss = [], train_grpo.policy_loss
+    results, grpo_loss = [], train_grpo.grpo_loss
 
     def keep(model, batch, *options):
-        loss, entropy = policy_loss(model, batch, *options)
+        loss, entropy = grpo_loss(model, batch, *options)
         results.append((loss.item(), entropy, int((batch[1] != IGNORE).sum())))
         return loss, entropy
 
-    monkeypatch.setattr(train_grpo, "policy_loss", keep)
+    monkeypatch.setattr(train_grpo, "grpo_loss", keep)
     train_grpo.main(grpo(trained, files, tmp_path, "--batch_size", 100))
     (loss, entropy, num_tokens), line = results[0], log(tmp_path, "grpo_32")[0]
     assert line["loss"] == pytest.approx(loss / num_tokens, rel=1e-4)

@@ -67,7 +67,7 @@ def test_logits_loss_and_gradients_equal_transformers(kind, tie, input_ids):
     expected = theirs(input_ids, labels=labels)
     logits = ours(input_ids)
     torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
-    mean = ours(input_ids, labels=labels) / loss.supervised_tokens(labels)
+    mean = ours(input_ids, labels=labels) / loss.count_supervised(labels)
     torch.testing.assert_close(mean, expected.loss, atol=1e-5, rtol=0)
     mean.backward()
     expected.loss.backward()
@@ -195,7 +195,7 @@ def test_blocks_of_documents_see_what_the_plain_mask_sees(monkeypatch):
     document_ids = torch.randint(-1, 5, (3, 300)).sort(dim=1).values
     with torch.no_grad():
         expected = model(input_ids, document_ids=document_ids)
-        monkeypatch.setattr(attention, "blocks_available", lambda device, head_dim: True)
+        monkeypatch.setattr(attention, "flex_available", lambda device, head_dim: True)
         monkeypatch.setattr(
             attention, "compile_once", lambda function: calls.append(function) or function
         )
@@ -207,7 +207,7 @@ def test_blocks_of_documents_see_what_the_plain_mask_sees(monkeypatch):
 
 def test_a_rows_first_token_is_not_supervised_whatever_its_label():
     labels = torch.tensor([[5, 6, loss.IGNORE], [loss.IGNORE, 7, 8], [9, *[loss.IGNORE] * 2]])
-    assert loss.supervised_tokens(labels) == 3
+    assert loss.count_supervised(labels) == 3
 
 
 def test_dropout_is_on_the_embeddings_and_on_both_results_of_each_layer(input_ids):

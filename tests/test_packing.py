@@ -10,10 +10,10 @@ import torch
 
 from common import IGNORE
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.packing import SHORTEST, best_fit_decreasing, pad, row_length
+from dataset.packing import MIN_ROW_LENGTH, best_fit_decreasing, pad, row_length
 from dataset.step_plan import batches, epoch_plan
 from model.causal_lm import CausalLM, ModelConfig
-from model.loss import summed_cross_entropy, supervised_tokens
+from model.loss import count_supervised, summed_cross_entropy
 from model.tokenizer import load_tokenizer
 from tests.conftest import chat, pack, write_jsonl
 from tests.test_chat_template import marked
@@ -43,7 +43,7 @@ def test_every_document_is_there_once_and_untouched(collate):
                 found.append((ids[line][place].tolist(), labels[line][place][1:].tolist()))
         assert sorted(found) == sorted((a.tolist(), b[1:].tolist()) for a, b in rows)
         assert (labels[documents == -1] == IGNORE).all()
-        assert supervised_tokens(labels) == sum(int((b[1:] != IGNORE).sum()) for _, b in rows)
+        assert count_supervised(labels) == sum(int((b[1:] != IGNORE).sum()) for _, b in rows)
 
 
 def plain_best_fit_decreasing(lengths, max_seq_len):
@@ -129,7 +129,7 @@ def test_a_row_is_never_longer_than_asked_for():
 
 @pytest.mark.parametrize(
     "longest, max_seq_len, expected",
-    [(60, 512, SHORTEST), (150, 768, 192), (193, 768, 256), (400, 768, 768), (60, 500, 500)],
+    [(60, 512, MIN_ROW_LENGTH), (150, 768, 192), (193, 768, 256), (400, 768, 768), (60, 500, 500)],
 )
 def test_rows_of_short_samples_are_short_and_waste_little(longest, max_seq_len, expected):
     rng = random.Random(1)
@@ -192,5 +192,5 @@ def test_no_rows_give_a_batch_without_loss(collate):
     )
     loss = summed_cross_entropy(x, weight, labels)
     loss.backward()
-    assert loss.item() == 0 and supervised_tokens(labels) == 0
+    assert loss.item() == 0 and count_supervised(labels) == 0
     assert not x.grad.any() and not weight.grad.any()

@@ -183,10 +183,10 @@ def test_the_bars_are_the_probabilities_of_sampling(tab, address, models, monkey
             return [chances(logits, seen.sizes, settings()).slice(0, 10), seen.top[k]]; }""")
         assert now == pytest.approx([expected[i].item() for i in tokens], abs=1e-4), settings
         labels = tab.locator("#alternatives b").all_inner_texts()
-        assert shares(labels) == pytest.approx(now, abs=6e-4)
+        assert assign_parts(labels) == pytest.approx(now, abs=6e-4)
 
 
-def shares(labels):
+def assign_parts(labels):
     """The numbers of labels like "12.3 %"."""
     return [float(label.removesuffix(" %")) / 100 for label in labels]
 
@@ -231,7 +231,7 @@ def test_attention_shows_what_each_head_reads(tab, address, models):
     for _ in range(4):
         tab.keyboard.press("ArrowUp")
     most = expected[2, 1, n - 6].topk(3)  # the token before the chosen one reads
-    found = shares(tab.locator("#reads b").all_inner_texts()[:3])
+    found = assign_parts(tab.locator("#reads b").all_inner_texts()[:3])
     assert found == pytest.approx(most.values.tolist(), abs=6e-4)
     tab.locator("#attention-strip [aria-pressed=true]").focus()
     tab.keyboard.press("Home")
@@ -285,7 +285,7 @@ def test_layers_show_what_each_would_predict(tab, address, models):
     tab.keyboard.press("ArrowUp")
     assert "layer 2" in tab.locator("#guess-name").inner_text()
     expected = trace(models["full_sft"].model, ids).probabilities[2, len(ids) - 2]
-    found = shares(tab.locator("#guesses b").all_inner_texts())
+    found = assign_parts(tab.locator("#guesses b").all_inner_texts())
     assert found == pytest.approx(expected.tolist(), abs=6e-4)
     follows = tab.evaluate("[...document.querySelectorAll('#grid .follows')].length")
     guesses = trace(models["full_sft"].model, ids).guesses[:, :-1, 0]

@@ -8,7 +8,7 @@ import torch
 
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.prepare import shares
+from dataset.prepare import assign_parts
 from dataset.step_plan import Source, StepPlan, epoch_plan, flat, mix, split_samples
 from model.tokenizer import load_tokenizer
 from tests.conftest import TINY, chat, run_here, write_jsonl
@@ -170,7 +170,7 @@ def test_every_row_validates_under_some_seed(texts):
 
 
 def test_every_record_is_in_each_part_under_some_seed():
-    drawn = [shares(["a", "b"] * 30, [7, 2, 1], seed) for seed in SEEDS]
+    drawn = [assign_parts(["a", "b"] * 30, [7, 2, 1], seed) for seed in SEEDS]
     for part, share in enumerate((0.7, 0.2, 0.1)):
         chosen = [{i for i, p in enumerate(one) if p == part} for one in drawn]
         assert all(len(one) == 60 * share for one in chosen)

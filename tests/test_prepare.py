@@ -418,7 +418,7 @@ LONG = "x" * 300 + ".jsonl"
         (["check", "--data_path", "D"], "not a regular file"),
         (["cot", LONG, "--out", "O"], "File name too long"),
         (["gsm8k", "--raw", LONG, "--out", "O"], "there is no such folder"),
-        (["sid", "--raw", LONG, "--out", "O"], "there is no *.index.json in it"),
+        (["sid", "--raw", LONG, "--out", "O"], "it has no *.index.json"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_told_in_a_sentence(data, tmp_path, flags, says):

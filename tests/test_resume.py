@@ -20,7 +20,7 @@ from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_distillation, train_full_sft, trainer_utils, training_run
 from trainer.optimizer import set_learning_rate
-from trainer.training_run import FREE, Progress
+from trainer.training_run import MAY_CHANGE, Progress
 from trainer.training_run import resume as resume_run
 
 SFT = "trainer/train_full_sft.py"
@@ -287,7 +287,7 @@ def test_a_flag_that_decides_the_result_may_not_change(name):
 def test_every_flag_may_change_or_may_not():
     """A new flag must be put on one of the two sides."""
     known = set(vars(parse(["--from_weight", "none"], train_distillation)))
-    assert known == set(OTHER) | set(FREE) and not set(OTHER) & set(FREE)
+    assert known == set(OTHER) | set(MAY_CHANGE) and not set(OTHER) & set(MAY_CHANGE)
 
 
 CHANGES = """--device cpu --grad_checkpoint 1 --deterministic 0 --log_interval 3 --save_interval 1
@@ -304,7 +304,7 @@ def test_a_flag_that_may_change_changes_no_bit_of_the_result(data, tmp_path, mon
     train_full_sft.main(flags(data, tmp_path / "whole", dropout=0.1, epochs=2))
     stopped_at(3, flags(data, tmp_path / "parts", dropout=0.1, epochs=2), monkeypatch)
     changed = re.findall(r"--(\w+)", CHANGES)
-    assert sorted(changed + ELSEWHERE) == sorted(FREE)
+    assert sorted(changed + ELSEWHERE) == sorted(MAY_CHANGE)
     places = ["--cache_dir", tmp_path / "cache"]
     resume(tmp_path / "parts", *CHANGES.split(), *places)
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))

@@ -27,7 +27,7 @@ from model.tokenizer import load_tokenizer
 from serving import server as serving
 from serving import start, views
 from serving.batching import Batcher, Request
-from serving.streaming import Draft
+from serving.streaming import IncrementalDetokenizer
 from serving.views import Served
 from tests.conftest import ROOT, run_here, serving_at, write_jsonl
 
@@ -258,11 +258,11 @@ def test_a_client_that_goes_away_frees_its_place(model, monkeypatch, stream):
         head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
             connection.sendall(head + body)
-            while not asked or asked[0].new < 3:
+            while not asked or asked[0].num_generated < 3:
                 time.sleep(0.01)
         status, _ = post(server, CHAT, {"messages": HI})
         gone = asked[0]
-        assert status == 200 and gone.cancelled and 0 < gone.new < 100
+        assert status == 200 and gone.cancelled and 0 < gone.num_generated < 100
 
 
 def test_too_many_waiting_requests_are_told_so(model, monkeypatch):
@@ -804,7 +804,7 @@ def test_a_draft_is_always_the_beginning_of_the_answer():
         ids = sum((rng.choice(pieces) for _ in range(rng.randrange(1, 12))), [])
         ids = [THINK, *ids] if rng.random() < 0.5 else ids
         stops = rng.choice([[], ["stop", "#"], ["b"]])
-        draft, text = Draft(decode, True, stops), {}
+        draft, text = IncrementalDetokenizer(decode, True, stops), {}
         whole = parse_answer(ids, TOKENIZER)
         content = whole["content"]
         cut = min([content.index(stop) for stop in stops if stop in content], default=len(content))
@@ -962,7 +962,7 @@ def test_weights_with_another_tokenizer_are_not_served_together(trained, tmp_pat
 
 def test_reasoning_that_ends_in_half_a_character_is_sent_before_the_answer():
     half = TOKENIZER.encode("\u4f60").ids[:1]
-    draft = Draft(partial(TOKENIZER.decode, skip_special_tokens=False), True, [])
+    draft = IncrementalDetokenizer(partial(TOKENIZER.decode, skip_special_tokens=False), True, [])
     for token in (THINK, *TOKENIZER.encode("\nIt rains.").ids, *half):
         draft.add(token)
     assert draft.take() == {}  # the rest of the character may come

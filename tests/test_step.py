@@ -120,10 +120,10 @@ def watched_run(stage, flags, broken=None, sgd=True):
 def run_cases(text):
     """What each process of a torchrun job does: one run after the other, in one process group."""
     with runtime.report_lost_process():
-        rank, processes = runtime.join()
-        runtime.join, training_run.end_job = lambda: (rank, processes), lambda: None
+        rank, processes = runtime.join_process_group()
+        runtime.join_process_group, training_run.shut_down = lambda: (rank, processes), lambda: None
         cases, mark = json.loads(text), Path("first")
-        with runtime.first_process_first():
+        with runtime.rank_zero_first():
             if rank == 0:
                 time.sleep(0.5)
                 mark.touch()

@@ -12,7 +12,7 @@ from dataset import tiny_world
 from dataset.tiny_world import generate
 from dataset.tiny_world.generate import SEED, write_tiny_world
 from dataset.tiny_world.text import World, steps
-from evaluation.tasks import tiny_world_is_correct as is_correct
+from evaluation.tasks import matches_expected as is_correct
 from tests.conftest import run, run_here
 
 VILLAGE = {  # 2026-11-29

@@ -17,13 +17,13 @@ from model.device import pick_device, pick_dtype, require_compiler
 from model.extend_vocab import extend_vocab, freeze_base
 from model.lora import add_lora
 from model.tokenizer import load_tokenizer
-from model.weights import SHAPE, description
+from model.weights import SHAPE, extra_entries
 from tests.conftest import chat, curves_of, flags_read, write_jsonl
 from trainer import parameters, runtime, train_distillation
 from trainer.metrics import MetricsLog, curves_as_svg
 from trainer.optimizer import Muon, compile_layers, make_optimizer, orthogonalize
 from trainer.runtime import seed_step
-from trainer.trainer_utils import describe, init_model
+from trainer.trainer_utils import init_model, print_data_summary
 from trainer.training_run import Progress
 
 
@@ -231,7 +231,7 @@ def test_new_rows_alone_are_counted(tmp_path, capsys):
     parameters.choose_trainable(model, tokenizer, args)
     said = capsys.readouterr().out
     assert "2 new tokens; the vocabulary has 2050 entries" in said and "\n64 of " in said
-    assert description(model) == {"first_new_token": 2048}
+    assert extra_entries(model) == {"first_new_token": 2048}
     args.parallel = "fsdp"
     with pytest.raises(UserError, match="--freeze_base 1 needs unsharded weights"):
         parameters.choose_trainable(model, tokenizer, args)
@@ -240,7 +240,7 @@ def test_new_rows_alone_are_counted(tmp_path, capsys):
 def test_a_model_that_is_trained_as_a_whole_needs_no_line(capsys):
     model = small()
     parameters.choose_trainable(model, None, args_of())
-    assert capsys.readouterr().out == "" and description(model) == {}
+    assert capsys.readouterr().out == "" and extra_entries(model) == {}
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -251,7 +251,7 @@ def test_what_cannot_be_used_of_the_data_is_counted_and_five_bad_lines_are_shown
     records += [{"conversations": []}] * 7
     path = write_jsonl(tmp_path / "data.jsonl", records)
     data = SFTDataset(path, load_tokenizer(), max_length=30)
-    describe(data, range(len(data)), [], SimpleNamespace(max_seq_len=30))
+    print_data_summary(data, range(len(data)), [], SimpleNamespace(max_seq_len=30))
     lines = capsys.readouterr().out.splitlines()
     mean = sum(len(data[row][0]) for row in range(len(data))) / len(data)
     assert lines[0] == f"2 samples of {mean:.0f} tokens to train on, 0 to validate on"
@@ -265,7 +265,7 @@ def test_what_cannot_be_used_of_the_data_is_counted_and_five_bad_lines_are_shown
 def test_flawless_data_takes_one_line(tmp_path, capsys):
     path = write_jsonl(tmp_path / "data.jsonl", [{"text": "one two"}, {"text": "three"}])
     data = PretrainDataset(path, load_tokenizer())
-    describe(data, [0], [1], SimpleNamespace(max_seq_len=30))
+    print_data_summary(data, [0], [1], SimpleNamespace(max_seq_len=30))
     said = capsys.readouterr().out
     assert said == f"1 samples of {len(data[0][0])} tokens to train on, 1 to validate on\n"
 

@@ -17,7 +17,7 @@ from model.lora import adapter_state
 from model.weights import (
     attach_adapters,
     build_model,
-    description,
+    extra_entries,
     find_weights,
     load,
     matching,
@@ -119,15 +119,16 @@ def plain_flags(args):
 
 
 def save_weights(run, path, state=None):
-    """Save the weights of a TrainingRun; with LoRA, only the adapters. state: the full state dict.
-    Must be called on all ranks; rank 0 writes.
+    """Save the weights of a TrainingRun; with LoRA, only the adapters. state: from `full_state`, if
+    it is gathered already; without it, this must be called on all ranks. Rank 0 writes.
     """
-    state = state or full_state(run.model)
+    if state is None:
+        state = full_state(run.model)
     if not is_first():
         return
     training = dataclasses.asdict(run.progress) | plain_flags(run.args)
     training.pop("reference")  # only needed to resume
-    content = {"training": training, **description(run.model)}
+    content = {"training": training, **extra_entries(run.model)}
     state = {name: state[name] for name in state if not name.startswith("projections.")}
     if "lora" in content:
         state, content["under"] = adapter_state(state), str(run.args.from_weight)
@@ -147,7 +148,7 @@ def save_run(run):
         return
     content = {"optimizer": optimizer_state, "scaler": run.runtime.scaler.state_dict()}
     content |= {"run": dataclasses.asdict(run.progress), "arguments": plain_flags(args)}
-    content |= description(run.model)
+    content |= extra_entries(run.model)
     if hasattr(run.model, "projections"):
         layers = run.model.projections
         content["projections"] = [layers[0].out_features, len(layers)]

@@ -20,13 +20,13 @@ class Teacher:
 
     def __init__(self, model, layers=()):
         self.model, self.layers = model.eval().requires_grad_(False), list(layers)
-        self.output, self.config = model.lm_head.weight, model.config  # output (V, D)
-        self.outputs = record_outputs(model, self.layers)
+        self.lm_head_weight, self.config = model.lm_head.weight, model.config  # (V, D)
+        self.layer_outputs = record_outputs(model, self.layers)
 
     @torch.no_grad()
     def __call__(self, input_ids, position_ids=None, document_ids=None):
         x = self.model.hidden_states(input_ids, position_ids, document_ids)
-        return [x, *(self.outputs[layer] for layer in self.layers)]
+        return [x, *(self.layer_outputs[layer] for layer in self.layers)]
 
 
 def record_outputs(model, layers):
@@ -62,29 +62,29 @@ def load_projections(model, shape, weights, path):
 
 
 class Distillation(nn.Module):
-    """The loss alpha * CE + (1 - alpha) * T^2 * KL(teacher || student) + beta * MSE, summed over
-    supervised positions.
+    """The loss alpha * CE + (1 - alpha) * temperature^2 * KL(teacher || student) + beta * MSE,
+    summed over supervised positions.
 
-    The temperature T flattens both distributions, so that small probabilities of the teacher count
-    too; T^2 preserves the gradient's scale. MSE, a mean over D, compares the student's projected
-    hidden states with the teacher's: the last one, and further layers of the teacher with the
-    student's layers at the same relative depth. Called like a CausalLM with labels. The teacher is
-    a Teacher or an OfflineTeacher (trainer/recorded_teacher.py).
+    The temperature flattens both distributions, so that small probabilities of the teacher count
+    too; temperature^2 preserves the gradient's scale. MSE, a mean over D, compares the student's
+    projected hidden states with the teacher's: the last one, and further layers of the teacher with
+    the student's layers at the same relative depth. Called like a CausalLM with labels. The teacher
+    is a Teacher or an OfflineTeacher (trainer/recorded_teacher.py).
     """
 
-    def __init__(self, student, teacher, alpha, temperature, beta=0.0):
+    def __init__(self, student, teacher, alpha, temperature, beta=0.0, teacher_hash=None):
         super().__init__()
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.teacher_hash = student, teacher, teacher_hash
         self.alpha, self.temperature, self.beta = alpha, temperature, beta
         scale = student.config.num_hidden_layers / teacher.config.num_hidden_layers
         self.layers = [max(1, round(layer * scale)) for layer in teacher.layers] if beta else []
-        self.outputs = record_outputs(student, set(self.layers))
+        self.layer_outputs = record_outputs(student, set(self.layers))
 
     def forward(self, input_ids, position_ids=None, document_ids=None, *, labels):
         positions, targets = supervised_positions(labels, input_ids.device)  # (N,) each
         teacher_states = self.teacher(input_ids, position_ids, document_ids)
         student_states = [self.student.hidden_states(input_ids, position_ids, document_ids)]
-        student_states += [self.outputs[layer] for layer in self.layers]
+        student_states += [self.layer_outputs[layer] for layer in self.layers]
         # Supervised positions only: (B, T, D) -> (N, D)
         teacher_states = [states.flatten(0, 1)[positions] for states in teacher_states]
         student_states = [states.flatten(0, 1)[positions] for states in student_states]
@@ -104,8 +104,8 @@ class Distillation(nn.Module):
     def prediction_loss(self, student_states, teacher_states, targets):
         """Return the first two terms, from the last hidden states, (N, D) each."""
         logits = self.student.lm_head(student_states).float()  # (N, D) -> (N, V)
-        teacher_states = teacher_states.type_as(self.teacher.output)
-        teacher_logits = F.linear(teacher_states, self.teacher.output).float()  # (N, V)
+        teacher_states = teacher_states.type_as(self.teacher.lm_head_weight)
+        teacher_logits = F.linear(teacher_states, self.teacher.lm_head_weight).float()  # (N, V)
         log_q = F.log_softmax(logits / self.temperature, dim=-1)
         log_p = F.log_softmax(teacher_logits / self.temperature, dim=-1)
         divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)

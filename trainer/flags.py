@@ -25,7 +25,7 @@ NOT_RESTORED = "from_resume force_resume config save_dir save_weight".split()
 VALIDATED = {"early_stop_patience": 0, "save_best_at_end": False, "best_metric": "val_loss"}
 
 
-def source(text):
+def parse_source(text):
     """Parse FILE or FILE:WEIGHT; an argparse type."""
     try:
         return Source.read(text)
@@ -39,15 +39,15 @@ def training_parser(doc, **defaults):
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.group("common options")
     files = "training files, with an optional weight: FILE:0.7; default: Tiny World"
-    add("data_path", None, files, source, nargs="+", metavar="FILE")
+    add("data_path", None, files, parse_source, nargs="+", metavar="FILE")
     add("from_weight", None, "weights to start from: a name in --save_dir, a path, or none")
-    add("from_resume", 0, "1: continue the last run from its latest checkpoint", switch)
+    add("from_resume", 0, "1: resume the run --save_weight from its latest checkpoint", switch)
     add("save_weight", None, "name of the weights file")
     add("epochs", None, "passes over the data", positive)
     add("batch_size", None, "rows per forward pass and process", positive)
     add("max_seq_len", None, "maximum length of a row, in tokens", number(int, 2))
-    above = number(float, 0, above=True)
-    add("learning_rate", None, "maximum learning rate of the schedule", above)
+    positive_float = number(float, 0, above=True)
+    add("learning_rate", None, "maximum learning rate of the schedule", positive_float)
     add("hidden_size", None, "model width; default: 256, or from the weights", positive)
     add("num_hidden_layers", None, "number of layers; default: 3, or from the weights", positive)
 
@@ -71,7 +71,7 @@ def training_parser(doc, **defaults):
     add("num_workers", None, "DataLoader workers; default: 0, with an NVIDIA GPU 2", count)
 
     add = parser.group("model")
-    for name in SHAPE[2:]:
+    for name in SHAPE[2:]:  # the first two are common options
         kind = switch if name == "use_moe" else positive
         add(name, None, "default: see ModelConfig, or from the weights", kind)
     add("dropout", 0.0, "dropout probability", number(float, 0, 0.9))
@@ -106,7 +106,7 @@ def training_parser(doc, **defaults):
     add = parser.group("fine-tuning")
     add("use_lora", 0, "1: train LoRA adapters and freeze the weights", switch)
     add("lora_rank", 16, "rank of the adapters", positive)
-    add("lora_alpha", 32.0, "scale of the adapters is lora_alpha / lora_rank", above)
+    add("lora_alpha", 32.0, "scale of the adapters is lora_alpha / lora_rank", positive_float)
     add("lora_dropout", 0.0, "dropout on the adapters' input", number(float, 0, 0.9))
     targets = "layers with an adapter, e.g. q_proj,v_proj, or all-linear"
     add("lora_target", "all-linear", targets)
@@ -149,7 +149,7 @@ def parse_args(parser, argv=None, saved=None, check=None):
     args = parser.parse_unchecked([*from_file, *argv])
     problems += wrong_values(args)
     problems += check(args, parser) if check else []
-    problems += contradictions(args)
+    problems += validate_flags(args)
     stop_at(problems)
     return args
 
@@ -184,15 +184,16 @@ def read_config(path, parser):
             continue
         texts = value if isinstance(value, list) else [value]
         texts = [str(int(v)) if isinstance(v, bool) else str(v) for v in texts]
-        if action.type in (Path, source):
+        if action.type in (Path, parse_source):
             texts = [str(folder / text) for text in texts]
         words += [f"--{name}", *texts] if action.nargs else [f"--{name}={text}" for text in texts]
     return words, problems
 
 
-def contradictions(args):
+def validate_flags(args):
     """Return an error message for each flag that conflicts with other flags or with the disk.
-    Resolves the paths of data files, and sets flags that follow from others.
+    Resolves the paths of data files, and sets flags that follow from others. Invalid values are
+    still Problems here.
     """
     problems = []
     sources = args.data_path or []

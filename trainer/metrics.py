@@ -21,10 +21,8 @@ class MetricsLog:
     def __init__(self, path, progress, silent=False):
         self.path, self.silent = Path(path), silent
         self.steps, self.tokens, self.seconds = 0, 0, 0.0  # by this process
-        self.curves, self.unit = (
-            {},
-            "nats per token",
-        )  # to draw: {label: (key, factor)}
+        self.curves = {}  # to draw instead of the losses: {label: (key, factor)}
+        self.unit = "nats per token"
         steps = {"total": progress.total_steps, "initial": progress.step}
         self.bar = tqdm(**steps, unit="step", disable=silent or None)
         if silent:

@@ -35,7 +35,7 @@ def make_optimizer(model, args):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Keller Jordan, 2024): orthogonalized momentum updates, with AdamW's weight decay.
+    """Muon (Keller Jordan, 2024): orthogonalized momentum updates, with decoupled weight decay.
 
     A matrix's gradient is dominated by few directions. An orthogonal update has the same size in
     all directions, so rare directions are learned as fast as frequent ones. Updates are scaled to
@@ -56,16 +56,16 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                step = weight.grad.lerp(average, momentum)  # Nesterov's momentum
-                if hasattr(step, "full_tensor"):  # sharded by FSDP: gather the full matrix
+                update = weight.grad.lerp(average, momentum)  # Nesterov's momentum
+                if hasattr(update, "full_tensor"):  # sharded by FSDP: gather the full matrix
                     from torch.distributed.tensor import distribute_tensor
 
-                    whole = orthogonalize(step.full_tensor())
-                    step = distribute_tensor(whole, step.device_mesh, step.placements)
+                    full = orthogonalize(update.full_tensor())
+                    update = distribute_tensor(full, update.device_mesh, update.placements)
                 else:
-                    step = orthogonalize(step)
+                    update = orthogonalize(update)
                 weight.mul_(1 - lr * group["weight_decay"])
-                weight.add_(step, alpha=-lr * 0.2 * max(weight.shape) ** 0.5)
+                weight.add_(update, alpha=-lr * 0.2 * max(weight.shape) ** 0.5)
 
 
 def orthogonalize(matrix, iterations=3):

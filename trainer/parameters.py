@@ -32,14 +32,14 @@ def choose_trainable(model, tokenizer, args, saved=None):
         if args.freeze_base:
             freeze_base(model)
     except ValueError as error:
-        flag = (
-            "--lora_target" if args.use_lora else "--freeze_base 1: add some with --extend_tokens;"
-        )
-        raise UserError(f"{flag} {error}") from None
-    num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    if args.freeze_base:
-        rows = {weight[weight.first_row :] for weight in model.parameters() if weight.requires_grad}
-        num_trained = sum(weight.numel() for weight in rows)
+        if args.use_lora:
+            raise UserError(f"--lora_target {error}") from None
+        raise UserError(f"--freeze_base 1: {error}; add some with --extend_tokens") from None
+    num_trained = 0
+    for weight in model.parameters():
+        if weight.requires_grad:
+            first_row = getattr(weight, "first_row", 0)  # of new tokens: see `freeze_base`
+            num_trained += weight[first_row:].numel()
     num_total = sum(weight.numel() for weight in model.parameters())
     if num_trained < num_total:
         share = num_trained / num_total

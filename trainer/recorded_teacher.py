@@ -33,7 +33,8 @@ def read_manifest(folder):
     """Read the manifest of a recording, a dict. Raises UserError if it is missing or damaged."""
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
-        manifest["shards"], manifest["config"], manifest["aux_layers"], manifest["teacher"]
+        for name in ("shards", "config", "aux_layers", "teacher"):
+            manifest[name]  # raises KeyError if it is missing
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{folder} was not written by recipes/export_hidden_states.py: {error!r}; {HINT}"
@@ -112,7 +113,7 @@ class OfflineTeacher:
         manifest = read_manifest(folder)
         self.layers = manifest["aux_layers"] if with_layers else []
         self.config = SimpleNamespace(**manifest["config"])
-        self.output = read(folder / "output.pt")["output"].to(device)
+        self.lm_head_weight = read(folder / "output.pt")["output"].to(device)
         self.samples = {}  # bytes of a sample's ids: (states of its shard, its start in the shard)
         for shard in shards(folder / "train", verify=False):  # already verified as data
             states, start = [shard["hidden_states"]], 0  # (n, D) each
@@ -122,13 +123,13 @@ class OfflineTeacher:
             for length in shard["lengths"].tolist():
                 self.samples[ids[start : start + length].tobytes()] = states, start
                 start += length
-        self.states = states
+        self.widths, self.dtype = [part.shape[1] for part in states], states[0].dtype
 
     def __call__(self, input_ids, position_ids, document_ids):
         """Return [(B, T, D), ...] like `Teacher`; zeros for padding."""
         B, T = input_ids.shape
         ids, documents = input_ids.cpu().numpy().astype(np.int32), document_ids.cpu().numpy()
-        outputs = [torch.zeros(B, T, part.shape[1], dtype=part.dtype) for part in self.states]
+        outputs = [torch.zeros(B, T, width, dtype=self.dtype) for width in self.widths]
         for row in range(B):
             starts = np.flatnonzero(np.diff(documents[row], prepend=-2))
             for start, end in pairwise([*starts, T]):

@@ -50,11 +50,11 @@ def start_runtime(args):
     """
     keep_freed_memory()
     device = pick_device(args.device, args.deterministic)
-    rank, world_size = join()
+    rank, world_size = join_process_group()
     if args.dtype == "auto":  # rank 0 decides: machines may differ
         names = list(DTYPES)
         chosen = names.index(auto_dtype(device)) if rank == 0 else 0
-        args.dtype = names[int(all_reduce_sum(chosen)[0])]
+        args.dtype = names[int(all_reduce_sum(chosen)[0])]  # the sum acts as a broadcast
     dtype = DTYPES[args.dtype]
     if args.dtype == "fp16" and device.type == "mps" and torch.__version__ < "2.8":
         raise UserError("--dtype fp16 on an Apple GPU needs torch 2.8 or newer; use fp32")
@@ -70,7 +70,7 @@ def autocast_to(dtype, device):
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
-def join():
+def join_process_group():
     """Join the process group of a torchrun job. Returns (rank, world_size).
 
     Counts and signals are summed on the CPU with gloo, which detects a lost process at once and
@@ -104,7 +104,7 @@ def barrier():
 
 
 @contextmanager
-def first_process_first():
+def rank_zero_first():
     """Context manager: rank 0 runs the block first, so that the others find its files."""
     if not is_first():
         barrier()
@@ -115,7 +115,7 @@ def first_process_first():
             barrier()
 
 
-def end_job():
+def shut_down():
     """Wait for all processes and shut down the process group."""
     barrier()
     if dist.is_initialized():
@@ -132,8 +132,8 @@ def report_lost_process():
     code = 0
     try:
         yield
-    except SystemExit as exit:
-        code = exit.code
+    except SystemExit as error:
+        code = error.code
     except RuntimeError as error:
         lost = re.search("gloo|nccl|peer|timed? ?out", str(error), re.I)
         if not dist.is_initialized() or not lost:

@@ -10,7 +10,7 @@ from trainer.distillation import Distillation, Teacher, add_projections
 from trainer.recorded_teacher import OfflineTeacher, read_manifest
 
 
-def with_teacher(model, tokenizer, args):
+def build_distillation(model, tokenizer, args):
     """Return a Distillation of the model from the teacher of --teacher_weight or --offline_dir.
 
     Raises UserError if their tokenizers differ, or if flags don't match the recording.
@@ -24,9 +24,10 @@ def with_teacher(model, tokenizer, args):
         teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
     else:
         path = find_weights(args.save_dir, args.teacher_weight)
-        weights, teacher_tokenizer = build_model(load(path), path)
-        teacher_hash = weights_hash(weights)
-        teacher = Teacher(weights.to(device), parse_layers(args.aux_layers, weights, path))
+        teacher_model, teacher_tokenizer = build_model(load(path), path)
+        teacher_hash = weights_hash(teacher_model)
+        layers = parse_layers(args.aux_layers, teacher_model, path)
+        teacher = Teacher(teacher_model.to(device), layers)
     if teacher_tokenizer.to_str() != tokenizer.to_str():
         raise UserError(
             f"the teacher {path} and the student have different tokenizers, so their probabilities "
@@ -40,9 +41,7 @@ def with_teacher(model, tokenizer, args):
         model.projections.requires_grad_(True)
     print(f"distilling from {path} (data loss weight {args.distill_alpha})")
     loss_weights = args.distill_alpha, args.distill_temperature, args.hidden_weight
-    distillation = Distillation(model, teacher, *loss_weights)
-    distillation.teacher_hash = teacher_hash
-    return distillation
+    return Distillation(model, teacher, *loss_weights, teacher_hash=teacher_hash)
 
 
 def parse_layers(text, model, path):

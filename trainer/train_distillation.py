@@ -28,12 +28,12 @@ from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set
 from trainer.parameters import choose_trainable
 from trainer.recorded_teacher import RecordedDataset
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
-from trainer.teacher import with_teacher
+from trainer.teacher import build_distillation
 from trainer.trainer_utils import (
     conversation_options,
-    describe,
     init_model,
     open_data,
+    print_data_summary,
     replay,
     selection_score,
     show_sample,
@@ -41,7 +41,7 @@ from trainer.trainer_utils import (
 )
 from trainer.training_run import Progress, TrainingRun, parse_run
 
-STAGE = "full_sft"
+STAGE = "full_sft"  # the student is used like SFT weights
 
 
 def main(argv=None):
@@ -66,14 +66,14 @@ def main(argv=None):
     task = None
     if args.best_metric != "val_loss":
         task = TaskScore(args.best_metric, args.val_data_path)
-    describe(dataset, train, val, args)
+    print_data_summary(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, runtime)
 
     # Teacher, optimizer and run state.
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
-    distillation = with_teacher(model, tokenizer, args)
+    distillation = build_distillation(model, tokenizer, args)
     ddp_model = parallelize(distillation, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
     content = dataset.content + val_dataset.content

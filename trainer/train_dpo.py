@@ -5,7 +5,8 @@ the log-ratio of the chosen one to the frozen reference model over that of the r
     python trainer/train_dpo.py --from_weight full_sft --data_path mine.jsonl
     python trainer/train_dpo.py --from_resume 1               # resumes after Ctrl-C
 
-Compared with train_full_sft.py, only the loss differs: it compares two answers.
+Compared with train_full_sft.py, the data are pairs, the loss compares two answers, and the
+reference log-probabilities are computed once before training.
 """
 
 import sys
@@ -26,12 +27,12 @@ from dataset.step_plan import StepPlan, batches, cut, epoch_plan, flat, to_devic
 from dataset.tiny_world import PAIRS
 from model.generation import eval_mode
 from model.moe import router_loss
-from model.preference_losses import pair_log_probabilities, preference_loss
+from model.preference_losses import dpo_loss, pair_log_probabilities
 from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
-from trainer.trainer_utils import describe, init_model, open_data, show_sample
+from trainer.trainer_utils import init_model, open_data, print_data_summary, show_sample
 from trainer.training_run import Progress, TrainingRun, parse_run
 
 STAGE = "dpo"
@@ -66,7 +67,7 @@ def validate(model, dataset, samples, reference, args, runtime):
     with eval_mode(model), runtime.autocast:
         for part, batch in zip(plan, loader, strict=True):
             policy = pair_log_probabilities(model, to_device(batch, runtime.device))
-            sums += preference_loss(policy, reference[flat(part)], args.dpo_beta)[1].cpu()
+            sums += dpo_loss(policy, reference[flat(part)], args.dpo_beta)[1].cpu()
     sums = runtime.sum(*sums.tolist())
     return {f"val_{name}": total / len(samples) for name, total in zip(METRICS, sums, strict=True)}
 
@@ -88,7 +89,7 @@ def main(argv=None):
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
     dataset, train, val_dataset, val = open_data(PairDataset, args, tokenizer, PAIRS)
-    describe(dataset, train, val, args)
+    print_data_summary(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, runtime)
 
     # Reference, optimizer and run state.
@@ -116,12 +117,13 @@ def main(argv=None):
         batch_counts = np.array([counts(batch) for batch in micro_batches])  # (batches, 3)
         num_pairs, num_chosen, num_tokens = runtime.sum(*batch_counts.sum(axis=0))
         step_sums = torch.zeros(len(METRICS))
+        # plan.samples are the samples of the current step.
         step_reference = references[0][plan.samples].split(batch_counts[:, 0].tolist())
         for i, (batch, reference) in enumerate(zip(micro_batches, step_reference, strict=True)):
             with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
                 with runtime.autocast:
                     policy = pair_log_probabilities(ddp_model, to_device(batch, runtime.device))
-                loss, sums = preference_loss(policy, reference, args.dpo_beta)
+                loss, sums = dpo_loss(policy, reference, args.dpo_beta)
                 sft_loss = -policy[:, 0].sum() / max(1, num_chosen)
                 loss = loss / num_pairs + args.sft_weight * sft_loss
                 runtime.backward(loss + router_loss(model, len(micro_batches) * runtime.world_size))

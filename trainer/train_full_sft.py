@@ -27,9 +27,9 @@ from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
 from trainer.trainer_utils import (
     conversation_options,
-    describe,
     init_model,
     open_data,
+    print_data_summary,
     replay,
     selection_score,
     show_sample,
@@ -57,7 +57,7 @@ def main(argv=None):
     task = None
     if args.best_metric != "val_loss":
         task = TaskScore(args.best_metric, args.val_data_path)
-    describe(dataset, train, val, args)
+    print_data_summary(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, runtime)
 
     # Optimizer and run state.

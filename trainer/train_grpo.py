@@ -36,7 +36,7 @@ from evaluation.tasks import read_problems
 from model.chat_template import render
 from model.generation import generate
 from model.moe import router_loss
-from model.preference_losses import group_advantages, policy_loss
+from model.preference_losses import group_advantages, grpo_loss
 from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
@@ -222,7 +222,7 @@ def main(argv=None):
             batch = input_ids, labels, None, None  # right padding: answers don't attend to it
             with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
                 with runtime.autocast:
-                    loss, batch_entropy = policy_loss(ddp_model, batch, advantage, args.temperature)
+                    loss, batch_entropy = grpo_loss(ddp_model, batch, advantage, args.temperature)
                 loss = loss / num_supervised
                 runtime.backward(loss + router_loss(model, len(micro_batches) * runtime.world_size))
             step_loss += loss.item()

@@ -25,9 +25,9 @@ from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set
 from trainer.parameters import choose_trainable
 from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
 from trainer.trainer_utils import (
-    describe,
     init_model,
     open_data,
+    print_data_summary,
     show_sample,
     validation_loss,
 )
@@ -47,7 +47,7 @@ def main(argv=None):
     model, tokenizer, _ = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
     dataset, train, val_dataset, val = open_data(PretrainDataset, args, tokenizer, PRETRAIN)
-    describe(dataset, train, val, args)
+    print_data_summary(dataset, train, val, args)
     plan = StepPlan(dataset, train, args, runtime)
 
     # Optimizer and run state.

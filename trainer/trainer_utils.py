@@ -14,7 +14,7 @@ from dataset.step_plan import Source, batches, epoch_plan, mix, split_samples, t
 from dataset.tiny_world import PRETRAIN, write_missing
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
-from model.loss import supervised_tokens
+from model.loss import count_supervised
 from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.weights import (
     SHAPE,
@@ -25,7 +25,7 @@ from model.weights import (
     require_same_shape,
 )
 from trainer.checkpoint import build_resumed
-from trainer.runtime import first_process_first
+from trainer.runtime import rank_zero_first
 
 
 def init_model(args, device="cpu", saved=None):
@@ -86,21 +86,21 @@ def require_same_tokenizer(args, tokenizer, path):
         )
 
 
-def open_data(kind, args, tokenizer, default, **options):
+def open_data(dataset_class, args, tokenizer, default, **options):
     """Open the training and validation data. Returns (dataset, training samples, validation
     dataset, validation samples), samples as indices.
 
-    kind is the dataset class, default the file used without --data_path, and options further
-    arguments of kind. Without --val_data_path, a part of the data is held out for validation.
+    default is the file used without --data_path; options are further arguments of dataset_class.
+    Without --val_data_path, a part of the data is held out for validation.
     """
     sources = args.data_path or [Source(default)]
     options |= reading_options(args)
-    with first_process_first():
+    with rank_zero_first():
         paths = [write_missing(source.path) for source in sources]
-        dataset = val_dataset = kind(paths, tokenizer, **options)
+        dataset = val_dataset = dataset_class(paths, tokenizer, **options)
         train, val = split_samples(dataset, args.val_split, args.seed)
         if args.val_data_path:
-            val_dataset = kind(args.val_data_path, tokenizer, **options)
+            val_dataset = dataset_class(args.val_data_path, tokenizer, **options)
             train, val = range(len(dataset)), range(len(val_dataset))
     return dataset, mix(train, dataset, sources, args.seed), val_dataset, val
 
@@ -118,7 +118,7 @@ def replay(dataset, train, args, tokenizer):
     path = args.replay_path or (None if args.data_path else PRETRAIN)
     if not path or not args.replay_share:
         return []
-    with first_process_first():
+    with rank_zero_first():
         text = PretrainDataset(write_missing(path), tokenizer, **reading_options(args))
     num_tokens = args.replay_share * int(dataset.lengths[train].sum())
     return dataset.add_replay(text, num_tokens, args.max_seq_len, args.seed)
@@ -133,7 +133,7 @@ def reading_options(args):
     }
 
 
-def describe(dataset, train, val, args):
+def print_data_summary(dataset, train, val, args):
     """Print statistics of the data, and which records can't be used."""
     tokens = int(dataset.lengths[train].sum())
     print(f"{len(train)} samples of {tokens / len(train):.0f} tokens to train on,", end=" ")
@@ -169,7 +169,7 @@ def validation_loss(model, dataset, samples, args, runtime):
             input_ids, labels, *inputs = to_device(batch, runtime.device)
             with runtime.autocast:
                 total += model(input_ids, *inputs, labels=labels).item()
-            count += supervised_tokens(labels)
+            count += count_supervised(labels)
         sums[file] = runtime.sum(total, count)
     model.train()
     total = sum(file_total for file_total, _ in sums.values())

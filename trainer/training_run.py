@@ -16,17 +16,17 @@ from trainer import checkpoint
 from trainer.flags import next_command, parse_args, resume_command
 from trainer.metrics import MetricsLog
 from trainer.optimizer import learning_rate, load_full_state
-from trainer.runtime import end_job, seed_step
+from trainer.runtime import seed_step, shut_down
 from trainer.signals import RunLock, StopSignal
 
 # Flags that may change when a run is resumed: they don't affect the final weights, except for
 # rounding on another device.
-FREE = """from_resume force_resume from_weight save_dir save_weight config cache_dir
+MAY_CHANGE = """from_resume force_resume from_weight save_dir save_weight config cache_dir
     device num_workers use_compile grad_checkpoint parallel deterministic log_interval
     save_interval val_interval sample_interval sample_prompt strict_data keep_checkpoints
     early_stop_patience save_best_at_end max_bad_steps offline_dir""".split()
-FREE += ["batch_size", "accumulation_steps"]  # rows per step are compared instead
-FREE += ["data_path", "val_data_path", "replay_path"]  # contents and mixture weights are
+MAY_CHANGE += ["batch_size", "accumulation_steps"]  # rows per step are compared instead
+MAY_CHANGE += ["data_path", "val_data_path", "replay_path"]  # contents and weights are compared
 QUIET = ("from_resume", "force_resume")  # not reported when changed
 
 
@@ -161,7 +161,7 @@ class TrainingRun:
             # Already finished, but maybe killed between the last checkpoint and the weights.
             checkpoint.save_weights(self, self.weights_path)
         log.bar.close()
-        end_job()
+        shut_down()
         if self.runtime.rank > 0:
             return
         is_finished = progress.is_finished(args.early_stop_patience)
@@ -218,8 +218,8 @@ def resume(current, saved, args, model, optimizer, scaler):
     """Restore a checkpoint: load the state of optimizer and scaler, and return its Progress.
     current is the Progress of this run before its first step.
 
-    Prints which flags changed. Raises UserError, naming all conflicts, if it belongs to a different
-    run, unless args.force_resume is set, and if the state doesn't match the optimizer.
+    Prints which flags changed. Raises UserError, naming all conflicts, if the checkpoint belongs to
+    a different run (unless args.force_resume), or if its state doesn't fit the optimizer.
     """
     try:
         saved_flags, progress = saved["arguments"], Progress(**saved["run"])
@@ -233,7 +233,7 @@ def resume(current, saved, args, model, optimizer, scaler):
         for name, value in flags.items()
         if value != saved_flags.get(name)
     }
-    changes = [name for name in FREE if name in differ]
+    changes = [name for name in MAY_CHANGE if name in differ]
     if "epochs" in differ and flags["epochs"] > saved_flags["epochs"]:
         changes.append("epochs")
     conflicts = [text for name, text in differ.items() if name not in changes]
@@ -274,8 +274,9 @@ def resume(current, saved, args, model, optimizer, scaler):
             f"{saved_flags.get('optimizer')}; start a new run from the weights: --from_weight "
             f"{args.save_weight} --save_weight NAME"
         ) from None
-    known = ("data", "rows", "rows_per_step", "total_steps", "processes", "row_length", "teacher")
-    return dataclasses.replace(progress, **{name: getattr(current, name) for name in known})
+    from_current = ["data", "rows", "rows_per_step", "total_steps", "processes", "row_length"]
+    from_current.append("teacher")
+    return dataclasses.replace(progress, **{name: getattr(current, name) for name in from_current})
 
 
 def mixture_weights(flags):
