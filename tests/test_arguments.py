@@ -163,6 +163,12 @@ LIMITS = {
     | {"num_samples": (1, None, 8), "keep": (1, None, 4), "max_new_tokens": (1, None, 256),
        "temperature": (0.0, 100.0, 0.8), "batch_size": (1, None, 64)},
 }  # fmt: skip
+LIMITS["eval_llm"] = {
+    "hidden_size": (1, None, None), "max_batch": (1, None, 16), "temperature": (0.0, 100.0, 0.0),
+    "top_k": (0, 10**9, 0), "top_p": (0.0, 1.0, 1.0), "repetition_penalty": (0.01, 100.0, 1.0),
+    "max_new_tokens": (1, 10**9, 256), "seed": (0, 2**63 - 1, 1),
+}  # fmt: skip
+LIMITS["recipes.sid"] = {"max_history": (1, None, 10), "seed": (0, None, 1)}
 LEARNING_RATES = {"pretrain": 4e-3, "full_sft": 2.2e-3, "dpo": 2e-4, "grpo": 3e-4}
 
 

@@ -341,3 +341,22 @@ def test_the_sft_term_raises_the_chosen_answers_only(trained, pairs, tmp_path):
     first, *_, last = log(tmp_path, "dpo_32")
     gains = [last[name] - first[name] for name in ("logp_chosen", "logp_rejected")]
     assert gains[0] > 1 and gains[0] > 2 * gains[1]
+
+
+def test_the_gradient_of_the_sft_term_is_in_proportion_to_its_weight(trained, pairs, tmp_path):
+    norms = []
+    for weight in (0.5, 1.5):
+        more = ["--dpo_beta", 1e-9, "--sft_weight", weight, "--val_split", 0, "--grad_clip", 0]
+        train_dpo.main(dpo(trained, pairs, tmp_path / f"{weight}", *more))
+        norms.append(log(tmp_path / f"{weight}", "dpo_32")[0]["grad_norm"])
+    assert norms[1] == pytest.approx(3 * norms[0], rel=1e-3) and norms[0] > 0
+
+
+def test_the_routers_loss_is_minimised_too(trained, pairs, tmp_path, monkeypatch):
+    """The mean of the embeddings stands in for it: it falls."""
+    mean = lambda model, count: 1e3 * model.lm_head.weight.mean()  # noqa: E731
+    monkeypatch.setattr(train_dpo, "router_loss", mean)
+    more = ["--optimizer", "adamw", "--weight_decay", 0, "--val_split", 0]
+    train_dpo.main(dpo(trained, pairs, tmp_path, *more))
+    before, after = weights(trained), weights(tmp_path, "dpo_32")
+    assert after["lm_head.weight"].mean() < before["lm_head.weight"].mean() - 1e-3

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -707,14 +708,17 @@ def test_without_math_verify_the_strict_score_is_the_overall_one(monkeypatch, tm
     row = {"truncated": False, "tokens": 3, "seconds": 0.1, "level": "Level 1", "type": "Algebra"}
     answers = [(r"\boxed{2}", "2"), (r"\boxed{3}", "2"), (r"\boxed{4}", "4"), ("5", "5")]
     rows = [
-        row | {"problem": n, "sample": 0, "prompt": "?", "output": output, "gold": gold}
+        row | {"problem": n, "sample": sample, "prompt": "?", "output": output, "gold": gold}
         for n, (output, gold) in enumerate(answers)
+        for sample in range(2)
     ]
     result = {"task": "math", "run": "x", "weights": "w", "data": "d", "settings": {}, "params": 1}
     result |= {"command": "c", "seconds": 1.0, "weights_sha256": "", "data_sha256": ""}
     scores = run_eval.judge_and_report(result | {"problems": rows}, tmp_path / "x.json")
     assert scores["overall"] == scores["Algebra"] == 0.5  # the last has no box
-    assert "pip install math-verify, then --rescore" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pip install math-verify, then --rescore" in printed
+    assert re.search(r"^pass@2 +50.0%$", printed, re.M)
 
 
 def test_the_ids_that_exist_are_needed_for_sid(tmp_path):

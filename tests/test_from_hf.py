@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from convert import from_hf, to_hf
 from model.chat_template import render
 from model.generation import complete
+from model.huggingface import read_chat_template
 from model.lora import add_lora
 from model.tokenizer import CONTROL_TOKENS, NAMED_CONTROL_TOKENS
 from model.weights import build_model, load
@@ -483,3 +484,11 @@ def test_earlier_weights_of_minimind_have_the_shape_of_llama(tmp_path):
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
     }  # fmt: skip
+
+
+def test_the_chat_template_is_in_either_file_or_in_none(tmp_path):
+    assert read_chat_template(tmp_path) == ""
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one"}', encoding="utf-8")
+    assert read_chat_template(tmp_path) == "one"
+    (tmp_path / "chat_template.jinja").write_text("two", encoding="utf-8")
+    assert read_chat_template(tmp_path) == "two"

@@ -284,10 +284,18 @@ def test_the_first_line_of_the_log_is_that_of_its_one_batch(trained, files, tmp_
 
 def test_the_routers_loss_is_minimised_with_the_others(trained, files, tmp_path, monkeypatch):
     """The mean of the embeddings stands in for it: it falls."""
-    mean = lambda model, count: 1e3 * model.lm_head.weight.mean()  # noqa: E731
+    counts = []
+
+    def mean(model, count):
+        counts.append(count)
+        return 1e3 * model.lm_head.weight.mean()
+
     monkeypatch.setattr(train_grpo, "router_loss", mean)
-    flags = ["--optimizer", "adamw", "--weight_decay", 0, "--max_bad_steps", 1]
+    flags = ["--optimizer", "adamw", "--weight_decay", 0, "--max_bad_steps", 1, "--batch_size", 5]
     train_grpo.main(grpo(trained, files, tmp_path, *flags))
+    # The shares of the micro-batches of a step add up to 1.
+    assert sum(1 / count for count in counts) == pytest.approx(len(log(tmp_path, "grpo_32")))
+    assert max(counts) > 1
     before, after = weights(trained), weights(tmp_path, "grpo_32")
     assert after["lm_head.weight"].mean() < before["lm_head.weight"].mean() - 1e-3
 
@@ -311,3 +319,11 @@ def test_what_to_do_is_said_where_most_steps_had_no_signal(
         train_grpo.main(grpo(trained, files, tmp_path / str(idle)))
         printed = capsys.readouterr().out
         assert ("steps no group had a signal" in printed) == (idle == 3), printed
+
+
+def test_a_file_of_rewards_can_import_what_is_beside_it(tmp_path):
+    (tmp_path / "neighbour_of_rewards.py").write_text("BONUS = 7", encoding="utf-8")
+    code = "from neighbour_of_rewards import BONUS\ndef f(prompt, answer, gold): return BONUS\n"
+    (tmp_path / "own.py").write_text(code, encoding="utf-8")
+    reward = reward_function("gsm8k", f"{tmp_path / 'own.py'}:f")
+    assert reward({"prompt": [], "gold": "1"}, "2") == 7

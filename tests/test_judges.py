@@ -378,6 +378,8 @@ def test_only_a_box_is_an_answer_by_the_strict_rule():
     for output in ("5", "The answer is 5."):
         assert judge("math", output, "5", False)["strict_verdict"] == "wrong", output
     assert judge("math", r"Not 4, but \boxed{5}.", "5", False)["strict_verdict"] == "correct"
+    for output in (r"\boxed {5}", r"\boxed 5", r"\boxed 5$ and 6"):
+        assert competition_math.extract_answer(output, strict=True) == "5", output
 
 
 @pytest.mark.parametrize("name", ["own", "test"])

@@ -15,7 +15,7 @@ from convert import peft as merge_lora
 from model.causal_lm import CausalLM, ModelConfig
 from model.generation import complete
 from model.lora import LoRALinear, add_lora, merge, weights_hash
-from model.weights import build_model, load, open_model, save_tensors
+from model.weights import build_model, load, open_model, require_adapters, save_tensors
 from tests.conftest import LORA, ROOT, run_here, sft, torchrun
 from trainer import train_full_sft
 from trainer.checkpoint import build_resumed
@@ -373,3 +373,9 @@ def test_new_adapters_are_drawn_as_those_of_peft():
             bound = module.in_features**-0.5
             assert 0.97 * bound < module.lora_A.abs().max() <= bound
             assert torch.all(module.lora_B == 0)
+
+
+@pytest.mark.parametrize("entry", ["lora", "under"])
+def test_adapters_need_their_configuration_and_the_name_of_their_weights(entry, tmp_path):
+    with pytest.raises(UserError, match="holds pretrain weights, not adapters"):
+        require_adapters({"stage": "pretrain", entry: {}}, tmp_path / "x.pth")

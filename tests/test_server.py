@@ -654,6 +654,7 @@ def test_a_packed_body_is_refused_by_its_name(running):
 @pytest.mark.parametrize("route", ["/", "/health", "/v1/models"])
 def test_head_and_options(running, route):
     whole = raw(running, request_bytes("GET", route))
+    assert whole.startswith(b"HTTP/1.1 200 ")
     head = raw(running, request_bytes("HEAD", route))
     same = [line for line in whole.split(b"\r\n\r\n")[0].splitlines() if b"Date" not in line]
     assert [line for line in head.splitlines() if line and b"Date" not in line] == same
@@ -1056,3 +1057,11 @@ def test_a_server_that_is_stopped_ends_its_threads(model):
     server.shutdown()
     thread.join(20)
     assert not thread.is_alive() and not server.batchers["tiny"].is_alive()
+
+
+def test_a_stop_may_be_one_text_of_several_characters(running, model):
+    text = alone(model, chat_ids("Who are you?"))
+    stop = text[4:7]
+    for given in (stop, [stop], ["never said", stop]):
+        _, answer = post(running, CHAT, {"messages": HI, "stop": given})
+        assert answer["choices"][0]["message"]["content"] == text[: text.index(stop)]
