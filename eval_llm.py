@@ -87,13 +87,7 @@ def parse(argv):
     for name, (kind, default, low, high, meaning) in SAMPLING.items():
         add(name, default, meaning, number(kind, low, high))
     add = parser.group("the page and the server")
-    add(
-        "serve",
-        None,
-        "serve the page and OpenAI's API on this port",
-        int,
-        metavar="PORT",
-    )
+    add("serve", None, "serve the page and OpenAI's API on this port", int, metavar="PORT")
     add("host", "127.0.0.1", "bind address for --serve (0.0.0.0 = all interfaces)")
     names = "for --serve: further host names, e.g. of a tunnel: NAME,NAME"
     add("allowed_hosts", "", names, metavar="NAMES")

@@ -75,7 +75,7 @@ def stem_of(name):
 
 
 def log_of(path):
-    """A log without its timings; None if there is none."""
+    """Return a log without its timings, or None without a log."""
     if not path.exists():
         return None
     timings = ("tokens_per_s", "data_wait_s")
@@ -188,7 +188,7 @@ def run_watched(script, flags, out, kill_at, writer):
 
 
 def newest_step(out, script, seed):
-    """The step of the checkpoint that the run of this seed would go on from; 0 if there is none."""
+    """Return the step from which the run of this seed would continue, or 0 without a checkpoint."""
     args = argparse.Namespace(save_dir=out, save_weight=script, hidden_size=None, use_moe=None)
     content = checkpoint.load_latest(args)
     ours = content and content["arguments"]["seed"] == seed

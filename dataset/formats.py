@@ -125,7 +125,7 @@ def to_conversation(record, name, notes):
         if weight == 1 and not is_assistant:
             notes["non-assistant turns marked as trained on: not supervised"] += 1
     if not conversation:
-        raise ValueError("all its turns are empty")
+        raise ValueError("all its turns were dropped")
     return conversation, record.get("tools") or messages[0].get("tools")
 
 

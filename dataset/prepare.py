@@ -310,12 +310,8 @@ def main(argv=None):
         add("--tokenizer_path", type=Path, default=SHIPPED_TOKENIZER)
         weight = "use the tokenizer of these weights: a .pth file, or a published model's folder"
         add("--weight", type=Path, help=weight)
-        add(
-            "--max_seq_len",
-            type=cli.number(int, 2),
-            default=512,
-            help="tokens per row (%(default)s)",
-        )
+        row_length = cli.number(int, 2)
+        add("--max_seq_len", type=row_length, default=512, help="tokens per row (%(default)s)")
         long = "how longer conversations are handled (%(default)s)"
         add("--overlong", choices=["truncate", "drop", "split"], default="truncate", help=long)
         return add

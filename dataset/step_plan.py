@@ -46,8 +46,8 @@ def split_samples(dataset, val_split, seed):
     """Return the indices of (training samples, validation samples).
 
     The i-th random number of the seed (seed, f) decides about record i of file f, so the split
-    stays the same when records are appended to a file, and no record is on both sides. In a dataset
-    so small that a side would be empty, one sample is moved.
+    stays the same when records are appended to a file, and a record's samples are all on one side.
+    In a dataset so small that a side would be empty, one sample is moved to it.
     """
     held_out = np.zeros(len(dataset), bool)
     for index, file in enumerate(dataset.files):

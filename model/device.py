@@ -56,7 +56,8 @@ def auto_dtype(device):
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so may be missing
+    has_bf16 = any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
     return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
 
 

@@ -149,12 +149,10 @@ def model_config_fields(config, weights, path):
         if config.get(name, supported) not in (supported, None)
     ]
     wrong += [f"RoPE of type {kind!r}"] if kind not in ("default", "llama3") else []
-    known_rope = {"rope_type", "type", "rope_theta"} | set(
-        SCALING.values() if kind == "llama3" else ()
-    )
-    wrong += [
-        f"{name} of RoPE" for name in rope if name not in known_rope and rope[name] is not None
-    ]
+    known_rope = ["rope_type", "type", "rope_theta"]
+    known_rope += SCALING.values() if kind == "llama3" else []
+    settings = [name for name, value in rope.items() if value is not None]
+    wrong += [f"{name} of RoPE" for name in settings if name not in known_rope]
     if set(config.get("layer_types") or []) - {"full_attention"}:
         wrong.append("layer_types other than full_attention")
     if wrong:

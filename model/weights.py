@@ -87,7 +87,7 @@ def print_summary(origin, model):
 
 
 def require_same_shape(args, config, path):
-    """Raise UserError if flags for the model's shape differ from its config."""
+    """Raise UserError if flags for the model's shape or context do not fit its config."""
     differ = []
     for name in SHAPE:
         value = getattr(args, name, None)

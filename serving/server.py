@@ -166,8 +166,8 @@ class Handler(JsonHandler):
         max_tokens = "max_completion_tokens"
         if body.get(max_tokens) is None:
             max_tokens = "max_tokens"
-        top_logprobs = None
-        if body.get("logprobs") not in (None, False):
+        logprobs, top_logprobs = body.get("logprobs"), None
+        if logprobs is not None and logprobs is not False:  # 0: the tokens' own log-probabilities
             top_logprobs = number(body, "top_logprobs" if chat else "logprobs", 0, 0, 20)
         request = Request(
             ids,

@@ -45,11 +45,7 @@ def test_cached_and_uncached_give_the_same_and_the_file_is_read_once(
 
 
 def test_other_content_options_or_tokenizer_are_another_cache(data, tmp_path):
-    for options in (
-        {},
-        {"keep_think": "none"},
-        {"data_format": "conversations"},
-    ):
+    for options in ({}, {"keep_think": "none"}, {"data_format": "conversations"}):
         SFTDataset(data / "sft.jsonl", load_tokenizer(), cache_dir=tmp_path, **options)
     other = load_tokenizer()
     other.add_tokens(["What"])

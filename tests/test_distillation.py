@@ -19,12 +19,7 @@ from model.tokenizer import load_tokenizer
 from model.weights import build_model, load
 from tests.conftest import ROOT, TINY, export, run, torchrun, write_jsonl
 from tests.test_training import assert_like_one
-from trainer import (
-    optimizer,
-    recorded_teacher,
-    train_distillation,
-    train_tokenizer,
-)
+from trainer import optimizer, recorded_teacher, train_distillation, train_tokenizer
 from trainer.distillation import Distillation, Teacher, add_projections
 from trainer.recorded_teacher import RecordedDataset
 from trainer.teacher import build_distillation

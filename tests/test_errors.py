@@ -200,10 +200,7 @@ class Malicious:
         ("empty", "damaged"),
         ("malicious", "could run any code"),
         ("missing weight", 'Missing key(s) in state_dict: "model.norm.weight"'),
-        (
-            "wrong shape",
-            "size mismatch for model.norm.weight",
-        ),
+        ("wrong shape", "size mismatch for model.norm.weight"),
         ("other program", "isn't a weights file of this program"),
     ],
 )
@@ -308,10 +305,7 @@ WRONG_FLAGS = [
     (["--from_weight", "x" * 300], "there is no "),
     (["--from_weight", "x" * 300 + ".pth"], "cannot be read: File name too long"),
     (["--num_attention_heads", "100"], "head_dim (0) must be even"),
-    (
-        ["--early_stop_patience", "1", "--val_split", "0"],
-        "--early_stop_patience needs --val_split",
-    ),
+    (["--early_stop_patience", "1", "--val_split", "0"], "--early_stop_patience needs --val_split"),
     (["--save_best_at_end", "1", "--val_split", "0"], "--save_best_at_end needs --val_split"),
     (["--best_metric", "tiny_world", "--val_split", "0"], "--best_metric needs --val_split"),
 ]

@@ -309,10 +309,7 @@ MISTAKES = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json isn't JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"12345678x"), "is damaged"),
-    "no tokenizer": (
-        lambda f: (f / "tokenizer.json").unlink(),
-        "has no tokenizer.json",
-    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "pickled": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "as pytorch_model.bin only, which could run any code",

@@ -395,10 +395,7 @@ LONG = "x" * 300 + ".jsonl"
             ["check", "--data_path", "F", "--batch_size", "x"],
             "--batch_size x: give a whole number from 1 to",
         ),
-        (
-            ["show", "--data_path", "F", "-n", -1],
-            "--n -1: give a whole number from 1 to",
-        ),
+        (["show", "--data_path", "F", "-n", -1], "--n -1: give a whole number from 1 to"),
         (
             ["show", "--data_path", "F", "--max_seq_len", 0],
             "--max_seq_len 0: give a whole number from 2 to",

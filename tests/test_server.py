@@ -136,6 +136,11 @@ def test_the_log_probabilities_are_those_of_the_model(running, model):
     second = found["choices"][0]["logprobs"]
     assert second["token_logprobs"][0] == pytest.approx(values[0].item(), abs=1e-4)
     assert list(second["top_logprobs"][0]) == second["tokens"][:1] == texts[:1]
+    _, reply = post(running, "/v1/completions", {"prompt": ids, "logprobs": 0, "max_tokens": 2})
+    third = reply["choices"][0]["logprobs"]  # 0 asks for the tokens' own, False for none
+    assert third["token_logprobs"] == second["token_logprobs"] and third["top_logprobs"] == [{}, {}]
+    _, reply = post(running, "/v1/completions", {"prompt": ids, "logprobs": False, "max_tokens": 2})
+    assert reply["choices"][0]["logprobs"] is None
 
 
 def test_each_of_many_requests_gets_its_own_answer(model):

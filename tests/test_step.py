@@ -24,10 +24,7 @@ from tests.conftest import ROOT, chat, torchrun, write_jsonl
 from trainer import runtime, train_full_sft, train_pretrain, training_run
 
 SCRIPTS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
-MODELS = {
-    "dense": {},
-    "moe": {"use_moe": True, "num_experts": 4, "router_aux_loss_coef": 0.5},
-}
+MODELS = {"dense": {}, "moe": {"use_moe": True, "num_experts": 4, "router_aux_loss_coef": 0.5}}
 WORDS = "one two three four five six seven eight nine ten".split()
 
 

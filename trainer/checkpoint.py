@@ -39,7 +39,7 @@ def checkpoint_step(path):
 
 def load_latest(args):
     """Load a run's latest intact checkpoint; returns its content with its "path". Prints a line and
-    returns None if there is none. Raises UserError if all are damaged.
+    returns None without a checkpoint. Raises UserError if all are damaged.
     """
     folder, name = args.save_dir / "checkpoints", args.save_weight
 

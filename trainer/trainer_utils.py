@@ -16,14 +16,7 @@ from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
 from model.loss import count_supervised
 from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
-from model.weights import (
-    SHAPE,
-    build_model,
-    find_weights,
-    load,
-    print_summary,
-    require_same_shape,
-)
+from model.weights import SHAPE, build_model, find_weights, load, print_summary, require_same_shape
 from trainer.checkpoint import build_resumed
 from trainer.runtime import rank_zero_first
 

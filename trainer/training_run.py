@@ -274,8 +274,7 @@ def resume(current, saved, args, model, optimizer, scaler):
             f"{saved_flags.get('optimizer')}; start a new run from the weights: --from_weight "
             f"{args.save_weight} --save_weight NAME"
         ) from None
-    from_current = ["data", "rows", "rows_per_step", "total_steps", "processes", "row_length"]
-    from_current.append("teacher")
+    from_current = "data rows rows_per_step total_steps processes row_length teacher".split()
     return dataclasses.replace(progress, **{name: getattr(current, name) for name in from_current})
 
 
