@@ -54,12 +54,19 @@ KEYS = {  # format: the keys its records have; the first matching format is used
 # Keys with which axolotl, LLaMA-Factory, ms-swift, torchtune and verl mark whether a message or a
 # record is trained on.
 LOSS_WEIGHT_KEYS = ("loss_weight", "weight", "loss_mask", "loss", "train", "training", "trainable")
-MASK_LIKE = re.compile(  # keys that look like a mask: train_detail and isMasked, but not weight_kg
-    r"((is|no|un|do|dont|not|use|should|skip|ignore|compute|exclude|from|assistant|turn)[_-]?)*"
-    r"(mask(s|ed)?|loss|train(ed|ing|able)?|weights?|supervised?)"
-    r"([_-]?(masks?|masked|loss|weights?|scale|detail|flags?|turns?|on))?",
-    re.IGNORECASE,
-)
+# A key looks like a mask if it consists of these words only: train_detail and isMasked, but not
+# weight_kg.
+MASK_WORDS = """mask masks masked unmasked nomask loss noloss lossmask train trained training
+    trainable untrained notrain donttrain weight weights supervise supervised
+    unsupervised""".split()
+MODIFIERS = """is no un do dont not use should skip ignore compute exclude from assistant turn turns
+    scale detail flag flags on""".split()
+
+
+def is_mask_like(key):
+    """Return whether a key of a record or a message seems to say what is trained on."""
+    words = {word.lower() for word in re.split(r"[_-]|(?<=[a-z])(?=[A-Z])", key)}
+    return not words.isdisjoint(MASK_WORDS) and words <= {*MASK_WORDS, *MODIFIERS}
 
 
 def detect_format(record):
@@ -105,15 +112,19 @@ def to_conversation(record, name, notes):
     missing = [key for key in KEYS[name] if key not in record]
     if missing:
         raise ValueError(f'it has no "{missing[0]}", which the format {name} needs')
-    messages = [message(turn, number) for number, turn in enumerate(turns(record, name), 1)]
-    weights = message_weights(record, "the record", [turn.get("loss_weight") for turn in messages])
+    turns = to_turns(record, name)
+    messages = [to_message(turn, number) for number, turn in enumerate(turns, 1)]
+    weights = [message.get("loss_weight") for message in messages]
+    weights = message_weights(record, "the record", weights)
     conversation = []
-    for turn, weight in zip(messages, weights, strict=True):
-        is_assistant = turn["role"] == "assistant"
+    for message, weight in zip(messages, weights, strict=True):
+        is_assistant = message["role"] == "assistant"
         if weight == 0:
-            turn["loss_weight"] = 0
+            message["loss_weight"] = 0
         has_content = (
-            turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls")
+            message["content"].strip()
+            or message.get("reasoning_content")
+            or message.get("tool_calls")
         )
         is_first = all(earlier["role"] == "system" for earlier in conversation)
         if is_assistant and not has_content:
@@ -121,7 +132,7 @@ def to_conversation(record, name, notes):
         elif is_assistant and is_first and weight != 0:
             notes["leading assistant turns dropped"] += 1
         else:
-            conversation.append(turn)
+            conversation.append(message)
         if weight == 1 and not is_assistant:
             notes["non-assistant turns marked as trained on: not supervised"] += 1
     if not conversation:
@@ -136,44 +147,47 @@ def message_weights(record, name, weights):
     """
     weights = list(weights)
     system = record.get("system") or record.get("system_prompt")
-    for key, value in record.items():
-        if value is None or not MASK_LIKE.fullmatch(key):
-            continue
+    for key, value in mask_flags(record).items():
         if isinstance(value, str) and value.lower() not in ("true", "false", "yes", "no", "0", "1"):
             continue  # a text, not a flag
-        flags = value if isinstance(value, list) else [value] * len(weights)
+        if not isinstance(value, list):
+            if parse_flag(key, value, name) == 0:
+                weights = [0] * len(weights)
+            continue
+        flags = value
         if system and len(flags) == len(weights) - 1:
             flags = [None, *flags]  # the system prompt isn't in the list of messages
         if len(flags) != len(weights):
             raise ValueError(
                 f"{name} has {key} with {len(value)} flags for {len(weights)} messages"
             )
-        for number, flag in enumerate(flags):
-            weight = parse_loss_weight({key: flag}, name)
-            if weight == 0 or (weight == 1 and isinstance(value, list) and weights[number] != 0):
-                weights[number] = weight
+        for index, flag in enumerate(flags):
+            if flag is None:
+                continue
+            weight = parse_flag(key, flag, name)
+            if weights[index] not in (None, weight):
+                raise ValueError(f"message {index + 1} is marked both as trained on and as not")
+            weights[index] = weight
     return weights
 
 
-def parse_loss_weight(turn, name):
-    """Return 1 or 0 if a message marks whether it is supervised, otherwise None. Raises ValueError
-    for a similar key or value that isn't known.
+def mask_flags(values):
+    """Return the entries of a record or a message whose key looks like a mask."""
+    return {k: value for k, value in values.items() if value is not None and is_mask_like(k)}
+
+
+def parse_flag(key, flag, name):
+    """Return a mask flag as a loss weight, 0 or 1. Raises ValueError, which begins with name, if
+    the key or the flag isn't known.
     """
-    weights = set()
-    for key, value in turn.items():
-        if value is None or not MASK_LIKE.fullmatch(key):
-            continue
-        if key not in (*LOSS_WEIGHT_KEYS, "masked") or value not in (0, 1):
-            known = key if key in LOSS_WEIGHT_KEYS else "loss_weight"
-            raise ValueError(f"{name} has {key} {value!r:.100}; give {known} 0 or 1")
-        weights.add(1 - int(value) if key == "masked" else int(value))
-    if len(weights) > 1:
-        raise ValueError(f"{name} is marked both as trained on and as not trained on")
-    return next(iter(weights), None)
+    if key not in (*LOSS_WEIGHT_KEYS, "masked") or flag not in (0, 1):
+        known = key if key in LOSS_WEIGHT_KEYS else "loss_weight"
+        raise ValueError(f"{name} has {key} {flag!r:.100}; give {known} 0 or 1")
+    return 1 - int(flag) if key == "masked" else int(flag)
 
 
-def turns(record, name):
-    """Return the turns of a record, not yet converted."""
+def to_turns(record, name):
+    """Return the turns of a record, not yet converted to messages."""
     system = record.get("system") or record.get("system_prompt")
     conversation = [{"role": "system", "content": system}] if system else []
     if len(KEYS[name]) == 1:
@@ -207,8 +221,8 @@ def turns(record, name):
 def as_context(turn):
     """Return the turn with loss_weight 0 as its only mask."""
     if not isinstance(turn, dict):
-        return turn  # `message` reports the error
-    turn = {key: value for key, value in turn.items() if not MASK_LIKE.fullmatch(key)}
+        return turn  # `to_message` reports the error
+    turn = {key: value for key, value in turn.items() if not is_mask_like(key)}
     return turn | {"loss_weight": 0}
 
 
@@ -222,7 +236,7 @@ def to_content(value, name):
     return require_text(json.dumps(value) if is_number else value, name)
 
 
-def message(turn, number):
+def to_message(turn, number):
     """Convert a turn to a message. Raises ValueError, naming its number."""
     if not isinstance(turn, dict) or not {"role", "from"} & set(turn):
         raise ValueError(f'message {number} is not {{"role": ..., "content": ...}}: {turn!r:.200}')
@@ -252,8 +266,12 @@ def message(turn, number):
         converted["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if turn.get("tools"):
         converted["tools"] = turn["tools"]
-    weight = parse_loss_weight(turn, f"message {number}")
-    return converted if weight is None else converted | {"loss_weight": weight}
+    weights = {parse_flag(k, v, f"message {number}") for k, v in mask_flags(turn).items()}
+    if len(weights) > 1:
+        raise ValueError(f"message {number} is marked both as trained on and as not trained on")
+    for weight in weights:
+        converted["loss_weight"] = weight
+    return converted
 
 
 def split_content(content, number):

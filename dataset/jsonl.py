@@ -48,7 +48,7 @@ def read_records(path, notes=None):
             repeated.update(record)
         return record
 
-    with open_text(path) as file:
+    with open_data_file(path) as file:
         try:
             lines = (line.strip(codecs.BOM_UTF8 + b" \t\r\n") for line in file)
             first_line = next(filter(None, lines), b"")
@@ -90,7 +90,7 @@ def is_conversation(value):
     return all({"content", "value", "tool_calls"} & set(message) for message in value)
 
 
-def open_text(path):
+def open_data_file(path):
     """Open a text file to read bytes, decompressing gzip. Raises UserError, naming the kind, if its
     first bytes are those of another file type.
     """
@@ -111,7 +111,7 @@ def require_lines(path):
     """Raise UserError, naming the kind, if a file whose first line isn't JSON is multi-line JSON,
     CSV or plain text. Reads the first 64 MB.
     """
-    with open_text(path) as file:
+    with open_data_file(path) as file:
         text = file.read(1 << 26).decode("utf-8-sig", "replace").lstrip()
     head, kind = text.partition("\n")[0].rstrip("\r"), ""
     try:

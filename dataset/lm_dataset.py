@@ -24,28 +24,33 @@ FILE, RECORD, START, END = range(4)
 
 
 class TokenDataset(Dataset):
-    """Base class: the samples of one or more files.
+    """Base class: the samples of one or more files. A subclass defines how a record becomes tokens,
+    `to_pieces`, and how a long record is split, `split_long`.
 
-    files    the Tokens of each file
-    samples  (n, 4) int64: each sample's file, its record in the file, and its start and end in the
-             file's tokens
-    dropped  number of records without a supervised token in any sample
-    cut      number of records longer than max_length
+    files         the Tokens of each file
+    samples       (n, 4) int64: each sample's file, its record in the file, and its start and end in
+                  the file's tokens
+    num_dropped   number of records without a supervised token in any sample
+    num_too_long  number of records longer than max_length
 
     data_path is a path or a list of paths; max_length is in tokens; strict and cache_dir as in
     `tokenize`. Raises UserError for a file without usable records, for two files with the same
     content, and if no sample is left.
     """
 
-    def __init__(self, data_path, tokenizer, max_length=1024, strict=False, **cache):
+    options = []  # what the tokens of a record depend on, except the record and the tokenizer
+
+    def __init__(self, data_path, tokenizer, max_length=1024, strict=False, cache_dir=None):
         paths = data_path if isinstance(data_path, list) else [data_path]
-        self.files, self.dropped, self.cut = [], 0, 0
+        self.files = []
+        self.num_dropped = 0
+        self.num_too_long = 0
         samples = []
         for path in paths:
-            tokens = self.read(path, tokenizer, strict, **cache)
+            tokens = self.read(path, tokenizer, strict, cache_dir)
             require_records(tokens.report, path)
-            if tokens.content in self.content:
-                first = self.files[self.content.index(tokens.content)].path
+            if tokens.sha256 in self.file_hashes:
+                first = self.files[self.file_hashes.index(tokens.sha256)].path
                 raise UserError(
                     f"{path} is a duplicate of {first}; its validation samples would leak into "
                     "training. Remove one, or give a weight, e.g. FILE:0.7"
@@ -59,26 +64,39 @@ class TokenDataset(Dataset):
                 f"in --max_seq_len {max_length}; raise it, or run dataset/prepare.py check"
             )
 
-    def read(self, path, tokenizer, strict, **cache):
+    def to_pieces(self, record, report):
+        """Return a record as [(piece, supervised)], as `chat_template.pieces` does, and note its
+        format in the report. Raises ValueError for a bad record.
+        """
+        raise NotImplementedError
+
+    def split_long(self, ids, mask, max_length):
+        """Return the [(start, end)] of the samples of a record that is longer than max_length."""
+        raise NotImplementedError
+
+    def read(self, path, tokenizer, strict, cache_dir):
         """Return the Tokens of a file."""
         options = [type(self).__name__, *self.options]
-        return tokenize(path, tokenizer, self.to_pieces, options, strict, **cache)
+        return tokenize(path, tokenizer, self.to_pieces, options, strict, cache_dir)
 
-    def make_samples(self, tokens, file, max_seq_len):
-        """Return the samples of a file, (n, 4): one per record, or several for a long record."""
+    def make_samples(self, tokens, file_index, max_length):
+        """Return the samples of a file, (n, 4): one per record, or several for a long record.
+        Counts the records that are too long and those that are dropped.
+        """
         starts, ends = tokens.offsets[:-1], tokens.offsets[1:]
-        samples = np.stack([np.full_like(starts, file), np.arange(len(starts)), starts, ends], 1)
+        files = np.full_like(starts, file_index)
+        samples = np.stack([files, np.arange(len(starts)), starts, ends], axis=1)
         samples = samples[tokens.supervised > 0]
-        too_long = samples[:, END] - samples[:, START] > max_seq_len
+        too_long = samples[:, END] - samples[:, START] > max_length
         parts = [samples[~too_long]]
         for _, record, start, end in samples[too_long].tolist():
             mask = tokens.mask[start:end]
-            for a, b in self.spans(tokens.ids[start:end], mask, max_seq_len):
+            for a, b in self.split_long(tokens.ids[start:end], mask, max_length):
                 if mask[a + 1 : b].any():  # a sample's first token is never predicted
-                    parts.append([[file, record, start + a, start + b]])
+                    parts.append([[file_index, record, start + a, start + b]])
         samples = np.concatenate(parts)
-        self.cut += int(too_long.sum())
-        self.dropped += len(starts) - len(np.unique(samples[:, RECORD]))
+        self.num_too_long += int(too_long.sum())
+        self.num_dropped += len(starts) - len(np.unique(samples[:, RECORD]))
         return samples[np.argsort(samples[:, START], kind="stable")]
 
     def __len__(self):
@@ -101,11 +119,11 @@ class TokenDataset(Dataset):
         return self.samples[:, END] - self.samples[:, START]
 
     @property
-    def content(self):
-        """Hash of each file."""
-        return [file.content for file in self.files]
+    def file_hashes(self):
+        """The sha256 of each file."""
+        return [file.sha256 for file in self.files]
 
-    def where(self, samples):
+    def file_lines(self, samples):
         """Return the files and lines of samples as text, for messages."""
         lines = {}
         for file, record, *_ in self.samples[samples].tolist():
@@ -121,8 +139,6 @@ class PretrainDataset(TokenDataset):
     every token except the document's first is predicted exactly once.
     """
 
-    options = ()
-
     def to_pieces(self, record, report):
         report["format"] = "text"
         text = formats.to_text(record)
@@ -130,10 +146,9 @@ class PretrainDataset(TokenDataset):
             raise ValueError('"text" is empty')
         return [(text, 1), (END_OF_TEXT, 1)]
 
-    def spans(self, ids, mask, max_seq_len):
-        """Split a long document; returns [(start, end)]."""
-        starts = range(0, len(ids), max_seq_len - 1)
-        return [(start, min(start + max_seq_len, len(ids))) for start in starts]
+    def split_long(self, ids, mask, max_length):
+        starts = range(0, len(ids), max_length - 1)
+        return [(start, min(start + max_length, len(ids))) for start in starts]
 
 
 class SFTDataset(TokenDataset):
@@ -162,28 +177,27 @@ class SFTDataset(TokenDataset):
                 answer.pop("reasoning_content", None)
         return pieces(messages, tools)
 
-    def spans(self, ids, mask, max_seq_len):
-        """Split a long conversation; returns [(start, end)]."""
+    def split_long(self, ids, mask, max_length):
         if self.overlong == "drop":
             return []
         # An answer ends at a supervised <|im_end|>. Text can't imitate one.
         ends = np.flatnonzero((ids == IM_END) & (mask == 1)) + 1
         spans, start, end = [], 0, 0
         while end < len(ids):
-            fitting = ends[(ends > start) & (ends <= start + max_seq_len)]
-            end = int(fitting[-1]) if len(fitting) else min(start + max_seq_len, len(ids))
+            fitting = ends[(ends > start) & (ends <= start + max_length)]
+            end = int(fitting[-1]) if len(fitting) else min(start + max_length, len(ids))
             spans.append((start, end))
             if self.overlong == "truncate":
                 break
             start = end if len(fitting) else end - 1  # overlap by one token, as in PretrainDataset
         return spans
 
-    def add_replay(self, dataset, num_tokens, max_seq_len, seed):
+    def add_replay(self, dataset, num_tokens, max_length, seed):
         """Add about num_tokens random tokens of a PretrainDataset, or all it has. Returns the
         indices of the new samples. Fine-tuning only on conversations makes a model forget
         everything else.
 
-        A replay sample is max_seq_len consecutive tokens of the file, so it holds several
+        A replay sample is max_length consecutive tokens of the file, so it holds several
         documents, as a conversation has several topics. Single documents don't teach reference to
         names introduced earlier.
         """
@@ -191,10 +205,10 @@ class SFTDataset(TokenDataset):
         for number, file in enumerate(dataset.files, len(self.files)):
             document_starts, total = file.offsets[:-1], int(file.offsets[-1])
             records = np.unique(
-                np.searchsorted(document_starts, range(0, document_starts[-1] + 1, max_seq_len))
+                np.searchsorted(document_starts, range(0, document_starts[-1] + 1, max_length))
             )
             starts = document_starts[records]
-            ends = np.minimum(starts + max_seq_len, total)
+            ends = np.minimum(starts + max_length, total)
             rows.append(np.stack([np.full_like(starts, number), records, starts, ends], 1))
         replayed = np.random.default_rng(seed).permutation(np.concatenate(rows))
         lengths = replayed[:, END] - replayed[:, START]

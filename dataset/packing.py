@@ -1,8 +1,8 @@
 """Sequence packing: short samples share a row, because padding wastes compute.
 
-A row also has each token's position in its sample (position_ids, from 0) and the index of its
-sample in the row (document_ids, -1 for padding), so that the model treats each sample
-independently.
+A row holds documents: samples, or the parts of one (`TokenDataset.documents`). It also has each
+token's position in its document (position_ids, from 0) and the index of its document in the row
+(document_ids, -1 for padding), so that the model treats each document independently.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from common import IGNORE, PAD
 
 MIN_ROW_LENGTH = 128  # minimum length of a packed row, unless max_seq_len is shorter
-ROW_MULTIPLE = 64  # row lengths are multiples: oneDNN caches compiled code per matmul size
+ROW_MULTIPLE = 64  # row lengths are multiples of it: oneDNN caches compiled code per matmul size
 ATTENTION_BREAK_EVEN = 2000  # see `row_length`; measured with the default model on a CPU
 MAX_SAMPLED = 2000  # samples that are packed to choose the row length
 
@@ -30,13 +30,16 @@ def row_length(lengths, max_seq_len):
     longest = int(lengths.max(initial=1))
     stride = math.ceil(max(1, len(lengths)) / MAX_SAMPLED)
     sampled = lengths[::stride].tolist()
-    costs = {}
-    for parts in range(1, 1 + max_seq_len // max(MIN_ROW_LENGTH, longest)):
+
+    def cost(T):
+        return len(best_fit_decreasing(sampled, T)) * T * (ATTENTION_BREAK_EVEN + T)
+
+    candidates = [max_seq_len]
+    for parts in range(2, 1 + max_seq_len // max(MIN_ROW_LENGTH, longest)):
         T = max_seq_len // parts
-        divides = T * parts == max_seq_len and T % ROW_MULTIPLE == 0
-        if parts == 1 or divides:
-            costs[T] = len(best_fit_decreasing(sampled, T)) * T * (ATTENTION_BREAK_EVEN + T)
-    return min(costs, key=costs.get, default=max_seq_len)
+        if T * parts == max_seq_len and T % ROW_MULTIPLE == 0:
+            candidates.append(T)
+    return min(candidates, key=cost)
 
 
 def best_fit_decreasing(lengths, max_seq_len):
@@ -73,14 +76,14 @@ def pad(documents, multiple=1, min_rows=1):
 
 
 def collate(rows, max_length=None, multiple=1, min_rows=1):
-    """Batch rows of samples as input_ids, labels, position_ids and document_ids, (B, T) each. T is
-    the longest row's length, rounded up to a multiple, but at most max_length; B is at least
+    """Batch rows of documents as input_ids, labels, position_ids and document_ids, (B, T) each. T
+    is the longest row's length, rounded up to a multiple, but at most max_length; B is at least
     min_rows.
 
-    A sample's first token has no label, because the token before it is from another sample. Without
+    A document's first token has no label, because the token before it is from another one. Without
     rows, return one token without loss: a dummy batch for ranks without data.
     """
-    T = max((sum(len(sample_ids) for sample_ids, _ in row) for row in rows), default=1)
+    T = max((sum(len(ids) for ids, _ in row) for row in rows), default=1)
     T = math.ceil(T / multiple) * multiple
     T = T if max_length is None else min(T, max_length)
     shape = (max(min_rows, len(rows)), T)
@@ -88,11 +91,11 @@ def collate(rows, max_length=None, multiple=1, min_rows=1):
     position_ids, document_ids = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for index, row in enumerate(rows):
         start = 0
-        for number, (sample_ids, sample_labels) in enumerate(row):
-            end = start + len(sample_ids)
-            input_ids[index, start:end] = sample_ids
-            labels[index, start + 1 : end] = sample_labels[1:]
-            position_ids[index, start:end] = torch.arange(len(sample_ids))
-            document_ids[index, start:end] = number
+        for document, (ids, document_labels) in enumerate(row):
+            end = start + len(ids)
+            input_ids[index, start:end] = ids
+            labels[index, start + 1 : end] = document_labels[1:]
+            position_ids[index, start:end] = torch.arange(len(ids))
+            document_ids[index, start:end] = document
             start = end
     return input_ids, labels, position_ids, document_ids

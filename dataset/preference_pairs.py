@@ -19,15 +19,13 @@ class PairDataset(TokenDataset):
     token is 2.
     """
 
-    options = ()
-
     def to_pieces(self, record, report):
         report["format"] = "preference"
         chosen, rejected, tools = to_pair(record)
-        first, *others = pieces(rejected, tools)
-        return [*pieces(chosen, tools), (first[0], 2), *others]
+        (first_piece, _), *remaining = pieces(rejected, tools)
+        return [*pieces(chosen, tools), (first_piece, 2), *remaining]
 
-    def spans(self, ids, mask, max_seq_len):
+    def split_long(self, ids, mask, max_length):
         return []
 
     def __getitem__(self, index):
@@ -41,13 +39,8 @@ class PairDataset(TokenDataset):
         return self[index]
 
 
-def to_pair(record):
-    """Convert a preference record. Returns (chosen, rejected, tools): two conversations for
-    `render`, whose shared messages aren't supervised.
-
-    Answers are text, a message, or messages; messages that start with another role than assistant
-    are the complete conversation. Raises ValueError for equal or empty answers.
-    """
+def find_prompt(record):
+    """Return the prompt of a preference record as a list of messages, [] if it has none."""
     prompt = next((record[key] for key in PROMPT_KEYS if record.get(key)), [])
     if isinstance(prompt, str):
         if record.get("input") and prompt != record["input"]:
@@ -55,6 +48,17 @@ def to_pair(record):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         raise ValueError(f"the prompt is text or a list of messages, not {prompt!r:.200}")
+    return prompt
+
+
+def to_pair(record):
+    """Convert a preference record. Returns (chosen, rejected, tools): two conversations for
+    `render`, whose shared messages aren't supervised.
+
+    Answers are text, a message, or messages; messages that start with another role than assistant
+    are the complete conversation. Raises ValueError for equal or empty answers.
+    """
+    prompt = find_prompt(record)
     missing = [key for key in formats.KEYS["preference"] if key not in record]
     if missing:
         raise ValueError(f'it has no "{missing[0]}"')
@@ -65,14 +69,16 @@ def to_pair(record):
         if record.get("system") and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": record["system"]})
     pairs = zip(chosen, rejected, strict=False)
-    num_shared = next((i for i, (a, b) in enumerate(pairs) if text_only(a) != text_only(b)), None)
+    num_shared = next(
+        (i for i, (a, b) in enumerate(pairs) if without_loss_weight(a) != without_loss_weight(b)),
+        None,
+    )
     if num_shared is None:
         raise ValueError("the answers are equal, or one is a prefix of the other")
     for conversation, key in ((chosen, "chosen"), (rejected, "rejected")):
         for turn in conversation[:num_shared]:
             turn["loss_weight"] = 0
-        has_next = len(conversation) > num_shared
-        if has_next and conversation[num_shared]["role"] != "assistant":
+        if conversation[num_shared]["role"] != "assistant":
             raise ValueError(f"{key} differs before the answer: in message {num_shared + 1}")
         answers = [turn for turn in conversation[num_shared:] if turn["role"] == "assistant"]
         if all(turn.get("loss_weight") == 0 for turn in answers):
@@ -80,7 +86,7 @@ def to_pair(record):
     return chosen, rejected, record.get("tools")
 
 
-def text_only(turn):
+def without_loss_weight(turn):
     """Return a message without its loss_weight."""
     return {key: value for key, value in turn.items() if key != "loss_weight"}
 
@@ -93,17 +99,17 @@ def with_answer(prompt, answer, key):
         answer = [answer]
     if not isinstance(answer, list) or not answer:
         raise ValueError(f"{key} is text, a message or messages, not {answer!r:.200}")
-    messages = [formats.message(turn, number) for number, turn in enumerate(answer, 1)]
+    messages = [formats.to_message(turn, number) for number, turn in enumerate(answer, 1)]
     if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
         raise ValueError(f"{key} is an empty answer")
     if messages[0]["role"] not in ("assistant", "tool"):
         return messages
     if not prompt:
         raise ValueError(f'it has no "prompt", and {key} has no user message')
-    return [formats.message(turn, number) for number, turn in enumerate(prompt, 1)] + messages
+    return [formats.to_message(turn, number) for number, turn in enumerate(prompt, 1)] + messages
 
 
-def counts(pairs):
+def pair_counts(pairs):
     """Count a batch's pairs, supervised tokens of chosen answers, and tokens without padding."""
     _, labels, _, document_ids = pairs
     supervised = labels != IGNORE

@@ -28,13 +28,13 @@ from dataset.jsonl import read_records
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import best_fit_decreasing, row_length
 from dataset.preference_pairs import PairDataset
-from dataset.step_plan import flat
+from dataset.step_plan import flatten
 from model.tokenizer import NAMED_CONTROL_TOKENS, SHIPPED_TOKENIZER, load_tokenizer
 from model.weights import load_tensors
 
 STYLES = {  # kind of token: terminal codes (before, after); control tokens are underlined
     "supervised": ("\033[32m", "\033[0m"),
-    "other": ("\033[90m", "\033[0m"),
+    "plain": ("\033[90m", "\033[0m"),
     "supervised control": ("\033[32m\033[4m", "\033[0m"),
     "control": ("\033[35m\033[4m", "\033[0m"),
 }
@@ -45,9 +45,11 @@ PLAIN |= dict.fromkeys(("supervised", "supervised control"), ("[", "]"))
 def open_data(path, tokenizer, max_seq_len, overlong="truncate"):
     """Open a file as documents, pairs or conversations, depending on its first known record."""
     for _, record in read_records(path):
+        if isinstance(record, ValueError):  # a bad record; the dataset counts it
+            continue
         try:
             name = formats.detect_format(record)
-        except (ValueError, TypeError):  # a bad record; the dataset counts it
+        except ValueError:
             continue
         if kind := {"text": PretrainDataset, "preference": PairDataset}.get(name):
             return kind(path, tokenizer, max_seq_len)
@@ -117,8 +119,8 @@ def file_report(path, tokenizer, args):
             str(q): int(np.quantile(lengths, q)) for q in (0, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
         },
         "max_seq_len": args.max_seq_len,
-        "longer": data.cut,
-        "dropped": data.dropped,
+        "longer": data.num_too_long,
+        "dropped": data.num_dropped,
         "samples": len(data),
         "packed_rows": num_rows,
         "tokens_per_row": T,
@@ -160,9 +162,9 @@ def show(args):
             T = row_length(data.lengths, args.max_seq_len)
             numbers = best_fit_decreasing(data.lengths.tolist(), T)
         for row in numbers[: args.n]:
-            samples = flat(data.documents(sample) for sample in row)
-            samples = [label_spans(*sample, tokenizer, args.ids) for sample in samples]
-            rows.append((f"{data.where(row)}: {sum(map(len, samples))} tokens", samples))
+            samples = flatten(data.documents(sample) for sample in row)
+            samples = [styled_tokens(*sample, tokenizer, args.ids) for sample in samples]
+            rows.append((f"{data.file_lines(row)}: {sum(map(len, samples))} tokens", samples))
     if args.html:
         page = Path(__file__).with_name("show.html").read_text(encoding="utf-8")
         with atomic_write(args.html) as file:
@@ -192,15 +194,16 @@ def as_html(rows):
     return "\n".join(sections)
 
 
-def label_spans(input_ids, labels, tokenizer, with_ids):
+def styled_tokens(input_ids, labels, tokenizer, with_ids):
     """Return a sample as a list of (kind of token, text). A character that spans several tokens is
     shown at the last. A sample's first token is never predicted, so it isn't supervised.
     """
-    spans, pending = [], []
+    spans = []
+    pending = []  # tokens of an incomplete character
     pairs = zip(input_ids.tolist(), labels.tolist(), strict=True)
     for position, (token, label) in enumerate(pairs):
         supervised = label == token and position > 0
-        kind = "supervised" if supervised else "other"
+        kind = "supervised" if supervised else "plain"
         if token < NAMED_CONTROL_TOKENS:
             kind = "supervised control" if supervised else "control"
             text = tokenizer.id_to_token(token)
@@ -213,6 +216,8 @@ def label_spans(input_ids, labels, tokenizer, with_ids):
             else:
                 pending = []
         spans.append((kind, f"{text}[{token}]" if with_ids else text))
+    if pending:  # the sample ends within a character
+        spans.append((kind, tokenizer.decode(pending)))
     return spans
 
 
@@ -310,8 +315,8 @@ def main(argv=None):
         add("--tokenizer_path", type=Path, default=SHIPPED_TOKENIZER)
         weight = "use the tokenizer of these weights: a .pth file, or a published model's folder"
         add("--weight", type=Path, help=weight)
-        row_length = cli.number(int, 2)
-        add("--max_seq_len", type=row_length, default=512, help="tokens per row (%(default)s)")
+        tokens = "tokens per row (%(default)s)"
+        add("--max_seq_len", type=cli.number(int, 2), default=512, help=tokens)
         long = "how longer conversations are handled (%(default)s)"
         add("--overlong", choices=["truncate", "drop", "split"], default="truncate", help=long)
         return add

@@ -47,7 +47,7 @@ def split_samples(dataset, val_split, seed):
 
     The i-th random number of the seed (seed, f) decides about record i of file f, so the split
     stays the same when records are appended to a file, and a record's samples are all on one side.
-    In a dataset so small that a side would be empty, one sample is moved to it.
+    Only in a dataset so small that a side would be empty, one sample is moved to it.
     """
     held_out = np.zeros(len(dataset), bool)
     for index, file in enumerate(dataset.files):
@@ -88,19 +88,20 @@ def mix(samples, dataset, sources, seed):
 class StepPlan:
     """The samples and batches of each optimizer step; len(plan) is the number of steps.
 
-    samples      the samples of the latest step
-    row_length   length of packed rows in tokens, or None
+    step_samples  the samples of the latest step
+    row_length    length of packed rows in tokens, or None
     """
 
-    def __init__(self, dataset, samples, args, runtime):
-        self.dataset, self.args, self.device = dataset, args, runtime.device
+    def __init__(self, dataset, train_samples, args, runtime):
+        self.dataset, self.args, self.runtime = dataset, args, runtime
+        self.train_samples = train_samples
         self.row_length = None
         if args.packing:
             self.row_length = row_length(dataset.lengths, args.max_seq_len)
         self.rows_per_step = args.batch_size * args.accumulation_steps * runtime.world_size
-        self.rank, self.world_size = runtime.rank, runtime.world_size
-        self.train_samples, self.samples = samples, []
-        self.epoch, self.epoch_steps = 0, self.plan_epoch(0)
+        self.step_samples = []
+        self.epoch = 0
+        self.epoch_steps = self.plan_epoch(0)
         self.steps_per_epoch = len(self.epoch_steps)
 
     def __len__(self):
@@ -108,21 +109,22 @@ class StepPlan:
 
     def plan_epoch(self, epoch):
         """Return this rank's steps of an epoch; see `epoch_plan`."""
-        ranks = self.rank, self.world_size
-        return epoch_plan(self.dataset, self.train_samples, self.args, epoch, *ranks)
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        return epoch_plan(self.dataset, self.train_samples, self.args, epoch, rank, world_size)
 
-    def after(self, step):
+    def steps_after(self, step):
         """Yield the micro-batches, as `collate` returns them, of each step after the first `step`
         steps.
         """
         while step < len(self):
             epoch, first = divmod(step, self.steps_per_epoch)
             if epoch != self.epoch:
-                self.epoch, self.epoch_steps = epoch, self.plan_epoch(epoch)
+                self.epoch = epoch
+                self.epoch_steps = self.plan_epoch(epoch)
             steps = self.epoch_steps[first:]
-            loaded = batches(self.dataset, flat(steps), self.args, self.device)
+            loaded = batches(self.dataset, flatten(steps), self.args, self.runtime.device)
             for micro_batches in steps:
-                self.samples = flat(flat(micro_batches))
+                self.step_samples = flatten(flatten(micro_batches))
                 yield [next(loaded) for _ in micro_batches]
             step += len(steps)
 
@@ -138,22 +140,30 @@ def epoch_plan(dataset, samples, args, epoch, rank=0, world_size=1):
     """
     rng = np.random.default_rng([args.seed, epoch])
     order = rng.permutation(np.asarray(samples, np.int64)).tolist()
-    rows, rows_per_batch = [[sample] for sample in order], args.batch_size
+    rows_per_batch, T = micro_batch_shape(dataset.lengths, args)
     if args.packing:
-        T = row_length(dataset.lengths, args.max_seq_len)
         packed = best_fit_decreasing(dataset.lengths[order].tolist(), T)
         rows = [[order[item] for item in packed[index]] for index in rng.permutation(len(packed))]
-        rows_per_batch *= args.max_seq_len // T
+    else:
+        rows = [[sample] for sample in order]
     plan = []
-    for step_rows in cut(rows, rows_per_batch * args.accumulation_steps * world_size):
-        micro_batches = cut(step_rows, rows_per_batch)
+    for step_rows in batched(rows, rows_per_batch * args.accumulation_steps * world_size):
+        micro_batches = batched(step_rows, rows_per_batch)
         while len(micro_batches) % world_size:
             micro_batches.append([])
         plan.append(micro_batches[rank::world_size])
     return plan
 
 
-def flat(lists):
+def micro_batch_shape(lengths, args):
+    """Return (rows, maximum tokens per row) of a micro-batch of samples with these lengths."""
+    if not args.packing:
+        return args.batch_size, args.max_seq_len
+    T = row_length(lengths, args.max_seq_len)
+    return args.batch_size * (args.max_seq_len // T), T
+
+
+def flatten(lists):
     """Concatenate lists."""
     return [item for items in lists for item in items]
 
@@ -167,7 +177,7 @@ def token_counts(micro_batches):
     return supervised, tokens
 
 
-def cut(items, size):
+def batched(items, size):
     """Split a list into parts of a size; the last may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
@@ -179,7 +189,7 @@ class Rows(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, row):
-        return flat(self.dataset.documents(sample) for sample in row)
+        return flatten(self.dataset.documents(sample) for sample in row)
 
 
 def batches(dataset, micro_batches, args, device):
@@ -194,17 +204,13 @@ def batches(dataset, micro_batches, args, device):
     workers = args.num_workers
     if workers is None:
         workers = 2 if on_gpu and sys.platform != "win32" else 0
-    T = int(dataset.lengths.max(initial=1))  # the longest sample
-    num_rows, multiple = args.batch_size, 1
-    if args.packing:
-        T = row_length(dataset.lengths, args.max_seq_len)
-        num_rows *= args.max_seq_len // T
-        multiple = ROW_MULTIPLE
-    elif on_gpu:  # FlexAttention computes blocks of 128 tokens
-        T = min(args.max_seq_len, math.ceil(T / 128) * 128)
+    num_rows, T = micro_batch_shape(dataset.lengths, args)
+    if on_gpu and not args.packing:  # the longest sample; FlexAttention computes blocks of 128
+        T = min(T, math.ceil(int(dataset.lengths.max(initial=1)) / 128) * 128)
     if on_gpu:
         collate_rows = partial(collate, max_length=T, multiple=T, min_rows=num_rows)
     else:
+        multiple = ROW_MULTIPLE if args.packing else 1
         collate_rows = partial(collate, max_length=T, multiple=multiple)
     return iter(
         DataLoader(

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class Tokens:
     lines       (R,) int64, line number (or index in a JSON array) of each record
     report      {"format", "records", "bad", "bad_lines": [[line, reason]], "characters", "notes"}
     path        the file
-    content     hash of the file
+    sha256      of the file
     """
 
     ids: np.ndarray
@@ -53,7 +54,7 @@ class Tokens:
     lines: np.ndarray
     report: dict
     path: Path
-    content: str
+    sha256: str
 
     def __getstate__(self):
         """Pickle support for DataLoader workers, which reopen the memory maps."""
@@ -76,20 +77,22 @@ def tokenize(path, tokenizer, to_pieces, options, strict=False, cache_dir=None):
     bad record; options is a list of everything else that its result depends on. Raises UserError
     for a missing file, a full disk, and, with strict, for the first bad record.
     """
-    path, content = Path(path), content_hash(path)
+    path = Path(path)
+    sha256 = content_hash(path)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    write = partial(write_tokens, path, tokenizer, to_pieces, strict, dtype)
     if cache_dir is None:
         ids, mask = io.BytesIO(), io.BytesIO()
-        counts = write_tokens(path, tokenizer, to_pieces, strict, dtype, ids, mask)
+        counts = write(ids, mask)
         arrays = np.frombuffer(ids.getbuffer(), dtype), np.frombuffer(mask.getbuffer(), "u1")
-        return Tokens(*arrays, *counts, path, content)
-    folder = Path(cache_dir) / cache_key(content, tokenizer, options)
+        return Tokens(*arrays, *counts, path, sha256)
+    folder = Path(cache_dir) / cache_key(sha256, tokenizer, options)
     try:
         if folder.is_dir() and not is_intact(folder):
             print(f"the cache {folder} is damaged: tokenizing {path} again")
             shutil.rmtree(folder)
         if not folder.is_dir():
-            build(folder, path, tokenizer, to_pieces, strict, dtype)
+            build(folder, write)
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         if strict and report["bad"]:
             raise bad_record(path, *report["bad_lines"][0])
@@ -100,7 +103,7 @@ def tokenize(path, tokenizer, to_pieces, options, strict=False, cache_dir=None):
             f"the cache {folder} cannot be used: {error.strerror or error}. Free some space, or "
             "choose another --save_dir or --cache_dir"
         ) from None
-    return Tokens(ids, mask, *arrays, report, path, content)
+    return Tokens(ids, mask, *arrays, report, path, sha256)
 
 
 def memory_map(path, dtype):
@@ -114,9 +117,9 @@ def content_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cache_key(content, tokenizer, options):
+def cache_key(sha256, tokenizer, options):
     """Return the name of a cache folder; it doesn't depend on the file's name."""
-    text = json.dumps([VERSION, content, tokenizer.to_str(), options])
+    text = json.dumps([VERSION, sha256, tokenizer.to_str(), options])
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
@@ -129,13 +132,15 @@ def is_intact(folder):
         return False
 
 
-def build(folder, path, tokenizer, to_pieces, strict, dtype):
-    """Build a cache in a temporary folder and rename it; an interrupted build leaves nothing."""
+def build(folder, write):
+    """Build a cache in a temporary folder and rename it; an interrupted build leaves nothing.
+    write(ids_file, mask_file) is `write_tokens` of a file.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name[:8]}.", dir=folder.parent))
     try:
         with (part / "ids.bin").open("wb") as ids, (part / "mask.bin").open("wb") as mask:
-            *arrays, report = write_tokens(path, tokenizer, to_pieces, strict, dtype, ids, mask)
+            *arrays, report = write(ids, mask)
         for name, array in zip(ARRAYS, arrays, strict=True):
             np.save(part / f"{name}.npy", array)
         (part / "report.json").write_text(json.dumps(report), encoding="utf-8")

@@ -44,7 +44,7 @@ def table(names, columns, input_ids, labels, tokenizer, coloured):
         cells = "".join(f"{column[position]:12.3f}" for column in columns)
         label_text = "-" if label == IGNORE else label
         line = f"{text(token):20}{text(target):20}{label_text:>6}{cells}"
-        before, after = STYLES["other" if label == IGNORE else "supervised"]
+        before, after = STYLES["plain" if label == IGNORE else "supervised"]
         lines.append(f"{before}{line}{after}" if coloured else line)
     return lines
 

@@ -26,7 +26,7 @@ from cli import Parser, choose_from, number
 from common import IGNORE, ROOT, atomic_write
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import pad
-from dataset.step_plan import cut
+from dataset.step_plan import batched
 from dataset.tiny_world import SFT
 from model.device import DTYPES, pick_device, pick_dtype
 from model.lora import weights_hash
@@ -55,8 +55,8 @@ def main(argv=None):
     manifest |= {"aux_layers": layers, "teacher": weights_hash(model)}
     manifest["config"] = dataclasses.asdict(model.config)
     order = dataset.samples[sum(parts.values(), [])]
-    manifest["data"] = [*dataset.content, hashlib.sha256(order.tobytes()).hexdigest()]
-    shards = {part: cut(samples, args.shard_size) for part, samples in parts.items()}
+    manifest["data"] = [*dataset.file_hashes, hashlib.sha256(order.tobytes()).hexdigest()]
+    shards = {part: batched(samples, args.shard_size) for part, samples in parts.items()}
     manifest["shards"] = {part: len(part_shards) for part, part_shards in shards.items()}
     begin(args.offline_dir, manifest, model, tokenizer)
 
@@ -149,7 +149,7 @@ def record(teacher, dataset, samples, batch_size, device, autocast, dtype):
     lengths = [len(input_ids) for input_ids, _ in tokens]
     states = [None] * len(samples)
     by_length = sorted(range(len(samples)), key=lengths.__getitem__)  # less padding
-    for batch in cut(by_length, batch_size):
+    for batch in batched(by_length, batch_size):
         input_ids = pad([tokens[i] for i in batch])[0].to(device)  # padding comes last
         with autocast:
             batch_states = torch.stack(teacher(input_ids), dim=2)  # (B, T, 1 + L, D)

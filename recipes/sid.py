@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import Parser, number
 from common import UserError, is_folder, read_json, report_user_errors
 from dataset.formats import is_texts
-from dataset.jsonl import open_text
+from dataset.jsonl import open_data_file
 from dataset.prepare import assign_parts, write_parts
 
 ASK = {  # task: the question; {0} is the history, the title or the id
@@ -127,7 +127,7 @@ def require_valid(folder, index, items):
 
 def read_histories(path):
     """Yield the rows of a CSV file with parsed list columns. Raises UserError with the line."""
-    with io.TextIOWrapper(open_text(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_data_file(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
             for row in reader:

@@ -191,7 +191,7 @@ class Handler(JsonHandler):
             raise ValueError("tool_choice other than auto and none is not supported")
         tools = None if body.get("tool_choice") == "none" else tools
         if isinstance(messages, list):
-            messages = [formats.message(turn, number) for number, turn in enumerate(messages, 1)]
+            messages = [formats.to_message(turn, number) for number, turn in enumerate(messages, 1)]
         return render(messages, tools, True, self.served.tokenizer)[0]
 
     def prompt_ids(self, prompt):

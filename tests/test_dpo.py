@@ -10,7 +10,7 @@ import torch
 from common import IGNORE
 from dataset.formats import detect_format
 from dataset.packing import collate
-from dataset.preference_pairs import PairDataset, counts, to_pair
+from dataset.preference_pairs import PairDataset, pair_counts, to_pair
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
 from model.preference_losses import dpo_loss, pair_log_probabilities
@@ -317,8 +317,8 @@ def test_the_tokens_of_a_pair_are_counted_by_hand():
         return ids[:length], labels
 
     rows = [[sample(5, 2), sample(7, 4)], [sample(3, 1), sample(4, 3)]]
-    assert counts(collate(rows)) == (2, 3, 19)
-    assert counts(collate([[sample(3, 3), sample(2, 1)]])) == (1, 2, 5)
+    assert pair_counts(collate(rows)) == (2, 3, 19)
+    assert pair_counts(collate([[sample(3, 3), sample(2, 1)]])) == (1, 2, 5)
 
 
 def test_pairs_of_another_file_have_a_reference_of_their_own(trained, pairs, tmp_path):

@@ -116,7 +116,7 @@ def test_bad_lines_among_good_ones_are_counted_with_their_numbers(tmp_path):
 def test_what_truncation_leaves_without_anything_to_learn_is_dropped_and_counted(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [chat("Hi", "Hello you."), chat("Hi " * 200, "You?")])
     dataset = SFTDataset(path, load_tokenizer(), max_length=64)
-    assert (len(dataset), dataset.dropped) == (1, 1)
+    assert (len(dataset), dataset.num_dropped) == (1, 1)
     whole, _ = dataset[0]
     input_ids, labels = SFTDataset(path, load_tokenizer(), max_length=len(whole) - 3)[0]
     assert torch.equal(input_ids, whole[:-3]) and (labels != -100).any()

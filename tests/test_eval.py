@@ -652,12 +652,14 @@ def test_each_process_answers_its_share_of_the_problems(gsm8k, monkeypatch, shar
     for rank in range(3):
         keep = lambda value: solved.append(value) or [value]  # noqa: E731
         compute = SimpleNamespace(rank=rank, world_size=3, sum=keep)
-        trainer_utils.selection_score(model, None, task, 0.0, compute)
+        trainer_utils.task_score(model, None, task, compute)
     golds = [problem["gold"] for problem in task.problems]
     assert asked == ([golds] * 3 if sharded else [golds[rank::3] for rank in range(3)])
+    assert solved == ([] if sharded else [len(golds[rank::3][::2]) for rank in range(3)])
     everything = SimpleNamespace(rank=0, world_size=3, sum=lambda _: [sum(solved)])
-    score = trainer_utils.selection_score(model, None, task, 0.0, everything)
-    assert score == pytest.approx(sum(solved) / len(golds) / (3 if sharded else 1))
+    score = trainer_utils.task_score(model, None, task, everything)
+    num_solved = len(golds[::2]) if sharded else sum(solved)
+    assert score == pytest.approx(num_solved / len(golds))
 
 
 def test_every_megabyte_of_weights_is_hashed(tmp_path, monkeypatch):

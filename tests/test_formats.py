@@ -404,7 +404,11 @@ def test_overlong_conversations_are_cut_between_turns(tmp_path, overlong, rows):
     length = len(render(turn * 2)[0])
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": turn * 6}, {"messages": turn}])
     dataset = SFTDataset(path, tokenizer, max_length=length + 5, overlong=overlong)
-    assert len(dataset) == rows + 1 and dataset.cut == 1 and dataset.dropped == (rows == 0)
+    assert (
+        len(dataset) == rows + 1
+        and dataset.num_too_long == 1
+        and dataset.num_dropped == (rows == 0)
+    )
     for input_ids, labels in [dataset[i] for i in range(len(dataset))]:
         assert len(input_ids) <= length + 5 and 2 in labels
         assert input_ids[-1] == 2 or input_ids[-2] == 2  # ends with a whole answer

@@ -397,7 +397,7 @@ def test_a_lost_process_is_named(data, tmp_path):
         "    return lr(optimizer, step, *more)\n"
         "train.set_learning_rate = dies\n"
         "from common import report_user_errors\n"
-        "with report_user_errors(), train.report_lost_process(): train.main()\n",
+        "with report_user_errors(), train.torchrun_process(): train.main()\n",
         encoding="utf-8",
     )
     flags = [*SMALL[:-2], "--data_path", data / "pretrain.jsonl", "--save_dir", tmp_path]

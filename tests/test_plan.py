@@ -9,7 +9,7 @@ import torch
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.prepare import assign_parts
-from dataset.step_plan import Source, StepPlan, epoch_plan, flat, mix, split_samples
+from dataset.step_plan import Source, StepPlan, epoch_plan, flatten, mix, split_samples
 from model.tokenizer import load_tokenizer
 from tests.conftest import TINY, chat, run_here, write_jsonl
 
@@ -63,12 +63,12 @@ def test_what_fits_exactly_is_whole_and_one_token_more_is_cut(tmp_path, kind):
     ways = ("truncate", "split", "drop") if kind is SFTDataset else (None,)
     for options in ({"overlong": way} if way else {} for way in ways):
         data = kind(path, load_tokenizer(), len(whole), **options)
-        assert (len(data), data.cut, data.dropped) == (1, 0, 0)
+        assert (len(data), data.num_too_long, data.num_dropped) == (1, 0, 0)
         assert data[0][0].tolist() == whole.tolist() and data[0][1].tolist() == labels.tolist()
         data = kind(path, load_tokenizer(), len(whole) + 1, **options)
-        assert (len(data), data.cut) == (1, 0)
+        assert (len(data), data.num_too_long) == (1, 0)
     data = kind(path, load_tokenizer(), len(whole) - 1)
-    assert data.cut == 1 and max(data.lengths) < len(whole)
+    assert data.num_too_long == 1 and max(data.lengths) < len(whole)
     if kind is SFTDataset:  # the newline after the last answer is cut, and no more
         assert data[0][0].tolist() == whole[:-1].tolist()
 
@@ -189,7 +189,7 @@ def test_a_long_conversation_is_split_behind_its_answers():
         ("drop", 4, []),
     ):
         dataset.overlong = overlong
-        assert dataset.spans(ids, mask, limit) == spans, (overlong, limit)
+        assert dataset.split_long(ids, mask, limit) == spans, (overlong, limit)
 
 
 def test_each_epoch_of_a_run_has_its_own_order(data):
@@ -201,12 +201,12 @@ def test_each_epoch_of_a_run_has_its_own_order(data):
     runtime = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1)
     samples = list(range(len(dataset)))
     plan, taken = StepPlan(dataset, samples, args, runtime), []
-    for batches in plan.after(0):
+    for batches in plan.steps_after(0):
         assert len(batches[0][0]) <= 3
-        taken.append(plan.samples)
+        taken.append(plan.step_samples)
     steps = [step for epoch in range(3) for step in epoch_plan(dataset, samples, args, epoch)]
-    expected = [flat(flat(step)) for step in steps]
+    expected = [flatten(flatten(step)) for step in steps]
     assert taken == expected and taken[: len(taken) // 3] != taken[-(len(taken) // 3) :]
     rest = StepPlan(dataset, samples, args, runtime)
-    later = [list(rest.samples) for _ in rest.after(len(taken) - 3)]
+    later = [list(rest.step_samples) for _ in rest.steps_after(len(taken) - 3)]
     assert later == taken[-3:]

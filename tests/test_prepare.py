@@ -99,7 +99,7 @@ def test_check_says_what_a_run_would_do(data, name):
     assert (table["samples"], table["packed_rows"]) == (len(dataset), len(rows))
     assert table["steps_per_epoch"] == len(plan) == -(-len(rows) // size)
     assert table["packing_efficiency"] == pytest.approx(sum(dataset.lengths) / len(rows) / 40)
-    assert table["longer"] == sum(whole.lengths > 40) and table["dropped"] == dataset.dropped
+    assert table["longer"] == sum(whole.lengths > 40) and table["dropped"] == dataset.num_dropped
     lengths, labels = sum(whole.lengths), [labels[1:] for _, labels in whole]
     assert table["tokens"] == lengths
     assert table["supervised"] == pytest.approx(sum(int((x >= 0).sum()) for x in labels) / lengths)

@@ -139,9 +139,9 @@ def test_the_next_command_of_pretraining_trains_on(data, tmp_path, capsys):
 def test_without_flags_the_next_command_has_none(monkeypatch):
     args = SimpleNamespace(save_weight="full_sft", save_dir=ROOT / "out", use_lora=False)
     monkeypatch.chdir(ROOT)
-    assert next_command(args) == "python eval_llm.py"
+    assert next_command(args, "full_sft") == "python eval_llm.py"
     monkeypatch.chdir(ROOT / "docs")
-    assert next_command(args).replace("\\", "/").strip("'") == "python ../eval_llm.py"
+    assert next_command(args, "full_sft").replace("\\", "/").strip("'") == "python ../eval_llm.py"
 
 
 def test_an_early_stop_says_what_did_not_get_better(data, tmp_path, monkeypatch, capsys):

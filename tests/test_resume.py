@@ -9,6 +9,7 @@ import re
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.test_errors import refused
 from tests.test_training import StopAt, assert_equal, flags, log, weights
 from trainer import checkpoint, train_distillation, train_full_sft, trainer_utils, training_run
 from trainer.optimizer import set_learning_rate
-from trainer.training_run import MAY_CHANGE, Progress
+from trainer.training_run import MAY_CHANGE, Progress, RunSpec, TrainingRun
 from trainer.training_run import resume as resume_run
 
 SFT = "trainer/train_full_sft.py"
@@ -79,7 +80,7 @@ def test_weights_that_are_the_best_already_are_not_replaced_by_the_last(data, tm
 
 
 def test_patience_begins_anew_with_each_better_validation():
-    run = Progress(["x"], 5, 8, 9)
+    run = Progress()
     assert [run.note_score(score) for score in (-3, -4, -2, -5, -6)] == [
         True,
         False,
@@ -87,7 +88,10 @@ def test_patience_begins_anew_with_each_better_validation():
         False,
         False,
     ]
-    assert run.is_finished(2) and not run.is_finished(3) and not run.is_finished(0)
+    for patience, is_finished in ((2, True), (3, False), (0, False)):
+        args, spec = SimpleNamespace(early_stop_patience=patience), SimpleNamespace(total_steps=9)
+        state = SimpleNamespace(args=args, spec=spec, progress=run)
+        assert TrainingRun.is_finished.fget(state) == is_finished, patience
 
 
 def test_a_new_run_under_an_old_name_keeps_the_old_files_until_it_is_complete(
@@ -274,14 +278,17 @@ OTHER = {  # a value that each flag that decides the result may have instead
 }  # fmt: skip
 
 
+SPEC = RunSpec(data=["x"], rows=5, rows_per_step=8, total_steps=1)
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_a_flag_that_decides_the_result_may_not_change(name):
     args = parse(["--from_weight", "none"], train_distillation)
-    saved = {"arguments": vars(args), "run": vars(Progress(["x"], 5, 8, 1)), "path": "it.pth"}
+    saved = {"arguments": vars(args), "run": vars(SPEC) | vars(Progress()), "path": "it.pth"}
     changed = copy.copy(args)
     setattr(changed, name, OTHER[name])
     with pytest.raises(UserError, match=rf"but {name} is {re.escape(str(OTHER[name]))} and was"):
-        resume_run(Progress(["x"], 5, 8, 1), saved, changed, None, None, None)
+        resume_run(SPEC, saved, changed, None, None, None)
 
 
 def test_every_flag_may_change_or_may_not():
@@ -369,7 +376,7 @@ def test_an_optimizer_that_does_not_fit_is_said_even_by_force(data, tmp_path, mo
 
 
 def test_a_finite_step_ends_a_row_of_bad_ones():
-    progress = Progress(["x"], 5, 8, 99)
+    progress = Progress()
     counts = []
     for grad_norm in (float("nan"), float("inf"), 1.0, float("nan"), 2.0):
         progress.advance(10, grad_norm)

@@ -116,7 +116,7 @@ def watched_run(stage, flags, broken=None, sgd=True):
 
 def run_cases(text):
     """What each process of a torchrun job does: one run after the other, in one process group."""
-    with runtime.report_lost_process():
+    with runtime.torchrun_process():
         rank, processes = runtime.join_process_group()
         runtime.join_process_group, training_run.shut_down = lambda: (rank, processes), lambda: None
         cases, mark = json.loads(text), Path("first")

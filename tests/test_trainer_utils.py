@@ -149,7 +149,7 @@ def test_the_random_numbers_of_a_step_follow_from_seed_step_and_process():
             (seed, step, rank) for seed in (1, 2) for step in (0, 1, 2) for rank in (0, 1)
         ]:
             torch.randn(3)  # whatever was drawn before
-            seed_step(SimpleNamespace(seed=place[0]), *place[1:])
+            seed_step(*place)
             drawn.setdefault(place, []).append(tuple(torch.rand(2).tolist()))
     assert all(one == other for one, other in drawn.values())
     assert len(set(map(tuple, drawn.values()))) == 12
@@ -160,8 +160,8 @@ def test_first_weights_follow_from_the_seed(capsys):
         torch.randn(3)
         flags = dict.fromkeys(SHAPE) | {"hidden_size": 16, "num_hidden_layers": 1}
         flags |= {"tokenizer_path": None, "dropout": 0.3}
-        model, _, content = init_model(args_of(seed=seed, max_seq_len=3000, **flags))
-        assert model.model.dropout.p == 0.3 and content is None
+        model, _ = init_model(args_of(seed=seed, max_seq_len=3000, **flags))
+        assert model.model.dropout.p == 0.3
         assert model.config.max_position_embeddings == 3000  # as long as the rows
         return model.lm_head.weight
 
@@ -278,8 +278,8 @@ REST = {"epoch": 0, "lr": 0.1, "grad_norm": 1.0, "data_wait_s": 0.0}
 
 def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     path = tmp_path / "logs" / "x.jsonl"
-    run = Progress([], 1, 1)
-    log = MetricsLog(path, run)
+    run = Progress()
+    log = MetricsLog(path, run, 0)
 
     def losses():
         return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
@@ -290,11 +290,11 @@ def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path):
     log.write(run, loss=float("nan"), **REST)
     assert losses() == [0.333333, None]
     run.log_bytes = kept
-    MetricsLog(path, run).write(run, loss=1.0, **REST)
+    MetricsLog(path, run, 0).write(run, loss=1.0, **REST)
     assert losses() == [0.333333, 1.0] and run.log_bytes == path.stat().st_size
-    MetricsLog(tmp_path / "y.jsonl", run, silent=True).write(run, loss=1.0, **REST)
+    MetricsLog(tmp_path / "y.jsonl", run, 0, silent=True).write(run, loss=1.0, **REST)
     assert not (tmp_path / "y.jsonl").exists()
-    MetricsLog(path, Progress([], 1, 1, 9))  # a new run begins a new log
+    MetricsLog(path, Progress(), 9)  # a new run begins a new log
     assert path.read_bytes() == b""
 
 
@@ -305,8 +305,8 @@ def test_a_curve_without_points_is_not_drawn():
 
 def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_are_seen(tmp_path):
     for highest in (3.0, 300.0):
-        run = Progress([], 1, 1)
-        log = MetricsLog(tmp_path / "a & b.jsonl", run)
+        run = Progress()
+        log = MetricsLog(tmp_path / "a & b.jsonl", run, 0)
         for tokens, loss, val_loss in (
             (10, highest, None),
             (20, float("inf"), 2.5),
@@ -334,13 +334,13 @@ def test_the_picture_has_the_points_that_are_finite_and_a_scale_on_which_they_ar
 def test_a_process_alone_sums_its_own_values_and_waits_for_nobody():
     assert runtime.all_reduce_sum(3, True, torch.tensor(2.5)) == [3.0, 1.0, 2.5]
     compute = runtime.start_runtime(SimpleNamespace(dtype="fp32", device="cpu", deterministic=0))
-    assert runtime.is_first() and (compute.rank, compute.world_size) == (0, 1)
+    assert runtime.is_rank_zero() and (compute.rank, compute.world_size) == (0, 1)
     assert compute.sum(3, True) == [3.0, 1.0]
     runtime.barrier()
 
 
 def end_with(error):
-    with runtime.report_lost_process():
+    with runtime.torchrun_process():
         raise error
 
 

@@ -19,7 +19,7 @@ import torch
 
 from common import IGNORE, UserError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
-from dataset.step_plan import Source, batches, epoch_plan, flat, mix, split_samples
+from dataset.step_plan import Source, batches, epoch_plan, flatten, mix, split_samples
 from model import causal_lm
 from model import loss as model_loss
 from model.causal_lm import CausalLM, ModelConfig
@@ -271,7 +271,7 @@ def test_a_run_of_two_processes_is_resumed_by_two_to_the_bit_and_by_one(data, tm
         "from tests.test_training import StopAt\n"
         "from trainer import train_full_sft as train, training_run\n"
         "training_run.StopSignal = StopAt(int(sys.argv.pop(1)))\n"
-        "with train.report_lost_process(): train.main()\n",
+        "with train.torchrun_process(): train.main()\n",
         encoding="utf-8",
     )
 
@@ -301,7 +301,7 @@ def test_a_process_of_a_job_leaves_before_python_takes_itself_apart(code):
         import atexit, os, sys
         from trainer import runtime
         atexit.register(os.abort)
-        with runtime.report_lost_process():
+        with runtime.torchrun_process():
             print("done")
             sys.exit({code})
     """
@@ -471,9 +471,9 @@ def test_the_plan_takes_every_row_once_the_same_rows_in_each_step(data, world_si
     single = epoch_plan(dataset, rows, args_of(batch_size=12, **shared), 1)
     for steps, (reference,) in zip(zip(*plans, strict=True), single, strict=True):
         assert len({len(micro_batches) for micro_batches in steps}) == 1  # no process waits
-        taken = flat(flat(flat(steps)))
-        assert sorted(taken) == sorted(flat(reference))
-    assert sorted(row for (step,) in single for row in flat(step)) == list(rows)
+        taken = flatten(flatten(flatten(steps)))
+        assert sorted(taken) == sorted(flatten(reference))
+    assert sorted(row for (step,) in single for row in flatten(step)) == list(rows)
     assert epoch_plan(dataset, rows, args, 2) != epoch_plan(dataset, rows, args, 1)
 
 

@@ -26,7 +26,7 @@ from model.weights import (
 )
 from trainer.flags import RENAMED
 from trainer.optimizer import full_state
-from trainer.runtime import is_first
+from trainer.runtime import is_rank_zero
 
 EARLIER_OR_LATEST = r"_(?:resume|step\d+)"
 
@@ -43,26 +43,29 @@ def load_latest(args):
     """
     folder, name = args.save_dir / "checkpoints", args.save_weight
 
-    def checkpoints(name):
-        return matching(folder, name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
+    def run_checkpoints(run_name):
+        return matching(folder, run_name, args.hidden_size, args.use_moe, EARLIER_OR_LATEST)
 
-    plain = name.removeprefix("lora_")
-    paths = checkpoints(name) or (checkpoints(f"lora_{name}") if name == plain else [])
+    paths = run_checkpoints(name)
+    if not paths and not name.startswith("lora_"):
+        paths = run_checkpoints(f"lora_{name}")
     if not paths:
         latest = folder / f"{name}_{args.hidden_size or '*'}_resume.pth"
-        names = [f"{name}_previous", f"lora_{plain}_previous", *([plain] if name != plain else [])]
-        if other_runs := [earlier for earlier in names if checkpoints(earlier)]:
-            raise UserError(
-                f"there is no {latest}, but a checkpoint of the run {other_runs[0]}; to resume "
-                f"that, give --save_weight {other_runs[0]}; to start again, omit --from_resume"
-            )
+        plain_name = name.removeprefix("lora_")
+        for other in (f"{name}_previous", f"lora_{plain_name}_previous", plain_name):
+            if run_checkpoints(other):
+                raise UserError(
+                    f"there is no {latest}, but a checkpoint of the run {other}; to resume that, "
+                    f"give --save_weight {other}; to start again, omit --from_resume"
+                )
         print(f"there is no {latest} yet: starting from the beginning")
         return None
     # If several sizes have this name, use the newest; try its checkpoints from the latest
     # backwards.
     newest = max(paths, key=lambda path: path.stat().st_mtime)
-    run_name, first_error = newest.name.rpartition("_")[0], None
-    run_paths = [path for path in paths if path.name.rpartition("_")[0] == run_name]
+    newest_run = newest.name.rpartition("_")[0]
+    run_paths = [path for path in paths if path.name.rpartition("_")[0] == newest_run]
+    first_error = None
     for path in sorted(run_paths, key=checkpoint_step, reverse=True):
         try:
             content = load(path)
@@ -124,9 +127,10 @@ def save_weights(run, path, state=None):
     """
     if state is None:
         state = full_state(run.model)
-    if not is_first():
+    if not is_rank_zero():
         return
-    training = dataclasses.asdict(run.progress) | plain_flags(run.args)
+    training = dataclasses.asdict(run.spec) | dataclasses.asdict(run.progress)
+    training |= plain_flags(run.args)
     training.pop("reference")  # only needed to resume
     content = {"training": training, **extra_entries(run.model)}
     state = {name: state[name] for name in state if not name.startswith("projections.")}
@@ -143,11 +147,13 @@ def save_run(run):
     """
     args, config = run.args, run.model.config
     state, optimizer_state = full_state(run.model, run.optimizer)
-    previous_step, run.progress.saved_step = run.progress.saved_step, run.progress.step
-    if not is_first():
+    previous_step = run.progress.saved_step
+    run.progress.saved_step = run.progress.step
+    if not is_rank_zero():
         return
     content = {"optimizer": optimizer_state, "scaler": run.runtime.scaler.state_dict()}
-    content |= {"run": dataclasses.asdict(run.progress), "arguments": plain_flags(args)}
+    content["run"] = dataclasses.asdict(run.spec) | dataclasses.asdict(run.progress)
+    content["arguments"] = plain_flags(args)
     content |= extra_entries(run.model)
     if hasattr(run.model, "projections"):
         layers = run.model.projections

@@ -4,7 +4,6 @@ Precedence, lowest first: defaults, flags of the resumed run, TOML file of --con
 """
 
 import os
-import re
 import shlex
 import sys
 import tomllib
@@ -218,9 +217,8 @@ def validate_flags(args):
     except OSError as error:
         problems.append(f"--save_dir {str(args.save_dir):.60}: {error.strerror}")
     name = str(args.save_weight)
-    plain = re.fullmatch(r"\w[\w .+=-]*", name) and not name.endswith(".pth")
-    earlier = args.from_resume and Path(name).name == name  # earlier versions accepted any name
-    if not (plain or earlier) or len(name.encode()) > 100:
+    is_plain = re.fullmatch(r"\w[\w .+=-]*", name) and not name.endswith(".pth")
+    if not is_plain or len(name.encode()) > 100:
         problems.append(
             f"--save_weight {name:.110}: give a name of at most 100 bytes, of letters, digits and "
             "_-+=. (no folder, no .pth)"
@@ -234,16 +232,15 @@ def validate_flags(args):
     return problems
 
 
-def next_command(args, script="eval_llm.py"):
-    """Return the command for the next step: a chat, or the script of the next stage."""
-    flags, name = [], args.save_weight
-    if args.use_lora:  # merge adapters before another stage
-        script, flags = "eval_llm.py", ["--lora", name.removeprefix("lora_")]
-    elif script != "eval_llm.py":
-        flags = ["--from_weight", name]
-    elif name != "full_sft":  # the default
-        flags = ["--weight", name]
-    return command("python", script, args, *flags)
+def next_command(args, stage):
+    """Return the command for the next step: a chat, or, after pretraining, SFT."""
+    name = args.save_weight
+    if args.use_lora:
+        return command("python", "eval_llm.py", args, "--lora", name.removeprefix("lora_"))
+    if stage == "pretrain":
+        return command("python", "trainer/train_full_sft.py", args, "--from_weight", name)
+    flags = [] if name == "full_sft" else ["--weight", name]
+    return command("python", "eval_llm.py", args, *flags)
 
 
 def resume_command(args, stage, processes):

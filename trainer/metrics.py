@@ -18,13 +18,16 @@ class MetricsLog:
     and allocates, is excluded once there is a second.
     """
 
-    def __init__(self, path, progress, silent=False):
-        self.path, self.silent = Path(path), silent
+    def __init__(self, path, progress, total_steps, silent=False):
+        self.path = Path(path)
+        self.total_steps = total_steps
+        self.silent = silent
         self.steps, self.tokens, self.seconds = 0, 0, 0.0  # by this process
         self.curves = {}  # to draw instead of the losses: {label: (key, factor)}
         self.unit = "nats per token"
-        steps = {"total": progress.total_steps, "initial": progress.step}
-        self.bar = tqdm(**steps, unit="step", disable=silent or None)
+        self.bar = tqdm(
+            total=total_steps, initial=progress.step, unit="step", disable=silent or None
+        )
         if silent:
             return
         try:
@@ -50,7 +53,7 @@ class MetricsLog:
         self.bar.set_postfix(loss=loss_text, tokens_per_s=f"{speed:.0f}")
         if val_loss is not None or progress.step == 1:
             validation = "" if val_loss is None else f"validation {val_loss:.3f}, "
-            at = f"step {progress.step} of {progress.total_steps}"
+            at = f"step {progress.step} of {self.total_steps}"
             tqdm.write(f"{at}: loss {loss_text}, {validation}{speed:,.0f} tokens/s")
         line = {"step": progress.step, "epoch": epoch, "tokens": progress.tokens, "loss": loss}
         line |= {"val_loss": val_loss, **others, "lr": lr, "grad_norm": grad_norm}

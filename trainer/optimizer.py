@@ -79,11 +79,11 @@ def orthogonalize(matrix, iterations=3):
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     is_wide = x.shape[0] <= x.shape[1]
     x = x if is_wide else x.T  # so that the matmuls below have the smaller size
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = x / (x.norm() + 1e-7)  # all singular values are at most 1
     for _ in range(iterations):
         gram = x @ x.T
-        gram = 2.0315 * gram @ gram - 4.7750 * gram
-        x = 3.4445 * x + gram @ x
+        x = a * x + (b * gram + (c * gram) @ gram) @ x
     return (x if is_wide else x.T).to(matrix.dtype)
 
 
@@ -110,7 +110,8 @@ def learning_rate(step, total_steps, args):
     """Return the learning rate of a step, counted from 0: linear warm-up to --learning_rate over
     --warmup_steps, then cosine decay to --min_lr_ratio of it at the last step.
     """
-    max_lr, warmup_steps = args.learning_rate, min(args.warmup_steps, total_steps - 1)
+    max_lr = args.learning_rate
+    warmup_steps = min(args.warmup_steps, total_steps - 1)
     if step < warmup_steps:
         return max_lr * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)

@@ -74,7 +74,7 @@ def shards(part, verify=True):
 class RecordedDataset(SFTDataset):
     """The samples of DIR/train or another part of a recording."""
 
-    def read(self, path, tokenizer, strict, **cache):
+    def read(self, path, tokenizer, strict, cache_dir):
         return recorded_tokens(path)
 
 
@@ -100,7 +100,7 @@ def recorded_tokens(part):
         lines=np.arange(len(lengths)),
         report=report | {"characters": 0},
         path=part,
-        content=hashlib.sha256(manifest + part.name.encode()).hexdigest(),
+        sha256=hashlib.sha256(manifest + part.name.encode()).hexdigest(),
     )
 
 

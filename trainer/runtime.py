@@ -83,7 +83,7 @@ def join_process_group():
     return dist.get_rank(), dist.get_world_size()
 
 
-def is_first():
+def is_rank_zero():
     """Return whether this is rank 0."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -106,12 +106,12 @@ def barrier():
 @contextmanager
 def rank_zero_first():
     """Context manager: rank 0 runs the block first, so that the others find its files."""
-    if not is_first():
+    if not is_rank_zero():
         barrier()
     try:
         yield
     finally:
-        if is_first():
+        if is_rank_zero():
             barrier()
 
 
@@ -123,12 +123,12 @@ def shut_down():
 
 
 @contextmanager
-def report_lost_process():
-    """Context manager for a script's main(): turn the error about a lost process into one sentence
-    and exit code 2, and exit without waiting for other processes.
+def torchrun_process():
+    """Context manager for a script's main() under torchrun: only rank 0 prints; if a process is
+    lost, the others end with one sentence and exit code 2; gloo's threads aren't waited for.
     """
     if int(os.environ.get("RANK", 0)) > 0:
-        sys.stdout = io.StringIO()  # only rank 0 prints
+        sys.stdout = io.StringIO()
     code = 0
     try:
         yield
@@ -189,17 +189,22 @@ def parallelize(model, mode, dtype):
     return fully_shard(model, mesh=mesh)
 
 
+def is_sharded(model):
+    """Return whether the model is sharded by FSDP."""
+    return hasattr(model, "reshard")
+
+
 def gradient_sync(ddp_model, enabled):
     """Context manager: average gradients over the processes only if enabled."""
-    if hasattr(ddp_model, "set_requires_gradient_sync"):  # fsdp
+    if is_sharded(ddp_model):
         ddp_model.set_requires_gradient_sync(enabled)
     elif not enabled and hasattr(ddp_model, "no_sync"):  # ddp
         return ddp_model.no_sync()
     return nullcontext()
 
 
-def seed_step(args, step, rank):
+def seed_step(seed, step, rank):
     """Seed the random numbers of a step (dropout) from its index, so that a resumed run gets the
     same as an uninterrupted one.
     """
-    torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))

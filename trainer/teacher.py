@@ -23,7 +23,7 @@ def build_distillation(model, tokenizer, args):
         teacher_hash = manifest["teacher"]
         teacher = OfflineTeacher(path, device, with_layers=args.hidden_weight > 0)
     else:
-        path = find_weights(args.save_dir, args.teacher_weight)
+        path = find_weights(args.save_dir, args.teacher_weight or "full_sft")
         teacher_model, teacher_tokenizer = build_model(load(path), path)
         teacher_hash = weights_hash(teacher_model)
         layers = parse_layers(args.aux_layers, teacher_model, path)

@@ -27,7 +27,7 @@ from trainer.flags import conversation_flags, training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
 from trainer.recorded_teacher import RecordedDataset
-from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
+from trainer.runtime import gradient_sync, parallelize, start_runtime, torchrun_process
 from trainer.teacher import build_distillation
 from trainer.trainer_utils import (
     conversation_options,
@@ -35,11 +35,11 @@ from trainer.trainer_utils import (
     open_data,
     print_data_summary,
     replay,
-    selection_score,
     show_sample,
+    task_score,
     validation_loss,
 )
-from trainer.training_run import Progress, TrainingRun, parse_run
+from trainer.training_run import RunSpec, TrainingRun, parse_run
 
 STAGE = "full_sft"  # the student is used like SFT weights
 
@@ -54,20 +54,24 @@ def main(argv=None):
 
     # Device, student, data.
     runtime = start_runtime(args)
-    model, tokenizer, _ = init_model(args, runtime.device, saved)
+    model, tokenizer = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
     if args.offline_dir:
         data = recorded_data(args)
-        dataset, train, val_dataset, val = open_data(RecordedDataset, data, tokenizer, None)
+        dataset, train_samples, val_dataset, val_samples = open_data(
+            RecordedDataset, data, tokenizer, None
+        )
     else:
         options = conversation_options(args)
-        dataset, train, val_dataset, val = open_data(SFTDataset, args, tokenizer, SFT, **options)
-        train += replay(dataset, train, args, tokenizer)
+        dataset, train_samples, val_dataset, val_samples = open_data(
+            SFTDataset, args, tokenizer, SFT, **options
+        )
+        train_samples += replay(dataset, train_samples, args, tokenizer)
     task = None
     if args.best_metric != "val_loss":
         task = TaskScore(args.best_metric, args.val_data_path)
-    print_data_summary(dataset, train, val, args)
-    plan = StepPlan(dataset, train, args, runtime)
+    print_data_summary(dataset, train_samples, val_samples, args)
+    plan = StepPlan(dataset, train_samples, args, runtime)
 
     # Teacher, optimizer and run state.
     model.model.grad_checkpoint = args.grad_checkpoint
@@ -76,12 +80,27 @@ def main(argv=None):
     distillation = build_distillation(model, tokenizer, args)
     ddp_model = parallelize(distillation, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
-    content = dataset.content + val_dataset.content
-    progress = Progress(content, len(train), plan.rows_per_step, len(plan), runtime.world_size)
-    progress.row_length, progress.teacher = plan.row_length, distillation.teacher_hash
-    run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
+    spec = RunSpec(
+        data=dataset.file_hashes + val_dataset.file_hashes,
+        rows=len(train_samples),
+        rows_per_step=plan.rows_per_step,
+        total_steps=len(plan),
+        processes=runtime.world_size,
+        row_length=plan.row_length,
+        teacher=distillation.teacher_hash,
+    )
+    run = TrainingRun(
+        args,
+        STAGE,
+        spec,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        runtime=runtime,
+        saved=saved,
+    )
 
-    for step, micro_batches in run.steps(plan.after(run.progress.step)):
+    for step, micro_batches in run.steps(plan.steps_after(run.progress.step)):
         lr = set_learning_rate(optimizer, step, len(plan), args)
         # A step's loss is divided once, by its supervised tokens over all batches and processes.
         num_supervised, num_tokens = runtime.sum(*token_counts(micro_batches))
@@ -91,30 +110,37 @@ def main(argv=None):
             with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
                 with runtime.autocast:
                     loss = ddp_model(input_ids, position_ids, document_ids, labels=labels)
-                    loss = loss / num_supervised
+                loss = loss / num_supervised
                 runtime.backward(loss + router_loss(model, len(micro_batches) * runtime.world_size))
             step_loss += loss.detach()
         grad_norm = clip_and_step(model, optimizer, runtime.scaler, args.grad_clip)
         run.end_step(num_tokens, grad_norm)
 
         # At intervals: validate, log, show a sample.
-        validates = len(val) > 0 and run.is_due(args.val_interval)
-        if validates or step == 0 or run.is_due(args.log_interval):
+        should_validate = len(val_samples) > 0 and run.is_due(args.val_interval)
+        if should_validate or step == 0 or run.is_due(args.log_interval):
             metrics = {"loss": runtime.sum(step_loss)[0], "lr": lr, "grad_norm": grad_norm}
-            if validates:
-                metrics |= validation_loss(model, val_dataset, val, args, runtime)
-                score = selection_score(model, tokenizer, task, metrics["val_loss"], runtime)
-                run.note_score(score)
+            if should_validate:
+                metrics |= validation_loss(model, val_dataset, val_samples, args, runtime)
+                score = -metrics["val_loss"]
+                if task is not None:
+                    score = task_score(model, tokenizer, task, runtime)
+                run.save_if_best(score)
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval):
             show_sample(model, tokenizer, args, runtime, chat=True)
-    run.finish(dataset.where(plan.samples))
+    run.finish(last_samples=dataset.file_lines(plan.step_samples))
 
 
 def distillation_flags(parser):
     """Add the flags of distillation."""
     add = parser.group("distillation")
-    add("teacher_weight", "full_sft", "teacher weights: a name or a path", metavar="NAME")
+    add(
+        "teacher_weight",
+        None,
+        "teacher weights: a name or a path; default: full_sft",
+        metavar="NAME",
+    )
     recorded = "recorded hidden states of a teacher, with the data; see export_hidden_states.py"
     add("offline_dir", None, recorded, Path, metavar="DIR")
     share = number(float, 0, 1)
@@ -134,8 +160,6 @@ def check(args, parser):
     if not args.offline_dir:
         return problems
     folder = args.offline_dir = args.offline_dir.resolve()
-    if args.teacher_weight == parser.get_default("teacher_weight"):
-        args.teacher_weight = None
     if args.data_path == [Source(folder / "train")]:  # of a checkpoint of an earlier version
         args.data_path = args.val_data_path = None
     for name in ("teacher_weight", "data_path", "val_data_path", "replay_path"):
@@ -155,5 +179,5 @@ def recorded_data(args):
 
 
 if __name__ == "__main__":
-    with report_user_errors(), report_lost_process():
+    with report_user_errors(), torchrun_process():
         main()

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.preference_pairs import PairDataset, counts
-from dataset.step_plan import StepPlan, batches, cut, epoch_plan, flat, to_device
+from dataset.preference_pairs import PairDataset, pair_counts
+from dataset.step_plan import StepPlan, batched, batches, epoch_plan, flatten, to_device
 from dataset.tiny_world import PAIRS
 from model.generation import eval_mode
 from model.moe import router_loss
@@ -31,9 +31,9 @@ from model.preference_losses import dpo_loss, pair_log_probabilities
 from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
-from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
+from trainer.runtime import gradient_sync, parallelize, start_runtime, torchrun_process
 from trainer.trainer_utils import init_model, open_data, print_data_summary, show_sample
-from trainer.training_run import Progress, TrainingRun, parse_run
+from trainer.training_run import RunSpec, TrainingRun, parse_run
 
 STAGE = "dpo"
 METRICS = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # means over pairs
@@ -45,13 +45,13 @@ def reference_log_probs(model, dataset, args, runtime):
     process computes its share.
     """
     rows = [[sample] for sample in range(len(dataset))]
-    plan = cut(rows, args.batch_size)[runtime.rank :: runtime.world_size]
+    plan = batched(rows, args.batch_size)[runtime.rank :: runtime.world_size]
     logps = torch.zeros(len(dataset), 2)
     loader = batches(dataset, plan, args, runtime.device)
     with eval_mode(model), runtime.autocast:
-        for part, batch in zip(plan, loader, strict=True):
+        for micro_batch, batch in zip(plan, loader, strict=True):
             batch = to_device(batch, runtime.device)
-            logps[flat(part)] = pair_log_probabilities(model, batch).cpu()
+            logps[flatten(micro_batch)] = pair_log_probabilities(model, batch).cpu()
     return torch.tensor(runtime.sum(*logps.flatten().tolist())).view(-1, 2)
 
 
@@ -61,13 +61,14 @@ def validate(model, dataset, samples, reference, args, runtime):
     its share.
     """
     steps = epoch_plan(dataset, samples, args, 0, runtime.rank, runtime.world_size)
-    plan = flat(steps)  # micro-batches
+    plan = flatten(steps)  # micro-batches
     sums = torch.zeros(len(METRICS))
     loader = batches(dataset, plan, args, runtime.device)
     with eval_mode(model), runtime.autocast:
-        for part, batch in zip(plan, loader, strict=True):
+        for micro_batch, batch in zip(plan, loader, strict=True):
             policy = pair_log_probabilities(model, to_device(batch, runtime.device))
-            sums += dpo_loss(policy, reference[flat(part)], args.dpo_beta)[1].cpu()
+            _, batch_sums = dpo_loss(policy, reference[flatten(micro_batch)], args.dpo_beta)
+            sums += batch_sums.cpu()
     sums = runtime.sum(*sums.tolist())
     return {f"val_{name}": total / len(samples) for name, total in zip(METRICS, sums, strict=True)}
 
@@ -86,39 +87,57 @@ def main(argv=None):
 
     # Device, model, data.
     runtime = start_runtime(args)
-    model, tokenizer, _ = init_model(args, runtime.device, saved)
+    model, tokenizer = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
-    dataset, train, val_dataset, val = open_data(PairDataset, args, tokenizer, PAIRS)
-    print_data_summary(dataset, train, val, args)
-    plan = StepPlan(dataset, train, args, runtime)
+    dataset, train_samples, val_dataset, val_samples = open_data(
+        PairDataset, args, tokenizer, PAIRS
+    )
+    print_data_summary(dataset, train_samples, val_samples, args)
+    plan = StepPlan(dataset, train_samples, args, runtime)
 
     # Reference, optimizer and run state.
-    content = dataset.content + val_dataset.content
-    progress = Progress(content, len(train), plan.rows_per_step, len(plan), runtime.world_size)
+    spec = RunSpec(
+        data=dataset.file_hashes + val_dataset.file_hashes,
+        rows=len(train_samples),
+        rows_per_step=plan.rows_per_step,
+        total_steps=len(plan),
+        processes=runtime.world_size,
+    )
     datasets = [dataset] if val_dataset is dataset else [dataset, val_dataset]
+    references = None
     if not saved:
-        progress.reference = [reference_log_probs(model, part, args, runtime) for part in datasets]
+        references = [reference_log_probs(model, part, args, runtime) for part in datasets]
     model.model.grad_checkpoint = args.grad_checkpoint
     if args.use_compile:
         compile_layers(model)
     ddp_model = parallelize(model, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
-    run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
-    references = run.progress.reference or []
-    if list(map(len, references)) != list(map(len, datasets)):
+    run = TrainingRun(
+        args,
+        STAGE,
+        spec,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        runtime=runtime,
+        saved=saved,
+    )
+    run.progress.reference = references or run.progress.reference or []
+    if [len(log_probs) for log_probs in run.progress.reference] != [len(part) for part in datasets]:
         raise UserError("the checkpoint has no reference for this data; start a new run")
+    train_reference, val_reference = run.progress.reference[0], run.progress.reference[-1]
     run.log.curves = {f"-log p, {name}": (f"logp_{name}", -1) for name in ("chosen", "rejected")}
     run.log.unit = "nats per answer"
 
-    for step, micro_batches in run.steps(plan.after(run.progress.step)):
+    for step, micro_batches in run.steps(plan.steps_after(run.progress.step)):
         lr = set_learning_rate(optimizer, step, len(plan), args)
         # A step's losses are divided once, by its pairs and by its tokens of chosen answers, over
         # all batches and processes.
-        batch_counts = np.array([counts(batch) for batch in micro_batches])  # (batches, 3)
+        batch_counts = np.array([pair_counts(batch) for batch in micro_batches])  # (batches, 3)
         num_pairs, num_chosen, num_tokens = runtime.sum(*batch_counts.sum(axis=0))
         step_sums = torch.zeros(len(METRICS))
-        # plan.samples are the samples of the current step.
-        step_reference = references[0][plan.samples].split(batch_counts[:, 0].tolist())
+        # plan.step_samples are the samples of the current step.
+        step_reference = train_reference[plan.step_samples].split(batch_counts[:, 0].tolist())
         for i, (batch, reference) in enumerate(zip(micro_batches, step_reference, strict=True)):
             with gradient_sync(ddp_model, enabled=i == len(micro_batches) - 1):
                 with runtime.autocast:
@@ -132,21 +151,21 @@ def main(argv=None):
         run.end_step(num_tokens, grad_norm)
 
         # At intervals: validate, log, show a sample.
-        validates = len(val) > 0 and run.is_due(args.val_interval)
-        if validates or step == 0 or run.is_due(args.log_interval):
+        should_validate = len(val_samples) > 0 and run.is_due(args.val_interval)
+        if should_validate or step == 0 or run.is_due(args.log_interval):
             means = [total / num_pairs for total in runtime.sum(*step_sums.tolist())]
             metrics = dict(zip(METRICS, means, strict=True)) | {"lr": lr, "grad_norm": grad_norm}
-            if validates:
-                metrics |= validate(model, val_dataset, val, references[-1], args, runtime)
-                accuracy = f"{metrics['val_accuracy']:.0%} on {len(val)} held-out pairs"
+            if should_validate:
+                metrics |= validate(model, val_dataset, val_samples, val_reference, args, runtime)
+                accuracy = f"{metrics['val_accuracy']:.0%} on {len(val_samples)} held-out pairs"
                 tqdm.write(f"  preference accuracy {accuracy}")
-                run.note_score(-metrics["val_loss"])
+                run.save_if_best(-metrics["val_loss"])
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval):
             show_sample(model, tokenizer, args, runtime, chat=True)
-    run.finish(dataset.where(plan.samples))
+    run.finish(last_samples=dataset.file_lines(plan.step_samples))
 
 
 if __name__ == "__main__":
-    with report_user_errors(), report_lost_process():
+    with report_user_errors(), torchrun_process():
         main()

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.packing import pad
-from dataset.step_plan import cut, to_device
+from dataset.step_plan import batched, to_device
 from dataset.tiny_world import PRACTICE, write_missing
 from dataset.token_cache import content_hash
 from evaluation.rewards import compute_rewards, reward_function
@@ -40,9 +40,9 @@ from model.preference_losses import group_advantages, grpo_loss
 from trainer.flags import training_parser
 from trainer.optimizer import clip_and_step, compile_layers, make_optimizer, set_learning_rate
 from trainer.parameters import choose_trainable
-from trainer.runtime import gradient_sync, parallelize, report_lost_process, start_runtime
+from trainer.runtime import gradient_sync, parallelize, start_runtime, torchrun_process
 from trainer.trainer_utils import generating, init_model
-from trainer.training_run import Progress, TrainingRun, parse_run
+from trainer.training_run import RunSpec, TrainingRun, parse_run
 
 STAGE = "grpo"
 NO_SIGNAL = """all answers to a question got the same reward, so nothing was learned.
@@ -68,7 +68,7 @@ def sample_answers(model, prompts, args, seed):
     """
     answers = []
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    for part in cut(prompts, args.answers_at_once):
+    for part in batched(prompts, args.answers_at_once):
         part_seed = int(np.random.SeedSequence([*seed, len(answers)]).generate_state(1)[0])
         steps = generate(model, part, seed=part_seed, **options)
         for tokens in zip(*steps, strict=True):  # of one answer
@@ -84,24 +84,24 @@ def as_sample(prompt, answer):
     return ids, torch.cat([torch.full((len(prompt),), IGNORE), ids[len(prompt) :]])
 
 
-def validate(model, problems, prompts, reward, tokenizer, args, runtime):
+def validate(model, problems, reward, tokenizer, args, runtime):
     """Return {"pass_at_1": mean reward, "pass_at_k": mean over problems of the best reward among k
     answers} on held-out problems. Each process answers its share.
     """
-    indices = range(len(problems))[runtime.rank :: runtime.world_size]
-    repeated = [prompts[i] for i in indices for _ in range(args.pass_k)]
+    own_problems = problems[runtime.rank :: runtime.world_size]
+    prompts = [problem["prompt_ids"] for problem in own_problems for _ in range(args.pass_k)]
     with generating(model, runtime):
-        answers = sample_answers(model, repeated, args, [args.seed, runtime.rank])
-    groups = cut(answers, args.pass_k)
-    rewards = compute_rewards(reward, [problems[i] for i in indices], groups, tokenizer)
+        answers = sample_answers(model, prompts, args, [args.seed, runtime.rank])
+    groups = batched(answers, args.pass_k)
+    rewards = compute_rewards(reward, own_problems, groups, tokenizer)
     sums = runtime.sum(rewards.mean(dim=1).sum().item(), rewards.amax(dim=1).sum().item())
     return {"pass_at_1": sums[0] / len(problems), "pass_at_k": sums[1] / len(problems)}
 
 
-def questions(args, tokenizer):
-    """Read the questions. Returns (training problems, their prompts as ids, held-out problems,
-    their prompts, hashes of all files). Raises UserError if either is empty, or if a prompt is too
-    long.
+def read_questions(args, tokenizer):
+    """Read the questions. Returns (training problems, held-out problems, hashes of all files); each
+    problem has the ids of its prompt as "prompt_ids". Raises UserError if either list is empty, or
+    if a prompt is too long.
     """
     paths = [source.path for source in args.data_path or []]
     if any(source.weight for source in args.data_path or []):
@@ -116,26 +116,27 @@ def questions(args, tokenizer):
     train = [train[i] for i in order[num_held_out:]]
     if not held_out or not train:
         raise UserError("all questions are held out, or none: give --val_split or --val_data_path")
-    prompts = [
-        [render(problem["prompt"], None, True, tokenizer)[0] for problem in part]
-        for part in (train, held_out)
-    ]
-    longest = max(map(len, prompts[0] + prompts[1])) + args.max_new_tokens
+    for problem in train + held_out:
+        problem["prompt_ids"], _ = render(
+            problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer
+        )
+    longest = max(len(problem["prompt_ids"]) for problem in train + held_out)
+    longest += args.max_new_tokens
     if longest > args.max_seq_len:
         limit = f"more than --max_seq_len {args.max_seq_len}"
         raise UserError(f"the longest question and --max_new_tokens: {longest} tokens, {limit}")
     paths += [args.val_data_path] if args.val_data_path else []
     paths += [args.reward.rpartition(":")[0]] if args.reward else []
-    return train, prompts[0], held_out, prompts[1], [content_hash(path) for path in paths]
+    return train, held_out, [content_hash(path) for path in paths]
 
 
-def questions_after(step, count, args):
+def question_indices_after(step, count, args):
     """Yield the indices of each step's questions, after the first `step` steps."""
     per_epoch = math.ceil(count / args.prompts_per_step)
     while True:
         epoch, index = divmod(step, per_epoch)
         shuffled = np.random.default_rng([args.seed, epoch]).permutation(count).tolist()
-        yield cut(shuffled, args.prompts_per_step)[index]
+        yield batched(shuffled, args.prompts_per_step)[index]
         step += 1
 
 
@@ -165,9 +166,9 @@ def main(argv=None):
 
     # Device, model, questions.
     runtime = start_runtime(args)
-    model, tokenizer, _ = init_model(args, runtime.device, saved)
+    model, tokenizer = init_model(args, runtime.device, saved)
     choose_trainable(model, tokenizer, args, saved)
-    problems, prompts, held_out, val_prompts, content = questions(args, tokenizer)
+    problems, held_out, file_hashes = read_questions(args, tokenizer)
     print(f"{len(problems)} questions to train on, {len(held_out)} held out")
 
     # Optimizer and run state.
@@ -179,27 +180,41 @@ def main(argv=None):
     total_steps = math.ceil(len(problems) / args.prompts_per_step) * args.epochs
     answers_per_rank = math.ceil(args.prompts_per_step / runtime.world_size) * args.group_size
     max_micro_batches = math.ceil(answers_per_rank / args.batch_size)
-    progress = Progress(content, len(problems), args.prompts_per_step, total_steps)
-    progress.processes = runtime.world_size
-    run = TrainingRun(args, STAGE, model, tokenizer, optimizer, runtime, progress, saved)
+    spec = RunSpec(
+        data=file_hashes,
+        rows=len(problems),
+        rows_per_step=args.prompts_per_step,
+        total_steps=total_steps,
+        processes=runtime.world_size,
+    )
+    run = TrainingRun(
+        args,
+        STAGE,
+        spec,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        runtime=runtime,
+        saved=saved,
+    )
     run.log.curves = {name: (name, 1) for name in ("reward", "pass_at_1", "pass_at_k")}
     run.log.unit = "mean reward"
     idle_steps = 0
 
-    for step, indices in run.steps(questions_after(run.progress.step, len(problems), args)):
+    for step, indices in run.steps(question_indices_after(run.progress.step, len(problems), args)):
         lr = set_learning_rate(optimizer, step, total_steps, args)
         # 1. Rollouts: sample group_size answers per question.
-        indices = indices[runtime.rank :: runtime.world_size]
-        repeated = [prompts[i] for i in indices for _ in range(args.group_size)]
+        questions = [problems[i] for i in indices[runtime.rank :: runtime.world_size]]
+        prompts = [question["prompt_ids"] for question in questions for _ in range(args.group_size)]
         with generating(model, runtime):
-            answers = sample_answers(model, repeated, args, [args.seed, step, runtime.rank])
+            answers = sample_answers(model, prompts, args, [args.seed, step, runtime.rank])
         # 2. Rewards and group-relative advantages. Groups with equal rewards have zero advantage.
-        groups = cut(answers, args.group_size)
-        rewards = compute_rewards(reward, [problems[i] for i in indices], groups, tokenizer)
+        groups = batched(answers, args.group_size)
+        rewards = compute_rewards(reward, questions, groups, tokenizer)
         advantages = group_advantages(rewards).flatten().tolist()
         has_signal = rewards.amax(dim=1) > rewards.amin(dim=1)
         has_signal = has_signal.repeat_interleave(args.group_size).tolist()
-        rollouts = [Rollout(*parts) for parts in zip(repeated, answers, advantages, strict=True)]
+        rollouts = [Rollout(*parts) for parts in zip(prompts, answers, advantages, strict=True)]
         rollouts = [rollout for rollout, useful in zip(rollouts, has_signal, strict=True) if useful]
         rollouts.sort(key=len)  # less padding
         num_supervised, num_tokens, num_answers, num_rollouts = runtime.sum(
@@ -209,7 +224,7 @@ def main(argv=None):
             len(rollouts),
         )
         # 3. One update.
-        micro_batches = cut(rollouts, args.batch_size)
+        micro_batches = batched(rollouts, args.batch_size)
         while runtime.world_size > 1 and len(micro_batches) < max_micro_batches:
             micro_batches.append([])  # all processes need the same number
         if num_supervised == 0:
@@ -234,8 +249,8 @@ def main(argv=None):
         run.end_step(num_tokens, grad_norm)
 
         # At intervals: validate, log, show a sample.
-        validates = step == 0 or run.is_due(args.val_interval)
-        if validates or run.is_due(args.log_interval):
+        should_validate = step == 0 or run.is_due(args.val_interval)
+        if should_validate or run.is_due(args.log_interval):
             reward_sum, entropy_sum, loss = runtime.sum(rewards.sum().item(), entropy, step_loss)
             metrics = {"reward": reward_sum / num_answers, "lr": lr}
             metrics["no_signal"] = 1 - num_rollouts / num_answers
@@ -244,21 +259,21 @@ def main(argv=None):
             if num_supervised:
                 metrics |= {"loss": loss, "entropy": entropy_sum / num_supervised}
                 metrics["grad_norm"] = grad_norm
-            if validates:
-                metrics |= validate(model, held_out, val_prompts, reward, tokenizer, args, runtime)
+            if should_validate:
+                metrics |= validate(model, held_out, reward, tokenizer, args, runtime)
                 scores = [f"{name} {metrics[name]:.3f}" for name in ("pass_at_1", "pass_at_k")]
                 at = f"step {step + 1} of {total_steps}"
                 tqdm.write(f"{at}: of held-out questions, {', '.join(scores)}")
-                run.note_score(metrics["pass_at_1"])
+                run.save_if_best(metrics["pass_at_1"])
             run.write_metrics(**metrics)
-        if args.sample_interval and run.is_due(args.sample_interval) and indices:
-            question = problems[indices[0]]["prompt"][-1]["content"]
+        if args.sample_interval and run.is_due(args.sample_interval) and questions:
+            question = questions[0]["prompt"][-1]["content"]
             tqdm.write(f"  {question} -> {tokenizer.decode(answers[0])}: {rewards[0, 0]:g}")
     if idle_steps * 2 > run.log.steps:
         print(f"in {idle_steps} of {run.log.steps} steps no group had a signal: {NO_SIGNAL}")
-    run.finish("the latest answers")
+    run.finish(last_samples="the latest answers")
 
 
 if __name__ == "__main__":
-    with report_user_errors(), report_lost_process():
+    with report_user_errors(), torchrun_process():
         main()

@@ -1,7 +1,7 @@
 """Loading models and data, validation, and sampling, shared by the train scripts."""
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,11 @@ from model.loss import count_supervised
 from model.tokenizer import SHIPPED_TOKENIZER, load_tokenizer
 from model.weights import SHAPE, build_model, find_weights, load, print_summary, require_same_shape
 from trainer.checkpoint import build_resumed
-from trainer.runtime import rank_zero_first
+from trainer.runtime import is_sharded, rank_zero_first
 
 
 def init_model(args, device="cpu", saved=None):
-    """Create or load the model. Returns (model on device, tokenizer, other entries of its file or
-    None).
+    """Create or load the model. Returns (model on device, tokenizer).
 
       saved                    resume from this checkpoint, as returned by `checkpoint.load_latest`
       args.from_weight NAME    start from the weights of another stage, out/NAME_*.pth or a path
@@ -32,29 +31,31 @@ def init_model(args, device="cpu", saved=None):
     Flags for the model's shape must agree with the file. Raises UserError, with a hint, if the file
     is missing or doesn't match.
     """
-    name = args.from_weight
+    path = None
     if saved:
-        content, path = saved, saved["path"]
-        origin = f"resuming {path} at step {content['run']['step']}"
-    elif name in (None, "none"):
-        content, origin = None, "starting from scratch"
+        path = saved["path"]
+        model, tokenizer = build_resumed(saved, path, args.dropout)
+        del saved["model"]  # free the memory
+        origin = f"resuming {path} at step {saved['run']['step']}"
+    elif args.from_weight in (None, "none"):
         model, tokenizer = new_model(args)
-        expected = math.log(model.config.vocab_size) + 0.5
-        print(f"expected initial loss: about ln V + 1/2 = {expected:.2f}")
+        origin = "starting from scratch"
+        # The logits have a variance of about 1, so the log of their summed exponentials is about
+        # ln V + 1/2.
+        print(f"expected initial loss: ln V + 1/2 = {math.log(model.config.vocab_size) + 0.5:.2f}")
     else:
-        path = find_weights(args.save_dir, name, args.hidden_size, args.use_moe)
-        if path == Path(name):  # a path: the run may be resumed from another folder
+        path = find_weights(args.save_dir, args.from_weight, args.hidden_size, args.use_moe)
+        if path == Path(args.from_weight):  # a path: the run may be resumed from another folder
             args.from_weight = str(path.resolve())
-        content = load(path) | {"path": path}
+        content = load(path)
+        model, tokenizer = build_model(content, path, args.dropout)
+        del content["model"]
         origin = f"starting from the {content['stage']} weights {path}"
-    if content:
-        build = build_resumed if saved else build_model
-        model, tokenizer = build(content, path, args.dropout)
+    if path:
         require_same_shape(args, model.config, path)
         require_same_tokenizer(args, tokenizer, path)
-        del content["model"]  # free the memory
     print_summary(origin, model)
-    return model.to(device), tokenizer, content
+    return model.to(device), tokenizer
 
 
 def new_model(args):
@@ -131,10 +132,10 @@ def print_data_summary(dataset, train, val, args):
     tokens = int(dataset.lengths[train].sum())
     print(f"{len(train)} samples of {tokens / len(train):.0f} tokens to train on,", end=" ")
     print(f"{len(val)} to validate on")
-    if dataset.cut:
-        print(f"{dataset.cut} records are longer than --max_seq_len {args.max_seq_len}")
-    if dataset.dropped:
-        print(f"{dataset.dropped} records dropped: nothing supervised within --max_seq_len")
+    if dataset.num_too_long:
+        print(f"{dataset.num_too_long} records are longer than --max_seq_len {args.max_seq_len}")
+    if dataset.num_dropped:
+        print(f"{dataset.num_dropped} records dropped: nothing supervised within --max_seq_len")
     for file in dataset.files:
         for note, count in file.report["notes"].items():
             print(f"{count} {note}")
@@ -165,17 +166,18 @@ def validation_loss(model, dataset, samples, args, runtime):
             count += count_supervised(labels)
         sums[file] = runtime.sum(total, count)
     model.train()
-    total = sum(file_total for file_total, _ in sums.values())
-    count = sum(file_count for _, file_count in sums.values())
-    metrics = {"val_loss": total / max(1, count)}
+    loss_sum = sum(total for total, _ in sums.values())
+    num_supervised = sum(count for _, count in sums.values())
+    metrics = {"val_loss": loss_sum / max(1, num_supervised)}
     if len(sums) > 1:
         paths = [dataset.files[file].path for file in sums]
-        unique_names = len({path.name for path in paths}) == len(paths)
-        names = [path.name if unique_names else str(path) for path in paths]
-        means = [float(f"{total / max(1, count):.6g}") for total, count in sums.values()]
-        metrics["val_losses"] = dict(zip(names, means, strict=True))
-        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["val_losses"].items())
-        tqdm.write(f"validation of {losses}")
+        have_unique_names = len({path.name for path in paths}) == len(paths)
+        means = {}
+        for path, (total, count) in zip(paths, sums.values(), strict=True):
+            name = path.name if have_unique_names else str(path)
+            means[name] = float(f"{total / max(1, count):.6g}")
+        metrics["val_losses"] = means
+        tqdm.write("validation of " + ", ".join(f"{name} {means[name]:.3f}" for name in means))
     return metrics
 
 
@@ -185,14 +187,14 @@ def generating(model, runtime):
     each new length would be compiled. FSDP gathers layers in the autocast dtype, so gathered
     weights are freed before and after.
     """
-    compiled = any(layer._compiled_call_impl for layer in model.model.layers)
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    sharded = hasattr(model, "reshard")
-    reshard = model.reshard if sharded else lambda: None
-    reshard()
-    with stance, runtime.autocast if sharded else nullcontext():
+    with ExitStack() as stack:
+        if any(layer._compiled_call_impl for layer in model.model.layers):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if is_sharded(model):
+            model.reshard()
+            stack.callback(model.reshard)
+            stack.enter_context(runtime.autocast)
         yield
-    reshard()
 
 
 def show_sample(model, tokenizer, args, runtime, chat):
@@ -209,15 +211,16 @@ def show_sample(model, tokenizer, args, runtime, chat):
     tqdm.write(f"  {args.sample_prompt} -> {text}" if chat else f"  {text}")
 
 
-def selection_score(model, tokenizer, task, val_loss, runtime):
-    """Return the checkpoint-selection score, equal on all processes: the fraction of a task's
-    problems that are solved, or minus the validation loss without a task. Each process answers its
-    share; with FSDP each answers all, because all must generate the same number of tokens.
+def task_score(model, tokenizer, task, runtime):
+    """Return the fraction of a task's problems that are solved, on all processes the same. Each
+    answers its share; with FSDP each answers all, because all must generate the same number of
+    tokens.
     """
-    if not task:
-        return runtime.sum(-val_loss)[0] / runtime.world_size
-    sharded = hasattr(model, "reshard")
-    share = (0, 1) if sharded else (runtime.rank, runtime.world_size)
+    rank, world_size = runtime.rank, runtime.world_size
+    if is_sharded(model):
+        rank, world_size = 0, 1
     with generating(model, runtime):
-        solved = runtime.sum(task.count_solved(model, tokenizer, *share))[0]
-    return solved / len(task.problems) / (runtime.world_size if sharded else 1)
+        num_solved = task.count_solved(model, tokenizer, rank, world_size)
+    if not is_sharded(model):
+        (num_solved,) = runtime.sum(num_solved)
+    return num_solved / len(task.problems)

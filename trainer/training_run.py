@@ -1,7 +1,6 @@
 """TrainingRun: run state, logging, checkpoints, resuming, finishing."""
 
 import dataclasses
-import itertools
 import math
 import re
 import sys
@@ -30,17 +29,23 @@ MAY_CHANGE += ["data_path", "val_data_path", "replay_path"]  # contents and weig
 QUIET = ("from_resume", "force_resume")  # not reported when changed
 
 
-@dataclass
-class Progress:
-    """The progress of a run. Learning rate and random numbers are functions of step and flags."""
+@dataclass(kw_only=True)
+class RunSpec:
+    """What a run trains on, and for how long. It must be the same when the run is resumed."""
 
     data: list  # the hash of each file
     rows: int  # training samples
     rows_per_step: int
-    total_steps: int = 0
+    total_steps: int
     processes: int = 1
     row_length: int | None = None  # of packed rows: see dataset/packing.py
     teacher: str | None = None  # hash of its weights
+
+
+@dataclass
+class Progress:
+    """The progress of a run. Learning rate and random numbers are functions of step and flags."""
+
     step: int = 0
     tokens: int = 0  # trained on
     bad_steps: int = 0  # consecutive steps skipped because of non-finite gradients
@@ -60,14 +65,11 @@ class Progress:
         """Record a validation score (higher is better). Returns whether it is the best so far."""
         is_best = self.best_score is None or score > self.best_score
         if is_best and not math.isnan(score):
-            self.best_score, self.evaluations_since_best = score, 0
+            self.best_score = score
+            self.evaluations_since_best = 0
             return True
         self.evaluations_since_best += 1
         return False
-
-    def is_finished(self, patience):
-        """Return whether all steps are done, or `patience` validations brought no improvement."""
-        return self.step >= self.total_steps or 0 < patience <= self.evaluations_since_best
 
 
 class TrainingRun:
@@ -79,50 +81,66 @@ class TrainingRun:
         run.end_step(num_tokens, grad_norm)
     run.finish(...)
 
-    progress describes the new run; saved is the checkpoint to resume, or None. The files of an
-    earlier run with this name are renamed. Raises UserError if another process is training under
-    this name, or if the checkpoint belongs to a different run.
+    saved is the checkpoint to resume, or None for a new run; the files of an earlier run with this
+    name are then renamed. Raises UserError if another process is training under this name, or if
+    the checkpoint belongs to a different run.
     """
 
-    def __init__(self, args, stage, model, tokenizer, optimizer, runtime, progress, saved=None):
-        self.args, self.stage, self.runtime = args, stage, runtime
+    def __init__(self, args, stage, spec, *, model, tokenizer, optimizer, runtime, saved):
+        self.args, self.stage, self.spec, self.runtime = args, stage, spec, runtime
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.name = file_name(args.save_weight, model.config)
         self.weights_path = args.save_dir / f"{self.name}.pth"
-        is_first = runtime.rank == 0
-        self.lock = RunLock(self.checkpoint_path(".lock")) if is_first else None
+        is_rank_zero = runtime.rank == 0
+        self.lock = RunLock(self.checkpoint_path(".lock")) if is_rank_zero else None
+        self.progress = Progress()
         if saved:
-            progress = resume(progress, saved, args, model, optimizer, runtime.scaler)
-            print_new_schedule(progress, saved["arguments"]["epochs"], args)
-        if is_first:
-            keep_previous(args, self.name, saved)
-        self.progress = progress
-        self.log = MetricsLog(args.save_dir / "logs" / f"{self.name}.jsonl", progress, not is_first)
+            self.progress = resume(spec, saved, args, model, optimizer, runtime.scaler)
+        if is_rank_zero:
+            delete_partial_files(args.save_dir, self.name)
+            if not saved:
+                keep_previous(args, self.name)
+        log_path = args.save_dir / "logs" / f"{self.name}.jsonl"
+        self.log = MetricsLog(log_path, self.progress, spec.total_steps, silent=not is_rank_zero)
         self.signal = StopSignal()
-        self.step_began, self.data_wait_s = 0.0, 0.0
+        self.step_began = 0.0
+        self.data_wait_s = 0.0
 
     def checkpoint_path(self, ending):
         """Return the path of a file of this run, e.g. NAME_best.pth for "_best.pth"."""
         return self.args.save_dir / "checkpoints" / f"{self.name}{ending}"
+
+    @property
+    def is_finished(self):
+        """Whether all steps are done, or too many validations brought no improvement."""
+        patience, bad_validations = (
+            self.args.early_stop_patience,
+            self.progress.evaluations_since_best,
+        )
+        return self.progress.step >= self.spec.total_steps or 0 < patience <= bad_validations
+
+    @property
+    def has_diverged(self):
+        """Whether too many consecutive steps had no finite gradient."""
+        return self.progress.bad_steps >= self.args.max_bad_steps
 
     def steps(self, batches):
         """Yield (step, micro-batches) until the run is finished, interrupted or has diverged.
         batches is an iterator over the steps' micro-batches. Saves a checkpoint at the end and
         every --save_interval steps.
         """
-        progress, args = self.progress, self.args
+        progress = self.progress
         self.model.train()
-        is_over = progress.is_finished(args.early_stop_patience)
+        is_over = self.is_finished
         while not is_over:
             self.step_began = time.perf_counter()
             micro_batches = next(batches)
             self.data_wait_s += time.perf_counter() - self.step_began
-            seed_step(args, progress.step, self.runtime.rank)
+            seed_step(self.args.seed, progress.step, self.runtime.rank)
             yield progress.step, micro_batches
-            is_over = progress.is_finished(args.early_stop_patience)
-            is_over = is_over or progress.bad_steps >= args.max_bad_steps
-            is_over = is_over or self.runtime.sum(self.signal.received)[0] > 0
-            if is_over or progress.step % args.save_interval == 0:
+            is_interrupted = self.runtime.sum(self.signal.received)[0] > 0
+            is_over = self.is_finished or self.has_diverged or is_interrupted
+            if is_over or progress.step % self.args.save_interval == 0:
                 checkpoint.save_run(self)
 
     def end_step(self, num_tokens, grad_norm):
@@ -134,62 +152,57 @@ class TrainingRun:
 
     def is_due(self, interval):
         """Return whether an action every `interval` steps, and after the last, is due."""
-        progress = self.progress
-        return progress.step % interval == 0 or progress.step == progress.total_steps
+        step = self.progress.step
+        return step % interval == 0 or step == self.spec.total_steps
 
-    def note_score(self, score):
-        """Record a validation score (higher is better); save the weights if it is the best."""
+    def save_if_best(self, score):
+        """Record a validation score (higher is better), and save the weights if it is the best."""
         if self.progress.note_score(score):
             checkpoint.save_weights(self, self.checkpoint_path("_best.pth"))
 
-    def write_metrics(self, loss, lr, grad_norm, **metrics):
+    def write_metrics(self, **metrics):
         """Add a line to the log."""
-        progress = self.progress
-        epoch = (progress.step - 1) * self.args.epochs // progress.total_steps
-        metrics |= {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-        self.log.write(progress, epoch=epoch, data_wait_s=self.data_wait_s, **metrics)
+        epoch = (self.progress.step - 1) * self.args.epochs // self.spec.total_steps
+        self.log.write(self.progress, epoch=epoch, data_wait_s=self.data_wait_s, **metrics)
 
-    def finish(self, last_samples, next_script="eval_llm.py"):
+    def finish(self, *, last_samples):
         """Shut down the process group, finalize the weights of a finished run, and print a summary
         with the next command. last_samples describes the samples of the latest step.
 
         Raises UserError if the run has diverged; exits with code 130 if it was interrupted.
         """
         args, progress, log = self.args, self.progress, self.log
-        best_at_end = args.save_best_at_end and progress.best_score is not None
-        if log.steps == 0 and not best_at_end:
+        if log.steps == 0:
             # Already finished, but maybe killed between the last checkpoint and the weights.
             checkpoint.save_weights(self, self.weights_path)
         log.bar.close()
         shut_down()
         if self.runtime.rank > 0:
             return
-        is_finished = progress.is_finished(args.early_stop_patience)
-        has_diverged = progress.bad_steps >= args.max_bad_steps
-        if is_finished and not has_diverged:
-            if best_at_end:
+        if self.is_finished and not self.has_diverged:
+            if args.save_best_at_end and progress.best_score is not None:
                 checkpoint.put_best_in_place(self)
-            remove_previous(args, self.name)
+            delete_previous(args, self.name)
         self.lock.release()
-        resuming = resume_command(args, self.stage, progress.processes)
-        if has_diverged and log.steps:
+        resuming = resume_command(args, self.stage, self.spec.processes)
+        if self.has_diverged and log.steps:
             raise UserError(
                 f"diverged: {progress.bad_steps} consecutive steps had no finite gradient; saved "
                 f"at step {progress.step}. The last one was trained on {last_samples}. Check "
                 "these, or lower --learning_rate and start again; to resume anyway: "
                 f"{resuming}"
             )
-        at = f"at step {progress.step} of {progress.total_steps}"
-        if not is_finished:
+        at = f"at step {progress.step} of {self.spec.total_steps}"
+        if not self.is_finished:
             print(f"Stopped {at}, saved. Resume with:\n{resuming}")
             sys.exit(130)
         if log.steps == 0:
-            print(f"This run is already finished: {progress.step} of {progress.total_steps} steps.")
-        elif progress.step < progress.total_steps:
+            print(f"This run is already finished: {at.removeprefix('at ')}.")
+        elif progress.step < self.spec.total_steps:
             patience = args.early_stop_patience
             print(f"Early stopping {at}: no improvement in {patience} validations")
         print(f"weights: {self.weights_path}\nloss curve: {log.draw()}")
-        print(f"next: {next_command(args, next_script)}")
+        print(f"next: {next_command(args, self.stage)}")
 
 
 def parse_run(parser, argv, check=None):
@@ -204,59 +217,28 @@ def parse_run(parser, argv, check=None):
     return args, saved
 
 
-def print_new_schedule(progress, epochs, args):
-    """Print how the learning rate jumps if a resumed run gets more epochs."""
-    if args.epochs > epochs:
-        total_steps = progress.total_steps * epochs // args.epochs
-        before = learning_rate(max(0, progress.step - 1), total_steps, args)
-        lr = learning_rate(progress.step, progress.total_steps, args)
-        print(f"the schedule now ends after {args.epochs} epochs instead of {epochs}:", end=" ")
-        print(f"the learning rate was {before:.3g} and continues from {lr:.3g}")
-
-
-def resume(current, saved, args, model, optimizer, scaler):
+def resume(spec, saved, args, model, optimizer, scaler):
     """Restore a checkpoint: load the state of optimizer and scaler, and return its Progress.
-    current is the Progress of this run before its first step.
 
     Prints which flags changed. Raises UserError, naming all conflicts, if the checkpoint belongs to
     a different run (unless args.force_resume), or if its state doesn't fit the optimizer.
     """
+    names = {field.name for field in dataclasses.fields(RunSpec)}
     try:
-        saved_flags, progress = saved["arguments"], Progress(**saved["run"])
+        saved_spec = RunSpec(**{name: saved["run"][name] for name in names & set(saved["run"])})
+        progress = {name: value for name, value in saved["run"].items() if name not in names}
+        progress = Progress(**progress)
     except TypeError as error:
         raise UserError(
             f"{saved['path']} is not a checkpoint of this version ({error}); start a new run"
         ) from None
-    flags = checkpoint.plain_flags(args)
-    differ = {
-        name: f"{name} is {value} and was {saved_flags.get(name)}"
-        for name, value in flags.items()
-        if value != saved_flags.get(name)
-    }
-    changes = [name for name in MAY_CHANGE if name in differ]
-    if "epochs" in differ and flags["epochs"] > saved_flags["epochs"]:
-        changes.append("epochs")
-    conflicts = [text for name, text in differ.items() if name not in changes]
-    if (current.data, current.rows) != (progress.data, progress.rows):
-        conflicts.append("the data has changed since the run began")
-    if mixture_weights(flags) != mixture_weights(saved_flags):
-        conflicts.append("the weights in --data_path have changed since the run began")
-    earlier_row_length = progress.row_length or args.max_seq_len  # earlier versions: always that
-    if current.row_length not in (None, earlier_row_length):
-        conflicts.append("this version packs the samples into different rows")
-    if current.teacher != progress.teacher and progress.teacher:
-        conflicts.append("the weights of the teacher have changed since the run began")
-    if current.rows_per_step != progress.rows_per_step:
-        conflicts.append(
-            f"a step takes {current.rows_per_step} rows (batch_size x accumulation_steps x "
-            f"processes) and took {progress.rows_per_step}"
-        )
-    elif current.processes != progress.processes:
-        print(
-            f"{current.processes} processes resume a run of {progress.processes}: a step takes "
-            f"{current.rows_per_step} rows as before, so none is repeated or skipped"
-        )
-    print("".join(f"{differ[name]}\n" for name in changes if name not in QUIET), end="")
+    saved_flags = saved["arguments"]
+    if args.epochs > saved_flags["epochs"]:
+        print_new_schedule(spec.total_steps, progress.step, saved_flags["epochs"], args)
+    changes, conflicts = compare_flags(checkpoint.plain_flags(args), saved_flags)
+    conflicts += compare_specs(spec, saved_spec, args.max_seq_len)
+    for text in changes:
+        print(text)
     if conflicts and not args.force_resume:
         raise UserError(
             f"--from_resume 1 resumes the run of {saved['path']}, but {'; '.join(conflicts)}. "
@@ -274,8 +256,55 @@ def resume(current, saved, args, model, optimizer, scaler):
             f"{saved_flags.get('optimizer')}; start a new run from the weights: --from_weight "
             f"{args.save_weight} --save_weight NAME"
         ) from None
-    from_current = "data rows rows_per_step total_steps processes row_length teacher".split()
-    return dataclasses.replace(progress, **{name: getattr(current, name) for name in from_current})
+    return progress
+
+
+def print_new_schedule(total_steps, step, epochs, args):
+    """Print how the learning rate jumps if a run of some epochs, resumed at a step, gets more."""
+    before = learning_rate(max(0, step - 1), total_steps * epochs // args.epochs, args)
+    lr = learning_rate(step, total_steps, args)
+    print(f"the schedule now ends after {args.epochs} epochs instead of {epochs}:", end=" ")
+    print(f"the learning rate was {before:.3g} and continues from {lr:.3g}")
+
+
+def compare_flags(flags, saved_flags):
+    """Compare the flags of a run and of its checkpoint. Returns (changes, conflicts), two lists of
+    sentences: flags that may change, and flags that may not.
+    """
+    changes, conflicts = [], []
+    for name, value in flags.items():
+        saved_value = saved_flags.get(name)
+        if value == saved_value or name in QUIET:
+            continue
+        is_longer = name == "epochs" and value > saved_value
+        sentences = changes if name in MAY_CHANGE or is_longer else conflicts
+        sentences.append(f"{name} is {value} and was {saved_value}")
+    if mixture_weights(flags) != mixture_weights(saved_flags):
+        conflicts.append("the weights in --data_path have changed since the run began")
+    return changes, conflicts
+
+
+def compare_specs(spec, saved_spec, max_seq_len):
+    """Return a sentence for each conflict between the specs of a run and of its checkpoint."""
+    conflicts = []
+    if (spec.data, spec.rows) != (saved_spec.data, saved_spec.rows):
+        conflicts.append("the data has changed since the run began")
+    saved_row_length = saved_spec.row_length or max_seq_len  # earlier versions: always that
+    if spec.row_length not in (None, saved_row_length):
+        conflicts.append("this version packs the samples into different rows")
+    if saved_spec.teacher and spec.teacher != saved_spec.teacher:
+        conflicts.append("the weights of the teacher have changed since the run began")
+    if spec.rows_per_step != saved_spec.rows_per_step:
+        conflicts.append(
+            f"a step takes {spec.rows_per_step} rows (batch_size x accumulation_steps x "
+            f"processes) and took {saved_spec.rows_per_step}"
+        )
+    elif spec.processes != saved_spec.processes:
+        print(
+            f"{spec.processes} processes resume a run of {saved_spec.processes}: a step takes "
+            f"{spec.rows_per_step} rows as before, so none is repeated or skipped"
+        )
+    return conflicts
 
 
 def mixture_weights(flags):
@@ -283,19 +312,16 @@ def mixture_weights(flags):
     return [weight for _, weight, *_ in flags.get("data_path") or [(None, None)]]
 
 
-def keep_previous(args, name, saved):
-    """Rename the files of an earlier run, e.g. full_sft_256 to full_sft_previous_256, unless this
-    run resumes it. They are deleted when this run is complete. Also deletes partial files of killed
-    runs.
-    """
-    for path in run_files(args.save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):
-        path.unlink()
+def keep_previous(args, name):
+    """Rename the files of an earlier run, e.g. full_sft_256 to full_sft_previous_256."""
     files = run_files(args.save_dir, re.escape(name))
-    if saved or not any(path.suffix == ".pth" for path in files):
+    if not any(path.suffix == ".pth" for path in files):
         return
-    size, numbers = name.removeprefix(args.save_weight), itertools.chain([""], itertools.count(2))
-    names = (f"{args.save_weight}_previous{number}" for number in numbers)
-    new_name = next(free for free in names if not run_files(args.save_dir, re.escape(free + size)))
+    size = name.removeprefix(args.save_weight)
+    new_name, number = f"{args.save_weight}_previous", 1
+    while run_files(args.save_dir, re.escape(new_name + size)):
+        number += 1
+        new_name = f"{args.save_weight}_previous{number}"
     for path in reversed(files):  # the log first: if that fails, nothing has changed
         try:
             path.rename(path.with_name(new_name + size + path.name.removeprefix(name)))
@@ -310,8 +336,11 @@ def keep_previous(args, name, saved):
 
 def run_files(save_dir, name, suffix=""):
     """Return the files of a run. name is a regex, suffix a regex that follows the ending."""
-    endings = {".": r"\.pth", "checkpoints": r"_(resume|best|new|step\d+)\.pth"}
-    endings["logs"] = r"(\.jsonl|_loss\.(png|svg))"
+    endings = {
+        ".": r"\.pth",
+        "checkpoints": r"_(resume|best|new|step\d+)\.pth",
+        "logs": r"(\.jsonl|_loss\.(png|svg))",
+    }
     return [
         path
         for folder, ending in endings.items()
@@ -320,8 +349,14 @@ def run_files(save_dir, name, suffix=""):
     ]
 
 
-def remove_previous(args, name):
-    """Delete the files of the earlier run, which `keep_previous` renamed."""
+def delete_partial_files(save_dir, name):
+    """Delete the files that a killed process of this run was writing."""
+    for path in run_files(save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):
+        path.unlink()
+
+
+def delete_previous(args, name):
+    """Delete the files that `keep_previous` renamed, when this run is complete."""
     size = name.removeprefix(args.save_weight)
     for path in run_files(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
         try:
