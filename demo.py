@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 
-from common import ROOT, report_user_errors
+from common import ROOT, atomic_write, read_json, report_user_errors
 
 OUT = ROOT / "out"
 REPORT = OUT / "demo.json"
@@ -38,7 +38,7 @@ def main():
         REPORT.unlink(missing_ok=True)
     # Ctrl-C is handled by the running command: training saves and exits, the chat stops its answer.
     signal.signal(signal.SIGINT, lambda *_: None)
-    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
+    report = read_json(REPORT) if REPORT.exists() else {}
     if report.get("seed", 1) != args.seed or not report:
         report = {"seed": args.seed, "seconds": {}}
     setup = ROOT / ".venv" / "setup-seconds"  # written by make
@@ -97,7 +97,8 @@ def begin(stage, commands, report):
 
 
 def save(report):
-    REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    with atomic_write(REPORT) as file:
+        file.write(json.dumps(report, indent=1).encode("utf-8"))
 
 
 def compare(before, after):

@@ -36,6 +36,12 @@ SAMPLING = {  # name: (type, default, minimum, maximum, meaning)
 }
 
 
+UNSUPPORTED = {  # flag: the flags that it doesn't support
+    "serve": "prompt system seed use_compile repetition_penalty export",
+    "export": "system use_compile host allowed_hosts max_batch serve",
+}
+
+
 def main(argv=None):
     args = parse(argv)
     if args.serve is not None or args.export:
@@ -94,9 +100,7 @@ def parse(argv):
     add("max_batch", 16, "maximum batch size of --serve", number(int, 1))
     add("export", None, "write the page of --serve for --prompt", Path, metavar="FILE.html")
     args = parser.parse_args(argv)
-    others = {"serve": "prompt system seed use_compile repetition_penalty export",
-              "export": "system use_compile host allowed_hosts max_batch serve"}  # fmt: skip
-    for flag, unused in others.items():
+    for flag, unused in UNSUPPORTED.items():
         if getattr(args, flag) is not None:
             refuse(args, parser, f"--{flag}", unused)
     if args.export and (args.prompt is None or args.export.suffix != ".html"):
@@ -107,7 +111,7 @@ def parse(argv):
     return args
 
 
-def in_range(name, text):
+def parse_setting(name, text):
     """Parse a sampling setting. Raises UserError if it isn't a number in its range."""
     kind, _, low, high, _ = SAMPLING[name]
     value = number(kind, low, high)(text)
@@ -132,65 +136,73 @@ class Chat:
         self.start(args.system)
 
     def start(self, system):
-        """Start a new conversation with a system prompt; "" for none."""
+        """Start a new conversation with a system prompt; "" for none. Raises UserError for
+        pretrained weights, which know no system prompt.
+        """
+        if system and self.continues:
+            raise UserError("pretrained weights only continue text: omit the system prompt")
         self.system = system
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    def prompt(self, text):
-        """Return the ids to continue. If they exceed the trained length, minus a quarter for the
-        answer, drop the oldest turns and print a line. Raises UserError if text itself is too long.
+    def fit_context(self, text):
+        """Return (the ids to continue, the messages with text). If they exceed the trained length,
+        minus a quarter for the answer, the oldest turns are dropped. Raises UserError if text
+        itself is too long.
         """
         from model.chat_template import render
 
         context = self.model.config.max_position_embeddings
         if self.continues:
-            return self.tokenizer.encode(text).ids[-context + 1 :] or [END_OF_TEXT]
+            return self.tokenizer.encode(text).ids[-context + 1 :] or [END_OF_TEXT], []
         messages = [*self.messages, {"role": "user", "content": text}]
-        oldest = 1 if self.system else 0
+        first_turn = 1 if self.system else 0
         while True:
-            is_last = len(messages) == oldest + 1
-            limit = context if is_last else min(context, self.trained_length)
+            is_only_turn = len(messages) == first_turn + 1
+            limit = context if is_only_turn else min(context, self.trained_length)
             reserved = min(self.settings["max_new_tokens"], limit // 4)
             ids, _ = render(messages, add_generation_prompt=True, tokenizer=self.tokenizer)
             if len(ids) + reserved <= limit:
-                break
-            if is_last:
+                return ids, messages
+            if is_only_turn:
                 raise UserError(
                     f"that is too long: {len(ids)} tokens, and {reserved} are kept for the answer "
                     f"(max_new_tokens); the context has {context}. Shorten one of them"
                 )
-            del messages[oldest : oldest + 2]
-        if len(messages) <= len(self.messages):
-            print("[context limit reached: dropped the oldest turns]")
-        self.messages = messages
-        return ids
+            del messages[first_turn : first_turn + 2]
 
     def answer(self, text):
         """Generate and print the answer to text; Ctrl-C stops it."""
         from model.chat_template import parse_answer
+        from model.generation import SamplingParams
 
-        ids = self.prompt(text)
-        new, waiting, stopped = [], [], ""
+        ids, messages = self.fit_context(text)
+        if len(messages) < len(self.messages) + 1 and not self.continues:
+            print("[context limit reached: dropped the oldest turns]")
+        self.messages = messages
+        answer_ids = []
+        undecoded = []  # tokens of an incomplete character
+        is_interrupted = False
         begin = time.perf_counter()
         try:
-            for (token,) in self.generate([ids], **self.settings):
+            for (token,) in self.generate([ids], SamplingParams(**self.settings)):
                 if token in STOP:
                     break
-                new.append(token)
-                waiting.append(token)
-                piece = self.tokenizer.decode(waiting, skip_special_tokens=False)
+                answer_ids.append(token)
+                undecoded.append(token)
+                piece = self.tokenizer.decode(undecoded, skip_special_tokens=False)
                 # A character may span up to four tokens; a part of it decodes to U+FFFD.
-                if not piece.endswith("\ufffd") or len(waiting) > 3:
+                if not piece.endswith("\ufffd") or len(undecoded) > 3:
                     print(piece, end="", flush=True)
-                    waiting = []
+                    undecoded = []
         except KeyboardInterrupt:
-            stopped = ", stopped"
-        print(self.tokenizer.decode(waiting, skip_special_tokens=False))
+            is_interrupted = True
+        print(self.tokenizer.decode(undecoded, skip_special_tokens=False))
         if not self.continues:
-            self.messages.append({"role": "assistant", **parse_answer(new, self.tokenizer)})
+            self.messages.append({"role": "assistant", **parse_answer(answer_ids, self.tokenizer)})
         if sys.stdin.isatty():
-            speed = len(new) / (time.perf_counter() - begin)
-            print(f"[{len(new)} tokens, {speed:.0f}/s{stopped}]")
+            speed = len(answer_ids) / (time.perf_counter() - begin)
+            note = ", stopped" if is_interrupted else ""
+            print(f"[{len(answer_ids)} tokens, {speed:.0f}/s{note}]")
 
     def command(self, line):
         """Execute a line that starts with a slash. Raises UserError for an unknown command."""
@@ -205,7 +217,7 @@ class Chat:
             setting, _, value = value.partition(" ")
             if setting not in SAMPLING:
                 raise UserError(f"/set {setting}: there are {', '.join(SAMPLING)}")
-            self.settings[setting] = in_range(setting, value.strip())
+            self.settings[setting] = parse_setting(setting, value.strip())
             print(f"[{setting} {self.settings[setting]}]")
         elif name == "/save":
             self.save(value)

@@ -50,8 +50,10 @@ def extract_answer(text, strict=False):
 
 
 def last_boxed(text):
-    r"""Return the content of the last \boxed{} or \fbox{}, or None."""
-    begin = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    r"""Return the content of the last \boxed{}, or without one of the last \fbox{}, or None."""
+    begin = text.rfind("\\boxed")
+    if begin < 0:
+        begin = text.rfind("\\fbox")
     if begin < 0:
         return None
     content = text[begin:].removeprefix("\\boxed").removeprefix("\\fbox")
@@ -112,17 +114,17 @@ def differ_in_tiny_numbers(a, b):
 def is_bounded(text):
     """Return whether the numbers in a text can be computed: no power towers or huge factorials."""
     powers = [int(power) for power in re.findall(r"\^\s*\{?\s*-?(\d{1,9})", text)]
-    return not ENDLESS.search(text) and math.prod(powers) <= LARGEST_POWER
+    return (
+        not ENDLESS.search(text) and math.prod(max(power, 1) for power in powers) <= LARGEST_POWER
+    )
 
 
 def normalize(text):
     """Return the official normal form, or the text itself where the official code raises."""
-    form = text
-    for old, new in (
-        *(("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")),
-        *(("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")),
-    ):
-        form = form.replace(old, new)
+    form = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    form = form.replace("tfrac", "frac").replace("dfrac", "frac")
+    for removed in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$"):
+        form = form.replace(removed, "")
     form, *units = form.split("\\text{ ")
     if len(units) > 1:
         return text

@@ -1,15 +1,16 @@
 """Generate answers to problems, score them, and store results."""
 
+import dataclasses
 import json
 import time
 
 import numpy as np
 from tqdm import tqdm
 
-from common import STOP, UserError, atomic_write
+from common import UserError, atomic_write
 from evaluation.tasks import decoding_constraint, is_right, judge, make_problem, read_problems
 from model.chat_template import parse_answer, render
-from model.generation import generate
+from model.generation import SamplingParams, generate_batch
 
 TEXT = ("task", "run", "command", "weights", "weights_sha256", "data", "data_sha256")
 RESULT_TYPES = dict.fromkeys(TEXT, str) | {"params": int, "seconds": int | float, "totals": dict}
@@ -18,29 +19,18 @@ ROW_TYPES |= {"output": str, "verdict": str | None, "level": str | None, "type":
 MAY_DIFFER = ("run", "command", "weights", "data", "params", "settings")  # don't identify a run
 
 
-def answer_all(problems, model, tokenizer, options, part=None):
-    """Answer all problems. Returns one row per sample of a problem: {"problem", "sample", "output",
-    "reasoning"?, "truncated", "tokens", "seconds"} and the fields of the problem. seconds is the
-    time of a batch divided by its size.
+def answer_all(
+    problems, model, tokenizer, params, *, num_samples, batch_size, seed, part=None, **options
+):
+    """Answer each problem num_samples times, in batches. Returns one row per answer: {"problem",
+    "sample", "output", "reasoning"?, "truncated", "tokens", "seconds"} and the fields of the
+    problem. seconds is the time of a batch divided by its size.
 
-    options  {"num_samples", "batch_size", "seed"} and the options of `generate`
+    params   SamplingParams; each batch has a seed of its own, which follows from seed
     part     PartialResults, which stores intermediate rows
+    options  stop_ids, allowed_ids and use_compile of `generate`
     """
-    prompts = [
-        render(problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer)[0]
-        for problem in problems
-    ]
-    context = model.config.max_position_embeddings
-    for index, prompt in enumerate(prompts):
-        if len(prompt) >= context:
-            raise UserError(
-                f"problem {index} has {len(prompt)} tokens, and the model's context is {context}; "
-                "remove it, or show fewer examples"
-            )
-    options = dict(options)
-    num_samples = options.pop("num_samples")
-    batch_size = options.pop("batch_size")
-    seed = options.pop("seed")
+    prompts = render_prompts(problems, tokenizer, model.config.max_position_embeddings)
     # Batch prompts of similar length: less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     samples = [(index, sample) for index in order for sample in range(num_samples)]
@@ -48,17 +38,20 @@ def answer_all(problems, model, tokenizer, options, part=None):
     bar = tqdm(total=len(samples), initial=len(rows), unit="answer", leave=False, disable=None)
     for first in range(len(rows), len(samples), batch_size):
         batch = samples[first : first + batch_size]
+        batch_seed = int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
+        batch_params = dataclasses.replace(params, seed=batch_seed)
         began = time.perf_counter()
-        options["seed"] = int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
-        answers = generate_batch(model, [prompts[index] for index, _ in batch], **options)
+        batch_prompts = [prompts[index] for index, _ in batch]
+        answers = generate_batch(model, batch_prompts, batch_params, **options)
         seconds = round((time.perf_counter() - began) / len(batch), 3)
         new_rows = []
-        for (index, sample), (ids, ended) in zip(batch, answers, strict=True):
+        for (index, sample), (ids, has_stopped) in zip(batch, answers, strict=True):
             message = parse_answer(ids, tokenizer)
             row = {"problem": index, "sample": sample, "output": message["content"]}
             if "reasoning_content" in message:
                 row["reasoning"] = message["reasoning_content"]
-            new_rows.append(row | {"truncated": not ended, "tokens": len(ids), "seconds": seconds})
+            row |= {"truncated": not has_stopped, "tokens": len(ids), "seconds": seconds}
+            new_rows.append(row)
         rows += new_rows
         bar.update(len(new_rows))
         if part:
@@ -68,18 +61,18 @@ def answer_all(problems, model, tokenizer, options, part=None):
     return [{**problems[row["problem"]], **row} for row in rows]
 
 
-def generate_batch(model, prompts, **options):
-    """Generate an answer to each prompt. Returns (ids, whether it ended with a stop token) for
-    each; options as in `generate`.
-    """
-    answers, stopped = [[] for _ in prompts], [False] * len(prompts)
-    for step in generate(model, prompts, **options):
-        for row, token in enumerate(step):
-            if token in STOP:
-                stopped[row] = True
-            elif token is not None:
-                answers[row].append(token)
-    return list(zip(answers, stopped, strict=True))
+def render_prompts(problems, tokenizer, context):
+    """Return the ids of each problem's prompt. Raises UserError if one fills the context."""
+    prompts = []
+    for index, problem in enumerate(problems):
+        ids, _ = render(problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer)
+        if len(ids) >= context:
+            raise UserError(
+                f"problem {index} has {len(ids)} tokens, and the model's context is {context}; "
+                "remove it, or show fewer examples"
+            )
+        prompts.append(ids)
+    return prompts
 
 
 class TaskScore:
@@ -89,18 +82,19 @@ class TaskScore:
 
     def __init__(self, task, path):
         self.task, self.path = task, path
-        self.options = {"num_samples": 1, "batch_size": 50, "seed": 1, "temperature": 0.0}
         if task == "tiny_world":
             self.problems = read_problems(task)
-            self.options["max_new_tokens"] = 120
+            self.params = SamplingParams(max_new_tokens=120, temperature=0.0)
         else:
             self.problems = read_problems(task, path)[:200]
-            self.options["max_new_tokens"] = 256
+            self.params = SamplingParams(max_new_tokens=256, temperature=0.0)
 
     def count_solved(self, model, tokenizer, rank=0, world_size=1):
         """Return how many of this rank's problems the model solves."""
-        options = self.options | {"allowed": decoding_constraint(self.task, self.path, tokenizer)}
-        rows = answer_all(self.problems[rank::world_size], model, tokenizer, options)
+        problems = self.problems[rank::world_size]
+        options = {"num_samples": 1, "batch_size": 50, "seed": 1}
+        options["allowed_ids"] = decoding_constraint(self.task, self.path, tokenizer)
+        rows = answer_all(problems, model, tokenizer, self.params, **options)
         verdicts = [judge(self.task, row["output"], row["gold"], row["truncated"]) for row in rows]
         return sum(map(is_right, verdicts))
 

@@ -25,25 +25,23 @@ def pass_at(k, n, right):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def totals(rows, same_answer):
+def compute_metrics(rows, same_answer):
     """Compute the metrics of a run from its rows, one per sample of a problem. The lenient accuracy
     is None if its judge isn't installed; then the strict one decides what is right.
 
     same_answer(a, b) returns whether two extracted answers count as one in the majority vote.
     """
-    by_problem = defaultdict(list)
-    for row in rows:
-        by_problem[row["problem"]].append(row)
+    by_problem = rows_by_problem(rows)
     samples = max(map(len, by_problem.values()))
-    figures = {"problems": len(by_problem)}
+    metrics = {"problems": len(by_problem)}
     for name, verdict in (("accuracy", "verdict"), ("strict_accuracy", "strict_verdict")):
         num_right = sum(row[verdict] == "correct" for row in rows)
         # Samples of one problem aren't independent, so the interval is over problems.
-        figures[name] = num_right / len(rows)
-        figures[f"{name}_95"] = wilson(num_right / samples, len(by_problem))
+        metrics[name] = num_right / len(rows)
+        metrics[f"{name}_95"] = wilson(num_right / samples, len(by_problem))
     if any(row["verdict"] is None for row in rows):
-        figures["accuracy"] = figures["accuracy_95"] = None
-    figures |= {
+        metrics["accuracy"] = metrics["accuracy_95"] = None
+    metrics |= {
         "by_level": accuracy_by(rows, "level"),
         "by_type": accuracy_by(rows, "type"),
         "errors": dict(Counter(row["error"] for row in rows if row["error"])),
@@ -55,12 +53,12 @@ def totals(rows, same_answer):
         ks = [2**power for power in range(samples.bit_length())]  # 1, 2, 4, ... <= samples
         if samples not in ks:
             ks.append(samples)
-        figures["pass_at"] = {
+        metrics["pass_at"] = {
             str(k): sum(pass_at(k, samples, n) for n in num_right) / len(num_right) for k in ks
         }
         votes = sum(majority(group, same_answer) for group in by_problem.values())
-        figures["majority"] = votes / len(by_problem)
-    return figures
+        metrics["majority"] = votes / len(by_problem)
+    return metrics
 
 
 def majority(group, same_answer):
@@ -96,27 +94,32 @@ def percent(share, interval=None):
     return text if interval is None else f"{text} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
-def write(path, result):
-    """Write a result to path, a .json file, and a table of its metrics to an .md file."""
+def metric_rows(result):
+    """Return the rows of a report, (name, value as text), from a stored result."""
     totals = result["totals"]
     judge = f" ({result['lenient_judge']})" if result.get("lenient_judge") else ""
-    figures = {
-        "command": f"`{result['command']}`",
-        "weights": f"{result['weights']}, sha256 {result['weights_sha256'][:16]}",
-        "data": f"{result['data']}, sha256 {result['data_sha256'][:16]}",
-        "problems": totals["problems"],
-        f"accuracy, lenient{judge}": percent(totals["accuracy"], totals["accuracy_95"]),
-        "accuracy, strict": percent(totals["strict_accuracy"], totals["strict_accuracy_95"]),
-    }
-    figures |= {f"pass@{k}": percent(share) for k, share in totals.get("pass_at", {}).items()}
+    rows = [
+        ("command", f"`{result['command']}`"),
+        ("weights", f"{result['weights']}, sha256 {result['weights_sha256'][:16]}"),
+        ("data", f"{result['data']}, sha256 {result['data_sha256'][:16]}"),
+        ("problems", totals["problems"]),
+        (f"accuracy, lenient{judge}", percent(totals["accuracy"], totals["accuracy_95"])),
+        ("accuracy, strict", percent(totals["strict_accuracy"], totals["strict_accuracy_95"])),
+    ]
+    rows += [(f"pass@{k}", percent(share)) for k, share in totals.get("pass_at", {}).items()]
     if "majority" in totals:
-        figures["majority vote"] = percent(totals["majority"])
+        rows.append(("majority vote", percent(totals["majority"])))
     for name, (right, n) in (totals["by_level"] | totals["by_type"]).items():
-        figures[name] = f"{right} of {n}, {percent(right / n)}"
-    figures |= {kind.replace("_", " "): n for kind, n in sorted(totals["errors"].items())}
-    figures["mean length"] = f"{totals['mean_tokens']:.0f} tokens"
-    figures["time"] = f"{result['seconds']:.0f} s"
-    table = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
+        rows.append((name, f"{right} of {n}, {percent(right / n)}"))
+    rows += [(kind.replace("_", " "), n) for kind, n in sorted(totals["errors"].items())]
+    rows.append(("mean length", f"{totals['mean_tokens']:.0f} tokens"))
+    rows.append(("time", f"{result['seconds']:.0f} s"))
+    return rows
+
+
+def write_report(path, result):
+    """Write a result to path, a .json file, and a table of its metrics to an .md file."""
+    table = "".join(f"| {name} | {value} |\n" for name, value in metric_rows(result))
     title = f"# {result['task']}: {result['run']}"
     texts = {
         ".md": f"{title}\n\n| | |\n|---|---|\n{table}\nIntervals: 95 %, Wilson.\n",
@@ -127,32 +130,74 @@ def write(path, result):
             file.write(text.encode("utf-8", "backslashreplace"))
 
 
+def print_report(result):
+    """Print the scores of a stored result."""
+    totals, parts = result["totals"], result["totals"]["by_type"] | result["totals"]["by_level"]
+    for part, score in result["scores"].items():
+        n = parts[part][1] if part in parts else len(result["problems"])
+        print(f"{part:24} {score:6.1%} of {n:4}")
+    strict = percent(totals["strict_accuracy"])
+    if totals["accuracy"] is None:
+        strict = percent(totals["strict_accuracy"], totals["strict_accuracy_95"])
+        print(f"strict {strict}; 95 % intervals")
+        print("for the lenient score: pip install math-verify, then --rescore")
+    else:
+        lenient = percent(totals["accuracy"], totals["accuracy_95"])
+        print(f"lenient {lenient}, strict {strict}; 95 % intervals")
+    for k, share in totals.get("pass_at", {}).items():
+        print(f"pass@{k:19} {share:6.1%}")
+    if "majority" in totals:
+        print(f"{'majority vote':24} {totals['majority']:6.1%}")
+
+
 def compare(old, new):
-    """Compare two results. Returns lines of text: the problems whose verdict differs, and the
-    p-value of the exact sign test (McNemar, 1947). Raises UserError if their data differs.
+    """Compare two results. Returns lines of text: the problems whose number of right answers
+    differs, and the p-value of the exact sign test over problems (McNemar, 1947). Raises UserError
+    if their data or their judges differ.
     """
+    names = f"{old['run']} and {new['run']}"
     if old["data_sha256"] != new["data_sha256"]:
-        raise UserError(
-            f"{old['run']} and {new['run']} have different data; choose runs on one file"
-        )
-    before, after = (
-        {(row["problem"], row["sample"]): row for row in result["problems"]}
-        for result in (old, new)
-    )
-    shared = [key for key in before if key in after]
-    won = [key for key in shared if is_right(after[key]) and not is_right(before[key])]
-    lost = [key for key in shared if is_right(before[key]) and not is_right(after[key])]
-    flips = len(won) + len(lost)
-    tail = sum(math.comb(flips, i) for i in range(min(len(won), len(lost)) + 1))
-    p_value = min(1.0, 2 * tail / 2**flips)
-    lines = [
-        f"{len(shared)} answers in both; {old['run']} {percent(old['totals']['accuracy'])}, "
-        f"{new['run']} {percent(new['totals']['accuracy'])}",
-        f"{len(won)} became right, {len(lost)} wrong; p = {p_value:.3f} (exact sign test)",
+        raise UserError(f"{names} have different data; choose runs on one file")
+    if old.get("lenient_judge") != new.get("lenient_judge"):
+        raise UserError(f"{names} were judged differently; judge both again with --rescore")
+    before, after = rows_by_problem(old["problems"]), rows_by_problem(new["problems"])
+    shared = [problem for problem in before if problem in after]
+    gain = {p: mean_right(after[p]) - mean_right(before[p]) for p in shared}
+    num_better = sum(change > 0 for change in gain.values())
+    num_worse = sum(change < 0 for change in gain.values())
+    num_changed = num_better + num_worse
+    tail = sum(math.comb(num_changed, i) for i in range(min(num_better, num_worse) + 1))
+    p_value = min(1.0, 2 * tail / 2**num_changed)
+    accuracies = [
+        f"{result['run']} {percent(sum(mean_right(rows[p]) for p in shared) / max(1, len(shared)))}"
+        for result, rows in ((old, before), (new, after))
     ]
-    for mark, keys in (("+", won), ("-", lost)):
-        for key in keys:
-            answers = " -> ".join(repr(rows[key]["extracted"]) for rows in (before, after))
-            row = after[key]
-            lines.append(f"{mark} problem {row['problem']}: {answers}, gold {row['gold']!r}")
+    lines = [
+        f"{len(shared)} problems in both; {', '.join(accuracies)}",
+        f"{num_better} became better, {num_worse} worse; p = {p_value:.3f} (exact sign test)",
+    ]
+    for mark, is_change in (("+", lambda change: change > 0), ("-", lambda change: change < 0)):
+        for problem in shared:
+            if is_change(gain[problem]):
+                answers = [extracted_answers(rows[problem]) for rows in (before, after)]
+                gold = after[problem][0]["gold"]
+                lines.append(f"{mark} problem {problem}: {' -> '.join(answers)}, gold {gold!r}")
     return lines
+
+
+def rows_by_problem(rows):
+    """Return {problem: its rows}."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["problem"]].append(row)
+    return groups
+
+
+def mean_right(rows):
+    """Return the fraction of a problem's answers that are right."""
+    return sum(map(is_right, rows)) / len(rows)
+
+
+def extracted_answers(rows):
+    """Return the extracted answers of a problem as text."""
+    return ", ".join(repr(row["extracted"]) for row in rows)

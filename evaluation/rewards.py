@@ -18,7 +18,9 @@ def reward_function(task, custom=None):
     loaded.
     """
     if custom is None:
-        return lambda problem, answer: float(is_right(judge(task, answer, problem["gold"], False)))
+        return lambda problem, answer: float(
+            is_right(judge(task, answer, problem["gold"], truncated=False))
+        )
     path, _, name = custom.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))  # so the file can import its neighbours
     try:

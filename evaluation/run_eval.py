@@ -23,7 +23,8 @@ from cli import Parser, choose_from, number, switch
 from dataset.tiny_world import EVAL
 from evaluation import competition_math, report
 from evaluation.generate_answers import PartialResults, answer_all, read_result, require_same_run
-from evaluation.tasks import TASKS, decoding_constraint, judge, read_problems, same_answer
+from evaluation.tasks import TASKS, decoding_constraint, judge, read_problems
+from model.generation import SamplingParams
 from model.weights import open_model
 
 
@@ -46,7 +47,7 @@ def parse(argv):
 
 
 def answering_flags(parser, **defaults):
-    """Add the flags for `open_model` and `generation_options`, except --num_samples."""
+    """Add the flags for `open_model` and `answering_options`, except --num_samples."""
     add = parser.group("the model and its answers")
     newest = "a name in --save_dir, or a path; default: full_sft, or the weights of --lora"
     add("weight", None, newest, dest="from_weight")
@@ -65,14 +66,15 @@ def answering_flags(parser, **defaults):
     add("use_compile", 0, "1: use torch.compile for decoding", switch)
 
 
-def generation_options(args):
-    """The options of `answer_all`."""
-    names = ("num_samples", "batch_size", "seed", "temperature", "max_new_tokens", "use_compile")
-    return {name: getattr(args, name) for name in names}
+def answering_options(args):
+    """Return the options of `answer_all` that are flags."""
+    params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    names = ("num_samples", "batch_size", "seed", "use_compile")
+    return {"params": params} | {name: getattr(args, name) for name in names}
 
 
 def hash_of_files(paths):
-    """Return the sha256 of weights files, or of the folders of published models, one after the
+    """Return the sha256 of files, or of the weights in folders of published models, one after the
     other.
     """
     digest = hashlib.sha256()
@@ -106,7 +108,7 @@ def main(argv=None):
         "weights": " + ".join(map(str, trained.paths)),
         "weights_sha256": hash_of_files(trained.paths),
         "data": str(data),
-        "data_sha256": sha256_of(data),
+        "data_sha256": hash_of_files([data]),
         "params": sum(weight.numel() for weight in trained.model.parameters()),
         "settings": {name: getattr(args, name) for name in settings},
     }
@@ -114,18 +116,13 @@ def main(argv=None):
     if path.exists():
         require_same_run(path, path.read_text("utf-8", "replace"), result, "--run NAME")
     part = PartialResults(path.with_suffix(".part"), result, args.batch_size, "--run NAME")
-    options = generation_options(args) | {
-        "allowed": decoding_constraint(args.task, data, trained.tokenizer)
-    }
-    rows = answer_all(problems, trained.model, trained.tokenizer, options, part)
+    options = answering_options(args)
+    options["allowed_ids"] = decoding_constraint(args.task, data, trained.tokenizer)
+    rows = answer_all(problems, trained.model, trained.tokenizer, part=part, **options)
     result["seconds"] = round(sum(row["seconds"] for row in rows), 1)
     scores = judge_and_report(result | {"problems": rows}, path)
     part.path.unlink()
     return scores
-
-
-def sha256_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def run_name(name, args, parser):
@@ -145,25 +142,14 @@ def judge_and_report(result, path):
         row |= judge(task, row["output"], row["gold"], row["truncated"])
     if task == "math":
         result["lenient_judge"] = competition_math.lenient_judge()
-    totals = report.totals(rows, lambda a, b: same_answer(task, a, b))
-    lenient, strict = totals["accuracy"], totals["strict_accuracy"]
-    scores = {"overall": strict if lenient is None else lenient}
+    totals = report.compute_metrics(rows, TASKS[task].same_answer)
+    is_lenient = totals["accuracy"] is not None
+    scores = {"overall": totals["accuracy"] if is_lenient else totals["strict_accuracy"]}
     parts = totals["by_type"] | totals["by_level"]
     scores |= {part: right / n for part, (right, n) in parts.items()}
-    report.write(path, result | {"totals": totals, "scores": scores, "problems": rows})
-
-    for part, score in scores.items():
-        print(f"{part:24} {score:6.1%} of {parts[part][1] if part in parts else len(rows):4}")
-    if lenient is None:
-        print(f"strict {report.percent(strict, totals['strict_accuracy_95'])}; 95 % intervals")
-        print("for the lenient score: pip install math-verify, then --rescore")
-    else:
-        interval = report.percent(lenient, totals["accuracy_95"])
-        print(f"lenient {interval}, strict {strict:.1%}; 95 % intervals")
-    for k, share in totals.get("pass_at", {}).items():
-        print(f"pass@{k:19} {share:6.1%}")
-    if "majority" in totals:
-        print(f"{'majority vote':24} {totals['majority']:6.1%}")
+    result |= {"totals": totals, "scores": scores}
+    report.write_report(path, result)
+    report.print_report(result)
     print(f"report: {path.with_suffix('.md')}\nevery answer: {path}")
     return scores
 

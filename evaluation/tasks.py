@@ -1,15 +1,16 @@
 """The problems of each task, and their graders."""
 
 import json
+import operator
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from common import IM_END, UserError
 from dataset.jsonl import list_hint, read_records
 from dataset.tiny_world import EVAL, write_missing
 from evaluation import competition_math, gsm8k
 from model.chat_template import pieces
-
-TASKS = ("tiny_world", "gsm8k", "math", "sid")
 
 
 def read_problems(task, path=None):
@@ -26,7 +27,7 @@ def read_problems(task, path=None):
                 raise record
             if record.get("source", task) != task:
                 raise ValueError(f"record is from {record['source']}, not {task}")
-            problems.append(make_problem(task, *READERS[task](record)))
+            problems.append(make_problem(task, *TASKS[task].read_fields(record)))
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"--data_path {path}, line {number}: {reason}{hint(record)}") from None
@@ -54,7 +55,8 @@ def make_problem(task, prompt, gold, level=None, kind=None):
     texts = gold if task == "tiny_world" and isinstance(gold, list) else [gold]
     if task not in TASKS or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{gold!r} isn't a valid gold answer for {task}")
-    level, kind = (value if value is None else str(value) for value in (level, kind))
+    level = None if level is None else str(level)
+    kind = None if kind is None else str(kind)
     return {"prompt": prompt, "gold": gold, "level": level, "type": kind}
 
 
@@ -75,12 +77,10 @@ def sid_fields(record):
     return prompt, answer["content"], None, record["task"]
 
 
-READERS = {"tiny_world": tiny_world_fields, "sid": sid_fields}
-READERS |= {"gsm8k": math_fields, "math": math_fields}
-
-
 class TokenTrie:
-    """Which tokens may come next, so that an answer is one of some texts: a tree of their ids."""
+    """Restricts answers to a list of texts: called with the ids generated so far, it returns the
+    ids that may follow.
+    """
 
     def __init__(self, texts, tokenizer):
         self.tree = {}
@@ -108,46 +108,73 @@ def decoding_constraint(task, path, tokenizer):
         raise UserError(f"{sids_path}, the list of ids, cannot be read: {error}") from None
 
 
+def judge_text(output, gold):
+    """Judge an answer of Tiny World or a semantic id; see `Task.judge`."""
+    is_match = matches_expected(output, gold)
+    return output.strip(), is_match, is_match
+
+
+def judge_gsm8k(output, gold):
+    """Judge an answer of GSM8K; see `Task.judge`."""
+    is_strictly_right = gsm8k.is_correct(output, gold, strict=True)
+    return gsm8k.extract_answer(output), is_strictly_right, gsm8k.is_correct(output, gold)
+
+
+def judge_math(output, gold):
+    """Judge an answer of MATH; see `Task.judge`."""
+    extracted = competition_math.extract_answer(output)
+    official = competition_math.extract_answer(output, strict=True)
+    is_strictly_right = competition_math.is_equiv(official, gold, strict=True)
+    if not competition_math.lenient_judge():
+        return extracted, is_strictly_right, None
+    return extracted, is_strictly_right, competition_math.is_equiv(extracted, gold)
+
+
+@dataclass(frozen=True)
+class Task:
+    """How the problems of a task are read, and how its answers are judged.
+
+    read_fields  record -> (prompt as messages, gold answer, level or None, type or None)
+    judge        (output, gold) -> (extracted answer, whether it is right by the strict judge, and
+                 by the lenient judge, None if that isn't installed)
+    same_answer  whether two extracted answers are equal, for majority voting
+    """
+
+    read_fields: Callable
+    judge: Callable
+    same_answer: Callable = operator.eq
+
+
+TASKS = {
+    "tiny_world": Task(tiny_world_fields, judge_text),
+    "gsm8k": Task(math_fields, judge_gsm8k, gsm8k.is_correct),
+    "math": Task(math_fields, judge_math, competition_math.is_equiv),
+    "sid": Task(sid_fields, judge_text),
+}
+VERDICTS = {True: "correct", False: "wrong", None: None}  # as stored in results
+
+
 def judge(task, output, gold, truncated):
     """Judge an output; returns {"extracted", "verdict", "strict_verdict", "error"}.
 
     verdict is the lenient one, None if its judge isn't installed. error: no_answer, truncated (no
     stop token within max_new_tokens), wrong, or None for a correct answer.
     """
-    if task in ("tiny_world", "sid"):
-        extracted = output.strip()
-        strict = lenient = matches_expected(output, gold)
-    elif task == "gsm8k":
-        extracted = gsm8k.extract_answer(output)
-        strict = gsm8k.is_correct(output, gold, strict=True)
-        lenient = gsm8k.is_correct(output, gold)
-    else:
-        extracted = competition_math.extract_answer(output)
-        official = competition_math.extract_answer(output, strict=True)
-        strict = competition_math.is_equiv(official, gold, strict=True)
-        lenient = None
-        if competition_math.lenient_judge():
-            lenient = competition_math.is_equiv(extracted, gold)
-    verdict_names = {True: "correct", False: "wrong", None: None}
-    verdicts = {"verdict": verdict_names[lenient], "strict_verdict": verdict_names[strict]}
-    if is_right(verdicts):
+    extracted, strict, lenient = TASKS[task].judge(output, gold)
+    row = {"extracted": extracted, "verdict": VERDICTS[lenient], "strict_verdict": VERDICTS[strict]}
+    if is_right(row):
         error = None
     elif truncated:
         error = "truncated"
     else:
         error = "wrong" if extracted else "no_answer"
-    return {"extracted": extracted, **verdicts, "error": error}
+    return row | {"error": error}
 
 
 def is_right(row):
     """Return whether a judged answer is right, by the lenient judge if available."""
-    return (row["verdict"] or row["strict_verdict"]) == "correct"
-
-
-def same_answer(task, a, b):
-    """Return whether two extracted answers are equal, for majority voting."""
-    same = {"gsm8k": gsm8k.is_correct, "math": competition_math.is_equiv}.get(task)
-    return same(a, b) if same else a == b
+    verdict = row["strict_verdict"] if row["verdict"] is None else row["verdict"]
+    return verdict == "correct"
 
 
 def matches_expected(answer, expected):

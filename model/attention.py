@@ -43,26 +43,44 @@ def causal_mask(past, T, document_ids, device):
     return mask
 
 
+def document_mask(document_ids, head_dim):
+    """Return the mask of rows without a cache, document_ids (B, T): a BlockMask where FlexAttention
+    is available, else that of `causal_mask`. None, causal, without document_ids.
+    """
+    if document_ids is None:
+        return None
+    T, device = document_ids.shape[1], document_ids.device
+    if T > 1 and flex_available(device, head_dim):  # FlexAttention needs more than one token
+        return document_block_mask(document_ids)
+    return causal_mask(0, T, document_ids, device)
+
+
+def cached_mask(past, T, document_ids, device):
+    """Return `causal_mask`, or None where each of the T queries sees all keys up to its own."""
+    if document_ids is None and (past == 0 or T == 1):
+        return None
+    return causal_mask(past, T, document_ids, device)
+
+
 def attend(q, k, v, mask):
     """Compute `plain_attention` with the fastest implementation for the device of q.
 
-    mask comes from `causal_mask` or `document_block_mask`. None means causal attention; the T
+    mask comes from `document_mask` or `cached_mask`. None means causal attention; the T
     queries are then the last of the S tokens.
     """
-    device = q.device.type
-    is_block_mask = isinstance(mask, BlockMask)
+    G, dtype = q.shape[1] // k.shape[1], q.dtype
+    if isinstance(mask, BlockMask):
+        k, v = (t.repeat_interleave(G, dim=1) for t in (k, v))  # (B, K, S, d) -> (B, H, S, d)
+        return compiled(flex_attention)(q, k, v, block_mask=mask)
     # Up to torch 2.12, SDPA on MPS attends to future keys in half precision, and errs on masks
     # broadcast over heads.
-    if device == "mps" or (device == "cpu" and q.shape[2] > 1 and not is_block_mask):
+    if q.device.type == "mps" or (q.device.type == "cpu" and q.shape[2] > 1):
         return attend_in_blocks(q, k, v, mask)
     if q.shape[2] == 1:
         return attend_one_query(q, k, v, mask)
-    G, dtype = q.shape[1] // k.shape[1], q.dtype
     q = q.to(k.dtype)  # the KV cache may use a different dtype
     k, v = (t.repeat_interleave(G, dim=1) for t in (k, v))  # (B, K, S, d) -> (B, H, S, d)
-    if is_block_mask:
-        return compiled(flex_attention)(q, k, v, block_mask=mask)
-    # `hidden_states` passes no mask only when nothing is cached: T = S.
+    # There is no mask only when nothing is cached: T = S. See `cached_mask`.
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).to(dtype)
 
 
@@ -81,13 +99,16 @@ def attend_in_blocks(q, k, v, mask):
     is faster than torch's fused kernel, especially in bf16: it computes half as many scores, and
     the G heads that share a key are computed in one larger matmul.
     """
-    (B, H, T, d), K, S, dtype = q.shape, k.shape[1], k.shape[2], q.dtype
+    B, H, T, d = q.shape
+    _, K, S, _ = k.shape
+    dtype = q.dtype
     q = q.to(k.dtype).reshape(B, K, H // K, T, d) * d**-0.5  # (B, H, T, d) -> (B, K, G, T, d)
     results = []
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
-            t, seen = end - start, S - T + end  # queries of the block, keys up to its last one
+            t = end - start  # queries of the block
+            seen = S - T + end  # keys up to its last query
             if mask is None:
                 future = torch.ones(t, seen, dtype=torch.bool, device=q.device)
                 hidden = future.triu(1 + seen - t)  # (t, seen)

@@ -52,10 +52,14 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.01
 
     def __post_init__(self):
-        self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
-        self.num_key_value_heads = self.num_key_value_heads or max(1, self.num_attention_heads // 2)
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.intermediate_size = self.intermediate_size or 3 * self.hidden_size
+        if self.num_attention_heads is None:
+            self.num_attention_heads = max(1, self.hidden_size // 64)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = max(1, self.num_attention_heads // 2)
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 3 * self.hidden_size
         if self.moe_intermediate_size is None:
             share = self.intermediate_size // self.num_experts_per_tok
             self.moe_intermediate_size = max(1, share)
@@ -122,9 +126,10 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention; H / K query heads share one key/value head (grouped-query)."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
+        self.layer_idx = layer_idx  # in the KV cache
         H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, H * d, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, K * d, bias=config.qkv_bias)
@@ -134,7 +139,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(d, config.rms_norm_eps)
             self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x, rotary, mask, kv_cache, layer):
+    def forward(self, x, rotary, mask, kv_cache):
         B, T, _ = x.shape
         d = self.config.head_dim
         q = self.q_proj(x).view(B, T, -1, d)  # (B, T, D) -> (B, T, H * d) -> (B, T, H, d)
@@ -146,7 +151,7 @@ class Attention(nn.Module):
         # (B, T, H, d) -> (B, H, T, d), and (B, T, K, d) -> (B, K, T, d) twice
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if kv_cache is not None:
-            k, v = kv_cache.append(layer, k, v)  # (B, K, T, d) -> (B, K, S, d)
+            k, v = kv_cache.append(self.layer_idx, k, v)  # (B, K, T, d) -> (B, K, S, d)
         x = attention.attend(q, k, v, mask)  # (B, H, T, d), see attention.plain_attention
         x = x.transpose(1, 2).reshape(B, T, -1)  # (B, H, T, d) -> (B, T, H, d) -> (B, T, H * d)
         return self.o_proj(x)  # (B, T, H * d) -> (B, T, D)
@@ -170,10 +175,10 @@ class DecoderLayer(nn.Module):
     (B, T, D).
     """
 
-    def __init__(self, config):
+    def __init__(self, config, layer_idx):
         super().__init__()
         D = config.hidden_size
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer_idx)
         if config.use_moe:
             experts = range(config.num_experts)
             self.mlp = MoE(config, [MLP(D, config.moe_intermediate_size) for _ in experts])
@@ -183,8 +188,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary, mask, kv_cache, layer):
-        attended = self.self_attn(self.input_layernorm(x), rotary, mask, kv_cache, layer)
+    def forward(self, x, rotary, mask, kv_cache):
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, kv_cache)
         x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -197,18 +202,19 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = [DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.grad_checkpoint = False
 
     def forward(self, input_ids, rotary, mask, kv_cache):
         x = self.dropout(self.embed_tokens(input_ids))  # (B, T) -> (B, T, D)
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             if self.grad_checkpoint and self.training:  # saves only x for the backward pass
-                x = checkpoint(layer, x, rotary, mask, kv_cache, index, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, mask, kv_cache, use_reentrant=False)
             else:
-                x = layer(x, rotary, mask, kv_cache, index)
+                x = layer(x, rotary, mask, kv_cache)
         return self.norm(x)
 
 
@@ -220,21 +226,27 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self):
+        """Draw the matrices from normal distributions; norms stay 1 and biases as in nn.Linear."""
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
                 continue
-            # With this std, activations keep roughly unit variance. With GPT-2's 0.02, a narrow
-            # model learns to copy from its context late or never: see docs/17_symptoms.md.
-            std = weight.shape[1] ** -0.5
-            if "mlp" in name:
-                std = 0.02
             if name.endswith("down_proj.weight"):
                 # As in GPT-2 (section 2.3), scaled down because each layer adds to the residual
                 # stream; here only in the MLPs: o_proj isn't scaled.
-                std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
+                std = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
+            elif "mlp" in name:
+                std = 0.02
+            else:
+                # Outputs of a projection then have about the variance of its input, and embeddings
+                # a norm of 1. With GPT-2's 0.02, a narrow model learns to copy from its context
+                # late or never: see docs/17_symptoms.md.
+                std = weight.shape[1] ** -0.5
             nn.init.normal_(weight, std=std)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,
@@ -272,13 +284,9 @@ class CausalLM(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=device)[None]  # (1, T)
         rotary = rotary_table(position_ids, self.config)
-        if kv_cache is not None:
-            document_ids = kv_cache.extend(input_ids.shape, document_ids)  # (B, T) -> (B, S)
-        mask = None  # causal, over all tokens
-        # FlexAttention needs T > 1. T is 1 in the dummy batch of a rank without data.
-        packed = document_ids is not None and kv_cache is None and T > 1
-        if packed and attention.flex_available(device, self.config.head_dim):
-            mask = attention.document_block_mask(document_ids)
-        elif document_ids is not None or (past > 0 and T > 1):
-            mask = attention.causal_mask(past, T, document_ids, device)
+        if kv_cache is None:
+            mask = attention.document_mask(document_ids, self.config.head_dim)
+        else:
+            document_ids = kv_cache.advance(T, document_ids)  # (B, T) -> (B, S)
+            mask = attention.cached_mask(past, T, document_ids, device)
         return self.model(input_ids, rotary, mask, kv_cache)

@@ -19,36 +19,45 @@ def prepacked_weights(model, batch_size):
     blocked layout, which is faster to read. With half-precision weights, the LM head computes in
     fp32: rounded to bf16, the top two logits are equal in one position of 40.
     """
-    prepack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    head, linears = model.lm_head, []
-    is_sharded = hasattr(model, "reshard")  # by FSDP
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(head.weight.dtype)
-    supported = prepack is not None
-    if half:
-        is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", None)
-        supported = supported and is_supported is not None and is_supported()
-    on_cpu = head.weight.device.type == "cpu"
-    if supported and on_cpu and not is_sharded and not model.config.use_moe:
-        linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    head = model.lm_head
+    is_half = head.weight.dtype != torch.float32
+    forwards = {}  # linear layer: its forward method
+    if is_half and not hasattr(model, "reshard"):  # sharded by FSDP
+        weight = head.weight.detach().float()
+        forwards[head] = lambda x: F.linear(x.float(), weight)
+    if can_prepack(model):
+        for linear in model.modules():
+            if type(linear) is torch.nn.Linear:
+                weight = linear.weight.detach()
+                weight = weight.float() if linear is head else weight
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch_size)
+                forwards[linear] = partial(packed_linear, packed, linear.bias, weight.dtype)
     try:
-        for linear in linears:
-            if linear is not head or half is None:
-                packed = prepack(linear.weight.detach(), batch_size)
-                linear.forward = partial(packed_linear, packed, linear.bias)
-        if half and not is_sharded:
-            weight = head.weight.detach().float()
-            product = partial(F.linear, weight=weight)
-            if head in linears:
-                product = partial(packed_linear, prepack(weight, batch_size), None)
-            head.forward = lambda x: product(x.float())
+        for linear, forward in forwards.items():
+            linear.forward = forward
         yield
     finally:
-        for linear in [*linears, head]:
+        for linear in forwards:
             linear.__dict__.pop("forward", None)
 
 
-def packed_linear(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def can_prepack(model):
+    """Return whether oneDNN can lay out a model's weights: on a CPU, in a dtype it supports."""
+    weight = model.lm_head.weight
+    is_sharded = hasattr(model, "reshard")  # by FSDP
+    if weight.device.type != "cpu" or is_sharded or model.config.use_moe:
+        return False
+    if weight.dtype != torch.float32:
+        name = "bf16" if weight.dtype == torch.bfloat16 else "fp16"
+        is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+        if is_supported is None or not is_supported():
+            return False
+    return hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def packed_linear(packed, bias, dtype, x):
+    """Compute a linear layer from weights in oneDNN's layout, in a dtype."""
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
 
 
 def compiled_step(model, batch_size):

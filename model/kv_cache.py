@@ -24,11 +24,12 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
 
-    def extend(self, shape, document_ids):
-        """Make room for shape = (B, T) new tokens. Returns all document ids so far, (B, S), or
-        None. Raises ValueError if the cache is full.
+    def advance(self, T, document_ids):
+        """Make room for T new tokens per row. Returns all document ids so far, (B, S), or None.
+        Raises ValueError if the cache is full.
         """
-        start, self.length = self.length, self.length + shape[1]
+        start = self.length
+        self.length += T
         if self.length > self.max_length:
             raise ValueError(f"{self.length} tokens don't fit into a KV cache of {self.max_length}")
         self.has_documents = self.has_documents or document_ids is not None
@@ -37,9 +38,11 @@ class KVCache:
         self.document_ids[:, start : self.length] = document_ids
         return self.document_ids[:, : self.length]
 
-    def append(self, layer, keys, values):
+    def append(self, layer_idx, keys, values):
         """Store a layer's new keys and values, (B, K, T, d). Returns all so far, (B, K, S, d)."""
         start = self.length - keys.shape[2]
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store[:, :, start : self.length] = new
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+        all_keys = self.keys[layer_idx][:, :, : self.length]
+        all_values = self.values[layer_idx][:, :, : self.length]
+        all_keys[:, :, start:] = keys
+        all_values[:, :, start:] = values
+        return all_keys, all_values

@@ -49,12 +49,12 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
     names = (ALL_LINEAR if target == "all-linear" else target).split(",")
     linears = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.model.layers.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in names
     }
     unknown = sorted(set(names) - {name.rpartition(".")[2] for name in linears})
     if unknown:
-        raise ValueError(f"{','.join(unknown)}: there is {ALL_LINEAR}, or all-linear")
+        raise ValueError(f"{','.join(unknown)}: choose from {ALL_LINEAR}, or all-linear")
     model.lora = LoRA(rank, alpha, dropout, target, base or weights_hash(model))
     model.requires_grad_(False)
     for linear in linears.values():
@@ -63,7 +63,7 @@ def add_lora(model, rank=16, alpha=32.0, dropout=0.0, target="all-linear", base=
 
 
 def adapt(linear, lora):
-    """Convert an nn.Linear to a LoRALinear in place."""
+    """Convert an nn.Linear to a LoRALinear in place, so that parameter names stay the same."""
     linear.__class__ = LoRALinear
     linear.lora = lora
     like = {"device": linear.weight.device, "dtype": linear.weight.dtype}

@@ -37,7 +37,8 @@ def summed_cross_entropy(hidden, weight, labels):
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        hidden, with_gradients = hidden.flatten(0, 1), torch.is_grad_enabled()  # -> (B * T, D)
+        hidden = hidden.flatten(0, 1)  # (B, T, D) -> (B * T, D)
+        with_gradients = torch.is_grad_enabled()
         return ChunkedCrossEntropy.apply(hidden, weight, positions, targets, dtype, with_gradients)
 
 
@@ -68,28 +69,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, positions, targets, dtype, with_gradients):
-        total, matrix = torch.zeros((), device=hidden.device), weight.to(dtype)
+        total = torch.zeros((), device=hidden.device)
+        matrix = weight.to(dtype)
         hidden_grad = torch.zeros_like(hidden) if with_gradients else None
         weight_grad = None  # stays None for a frozen LM head, e.g. with LoRA
         if with_gradients and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        # oneDNN caches code per matmul size; multiples of 64 keep the number of sizes small.
+        # oneDNN caches code per matmul size; multiples of 64 keep the number of sizes small. The
+        # padding is position 0, whose loss and gradient are left out below.
         num_supervised = len(positions)
         padding = (0, -num_supervised % 64)
         positions, targets = F.pad(positions, padding), F.pad(targets, padding)
         size = chunk_size(hidden)
         for start in range(0, num_supervised, size):
             chunk = positions[start : start + size]
-            real = min(size, num_supervised - start)  # the others are padding
+            num_real = min(size, num_supervised - start)  # the others are padding
             target = targets[start : start + size, None]  # (n, 1)
             x = hidden[chunk].to(dtype)  # (B * T, D) -> (n, D)
             logits = (x @ matrix.T).float()  # (n, D) @ (D, V) -> (n, V)
             log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
-            total += (log_sum - logits.gather(1, target))[:real].sum()
+            total += (log_sum - logits.gather(1, target))[:num_real].sum()
             if with_gradients:
                 grad = logits.sub_(log_sum).exp_()  # (n, V), the probabilities
                 grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-                grad[real:] = 0
+                grad[num_real:] = 0
                 grad = grad.to(dtype)
                 x_grad = (grad @ matrix).type_as(hidden)  # (n, V) @ (V, D) -> (n, D)
                 hidden_grad.index_add_(0, chunk, x_grad)

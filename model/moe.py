@@ -30,23 +30,23 @@ class MoE(nn.Module):
 
     def forward(self, x):
         tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (N, D)
-        probability = F.softmax(self.gate(tokens).float(), dim=-1)  # (N, E)
-        weight, experts = probability.topk(self.top_k, dim=-1)  # (N, E) -> (N, k) each
+        probs = F.softmax(self.gate(tokens).float(), dim=-1)  # (N, E)
+        weights, expert_ids = probs.topk(self.top_k, dim=-1)  # (N, E) -> (N, k) each
         if self.norm_topk_prob:
-            weight = weight / weight.sum(dim=-1, keepdim=True)
+            weights = weights / weights.sum(dim=-1, keepdim=True)
         # Choice c of token t has index t * k + c. Sort so that each expert's are contiguous.
-        order = experts.flatten().argsort(stable=True)  # (N * k,)
-        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        order = expert_ids.flatten().argsort(stable=True)  # (N * k,)
+        counts = expert_ids.flatten().bincount(minlength=len(self.experts)).tolist()
         out = torch.zeros_like(tokens)
         for expert, choices in zip(self.experts, order.split(counts), strict=True):
             # An expert without tokens still runs, on zero rows: its gradient is zero instead of
             # missing, for which DistributedDataParallel would wait forever.
-            token = choices // self.top_k  # (n,)
-            result = expert(tokens[token]) * weight.flatten()[choices, None]  # (n, D)
-            out = out.index_add(0, token, result.type_as(out))  # (N, D)
+            token_ids = choices // self.top_k  # (n,)
+            result = expert(tokens[token_ids]) * weights.flatten()[choices, None]  # (n, D)
+            out = out.index_add(0, token_ids, result.type_as(out))  # (N, D)
         if self.training:
-            share = F.one_hot(experts, len(self.experts)).float().mean(dim=0)  # (k, E)
-            self.load_balance_loss = len(self.experts) * (share * probability.mean(dim=0)).sum()
+            share = F.one_hot(expert_ids, len(self.experts)).float().mean(dim=0)  # (k, E)
+            self.load_balance_loss = len(self.experts) * (share * probs.mean(dim=0)).sum()
         return out.view(x.shape)  # (N, D) -> (B, T, D)
 
 

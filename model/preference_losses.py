@@ -32,10 +32,11 @@ def pair_log_probabilities(model, batch):
     rows without supervised tokens, which come last, are padding.
     """
     logp, _ = log_probabilities(model, batch)
-    labels, document_ids = batch[1][:, 1:], batch[3][:, 1:]
-    halves = [(logp * (document_ids == half)).sum(dim=-1) for half in (0, 1)]
-    pairs = int((labels != IGNORE).any(dim=-1).sum())  # on the CPU, without a GPU sync
-    return torch.stack(halves, dim=-1)[:pairs]
+    _, labels, _, document_ids = batch
+    document_ids = document_ids[:, 1:]  # (B, T - 1), as logp
+    sums = [(logp * (document_ids == document)).sum(dim=-1) for document in (0, 1)]
+    num_pairs = int((labels[:, 1:] != IGNORE).any(dim=-1).sum())  # on the CPU, without a GPU sync
+    return torch.stack(sums, dim=-1)[:num_pairs]
 
 
 def dpo_loss(policy, reference, beta):

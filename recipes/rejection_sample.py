@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import Parser, choose_from, number
 from common import ROOT, atomic_write, report_user_errors
 from evaluation.generate_answers import PartialResults, answer_all, require_same_run
-from evaluation.run_eval import answering_flags, generation_options, hash_of_files, sha256_of
+from evaluation.run_eval import answering_flags, answering_options, hash_of_files
 from evaluation.tasks import is_right, judge, read_problems
 from model.weights import open_model
 
@@ -42,13 +42,14 @@ def main(argv=None):
     trained = open_model(args)
     source = {name: getattr(args, name) for name in SETTINGS}
     source["weights_sha256"] = hash_of_files(trained.paths)
-    source["data_sha256"] = sha256_of(args.data_path)
+    source["data_sha256"] = hash_of_files([args.data_path])
     if args.out.exists() and args.out.stat().st_size:
         with args.out.open(encoding="utf-8", errors="replace") as file:
             head = file.readline()
         require_same_run(args.out, head, source, "--out FILE")
     part = PartialResults(args.out.with_suffix(".part"), source, args.batch_size, "--out FILE")
-    rows = answer_all(problems, trained.model, trained.tokenizer, generation_options(args), part)
+    options = answering_options(args)
+    rows = answer_all(problems, trained.model, trained.tokenizer, part=part, **options)
 
     accepted_rows = accepted(rows, args.task, args.keep)
     with atomic_write(args.out) as file:

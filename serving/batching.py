@@ -15,35 +15,39 @@ import torch
 
 from common import STOP
 from model.fast_decode import prepacked_weights
-from model.generation import eval_mode, make_generator, sample
+from model.generation import SamplingParams, eval_mode, left_padding, make_generator, sample
 from model.kv_cache import KVCache
 from serving.views import ONE_AT_A_TIME
 
 ROOM = 64  # cache columns that are preallocated
 
 
+@dataclass(frozen=True)
+class NewToken:
+    """A token of an answer."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple = ()  # (id, log-probability) of the most probable tokens
+
+
 @dataclass(eq=False)
 class Request:
-    """A prompt and its sampling parameters. `answer` receives a tuple for each new token, (id, its
-    log-probability, [(id, log-probability)] of the most probable tokens), and finally the finish
-    reason, a str: "stop", "length" or "error".
+    """A prompt and its sampling parameters. `answer` receives a NewToken for each new token, and
+    finally the finish reason, a str: "stop", "length" or "error".
     """
 
     ids: list  # of the prompt
-    max_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
+    params: SamplingParams
     top_logprobs: int | None = None  # None: no log-probabilities
     answer: queue.Queue = field(default_factory=queue.Queue)
     cancelled: bool = False  # set when the client disconnects
     finished: bool = False
     num_generated: int = 0
-    generator: torch.Generator | None = None  # seeded with seed
+    generator: torch.Generator | None = None  # seeded with params.seed
 
     def __post_init__(self):
-        self.next = self.ids[-1]  # input token of the next step
+        self.next_id = self.ids[-1]  # input token of the next step
         self.length = len(self.ids) - 1  # tokens in the cache
 
 
@@ -52,11 +56,15 @@ class Batcher(threading.Thread):
 
     def __init__(self, model, max_batch, max_waiting):
         super().__init__(daemon=True)
-        self.model, self.max_batch, self.ended = model, max_batch, False
+        self.model = model
+        self.max_batch = max_batch
+        self.ended = False
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         if self.device.type == "cpu":
             self.dtype = torch.float32  # as in `generate`
-        self.waiting, self.max_waiting, self.running = queue.Queue(), max_waiting, []
+        self.waiting = queue.Queue()
+        self.max_waiting = max_waiting
+        self.running = []
         # torch aborts if two threads use an Apple GPU; the views of the page are another thread.
         self.device_lock = ONE_AT_A_TIME if self.device.type == "mps" else nullcontext()
 
@@ -84,8 +92,10 @@ class Batcher(threading.Thread):
         """Answer requests until the server ends."""
         cache = None
         while not self.ended:
-            rows = [(cache, row, r.length) for row, r in enumerate(self.running) if not r.finished]
-            previous, self.running = self.running, [r for r in self.running if not r.finished]
+            previous = self.running
+            unfinished = [(row, r) for row, r in enumerate(previous) if not r.finished]
+            self.running = [request for _, request in unfinished]
+            rows = [(cache, row, request.length) for row, request in unfinished]
             while request := self.next_request():
                 try:
                     with self.device_lock:
@@ -122,13 +132,12 @@ class Batcher(threading.Thread):
 
     def pack(self, rows):
         """Merge rows (cache, row, length) into one KV cache, all ending at the same column."""
-        lengths, config = [length for *_, length in rows], self.model.config
+        lengths = [length for *_, length in rows]
         T = max(lengths)
-        packed = KVCache(config, len(rows), T + max(ROOM, T // 4), self.device, self.dtype)
-        pads = torch.tensor([[T - length] for length in lengths], device=self.device)  # (B, 1)
-        column = torch.arange(T, device=self.device)
-        documents = torch.where(column < pads, -1, 0) if pads.any() else None  # (B, T)
-        packed.extend((len(rows), T), documents)
+        max_length = T + max(ROOM, T // 4)
+        packed = KVCache(self.model.config, len(rows), max_length, self.device, self.dtype)
+        _, _, document_ids = left_padding(lengths, self.device)
+        packed.advance(T, document_ids)
         for new_row, (cache, row, length) in enumerate(rows):
             for target, source in zip(
                 [*packed.keys, *packed.values], [*cache.keys, *cache.values], strict=True
@@ -139,7 +148,7 @@ class Batcher(threading.Thread):
 
     def step(self, cache):
         """Return the next-token logits of all running requests, (B, V)."""
-        ids = [[request.next] for request in self.running]
+        ids = [[request.next_id] for request in self.running]
         ids = torch.tensor(ids, device=self.device)  # (B, 1)
         positions = [[request.length] for request in self.running]
         positions = torch.tensor(positions, device=self.device)  # (B, 1)
@@ -151,30 +160,32 @@ class Batcher(threading.Thread):
         sampled = []
         for request, row in zip(self.running, logits.split(1), strict=True):  # (1, V) each
             if request.num_generated == 0:
-                request.generator = make_generator(request.seed, self.device)
-            options = request.temperature, request.top_k, request.top_p, request.generator
-            sampled.append(sample(row, *options))
+                request.generator = make_generator(request.params.seed, self.device)
+            sampled.append(sample(row, request.params, request.generator))
         tokens = torch.cat(sampled)[:, 0].tolist()  # a GPU sync, like log-probabilities
         for request, token, row in zip(self.running, tokens, logits, strict=True):
             self.report(request, token, row)
 
     def report(self, request, token, logits):
         """Report a request's next token, sampled from logits (V,), to its client."""
-        request.next = token
+        request.next_id = token
         request.length += 1
         request.num_generated += 1
         full = request.length + 1 >= self.model.config.max_position_embeddings
-        reason = "length" if full or request.num_generated >= request.max_tokens else None
-        logprob, top = None, []
+        reason = (
+            "length" if full or request.num_generated >= request.params.max_new_tokens else None
+        )
+        logprob = None
+        top = ()
         if request.top_logprobs is not None:
             logprobs = logits.log_softmax(dim=-1)  # (V,)
             values, ids = logprobs.topk(min(request.top_logprobs, len(logprobs)))
-            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
             logprob = logprobs[token].item()
         if token in STOP:
             reason = "stop"
         else:
-            request.answer.put((token, logprob, top))
+            request.answer.put(NewToken(token, logprob, top))
         if reason:
             request.answer.put(reason)
         request.finished = bool(reason) or request.cancelled

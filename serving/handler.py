@@ -17,9 +17,11 @@ class ApiError(Exception):
 class JsonHandler(BaseHTTPRequestHandler):
     """Subclasses define `get(path)` and `post(path, body)`, which may raise ApiError."""
 
-    protocol_version, timeout = "HTTP/1.1", 30  # seconds to wait for a byte
+    protocol_version = "HTTP/1.1"
+    timeout = 30  # seconds to wait for a byte
     disable_nagle_algorithm = True  # otherwise head and body are sent 40 ms apart
-    streaming, path = False, ""  # streaming: whether a streamed response has started
+    streaming = False  # whether a streamed response has started
+    path = ""
 
     def do_OPTIONS(self):
         self.respond(lambda: self.send_data(b"", "text/plain"))
@@ -91,6 +93,7 @@ class JsonHandler(BaseHTTPRequestHandler):
             length = int(self.headers["Content-Length"])
         except (TypeError, ValueError):
             raise ApiError(411, "the request needs Content-Length, or a chunked body") from None
+        # Read what the client is sending, or it sees a reset connection instead of the error.
         text = self.rfile.read(max(0, min(length, 16 * MAX_BODY)))
         if not 0 <= length <= MAX_BODY:
             raise ApiError(413, f"the body has {length} bytes; the limit is {MAX_BODY}")

@@ -17,12 +17,14 @@ import sys
 import time
 import uuid
 from contextlib import suppress
+from functools import partial
 from http.server import ThreadingHTTPServer
 from urllib.parse import unquote
 
 from common import END_OF_TEXT, ROOT, STOP, UserError
 from dataset import formats
 from model.chat_template import parse_answer, render, require_text
+from model.generation import SamplingParams
 from serving import views
 from serving.batching import Batcher, Request
 from serving.handler import ApiError, JsonHandler
@@ -39,11 +41,25 @@ SUPPORTED = """model messages prompt stream stream_options stop max_tokens max_c
 WITHOUT_EFFECT = """user metadata store service_tier safety_identifier prompt_cache_key
     prompt_cache_retention cache_prompt""".split()
 ONLY = {  # options that affect the answer: the only supported value
-    **{"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}},
-    **{"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0},
-    **{"min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "functions": []},
-    **{"add_generation_prompt": True, "enable_thinking": True, "skip_special_tokens": True},
-    **{"typical_p": 1, "mirostat": 0, "modalities": ["text"]},
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "logit_bias": {},
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "min_p": 0,
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "stop_token_ids": [],
+    "functions": [],
+    "add_generation_prompt": True,
+    "enable_thinking": True,
+    "skip_special_tokens": True,
+    "typical_p": 1,
+    "mirostat": 0,
+    "modalities": ["text"],
     "response_format": {"type": "text"},
 }
 
@@ -51,13 +67,14 @@ ONLY = {  # options that affect the answer: the only supported value
 class Server(ThreadingHTTPServer):
     """The HTTP server. Raises UserError if the port is in use.
 
-    models         {name: Served}; the first is the default
+    models         {name: OpenModel}; the first is the default
     defaults       temperature, top_p, top_k and max_new_tokens
     logs           folder of the training logs
     allowed_hosts  further host names, e.g. of a tunnel
     """
 
-    daemon_threads, request_queue_size = True, 128
+    daemon_threads = True
+    request_queue_size = 128
     allow_reuse_address = sys.platform != "win32"  # on Windows it would share a used port
 
     def __init__(self, models, host, port, max_batch, defaults, logs, allowed_hosts=()):
@@ -127,110 +144,67 @@ class Handler(JsonHandler):
         elif path in ROUTES:
             name = body.get("model")
             name = name if isinstance(name, str) and name in models else next(iter(models))
-            self.served, self.batcher = models[name], self.server.batchers[name]
-            self.answer(body, ROUTES[path])
+            self.answer(models[name], self.server.batchers[name], body, is_chat=ROUTES[path])
         else:
             raise ApiError(404, f"there is no {path}; there is {', '.join(ROUTES)}")
 
-    def build_request(self, body, chat):
-        """Validate a request body. Returns (Request, stop strings)."""
-        for name, supported in ONLY.items():
-            if body.get(name) not in (supported, None):
-                raise ApiError(400, f"{name} = {body[name]!r:.100} isn't supported")
-        other_route = ("prompt",) if chat else ("messages", "tools", "tool_choice")
-        for name, value in body.items():
-            is_off = value is None or value is False or value in ("", [], {})
-            known = name in (*SUPPORTED, *WITHOUT_EFFECT, *ONLY) and name not in other_route
-            if not is_off and not known:
-                near = difflib.get_close_matches(name, [*SUPPORTED, *ONLY], 1)
-                hint = f"; is {near[0]} meant?" if near and near[0] != name else ""
-                raise ApiError(400, f"the option {name:.100} isn't supported{hint}")
-        if body.get("top_logprobs") and not body.get("logprobs"):
-            raise ApiError(400, "top_logprobs needs logprobs = true")
-        if not isinstance(body.get("stream_options") or {}, dict):
-            raise ApiError(400, "stream_options is not an object")
-        stops, defaults = body.get("stop") or [], self.server.defaults
-        stops = [stops] if isinstance(stops, str) else stops
-        short = isinstance(stops, list) and len(stops) <= 16
-        if not short or not all(isinstance(stop, str) and 0 < len(stop) < 200 for stop in stops):
-            raise ApiError(400, "stop is not text, or up to 16 texts, of up to 200 characters")
-        if body.get("stream") not in (None, False, True):
-            raise ApiError(400, "stream is not true or false")
+    def build_request(self, served, body, is_chat):
+        """Return the Request of a body. Raises ApiError if it is invalid."""
+        require_supported(body, is_chat)
         try:
-            ids = self.chat_ids(body) if chat else self.prompt_ids(body.get("prompt"))
+            ids = chat_ids(served, body) if is_chat else prompt_ids(served, body.get("prompt"))
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        context = self.served.model.config.max_position_embeddings
+        context = served.model.config.max_position_embeddings
         if len(ids) >= context:
             raise ApiError(400, f"the prompt has {len(ids)} tokens; the context is {context}")
-        max_tokens = "max_completion_tokens"
-        if body.get(max_tokens) is None:
-            max_tokens = "max_tokens"
-        logprobs, top_logprobs = body.get("logprobs"), None
-        if logprobs is not None and logprobs is not False:  # 0: the tokens' own log-probabilities
-            top_logprobs = number(body, "top_logprobs" if chat else "logprobs", 0, 0, 20)
-        request = Request(
-            ids,
-            max_tokens=number(body, max_tokens, defaults["max_new_tokens"], 1, math.inf),
+        longest = "max_completion_tokens"
+        if body.get(longest) is None:
+            longest = "max_tokens"
+        defaults = self.server.defaults
+        params = SamplingParams(
+            max_new_tokens=number(body, longest, defaults["max_new_tokens"], 1, math.inf),
             temperature=number(body, "temperature", defaults["temperature"], 0, 100, float),
             top_k=number(body, "top_k", defaults["top_k"], 0, math.inf),
             top_p=number(body, "top_p", defaults["top_p"], 0, 1, float),
             seed=number(body, "seed", None, 0, 2**63 - 1),
-            top_logprobs=top_logprobs,
         )
-        return request, stops
+        top_logprobs = None
+        logprobs = body.get("logprobs")
+        if logprobs is not None and logprobs is not False:  # 0: the tokens' own log-probabilities
+            top_logprobs = number(body, "top_logprobs" if is_chat else "logprobs", 0, 0, 20)
+        return Request(ids, params, top_logprobs)
 
-    def chat_ids(self, body):
-        """Return the ids of a chat. Raises ValueError."""
-        if not self.served.chats:
-            raise ValueError("these weights were only pretrained; use /v1/completions")
-        messages, tools = body.get("messages"), body.get("tools")
-        if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
-            raise ValueError(f"{len(messages)} messages; the limit is {MAX_MESSAGES}")
-        if body.get("tool_choice") not in (None, "auto", "none"):
-            raise ValueError("tool_choice other than auto and none is not supported")
-        tools = None if body.get("tool_choice") == "none" else tools
-        if isinstance(messages, list):
-            messages = [formats.to_message(turn, number) for number, turn in enumerate(messages, 1)]
-        return render(messages, tools, True, self.served.tokenizer)[0]
-
-    def prompt_ids(self, prompt):
-        """Return the ids of a text to continue. Raises ValueError."""
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-            prompt = prompt[0]
-        known = range(self.served.model.config.vocab_size)
-        if isinstance(prompt, str):
-            prompt = self.served.tokenizer.encode(require_text(prompt, "prompt is")).ids
-        elif not isinstance(prompt, list) or not all(type(i) is int and i in known for i in prompt):
-            raise ValueError("prompt is not one text, or one list of token ids")
-        return prompt or [END_OF_TEXT]
-
-    def answer(self, body, chat):
+    def answer(self, served, batcher, body, is_chat):
         """Send the answer to a request, as a stream if the body asks for it."""
-        request, stops = self.build_request(body, chat)
+        request = self.build_request(served, body, is_chat)
+        stops = parse_stops(body)
         stream = bool(body.get("stream"))
-        kind = "chat.completion" if chat else "text_completion"
-        if chat and stream:
+        kind = "chat.completion" if is_chat else "text_completion"
+        if is_chat and stream:
             kind = "chat.completion.chunk"
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": self.served.name}
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": served.name}
         head |= {"object": kind, "created": int(time.time())}
-        message, tokens = {"role": "assistant", "content": ""}, []
-        self.most_calls = 1 if body.get("parallel_tool_calls") is False else None
+        message = {"role": "assistant", "content": ""}
+        tokens = []
 
         def part(key, message, tokens=(), reason=None):
-            chunk = self.choices(chat, key, message, tokens, reason)
+            choice = make_choice(served, message, key, tokens, reason, is_chat)
             if body.get("return_token_ids"):  # as in vLLM, including the stop token
-                ids = [token for token, *_ in tokens]
-                ids += [request.next] if reason and request.next in STOP else []
-                chunk["choices"][0]["token_ids"] = ids
-            return head | chunk
+                choice["token_ids"] = [token.id for token in tokens]
+                choice["token_ids"] += (
+                    [request.next_id] if reason and request.next_id in STOP else []
+                )
+            return head | {"choices": [choice]}
 
         try:
-            self.batcher.submit(request)
+            batcher.submit(request)
             if stream:
                 self.send_event(part("delta", message))
-            chunks = self.stream_chunks(request, chat, stops, incremental=bool(stream or stops))
-            for new, new_tokens, reason in chunks:
+            items = self.items(request, batcher)
+            options = {"is_chat": is_chat, "stops": stops, "incremental": bool(stream or stops)}
+            options["max_calls"] = 1 if body.get("parallel_tool_calls") is False else None
+            for new, new_tokens, reason in stream_chunks(served, request, items, **options):
                 if stream:
                     self.send_event(part("delta", new, new_tokens, reason))
                 for name, value in new.items():
@@ -248,44 +222,12 @@ class Handler(JsonHandler):
             self.send_event(head | {"choices": [], "usage": usage})
         self.send_event("[DONE]")
 
-    def stream_chunks(self, request, chat, stops, incremental):
-        """Yield (new text of each message field, its tokens, finish reason or None): with
-        incremental whenever there is new text, otherwise once at the end.
+    def items(self, request, batcher):
+        """Yield the NewTokens of an answer, and finally its finish reason. Raises ConnectionError
+        if the client disconnected.
         """
-        tokens, reported, reason = [], 0, None
-        draft = IncrementalDetokenizer(self.text, chat, stops)
-        while not reason:
-            item = self.next_item(request)
-            if isinstance(item, str):
-                reason = item
-            else:
-                tokens.append(item)
-                draft.add(item[0])
-            if not reason and (not incremental or request.answer.qsize()):
-                continue
-            new, calls = draft.take(), None
-            if draft.stopped:
-                reason = "stop"
-            elif reason:
-                message = self.message([token for token, *_ in tokens], chat)
-                calls, content = message.pop("tool_calls", None), message["content"]
-                places = [content.index(stop) for stop in stops if stop in content]
-                if places:
-                    message["content"], reason = content[: min(places)], "stop"
-                for name, text in message.items():
-                    end = text[draft.sent.get(name, 0) :]
-                    new |= {name: new.get(name, "") + end} if end else {}
-            if reason and calls:
-                new["tool_calls"], reason = calls[: self.most_calls], "tool_calls"
-            if new or reason:
-                yield new, tokens[reported:], reason
-                reported = len(tokens)
-
-    def next_item(self, request):
-        """Return the next token of an answer, or its finish reason. Raises ConnectionError if the
-        client disconnected.
-        """
-        while True:
+        item = None
+        while not isinstance(item, str):
             self.connection.settimeout(0)
             with suppress(BlockingIOError):  # nothing to read: the client waits
                 if not self.connection.recv(1, socket.MSG_PEEK):
@@ -294,44 +236,157 @@ class Handler(JsonHandler):
             item = None
             with suppress(queue.Empty):
                 item = request.answer.get(timeout=0.5)
-            if item == "error" or (item is None and not self.batcher.is_alive()):
+            if item == "error" or (item is None and not batcher.is_alive()):
                 raise ApiError(500, "the answer could not be computed; see the server log")
             if item is not None:
-                return item
+                yield item
 
-    def message(self, ids, chat):
-        """Return the message fields of an answer."""
-        if not chat:
-            return {"content": self.text(ids)}
-        message = parse_answer(ids, self.served.tokenizer)
-        if "reasoning_content" in message and message["content"] == "\n":
-            message["content"] = ""  # part of the separator between reasoning and content
-        for number, call in enumerate(message.get("tool_calls", [])):
-            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-            entry = {"index": number, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
-            message["tool_calls"][number] = entry | {"function": call}
-        return message
 
-    def text(self, ids):
-        return self.served.tokenizer.decode(ids, skip_special_tokens=False)
+def require_supported(body, is_chat):
+    """Raise ApiError if a body has options that aren't supported on its route."""
+    for name, supported in ONLY.items():
+        if body.get(name) not in (supported, None):
+            raise ApiError(400, f"{name} = {body[name]!r:.100} isn't supported")
+    other_route = ("prompt",) if is_chat else ("messages", "tools", "tool_choice")
+    for name, value in body.items():
+        is_off = value is None or value is False or value in ("", [], {})
+        is_known = name in (*SUPPORTED, *WITHOUT_EFFECT, *ONLY) and name not in other_route
+        if not is_off and not is_known:
+            near = difflib.get_close_matches(name, [*SUPPORTED, *ONLY], 1)
+            hint = f"; is {near[0]} meant?" if near and near[0] != name else ""
+            raise ApiError(400, f"the option {name:.100} isn't supported{hint}")
+    if body.get("top_logprobs") and not body.get("logprobs"):
+        raise ApiError(400, "top_logprobs needs logprobs = true")
+    if not isinstance(body.get("stream_options") or {}, dict):
+        raise ApiError(400, "stream_options is not an object")
+    if body.get("stream") not in (None, False, True):
+        raise ApiError(400, "stream is not true or false")
 
-    def choices(self, chat, key, message, tokens=(), reason=None):
-        """Return {"choices"} with the answer, or a chunk of it, in the format of the route."""
-        choice = {"index": 0, "finish_reason": reason, "logprobs": None}
-        choice |= {key: message} if chat else {"text": message.get("content", "")}
-        scored = [
-            (self.text([token]), value, [(self.text([t]), v) for t, v in top])
-            for token, value, top in tokens
-            if value is not None
-        ]
-        if scored and chat:
-            scores = [score(*s) | {"top_logprobs": [score(*t) for t in top]} for *s, top in scored]
-            choice["logprobs"] = {"content": scores}
-        elif scored:
-            texts, values, tops = zip(*scored, strict=True)
-            choice["logprobs"] = {"tokens": texts, "token_logprobs": values}
-            choice["logprobs"]["top_logprobs"] = [dict(top) for top in tops]
-        return {"choices": [choice]}
+
+def parse_stops(body):
+    """Return the stop strings of a body, a list. Raises ApiError if they are invalid."""
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    is_short = isinstance(stops, list) and len(stops) <= 16
+    if not is_short or not all(isinstance(stop, str) and 0 < len(stop) < 200 for stop in stops):
+        raise ApiError(400, "stop is not text, or up to 16 texts, of up to 200 characters")
+    return stops
+
+
+def chat_ids(served, body):
+    """Return the ids of a chat. Raises ValueError."""
+    if not served.chats:
+        raise ValueError("these weights were only pretrained; use /v1/completions")
+    messages, tools = body.get("messages"), body.get("tools")
+    if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
+        raise ValueError(f"{len(messages)} messages; the limit is {MAX_MESSAGES}")
+    if body.get("tool_choice") not in (None, "auto", "none"):
+        raise ValueError("tool_choice other than auto and none is not supported")
+    if body.get("tool_choice") == "none":
+        tools = None
+    if isinstance(messages, list):
+        messages = [formats.to_message(turn, number) for number, turn in enumerate(messages, 1)]
+    ids, _ = render(messages, tools, add_generation_prompt=True, tokenizer=served.tokenizer)
+    return ids
+
+
+def prompt_ids(served, prompt):
+    """Return the ids of a text to continue. Raises ValueError."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    known = range(served.model.config.vocab_size)
+    if isinstance(prompt, str):
+        prompt = served.tokenizer.encode(require_text(prompt, "prompt is")).ids
+    elif not isinstance(prompt, list) or not all(type(i) is int and i in known for i in prompt):
+        raise ValueError("prompt is not one text, or one list of token ids")
+    return prompt or [END_OF_TEXT]
+
+
+def decode(served, ids):
+    """Return ids as text, with the control tokens."""
+    return served.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def to_message(served, ids, is_chat):
+    """Return the message fields of an answer."""
+    if not is_chat:
+        return {"content": decode(served, ids)}
+    message = parse_answer(ids, served.tokenizer)
+    if "reasoning_content" in message and message["content"] == "\n":
+        message["content"] = ""  # part of the separator between reasoning and content
+    for number, call in enumerate(message.get("tool_calls", [])):
+        call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+        entry = {"index": number, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
+        message["tool_calls"][number] = entry | {"function": call}
+    return message
+
+
+def make_choice(served, message, key, tokens, reason, is_chat):
+    """Return an answer, or a chunk of it, in the format of the route: key is message or delta,
+    tokens are NewTokens, reason is the finish reason or None.
+    """
+    choice = {"index": 0, "finish_reason": reason, "logprobs": None}
+    choice |= {key: message} if is_chat else {"text": message.get("content", "")}
+    scored = [token for token in tokens if token.logprob is not None]
+    if not scored:
+        return choice
+    texts = [decode(served, [token.id]) for token in scored]
+    tops = [[(decode(served, [id]), logprob) for id, logprob in token.top] for token in scored]
+    if is_chat:
+        content = []
+        for text, token, top in zip(texts, scored, tops, strict=True):
+            top_logprobs = [score(*alternative) for alternative in top]
+            content.append(score(text, token.logprob) | {"top_logprobs": top_logprobs})
+        choice["logprobs"] = {"content": content}
+    else:
+        choice["logprobs"] = {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in scored],
+            "top_logprobs": [dict(top) for top in tops],
+        }
+    return choice
+
+
+def stream_chunks(served, request, items, *, is_chat, stops, incremental, max_calls):
+    """Yield (new text of each message field, its tokens, finish reason or None): with incremental
+    whenever there is new text, otherwise once at the end. items are the NewTokens and the finish
+    reason; max_calls is the number of tool calls to report, None: all.
+    """
+    tokens = []
+    num_reported = 0
+    draft = IncrementalDetokenizer(partial(decode, served), is_chat, stops)
+    for item in items:
+        reason = item if isinstance(item, str) else None
+        if reason is None:
+            tokens.append(item)
+            draft.add(item.id)
+            if not incremental or request.answer.qsize():
+                continue
+        new = draft.take()
+        calls = None
+        if draft.stopped:
+            reason = "stop"
+        elif reason:
+            message = to_message(served, [token.id for token in tokens], is_chat)
+            calls = message.pop("tool_calls", None)
+            places = [
+                message["content"].index(stop) for stop in stops if stop in message["content"]
+            ]
+            if places:
+                message["content"] = message["content"][: min(places)]
+                reason = "stop"
+            for name, text in message.items():
+                end = text[draft.sent.get(name, 0) :]
+                if end:
+                    new[name] = new.get(name, "") + end
+        if reason and calls:
+            new["tool_calls"] = calls[:max_calls]
+            reason = "tool_calls"
+        if new or reason:
+            yield new, tokens[num_reported:], reason
+            num_reported = len(tokens)
+        if reason:
+            return
 
 
 def score(text, value):

@@ -16,16 +16,20 @@ class IncrementalDetokenizer:
 
     def __init__(self, decode, chat, stops):
         self.decode, self.chat, self.stops = decode, chat, stops
-        self.field, self.sent, self.stopped = None, {}, False
-        self.waiting, self.text, self.ready = [], "", {}
+        self.field = None  # of the message, to which the next token belongs
+        self.sent = {}
+        self.stopped = False
+        self.waiting = []  # tokens of an incomplete character
+        self.text = ""  # decoded text that isn't final
+        self.ready = {}  # {field: final text that wasn't taken yet}
 
     def add(self, token):
         """Append a token."""
         if self.field is None:  # the first token
-            reasons = self.chat and token == THINK
-            self.field = "reasoning_content" if reasons else "content"
-            if reasons:
+            if self.chat and token == THINK:
+                self.field = "reasoning_content"
                 return
+            self.field = "content"
         if self.field == "reasoning_content" and token == END_THINK:
             self.advance(is_end=True)
             self.sent.setdefault("reasoning_content", 0)
@@ -50,19 +54,25 @@ class IncrementalDetokenizer:
         piece = self.decode(self.waiting)
         if is_end or not piece.endswith("\ufffd"):
             self.text, self.waiting = self.text + piece, []
-        begins, reasons = self.field not in self.sent, self.field == "reasoning_content"
-        newlines = "\n" if reasons else "\n\n" if "reasoning_content" in self.sent else ""
-        if begins and len(self.text) < len(newlines) and newlines.startswith(self.text):
-            return
-        text = self.text.removeprefix(newlines) if begins else self.text
-        places = [] if reasons else [text.index(stop) for stop in self.stops if stop in text]
-        if places:
-            final, self.stopped = text[: min(places)], True
-        elif reasons:
+        is_beginning = self.field not in self.sent
+        is_reasoning = self.field == "reasoning_content"
+        newlines = ""  # of the markers, at the beginning of the field
+        if is_reasoning:
+            newlines = "\n"
+        elif "reasoning_content" in self.sent:
+            newlines = "\n\n"
+        if is_beginning and len(self.text) < len(newlines) and newlines.startswith(self.text):
+            return  # maybe a part of the markers
+        text = self.text.removeprefix(newlines) if is_beginning else self.text
+        places = [text.index(stop) for stop in self.stops if stop in text]
+        if is_reasoning:
             final = text.removesuffix("\n")
+        elif places:
+            final = text[: min(places)]
+            self.stopped = True
         else:
             final = text[: len(text) - stop_prefix_length(text, self.stops)]
-        if is_end or final or not begins:
+        if is_end or final or not is_beginning:
             self.text = text[len(final) :]
             self.ready[self.field] = self.ready.get(self.field, "") + final
             self.sent[self.field] = self.sent.get(self.field, 0) + len(final)

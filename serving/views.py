@@ -10,7 +10,6 @@ import math
 import threading
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -30,43 +29,32 @@ POINTS = 500  # per curve
 ONE_AT_A_TIME = threading.Lock()  # to limit memory; also see serving/batching.py
 
 
-@dataclass
-class Served:
-    """A model to serve. chats: whether it was trained on conversations. trained_length: the longest
-    training sample, in tokens.
-    """
-
-    name: str
-    model: torch.nn.Module
-    tokenizer: object
-    chats: bool
-    trained_length: int
-
-
 def to_base64(numbers, kind):
     """Encode an array or tensor as base64, converted to a little-endian numpy type."""
     array = np.ascontiguousarray(numbers, dtype=kind)
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def texts(served, ids):
+def decode_each(served, ids):
+    """Return the text of each token."""
     return [served.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
 
 
 def require_ids(served, ids):
     """Raise ValueError unless ids are valid and fit into the context."""
-    vocabulary, most = range(served.model.config.vocab_size), min(MOST_READ, room(served))
+    vocabulary = range(served.model.config.vocab_size)
+    most = min(MOST_READ, context_length(served))
     if not isinstance(ids, list) or not all(type(i) is int and i in vocabulary for i in ids):
         raise ValueError("ids is not a list of token ids")
     if not 0 < len(ids) <= most:
         raise ValueError(f"{len(ids)} tokens; a view can be of 1 to {most}")
 
 
-def room(served):
+def context_length(served):
     return served.model.config.max_position_embeddings
 
 
-def turn(served, ids, text):
+def append_turn(served, ids, text):
     """Append a user's text and the answer's header to a conversation, given as ids; pretrained
     weights get only the text.
     """
@@ -80,12 +68,13 @@ def turn(served, ids, text):
         new = render(message, add_generation_prompt=True, tokenizer=served.tokenizer)[0]
     else:
         new = encode(text).ids or [END_OF_TEXT]
-    ids, notice = before + new, ""
+    ids = before + new
     require_ids(served, ids)
+    notice = ""
     if len(ids) > served.trained_length:
         notice = f"The conversation has {len(ids)} tokens, training had {served.trained_length} at "
         notice += "most: answers get worse. Begin a new one."
-    return {"ids": ids, "texts": texts(served, ids), "notice": notice}
+    return {"ids": ids, "texts": decode_each(served, ids), "notice": notice}
 
 
 def tokens(served, ids):
@@ -102,11 +91,15 @@ def tokens(served, ids):
     values, sizes = in_groups(traced.logits)
     used = sorted(set(top.flatten().tolist()))
     return {
-        **{"ids": ids, "texts": texts(served, ids)},
-        **{"first": first, "notice": hidden_notice(first, ids)},
-        **{"surprise": to_base64(surprise, "f4"), "top": top.tolist()},
-        **{"names": dict(zip(used, texts(served, used), strict=True))},
-        **{"logits": to_base64(values, "f4"), "sizes": sizes},
+        "ids": ids,
+        "texts": decode_each(served, ids),
+        "first": first,
+        "notice": hidden_notice(first, ids),
+        "surprise": to_base64(surprise, "f4"),
+        "top": top.tolist(),
+        "names": dict(zip(used, decode_each(served, used), strict=True)),
+        "logits": to_base64(values, "f4"),
+        "sizes": sizes,
         "conversation": conversation(served, ids),
     }
 
@@ -118,12 +111,12 @@ def conversation(served, ids):
         return served.tokenizer.decode(ids)
     messages = []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        turn = ids[start + 1 : end]
-        turn = turn[: turn.index(IM_END)] if IM_END in turn else turn
+        turn_ids = ids[start + 1 : end]
+        turn_ids = turn_ids[: turn_ids.index(IM_END)] if IM_END in turn_ids else turn_ids
         for role in ROLES:
             header = served.tokenizer.encode(f"{role}\n").ids
-            if turn[: len(header)] == header and len(turn) > len(header):
-                answer = parse_answer(turn[len(header) :], served.tokenizer)
+            if turn_ids[: len(header)] == header and len(turn_ids) > len(header):
+                answer = parse_answer(turn_ids[len(header) :], served.tokenizer)
                 messages.append(json.dumps({"role": role} | answer, ensure_ascii=False))
     return "[" + ",\n ".join(messages) + "]"
 
@@ -156,7 +149,7 @@ def attention(served, ids, second=None):
     require_ids(served, ids)
     documents = [0] * len(ids)
     if second is not None:
-        second_ids = turn(served, [], second)["ids"]
+        second_ids = append_turn(served, [], second)["ids"]
         ids, documents = ids + second_ids, documents + [1] * len(second_ids)
         require_ids(served, ids)
     heads = served.model.config.num_hidden_layers * served.model.config.num_attention_heads
@@ -167,8 +160,13 @@ def attention(served, ids, second=None):
     notice = hidden_notice(first, ids)
     notice += " What they read from tokens before these is not shown." if first else ""
     return {
-        **{"ids": ids[first:], "texts": texts(served, ids[first:]), "first": first},
-        **{"notice": notice, "documents": documents[first:], "layers": L, "heads": H},
+        "ids": ids[first:],
+        "texts": decode_each(served, ids[first:]),
+        "first": first,
+        "notice": notice,
+        "documents": documents[first:],
+        "layers": L,
+        "heads": H,
         "weights": to_base64((weights * 65535).round(), "u2"),
     }
 
@@ -177,12 +175,16 @@ def layers(served, ids):
     """Return the tokens the model would predict after the embedding and after each layer."""
     require_ids(served, ids)
     traced = trace(served.model, ids, LAST)
-    guesses, first = traced.guesses, len(ids) - traced.guesses.shape[1]
+    guesses = traced.guesses
+    first = len(ids) - guesses.shape[1]
     used = sorted({*guesses.flatten().tolist()})
     return {
-        **{"ids": ids[first:], "texts": texts(served, ids[first:]), "first": first},
-        **{"notice": hidden_notice(first, ids), "guesses": guesses.tolist()},
-        **{"names": dict(zip(used, texts(served, used), strict=True))},
+        "ids": ids[first:],
+        "texts": decode_each(served, ids[first:]),
+        "first": first,
+        "notice": hidden_notice(first, ids),
+        "guesses": guesses.tolist(),
+        "names": dict(zip(used, decode_each(served, used), strict=True)),
         "probabilities": to_base64(traced.probabilities, "f4"),
     }
 
@@ -192,7 +194,7 @@ def compare(models, text):
     """Return the loss of each token of a conversation or text, for each model."""
     served = next(iter(models.values()))
     ids, mask = parse_sample(served, text)
-    limit = min(LAST, room(served))
+    limit = min(LAST, context_length(served))
     notice = f"The first {limit} of {len(ids)} tokens are shown." if len(ids) > limit else ""
     ids, mask = ids[:limit], mask[:limit]
     if len(ids) < 2:
@@ -204,7 +206,7 @@ def compare(models, text):
         targets = torch.tensor(ids[1:])
         logprobs = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (T - 1,)
         losses[name] = to_base64(-logprobs, "f4")
-    result = {"ids": ids, "texts": texts(served, ids), "mask": mask, "notice": notice}
+    result = {"ids": ids, "texts": decode_each(served, ids), "mask": mask, "notice": notice}
     return result | {"losses": losses}
 
 
@@ -226,23 +228,26 @@ def tokenizer(served, text):
     """Return a text as tokens."""
     ids = served.tokenizer.encode(require_text(text, "text is")).ids
     notice = f"The first {LAST} of {len(ids)} tokens are shown." if len(ids) > LAST else ""
-    return {"ids": ids[:LAST], "texts": texts(served, ids[:LAST]), "notice": notice}
+    return {"ids": ids[:LAST], "texts": decode_each(served, ids[:LAST]), "notice": notice}
 
 
-def token(served, id):
+def token(served, token_id):
     """Return the BPE merges of a token (none for a control token), and its nearest neighbours by
     cosine similarity of the embeddings.
     """
-    require_ids(served, [id])
-    pieces = merges(served.tokenizer, served.tokenizer.id_to_token(id) or "")
-    pieces = pieces if len(pieces[-1]) == 1 else []
-    steps = [[served.tokenizer.decoder.decode([piece]) for piece in step] for step in pieces]
+    require_ids(served, [token_id])
+    steps = merges(served.tokenizer, served.tokenizer.id_to_token(token_id) or "")
+    if len(steps[-1]) != 1:  # not made by merges
+        steps = []
+    decode = served.tokenizer.decoder.decode
+    step_texts = [[decode([piece]) for piece in step] for step in steps]
     vectors = served.model.model.embed_tokens.weight.detach().float()  # (V, D)
-    similar = torch.cosine_similarity(vectors, vectors[id][None], dim=-1)  # (V,)
-    similar[id] = -2
+    similar = torch.cosine_similarity(vectors, vectors[token_id][None], dim=-1)  # (V,)
+    similar[token_id] = -2
     values, ids = similar.topk(min(ALTERNATIVES, len(similar) - 1))
-    named = zip(texts(served, ids.tolist()), values.tolist(), strict=True)
-    return {"id": id, "text": texts(served, [id])[0], "steps": steps, "neighbours": [*named]}
+    neighbours = list(zip(decode_each(served, ids.tolist()), values.tolist(), strict=True))
+    (text,) = decode_each(served, [token_id])
+    return {"id": token_id, "text": text, "steps": step_texts, "neighbours": neighbours}
 
 
 def merges(tokenizer, token):
@@ -263,9 +268,11 @@ def merges(tokenizer, token):
 @lru_cache(maxsize=4)
 def merge_ranks(tokenizer):
     """Return {pair of pieces: merge rank}, 0 for the first merge."""
-    pairs = json.loads(tokenizer.to_str())["model"]["merges"]
-    return {tuple(pair.split(" ") if isinstance(pair, str) else pair): rank
-            for rank, pair in enumerate(pairs)}  # fmt: skip
+    ranks = {}
+    for rank, pair in enumerate(json.loads(tokenizer.to_str())["model"]["merges"]):
+        pieces = pair.split(" ") if isinstance(pair, str) else pair
+        ranks[tuple(pieces)] = rank
+    return ranks
 
 
 def runs(logs):
@@ -294,7 +301,7 @@ def curve(path, changed, size):
 
 
 VIEWS = {  # view: (its function, the fields of its request)
-    "turn": (turn, ("ids", "text")),
+    "turn": (append_turn, ("ids", "text")),
     "tokens": (tokens, ("ids",)),
     "attention": (attention, ("ids", "second")),
     "layers": (layers, ("ids",)),
@@ -306,7 +313,7 @@ VIEWS = {  # view: (its function, the fields of its request)
 
 
 def answer(models, logs, view, body):
-    """Return the data of a view. models {name: Served}; logs: folder of the logs; body: the
+    """Return the data of a view. models {name: OpenModel}; logs: folder of the logs; body: the
     request. Raises ValueError for an invalid request.
     """
     function, fields = VIEWS[view]

@@ -379,3 +379,11 @@ def compiled(monkeypatch):
         torch.nn.Module, "compile", lambda m: modules.append(m) or plain(m, backend="aot_eager")
     )
     return modules
+
+
+def opened(name, model, tokenizer, chats, trained_length):
+    """An OpenModel as `open_model` returns it."""
+    from model.weights import OpenModel
+
+    stage = "full_sft" if chats else "pretrain"
+    return OpenModel(name, model, tokenizer, stage, {"max_seq_len": trained_length}, [])

@@ -27,7 +27,7 @@ from dataset.step_plan import batches, to_device
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import auto_dtype, pick_device, pick_dtype, require_compiler
-from model.generation import complete, make_generator
+from model.generation import SamplingParams, complete, make_generator
 from model.kv_cache import KVCache
 from model.loss import plain_cross_entropy, summed_cross_entropy, supervised_positions
 from model.preference_losses import dpo_loss, grpo_loss, pair_log_probabilities
@@ -155,7 +155,7 @@ def test_an_apple_gpu_is_used_by_one_thread_at_a_time_and_the_cpu_draws_for_it()
     assert Batcher(model, 1, 1).device_lock is ONE_AT_A_TIME
     assert make_generator(3, mps).device.type == "cpu"
     batcher = Batcher(CausalLM(ModelConfig(**SHAPE)), 1, 1)
-    batcher.device_lock, request = threading.Lock(), Request([5, 6, 7], 1)
+    batcher.device_lock, request = threading.Lock(), Request([5, 6, 7], SamplingParams(1, 0.0))
     with batcher.device_lock:  # a view is computed
         batcher.submit(request)
         batcher.start()
@@ -175,7 +175,7 @@ def test_the_batcher_holds_the_lock_whenever_it_computes(monkeypatch):
             lambda plain, *given: held.append(batcher.device_lock.locked()) or plain(*given), plain
         )
         monkeypatch.setattr(batcher, name, watched)
-    requests = [Request([5, 6, 7], 3), Request([8], 2)]
+    requests = [Request([5, 6, 7], SamplingParams(3, 0.0)), Request([8], SamplingParams(2, 0.0))]
     for request in requests:
         batcher.submit(request)
     batcher.start()

@@ -20,7 +20,9 @@ from common import END_THINK, THINK, UserError
 from dataset import prepare
 from evaluation import competition_math, generate_answers, report, run_eval, tasks
 from evaluation.tasks import TASKS, judge, read_problems
+from model import generation
 from model.causal_lm import CausalLM, ModelConfig
+from model.generation import SamplingParams
 from model.tokenizer import load_tokenizer
 from recipes.prepare_math import read_official
 from tests.conftest import ROOT, run, run_here, write_jsonl
@@ -489,9 +491,9 @@ def test_a_result_that_was_tampered_with_is_refused(evaluated, tmp_path, where, 
 def test_an_answer_is_truncated_unless_it_came_to_its_stop_token(monkeypatch):
     """Its length says nothing: it may end at its last token, or fill the context before that."""
     steps = [[5, 6, 2, 0], [5, 2, None, None], [5, None, None, None]]
-    monkeypatch.setattr(generate_answers, "generate", lambda *a, **k: iter(steps))
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: iter(steps))
     for longest in (3, 50):
-        got = generate_answers.generate_batch(None, [[3]] * 4, max_new_tokens=longest)
+        got = generation.generate_batch(None, [[3]] * 4, SamplingParams(longest))
         assert got == [([5, 5, 5], False), ([6], True), ([], True), ([], True)]
 
 
@@ -508,7 +510,7 @@ def test_reasoning_is_stored_apart_from_the_answer_and_not_judged(monkeypatch):
     asked = [{"prompt": [{"role": "user", "content": "?"}], "gold": "It is 5."}] * 2
     options = {"num_samples": 1, "batch_size": 2, "seed": 1}
     model = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    rows = generate_answers.answer_all(asked, model, tokenizer, options)
+    rows = generate_answers.answer_all(asked, model, tokenizer, SamplingParams(), **options)
     assert [(row["output"], row["reasoning"]) for row in rows] == [("It is 5.", "18"), ("", "Hm")]
     assert judge("tiny_world", rows[0]["output"], "It is 5.", False)["verdict"] == "correct"
 
@@ -516,10 +518,12 @@ def test_reasoning_is_stored_apart_from_the_answer_and_not_judged(monkeypatch):
 def test_each_batch_has_draws_of_its_own_and_a_repeated_one_the_same():
     model = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     asked = [{"prompt": [{"role": "user", "content": "Hm?"}], "gold": "x"}]
-    options = {"num_samples": 6, "batch_size": 2, "max_new_tokens": 8, "temperature": 5}
+    options, params = {"num_samples": 6, "batch_size": 2}, SamplingParams(8, 5)
 
     def drawn(seed):
-        rows = generate_answers.answer_all(asked, model, load_tokenizer(), options | {"seed": seed})
+        rows = generate_answers.answer_all(
+            asked, model, load_tokenizer(), params, seed=seed, **options
+        )
         return [row["output"] for row in rows]
 
     assert drawn(1) == drawn(1) and len(set(drawn(1))) == 6
@@ -608,14 +612,14 @@ def test_totals_of_several_samples():
     rows = [row(0, i, answer) for i, answer in enumerate("1221")]  # a tie: the earliest wins
     rows += [row(1, i, answer) for i, answer in enumerate("1222")]
     rows += [row(2, i, answer) for i, answer in enumerate("1131")]
-    found = report.totals(rows, lambda a, b: a == b)
+    found = report.compute_metrics(rows, lambda a, b: a == b)
     assert found["accuracy"] == 6 / 12 and found["problems"] == 3
     assert found["majority"] == 2 / 3
     assert found["pass_at"]["4"] == 1 and found["pass_at"]["1"] == pytest.approx(0.5)
     assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 3 / 6 + 6 / 6) / 3)
     # More samples of the same problems make no interval narrower: problems are what is drawn.
     more = [row | {"sample": row["sample"] + 4 * turn} for turn in range(9) for row in rows]
-    again = report.totals(more, lambda a, b: a == b)
+    again = report.compute_metrics(more, lambda a, b: a == b)
     for name in ("accuracy_95", "strict_accuracy_95"):
         assert again[name] == pytest.approx(found[name])
         assert found[name] == pytest.approx(report.wilson(1.5, 3))
@@ -641,7 +645,7 @@ def test_each_process_answers_its_share_of_the_problems(gsm8k, monkeypatch, shar
     """A sharded model is gathered for each token, so there all answer everything."""
     task, asked = generate_answers.TaskScore("gsm8k", gsm8k / "test.jsonl"), []
 
-    def answer_all(problems, *_):
+    def answer_all(problems, *_, **options):
         asked.append([problem["gold"] for problem in problems])
         return [{**p, "output": f"#### {p['gold']}", "truncated": False} for p in problems[::2]]
 
@@ -681,12 +685,16 @@ def test_the_seconds_of_an_answer_are_an_even_share_of_its_batch(monkeypatch):
     now = itertools.count(0, 6)
     monkeypatch.setattr(generate_answers.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(
-        generate_answers, "generate_batch", lambda m, prompts, **_: [([9], True)] * len(prompts)
+        generate_answers,
+        "generate_batch",
+        lambda m, asked, *_, **more: [([9], True)] * len(asked),
     )
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
     problem = {"prompt": [{"role": "user", "content": "Hm?"}], "gold": "x"}
     options = {"num_samples": 1, "batch_size": 2, "seed": 1}
-    rows = generate_answers.answer_all([problem] * 3, model, load_tokenizer(), options)
+    rows = generate_answers.answer_all(
+        [problem] * 3, model, load_tokenizer(), SamplingParams(), **options
+    )
     assert [row["seconds"] for row in rows] == [3.0, 3.0, 6.0]
     assert [row["problem"] for row in rows] == [0, 1, 2]
     assert all(row["tokens"] == 1 and not row["truncated"] for row in rows)

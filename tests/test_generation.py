@@ -7,7 +7,7 @@ import torch
 
 from model import generation
 from model.causal_lm import CausalLM, ModelConfig
-from model.generation import apply_repetition_penalty, complete, generate, sample
+from model.generation import SamplingParams, apply_repetition_penalty, complete, generate, sample
 from tests.test_model import SHAPE, pair, randomised
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +25,7 @@ def test_greedy_is_token_for_token_that_of_transformers(kind):
             eos_token_id=2,
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
-        steps = generate(ours, [prompt], max_new_tokens=30, temperature=0, stop_ids=(2,))
+        steps = generate(ours, [prompt], SamplingParams(30, 0), stop_ids=(2,))
         assert [token for (token,) in steps] == expected
 
 
@@ -98,7 +98,7 @@ def test_a_row_that_stops_is_finished_and_the_others_go_on():
     ours, _ = pair("qwen3")
     free = complete(ours, PROMPTS, max_new_tokens=12, temperature=0, stop_ids=())
     stop = next(token for token in free[0] if token not in free[1])
-    rows = list(generate(ours, PROMPTS[:2], 12, temperature=0, stop_ids=(stop,)))
+    rows = list(generate(ours, PROMPTS[:2], SamplingParams(12, 0), stop_ids=(stop,)))
     cut = free[0].index(stop)
     assert [a for a, _ in rows] == free[0][: cut + 1] + [None] * (12 - cut - 1)
     assert [b for _, b in rows] == free[1]
@@ -122,7 +122,10 @@ def test_filters_and_penalty_equal_those_of_transformers():
         if top_p < 1:
             kept = judge.TopPLogitsWarper(top_p)(seen, kept)
         generator = torch.Generator().manual_seed(2)
-        drawn = torch.cat([sample(logits, 0.8, top_k, top_p, generator) for _ in range(4000)], 1)
+        drawn = torch.cat(
+            [sample(logits, SamplingParams(1, 0.8, top_k, top_p), generator) for _ in range(4000)],
+            1,
+        )
         share = torch.stack([(drawn == token).float().mean(1) for token in range(50)], 1)
         assert not share[kept == -torch.inf].any()
         torch.testing.assert_close(share, kept.softmax(-1), atol=0.035, rtol=0)
@@ -136,11 +139,11 @@ def test_the_ends_of_the_random_numbers_give_possible_tokens(monkeypatch, number
     for row, both in enumerate(tokens):
         logits[row, list(both)] = 4.0
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
-    found = sample(logits, 1.0, 0, 1.0, None)
+    found = sample(logits, SamplingParams(1, 1.0), None)
     assert found.tolist() == [[both[place]] for both in tokens]
     logits[1, 3] = torch.nan
     with pytest.raises(RuntimeError, match="nan"):
-        sample(logits, 1.0, 0, 1.0, None)
+        sample(logits, SamplingParams(1, 1.0), None)
 
 
 def test_a_seed_repeats_its_draws_and_draws_nothing_from_the_global_generator():
@@ -208,7 +211,7 @@ def test_logits_of_half_precision_weights_are_not_rounded(prompts, use_compile, 
         return plain(logits, *how)
 
     monkeypatch.setattr(generation, "sample", keep)
-    list(generate(model, prompts, max_new_tokens=4, temperature=0, use_compile=use_compile))
+    list(generate(model, prompts, SamplingParams(4, 0), use_compile=use_compile))
     logits = torch.cat(seen)
     # A number in bf16 has 8 bits; of 3,000 different ones most need more.
     assert (logits != logits.bfloat16().float()).float().mean() > 0.9
@@ -220,7 +223,9 @@ def test_top_p_keeps_the_fewest_tokens_that_add_up_to_it():
     logits = torch.tensor([[0.25, 0.5, 0.25]]).log()
     for top_p, kept in ((0.5, {1}), (0.51, {0, 1}), (1.0, {0, 1, 2}), (0.0, {1})):
         generator = torch.Generator().manual_seed(1)
-        drawn = {sample(logits, 1.0, 0, top_p, generator).item() for _ in range(200)}
+        drawn = {
+            sample(logits, SamplingParams(1, 1.0, 0, top_p), generator).item() for _ in range(200)
+        }
         assert drawn == kept or (top_p == 0.51 and drawn == {1, 2})
 
 

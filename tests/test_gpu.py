@@ -19,7 +19,7 @@ from dataset.step_plan import to_device
 from model import attention
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import auto_dtype, pick_device
-from model.generation import complete
+from model.generation import SamplingParams, complete
 from model.loss import plain_cross_entropy
 from model.preference_losses import pair_log_probabilities
 from model.weights import load
@@ -200,14 +200,14 @@ def test_requests_that_share_a_step_and_a_view_of_the_page_are_those_of_the_cpu(
     expected = complete(model, prompts, max_new_tokens=40, temperature=0)
     seen = trace(model, prompts[2])
     batcher = Batcher(model.to(GPU), 2, 10)
-    requests = [Request(ids, 40) for ids in prompts]
+    requests = [Request(ids, SamplingParams(40, 0.0)) for ids in prompts]
     for request in requests:
         batcher.submit(request)
     batcher.start()
     for request, answer in zip(requests, expected, strict=True):
         found = []
         while not isinstance(item := request.answer.get(timeout=60), str):
-            found.append(item[0])
+            found.append(item.id)
         assert item != "error" and found == answer
     batcher.ended = True
     batcher.join()

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation import competition_math, gsm8k
 from evaluation.competition_math import is_equiv, lenient_judge
-from evaluation.tasks import is_right, judge, same_answer
+from evaluation.tasks import TASKS, is_right, judge
 from tests.conftest import ROOT, run
 from tests.solutions import gsm8k_records, math_records
 
@@ -471,10 +471,12 @@ if __name__ == "__main__":
 def test_the_last_statement_counts_and_votes_are_for_values():
     text = "The answer is 3. No, I forgot one: the answer is 5."
     assert gsm8k.extract_answer(text) == "5"
-    assert same_answer("gsm8k", "1,000", "1000") and not same_answer("gsm8k", "3", "4")
-    assert same_answer("tiny_world", "the mill", "the mill")
-    assert not same_answer("tiny_world", "the mill", "the well")
-    assert same_answer("math", r"\frac12", r"\frac{1}{2}") and not same_answer("math", "1", "2")
+    assert TASKS["gsm8k"].same_answer("1,000", "1000") and not TASKS["gsm8k"].same_answer("3", "4")
+    assert TASKS["tiny_world"].same_answer("the mill", "the mill")
+    assert not TASKS["tiny_world"].same_answer("the mill", "the well")
+    assert TASKS["math"].same_answer(r"\frac12", r"\frac{1}{2}") and not TASKS["math"].same_answer(
+        "1", "2"
+    )
 
 
 @pytest.mark.parametrize("task, gold", [("gsm8k", "5"), ("math", "5"), ("tiny_world", "5")])

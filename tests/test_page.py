@@ -15,9 +15,8 @@ from model.generation import complete
 from model.tokenizer import load_tokenizer
 from serving import page as pages
 from serving import server as serving
-from serving import views
 from serving.trace import trace
-from tests.conftest import ROOT, serving_at, write_jsonl
+from tests.conftest import ROOT, opened, serving_at, write_jsonl
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -35,7 +34,7 @@ def models():
     for seed, name in enumerate(("full_sft", "pretrain", "none")):
         torch.manual_seed(seed)
         model = CausalLM(ModelConfig()).eval()
-        found[name] = views.Served(name, model, TOKENIZER, True, 768)
+        found[name] = opened(name, model, TOKENIZER, True, 768)
     return found
 
 
@@ -172,7 +171,7 @@ def test_the_bars_are_the_probabilities_of_sampling(tab, address, models, monkey
     monkeypatch.setattr(generation.torch, "searchsorted", draw)
     for settings in SETTINGS:
         drawn.clear()
-        token = generation.sample(logits, *settings, None)
+        token = generation.sample(logits, generation.SamplingParams(99, *settings), None)
         expected = F.one_hot(token[0, 0], logits.shape[1])
         if drawn:  # the sums of the probabilities up to each token
             expected = drawn[0][0].diff(prepend=torch.zeros(1))

@@ -74,7 +74,7 @@ def test_reasoning_is_saved_as_reasoning(trained, tmp_path, monkeypatch):
     data = write_jsonl(tmp_path / "problems.jsonl", [ask])
     answer = row(0, "Yes.") | {"sample": 0, "prompt": ask["conversations"], "reasoning": "Hm"}
     monkeypatch.setattr(
-        rejection_sample, "answer_all", lambda *_: [answer | {"gold": ask["expected"]}]
+        rejection_sample, "answer_all", lambda *_, **options: [answer | {"gold": ask["expected"]}]
     )
     flags = ["--task", "tiny_world", "--weight", trained / "full_sft_32.pth", "--data_path", data]
     rejection_sample.main(list(map(str, [*flags, "--out", tmp_path / "out.jsonl"])))

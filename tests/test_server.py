@@ -22,14 +22,13 @@ from tokenizers import Tokenizer, models
 from common import END_THINK, END_TOOL_CALL, IM_END, THINK, TOOL_CALL
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import parse_answer, render
-from model.generation import complete
+from model.generation import SamplingParams, complete
 from model.tokenizer import load_tokenizer
 from serving import server as serving
 from serving import start, views
 from serving.batching import Batcher, Request
 from serving.streaming import IncrementalDetokenizer
-from serving.views import Served
-from tests.conftest import ROOT, run_here, serving_at, write_jsonl
+from tests.conftest import ROOT, opened, run_here, serving_at, write_jsonl
 
 DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
 TOKENIZER = load_tokenizer()
@@ -45,7 +44,7 @@ def model():
 @contextmanager
 def serve(model, chats=True, max_batch=4, start=True, logs=ROOT, hosts=()):
     """A server in a thread, at a free port."""
-    models = {"tiny": Served("tiny", model, TOKENIZER, chats, 200)}
+    models = {"tiny": opened("tiny", model, TOKENIZER, chats, 200)}
     server = serving.Server(models, "127.0.0.1", 0, max_batch, DEFAULTS, logs, hosts)
     server.batcher = server.batchers["tiny"]
     with serving_at(server, start):
@@ -148,7 +147,7 @@ def test_each_of_many_requests_gets_its_own_answer(model):
     asked = [([16 + (7 * i + j) % 900 for j in range(1 + 17 * i % 120)], 1 + 11 * i % 40)
              for i in range(40)]  # fmt: skip
     batcher = Batcher(model, 4, 100)
-    requests = [Request(ids, count) for ids, count in asked]
+    requests = [Request(ids, SamplingParams(count, 0.0)) for ids, count in asked]
     for request in requests:
         batcher.submit(request)
     batcher.start()
@@ -156,7 +155,7 @@ def test_each_of_many_requests_gets_its_own_answer(model):
         (expected,) = complete(model, [ids], max_new_tokens=count, temperature=0)
         items = []
         while (item := request.answer.get(timeout=60)) != "length":
-            items.append(item[0])
+            items.append(item.id)
         assert items == expected
     batcher.ended = True
     batcher.join()
@@ -273,12 +272,12 @@ def test_a_client_that_goes_away_frees_its_place(model, monkeypatch, stream):
 def test_too_many_waiting_requests_are_told_so(model, monkeypatch):
     monkeypatch.setattr(serving, "MAX_WAITING", 1)
     with serve(model, start=False) as server:
-        waiting = Request([17], 2)
+        waiting = Request([17], SamplingParams(2, 0.0))
         server.batcher.submit(waiting)
         status, found = post(server, CHAT, {"messages": HI})
         assert status == 429 and "1 requests are waiting" in found["error"]["message"]
         waiting.cancelled = True  # it no longer counts
-        server.batcher.submit(waiting := Request([17], 2))
+        server.batcher.submit(waiting := Request([17], SamplingParams(2, 0.0)))
         server.batcher.start()
         assert list(iter(lambda: waiting.answer.get(timeout=60), "length"))
         assert post(server, CHAT, {"messages": HI})[0] == 200
@@ -397,9 +396,9 @@ def test_a_port_that_is_taken_is_an_error_of_one_sentence(trained):
 def test_the_queue_is_bounded():
     batcher = Batcher(CausalLM(ModelConfig(hidden_size=32, num_hidden_layers=1)), 1, 2)
     for _ in range(2):
-        batcher.submit(Request([17], 1))
+        batcher.submit(Request([17], SamplingParams(1, 0.0)))
     with pytest.raises(queue.Full):
-        batcher.submit(Request([17], 1))
+        batcher.submit(Request([17], SamplingParams(1, 0.0)))
 
 
 def head_of(server, **headers):
@@ -442,7 +441,7 @@ def test_the_ids_of_an_answer_are_given_with_its_stop_token(model, monkeypatch):
 
     def submit(request):
         writes(ids)(request)
-        request.next = IM_END
+        request.next_id = IM_END
 
     body = {"prompt": prompt, "return_token_ids": True}
     with serve(model, start=False) as server:
@@ -484,7 +483,7 @@ def test_a_bad_request_for_a_view_is_a_sentence(running, name):
 
 def test_of_long_texts_a_part_is_shown_with_a_notice(model, monkeypatch):
     monkeypatch.setattr(views, "LAST", 20)
-    served = Served("tiny", model, TOKENIZER, True, 40)
+    served = opened("tiny", model, TOKENIZER, True, 40)
     ids = [16 + i for i in range(50)]
     logprobs = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
     found = views.tokens(served, ids)
@@ -502,7 +501,7 @@ def test_of_long_texts_a_part_is_shown_with_a_notice(model, monkeypatch):
     assert len(found["ids"]) == 20 and "The first 20 of" in found["notice"]
     monkeypatch.setattr(views, "MOST_WEIGHTS", 2 * 1 * 49)  # two layers of one head
     assert len(views.attention(served, ids)["ids"]) == 7
-    assert "training had 40 at most" in views.turn(served, ids, "Who are you?")["notice"]
+    assert "training had 40 at most" in views.append_turn(served, ids, "Who are you?")["notice"]
 
 
 def test_the_sum_of_grouped_logits_is_exact():
@@ -523,7 +522,7 @@ def test_merges_are_replayed_in_the_order_of_training():
                                [("c", "d"), ("a", "b"), ("ab", "cd")]))  # fmt: skip
     steps = [["a", "b", "c", "d"], ["a", "b", "cd"], ["ab", "cd"], ["abcd"]]
     assert views.merges(toy, "abcd") == steps
-    assert views.token(Served("", CausalLM(ModelConfig()), TOKENIZER, True, 9), 1)["steps"] == []
+    assert views.token(opened("", CausalLM(ModelConfig()), TOKENIZER, True, 9), 1)["steps"] == []
     for token in range(16, 2048, 37):  # every token of the shipped tokenizer is its last step
         text = TOKENIZER.id_to_token(token)
         assert views.merges(TOKENIZER, text)[-1] == [text]
@@ -912,7 +911,7 @@ def test_the_second_model_answers_what_is_asked_of_it(model):
     torch.manual_seed(8)
     other = CausalLM(model.config).eval()
     models = {
-        name: Served(name, m, TOKENIZER, True, 200) for name, m in (("a", model), ("b", other))
+        name: opened(name, m, TOKENIZER, True, 200) for name, m in (("a", model), ("b", other))
     }
     server = serving.Server(models, "127.0.0.1", 0, 2, DEFAULTS, ROOT)
     with serving_at(server):
@@ -924,14 +923,14 @@ def test_the_second_model_answers_what_is_asked_of_it(model):
 
 
 def test_the_page_begins_a_second_turn_as_the_template_does(model):
-    served = Served("tiny", model, TOKENIZER, True, 200)
+    served = opened("tiny", model, TOKENIZER, True, 200)
     turns = [*HI, {"role": "assistant", "content": "A model."}, {"role": "user", "content": "Why?"}]
     expected = render(turns, add_generation_prompt=True)[0]
-    asked = views.turn(served, [], "Who are you?")["ids"]
+    asked = views.append_turn(served, [], "Who are you?")["ids"]
     assert asked == chat_ids("Who are you?")
     answered = asked + TOKENIZER.encode("A model.").ids
     for before in (answered, [*answered, IM_END]):  # an answer that was stopped has no end
-        assert views.turn(served, before, " Why? ")["ids"] == expected
+        assert views.append_turn(served, before, " Why? ")["ids"] == expected
 
 
 def test_views_of_a_model_are_computed_one_at_a_time_and_curves_are_read_meanwhile(running):
@@ -1053,7 +1052,7 @@ def test_the_limits_of_each_number_are_taken_and_what_is_beyond_them_refused(run
 
 
 def test_a_server_that_is_stopped_ends_its_threads(model):
-    models = {"tiny": Served("tiny", model, TOKENIZER, True, 200)}
+    models = {"tiny": opened("tiny", model, TOKENIZER, True, 200)}
     server = serving.Server(models, "127.0.0.1", 0, 2, DEFAULTS, ROOT)
     thread = threading.Thread(target=server.run)
     thread.start()

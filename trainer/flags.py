@@ -4,6 +4,7 @@ Precedence, lowest first: defaults, flags of the resumed run, TOML file of --con
 """
 
 import os
+import re
 import shlex
 import sys
 import tomllib

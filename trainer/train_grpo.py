@@ -34,7 +34,7 @@ from dataset.token_cache import content_hash
 from evaluation.rewards import compute_rewards, reward_function
 from evaluation.tasks import read_problems
 from model.chat_template import render
-from model.generation import generate
+from model.generation import SamplingParams, generate
 from model.moe import router_loss
 from model.preference_losses import group_advantages, grpo_loss
 from trainer.flags import training_parser
@@ -67,10 +67,10 @@ def sample_answers(model, prompts, args, seed):
     int.
     """
     answers = []
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     for part in batched(prompts, args.answers_at_once):
         part_seed = int(np.random.SeedSequence([*seed, len(answers)]).generate_state(1)[0])
-        steps = generate(model, part, seed=part_seed, **options)
+        params = SamplingParams(args.max_new_tokens, args.temperature, seed=part_seed)
+        steps = generate(model, part, params)
         for tokens in zip(*steps, strict=True):  # of one answer
             answers.append([token for token in tokens if token is not None])
     return answers

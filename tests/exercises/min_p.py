@@ -2,7 +2,7 @@
 
 import torch
 
-from model.generation import sample
+from model.generation import SamplingParams, sample
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()  # (1, V)
 
@@ -10,7 +10,7 @@ LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()  # (1, V)
 def drawn(**options):
     generator = torch.Generator().manual_seed(1)
     rows = LOGITS.repeat(2000, 1)
-    return sample(rows, 1.0, 0, 1.0, generator, **options)[:, 0]
+    return sample(rows, SamplingParams(1, 1.0), generator, **options)[:, 0]
 
 
 def test_unlikely_tokens_are_never_drawn():
