@@ -114,9 +114,8 @@ def differ_in_tiny_numbers(a, b):
 def is_bounded(text):
     """Return whether the numbers in a text can be computed: no power towers or huge factorials."""
     powers = [int(power) for power in re.findall(r"\^\s*\{?\s*-?(\d{1,9})", text)]
-    return (
-        not ENDLESS.search(text) and math.prod(max(power, 1) for power in powers) <= LARGEST_POWER
-    )
+    product = math.prod(max(power, 1) for power in powers)
+    return product <= LARGEST_POWER and not ENDLESS.search(text)
 
 
 def normalize(text):

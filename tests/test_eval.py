@@ -323,7 +323,7 @@ def test_compare_shows_what_flipped(tmp_path, capsys):
         paths.append(store(tmp_path, name, rows, data_sha256="x"))
     run_eval.main(["--compare", *map(str, paths)])
     printed = capsys.readouterr().out
-    assert "3 became right, 1 wrong; p = 0.625" in printed  # 2 (1 + 4) / 16
+    assert "3 became better, 1 worse; p = 0.625" in printed  # 2 (1 + 4) / 16
     assert [line for line in printed.splitlines() if line[0] in "+-"] == [
         *(f"+ problem {i}: 'W' -> 'R', gold 'g'" for i in (2, 3, 4)),
         "- problem 1: 'R' -> 'W', gold 'g'",
@@ -331,6 +331,35 @@ def test_compare_shows_what_flipped(tmp_path, capsys):
     other = store(tmp_path, "other", rows, data_sha256="y")
     with pytest.raises(UserError, match="a and other have different data"):
         run_eval.main(["--compare", str(paths[0]), str(other)])
+    other = store(tmp_path, "other", rows, data_sha256="x", lenient_judge="math-verify 1")
+    with pytest.raises(UserError, match="a and other were judged differently"):
+        run_eval.main(["--compare", str(paths[0]), str(other)])
+
+
+def test_compare_counts_problems_and_not_samples_and_only_those_in_both(tmp_path, capsys):
+    """Problem 0: two samples of three right, then one. Problem 1 is only in the first run."""
+    paths = []
+    for name, verdicts in (("a", ["RRW", "RRR"]), ("b", ["WWR"])):
+        rows = [
+            {
+                "problem": problem,
+                "sample": sample,
+                "prompt": [{"role": "user", "content": "?"}],
+                "verdict": "correct" if mark == "R" else "wrong",
+                "extracted": mark,
+                "gold": "g",
+                **{"output": "", "truncated": False, "tokens": 1},
+            }
+            for problem, marks in enumerate(verdicts)
+            for sample, mark in enumerate(marks)
+        ]
+        paths.append(store(tmp_path, name, rows, data_sha256="x"))
+    run_eval.main(["--compare", *map(str, paths)])
+    assert capsys.readouterr().out.splitlines() == [
+        "1 problems in both; a 66.7%, b 33.3%",
+        "0 became better, 1 worse; p = 1.000 (exact sign test)",
+        "- problem 0: 'R', 'R', 'W' -> 'W', 'W', 'R', gold 'g'",
+    ]
 
 
 def test_a_question_of_a_long_chat_names_its_depth(tmp_path):
@@ -746,6 +775,6 @@ def test_a_score_while_training_is_that_of_run_eval_on_the_first_200_problems(tm
     test = write_jsonl(tmp_path / "test.jsonl", read_official("math", [path]))
     task = generate_answers.TaskScore("math", test)
     assert len(task.problems) == 200
-    assert task.options["max_new_tokens"] == 256 and task.options["temperature"] == 0.0
+    assert task.params == SamplingParams(256, 0.0)
     tiny = generate_answers.TaskScore("tiny_world", None)
-    assert len(tiny.problems) == 560 and tiny.options["max_new_tokens"] == 120
+    assert len(tiny.problems) == 560 and tiny.params == SamplingParams(120, 0.0)

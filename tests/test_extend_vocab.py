@@ -270,7 +270,7 @@ def test_answers_held_to_some_texts_are_the_likeliest_of_them(extended):
     model, tokenizer = build_model(content, extended)
     prompt = tokenizer.encode("Which item?").ids
     texts = [f"<a_{i}><b_0>" for i in range(3)]
-    options = {"max_new_tokens": 5, "temperature": 0, "allowed": TokenTrie(texts, tokenizer)}
+    options = {"max_new_tokens": 5, "temperature": 0, "allowed_ids": TokenTrie(texts, tokenizer)}
     (answer,) = complete(model, [prompt], **options)
     first = [tokenizer.token_to_id(f"<a_{i}>") for i in range(3)]
     with torch.no_grad():

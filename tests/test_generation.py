@@ -38,7 +38,9 @@ def test_a_repetition_penalty_is_of_prompt_and_answer_as_in_transformers():
             torch.tensor([prompt]), do_sample=False, eos_token_id=2, pad_token_id=0, **options
         )[0, len(prompt) :].tolist()
         for prompts in ([prompt], [prompt, prompt[:3]]):
-            steps = list(generate(ours, prompts, temperature=0, stop_ids=(2,), **options))
+            steps = list(
+                generate(ours, prompts, SamplingParams(temperature=0, **options), stop_ids=(2,))
+            )
             assert [step[0] for step in steps][: len(expected)] == expected
         assert not set(expected) & set(prompt) or penalty < 3
 

@@ -26,7 +26,7 @@ from model.generation import SamplingParams, complete
 from model.tokenizer import load_tokenizer
 from serving import server as serving
 from serving import start, views
-from serving.batching import Batcher, Request
+from serving.batching import Batcher, NewToken, Request
 from serving.streaming import IncrementalDetokenizer
 from tests.conftest import ROOT, opened, run_here, serving_at, write_jsonl
 
@@ -212,7 +212,7 @@ def writes(ids, reason="stop"):
     """
 
     def write(request):
-        for item in [*((token, None, []) for token in ids), reason]:
+        for item in [*map(NewToken, ids), reason]:
             while request.answer.qsize() and not request.cancelled:
                 time.sleep(0.001)
             request.answer.put(item)
@@ -760,7 +760,7 @@ def answers_with(monkeypatch, server, ids):
 
     def submit(request):
         for token in ids:
-            request.answer.put((token, None, []))
+            request.answer.put(NewToken(token))
         request.answer.put("stop")
 
     monkeypatch.setattr(server.batcher, "submit", submit)
@@ -781,8 +781,8 @@ def test_each_token_of_a_stream_is_decoded_about_once(running, monkeypatch):
     ids = [THINK, *TOKENIZER.encode("hm, é 🙂 " * 60).ids, END_THINK]
     ids += TOKENIZER.encode("\n\nLong naïve 日本 answers. " * 60).ids
     monkeypatch.setattr(running.models["tiny"], "tokenizer", Counting(), raising=False)
-    arrived = iter([*[(token, None, []) for token in ids], "stop"])
-    monkeypatch.setattr(serving.Handler, "next_item", lambda self, request: next(arrived))
+    arrived = iter([*map(NewToken, ids), "stop"])
+    monkeypatch.setattr(serving.Handler, "items", lambda self, request, batcher: arrived)
     monkeypatch.setattr(running.batcher, "submit", lambda request: None)
     data = json.dumps({"messages": HI, "stream": True, "stop": ["#"]}).encode()
     sent = request_bytes("POST", CHAT, data, **{"Content-Length": len(data)})
