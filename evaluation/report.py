@@ -10,8 +10,6 @@ from evaluation.tasks import is_right
 
 def wilson(right, n, z=1.96):
     """Return (low, high) of the 95 % confidence interval for right of n (Wilson, 1927)."""
-    if n == 0:
-        return 0.0, 1.0
     p, spread = right / n, z * z / n
     center = p + spread / 2
     half_width = z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
@@ -176,12 +174,12 @@ def compare(old, new):
         f"{len(shared)} problems in both; {', '.join(accuracies)}",
         f"{num_better} became better, {num_worse} worse; p = {p_value:.3f} (exact sign test)",
     ]
-    for mark, is_change in (("+", lambda change: change > 0), ("-", lambda change: change < 0)):
-        for problem in shared:
-            if is_change(gain[problem]):
-                answers = [extracted_answers(rows[problem]) for rows in (before, after)]
-                gold = after[problem][0]["gold"]
-                lines.append(f"{mark} problem {problem}: {' -> '.join(answers)}, gold {gold!r}")
+    for problem in sorted(shared, key=lambda problem: -gain[problem]):  # the better ones first
+        if gain[problem] != 0:
+            mark = "+" if gain[problem] > 0 else "-"
+            answers = f"{extracted_answers(before[problem])} -> {extracted_answers(after[problem])}"
+            gold = after[problem][0]["gold"]
+            lines.append(f"{mark} problem {problem}: {answers}, gold {gold!r}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: save and load the state of a run.
+"""The files of a run: its checkpoints, and those of an earlier run with the same name.
 
 out/checkpoints/NAME_resume.pth      the latest checkpoint: a weights file with "optimizer",
                                      "scaler", "run" and "arguments" instead of "training"; with
@@ -177,3 +177,56 @@ def put_best_in_place(run):
     """Replace the weights of a TrainingRun with the best in validation."""
     best = load(run.checkpoint_path("_best.pth"))  # errors name this file
     save_tensors(run.weights_path, best)
+
+
+def keep_previous(args, name):
+    """Rename the files of an earlier run, e.g. full_sft_256 to full_sft_previous_256."""
+    files = run_files(args.save_dir, re.escape(name))
+    if not any(path.suffix == ".pth" for path in files):
+        return
+    size = name.removeprefix(args.save_weight)
+    new_name, number = f"{args.save_weight}_previous", 1
+    while run_files(args.save_dir, re.escape(new_name + size)):
+        number += 1
+        new_name = f"{args.save_weight}_previous{number}"
+    for path in reversed(files):  # the log first: if that fails, nothing has changed
+        try:
+            path.rename(path.with_name(new_name + size + path.name.removeprefix(name)))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be renamed: {error.strerror}; close the program using it, or "
+                "choose another --save_weight"
+            ) from None
+    print(f"the earlier run {name} is kept as {new_name + size} until this one is complete")
+    print(f"to resume it instead: --from_resume 1 --save_weight {new_name}")
+
+
+def run_files(save_dir, name, suffix=""):
+    """Return the files of a run. name is a regex, suffix a regex that follows the ending."""
+    endings = {
+        ".": r"\.pth",
+        "checkpoints": r"_(resume|best|new|step\d+)\.pth",
+        "logs": r"(\.jsonl|_loss\.(png|svg))",
+    }
+    return [
+        path
+        for folder, ending in endings.items()
+        for path in sorted((save_dir / folder).glob("*"))
+        if re.fullmatch(name + ending + suffix, path.name)
+    ]
+
+
+def delete_partial_files(save_dir, name):
+    """Delete the files that a killed process of this run was writing."""
+    for path in run_files(save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):
+        path.unlink()
+
+
+def delete_previous(args, name):
+    """Delete the files that `keep_previous` renamed, when this run is complete."""
+    size = name.removeprefix(args.save_weight)
+    for path in run_files(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
+        try:
+            path.unlink()
+        except OSError as error:
+            print(f"warning: {path} cannot be removed: {error.strerror}")

@@ -90,14 +90,7 @@ def main(argv=None):
         teacher=distillation.teacher_hash,
     )
     run = TrainingRun(
-        args,
-        STAGE,
-        spec,
-        model=model,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        runtime=runtime,
-        saved=saved,
+        args, STAGE, spec, model, tokenizer, optimizer=optimizer, runtime=runtime, saved=saved
     )
 
     for step, micro_batches in run.steps(plan.steps_after(run.progress.step)):

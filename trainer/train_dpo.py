@@ -113,14 +113,7 @@ def main(argv=None):
     ddp_model = parallelize(model, args.parallel, runtime.dtype)
     optimizer = make_optimizer(model, args)
     run = TrainingRun(
-        args,
-        STAGE,
-        spec,
-        model=model,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        runtime=runtime,
-        saved=saved,
+        args, STAGE, spec, model, tokenizer, optimizer=optimizer, runtime=runtime, saved=saved
     )
     run.progress.reference = references or run.progress.reference or []
     if [len(log_probs) for log_probs in run.progress.reference] != [len(part) for part in datasets]:

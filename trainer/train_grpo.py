@@ -45,6 +45,8 @@ from trainer.trainer_utils import generating, init_model
 from trainer.training_run import RunSpec, TrainingRun, parse_run
 
 STAGE = "grpo"
+# With FSDP, each step of `generate` is a collective, and processes need different numbers of them.
+UNSUPPORTED = "packing accumulation_steps parallel sample_prompt num_workers strict_data cache_dir"
 NO_SIGNAL = """all answers to a question got the same reward, so nothing was learned.
 If the rewards are low, begin with weights that solve some of the questions (train_full_sft.py),
 take easier ones, or raise --temperature or --group_size; if they are high, take harder questions"""
@@ -117,11 +119,9 @@ def read_questions(args, tokenizer):
     if not held_out or not train:
         raise UserError("all questions are held out, or none: give --val_split or --val_data_path")
     for problem in train + held_out:
-        problem["prompt_ids"], _ = render(
-            problem["prompt"], add_generation_prompt=True, tokenizer=tokenizer
-        )
-    longest = max(len(problem["prompt_ids"]) for problem in train + held_out)
-    longest += args.max_new_tokens
+        options = {"add_generation_prompt": True, "tokenizer": tokenizer}
+        problem["prompt_ids"], _ = render(problem["prompt"], **options)
+    longest = max(len(problem["prompt_ids"]) for problem in train + held_out) + args.max_new_tokens
     if longest > args.max_seq_len:
         limit = f"more than --max_seq_len {args.max_seq_len}"
         raise UserError(f"the longest question and --max_new_tokens: {longest} tokens, {limit}")
@@ -143,9 +143,8 @@ def question_indices_after(step, count, args):
 def main(argv=None):
     parser = training_parser(__doc__, save_weight=STAGE, from_weight="full_sft", epochs=1)
     parser.set_defaults(batch_size=32, warmup_steps=5, learning_rate=3e-4, max_seq_len=768)
-    parser.set_defaults(
-        min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20, sample_interval=20
-    )
+    parser.set_defaults(min_lr_ratio=0.5, log_interval=1, val_split=0.05, val_interval=20)
+    parser.set_defaults(sample_interval=20)
     add, count = parser.group("reinforcement learning"), number(int, 1)
     tasks = choose_from("tiny_world", "gsm8k", "math")
     add("task", "tiny_world", "the task whose judge computes rewards", tasks)
@@ -158,10 +157,7 @@ def main(argv=None):
     add("answers_at_once", 256, "batch size of the sampling", count)
     add("pass_k", 8, "answers per held-out question", count)
     args, saved = parse_run(parser, argv)
-    # With FSDP, each step of `generate` is a collective, and processes need different numbers of
-    # them.
-    unused = "packing accumulation_steps parallel sample_prompt "
-    refuse(args, parser, parser.prog, unused + "num_workers strict_data cache_dir")
+    refuse(args, parser, parser.prog, UNSUPPORTED)
     reward = reward_function(args.task, args.reward)
 
     # Device, model, questions.
@@ -188,14 +184,7 @@ def main(argv=None):
         processes=runtime.world_size,
     )
     run = TrainingRun(
-        args,
-        STAGE,
-        spec,
-        model=model,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        runtime=runtime,
-        saved=saved,
+        args, STAGE, spec, model, tokenizer, optimizer=optimizer, runtime=runtime, saved=saved
     )
     run.log.curves = {name: (name, 1) for name in ("reward", "pass_at_1", "pass_at_k")}
     run.log.unit = "mean reward"
@@ -217,12 +206,9 @@ def main(argv=None):
         rollouts = [Rollout(*parts) for parts in zip(prompts, answers, advantages, strict=True)]
         rollouts = [rollout for rollout, useful in zip(rollouts, has_signal, strict=True) if useful]
         rollouts.sort(key=len)  # less padding
-        num_supervised, num_tokens, num_answers, num_rollouts = runtime.sum(
-            sum(len(rollout.answer) for rollout in rollouts),
-            sum(len(answer) for answer in answers),
-            len(answers),
-            len(rollouts),
-        )
+        num_supervised = sum(len(rollout.answer) for rollout in rollouts)
+        counts = num_supervised, sum(map(len, answers)), len(answers), len(rollouts)
+        num_supervised, num_tokens, num_answers, num_rollouts = runtime.sum(*counts)
         # 3. One update.
         micro_batches = batched(rollouts, args.batch_size)
         while runtime.world_size > 1 and len(micro_batches) < max_micro_batches:
@@ -261,10 +247,10 @@ def main(argv=None):
                 metrics["grad_norm"] = grad_norm
             if should_validate:
                 metrics |= validate(model, held_out, reward, tokenizer, args, runtime)
-                scores = [f"{name} {metrics[name]:.3f}" for name in ("pass_at_1", "pass_at_k")]
-                at = f"step {step + 1} of {total_steps}"
-                tqdm.write(f"{at}: of held-out questions, {', '.join(scores)}")
-                run.save_if_best(metrics["pass_at_1"])
+                at = f"step {step + 1} of {total_steps}: of held-out questions"
+                pass_at_1, pass_at_k = metrics["pass_at_1"], metrics["pass_at_k"]
+                tqdm.write(f"{at}, pass_at_1 {pass_at_1:.3f}, pass_at_k {pass_at_k:.3f}")
+                run.save_if_best(pass_at_1)
             run.write_metrics(**metrics)
         if args.sample_interval and run.is_due(args.sample_interval) and questions:
             question = questions[0]["prompt"][-1]["content"]

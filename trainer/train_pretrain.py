@@ -67,14 +67,7 @@ def main(argv=None):
         row_length=plan.row_length,
     )
     run = TrainingRun(
-        args,
-        STAGE,
-        spec,
-        model=model,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        runtime=runtime,
-        saved=saved,
+        args, STAGE, spec, model, tokenizer, optimizer=optimizer, runtime=runtime, saved=saved
     )
 
     for step, micro_batches in run.steps(plan.steps_after(run.progress.step)):

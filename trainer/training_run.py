@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ class TrainingRun:
     the checkpoint belongs to a different run.
     """
 
-    def __init__(self, args, stage, spec, *, model, tokenizer, optimizer, runtime, saved):
+    def __init__(self, args, stage, spec, model, tokenizer, *, optimizer, runtime, saved):
         self.args, self.stage, self.spec, self.runtime = args, stage, spec, runtime
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.name = file_name(args.save_weight, model.config)
@@ -97,9 +96,9 @@ class TrainingRun:
         if saved:
             self.progress = resume(spec, saved, args, model, optimizer, runtime.scaler)
         if is_rank_zero:
-            delete_partial_files(args.save_dir, self.name)
+            checkpoint.delete_partial_files(args.save_dir, self.name)
             if not saved:
-                keep_previous(args, self.name)
+                checkpoint.keep_previous(args, self.name)
         log_path = args.save_dir / "logs" / f"{self.name}.jsonl"
         self.log = MetricsLog(log_path, self.progress, spec.total_steps, silent=not is_rank_zero)
         self.signal = StopSignal()
@@ -182,7 +181,7 @@ class TrainingRun:
         if self.is_finished and not self.has_diverged:
             if args.save_best_at_end and progress.best_score is not None:
                 checkpoint.put_best_in_place(self)
-            delete_previous(args, self.name)
+            checkpoint.delete_previous(args, self.name)
         self.lock.release()
         resuming = resume_command(args, self.stage, self.spec.processes)
         if self.has_diverged and log.steps:
@@ -310,56 +309,3 @@ def compare_specs(spec, saved_spec, max_seq_len):
 def mixture_weights(flags):
     """Return the mixture weight of each file of --data_path."""
     return [weight for _, weight, *_ in flags.get("data_path") or [(None, None)]]
-
-
-def keep_previous(args, name):
-    """Rename the files of an earlier run, e.g. full_sft_256 to full_sft_previous_256."""
-    files = run_files(args.save_dir, re.escape(name))
-    if not any(path.suffix == ".pth" for path in files):
-        return
-    size = name.removeprefix(args.save_weight)
-    new_name, number = f"{args.save_weight}_previous", 1
-    while run_files(args.save_dir, re.escape(new_name + size)):
-        number += 1
-        new_name = f"{args.save_weight}_previous{number}"
-    for path in reversed(files):  # the log first: if that fails, nothing has changed
-        try:
-            path.rename(path.with_name(new_name + size + path.name.removeprefix(name)))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be renamed: {error.strerror}; close the program using it, or "
-                "choose another --save_weight"
-            ) from None
-    print(f"the earlier run {name} is kept as {new_name + size} until this one is complete")
-    print(f"to resume it instead: --from_resume 1 --save_weight {new_name}")
-
-
-def run_files(save_dir, name, suffix=""):
-    """Return the files of a run. name is a regex, suffix a regex that follows the ending."""
-    endings = {
-        ".": r"\.pth",
-        "checkpoints": r"_(resume|best|new|step\d+)\.pth",
-        "logs": r"(\.jsonl|_loss\.(png|svg))",
-    }
-    return [
-        path
-        for folder, ending in endings.items()
-        for path in sorted((save_dir / folder).glob("*"))
-        if re.fullmatch(name + ending + suffix, path.name)
-    ]
-
-
-def delete_partial_files(save_dir, name):
-    """Delete the files that a killed process of this run was writing."""
-    for path in run_files(save_dir, rf"\.{re.escape(name)}", r"\.\d+\.part"):
-        path.unlink()
-
-
-def delete_previous(args, name):
-    """Delete the files that `keep_previous` renamed, when this run is complete."""
-    size = name.removeprefix(args.save_weight)
-    for path in run_files(args.save_dir, rf"{re.escape(args.save_weight)}_previous\d*{size}"):
-        try:
-            path.unlink()
-        except OSError as error:
-            print(f"warning: {path} cannot be removed: {error.strerror}")
