@@ -82,8 +82,7 @@ def as_sample(prompt, answer):
     """Return (input_ids, labels) for a prompt and an answer, lists of ids; the answer is
     supervised.
     """
-    ids = torch.tensor(prompt + answer)
-    return ids, torch.cat([torch.full((len(prompt),), IGNORE), ids[len(prompt) :]])
+    return torch.tensor(prompt + answer), torch.tensor([IGNORE] * len(prompt) + answer)
 
 
 def validate(model, problems, reward, tokenizer, args, runtime):
@@ -239,12 +238,12 @@ def main(argv=None):
         if should_validate or run.is_due(args.log_interval):
             reward_sum, entropy_sum, loss = runtime.sum(rewards.sum().item(), entropy, step_loss)
             metrics = {"reward": reward_sum / num_answers, "lr": lr}
+            metrics |= {"loss": None, "entropy": None, "grad_norm": None}
             metrics["no_signal"] = 1 - num_rollouts / num_answers
             metrics["answer_tokens"] = num_tokens / num_answers
-            metrics |= {"loss": None, "entropy": None, "grad_norm": None}
             if num_supervised:
-                metrics |= {"loss": loss, "entropy": entropy_sum / num_supervised}
-                metrics["grad_norm"] = grad_norm
+                means = {"entropy": entropy_sum / num_supervised, "grad_norm": grad_norm}
+                metrics |= means | {"loss": loss}
             if should_validate:
                 metrics |= validate(model, held_out, reward, tokenizer, args, runtime)
                 at = f"step {step + 1} of {total_steps}: of held-out questions"
