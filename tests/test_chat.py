@@ -356,3 +356,13 @@ def test_the_defaults_of_a_chat():
     expected |= {"max_new_tokens": 256, "max_batch": 16, "host": "127.0.0.1", "serve": None}
     expected |= {"from_weight": None, "system": "", "prompt": None, "use_compile": 0}
     assert {name: args[name] for name in expected} == expected
+
+
+def test_pretrained_weights_refuse_a_system_prompt(trained, capsys):
+    with pytest.raises(eval_llm.UserError, match="omit the system prompt"):
+        chat(trained, system="Be kind.", weight="pretrain")
+    talk = chat(trained, weight="pretrain")
+    with pytest.raises(eval_llm.UserError, match="omit the system prompt"):
+        talk.command("/system Be kind.")
+    talk.command("/reset")
+    assert "[a new conversation]" in capsys.readouterr().out

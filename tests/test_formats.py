@@ -555,3 +555,12 @@ def test_a_byte_order_mark_is_of_the_first_line_alone(tmp_path):
     first, second = read_records(path)
     assert first == (1, {"text": "a"})
     assert second[0] == 2 and "not JSON" in str(second[1])
+
+
+def test_a_list_of_flags_that_contradicts_a_message_is_a_bad_record():
+    for flag, own in ((1, 0), (0, 1)):
+        messages = [ASKED[0], {**ASKED[1], "loss_weight": own}]
+        with pytest.raises(ValueError, match="message 2 is marked both as trained on and as not"):
+            converted({"messages": messages, "loss_mask": [0, flag]})
+        same = converted({"messages": messages, "loss_mask": [0, own]})[0]
+        assert any(render(same)[1]) == bool(own)

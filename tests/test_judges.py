@@ -237,6 +237,7 @@ def test_the_official_rule_is_one_of_spelling():
         (r"so $\boxed{5}$ is not \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{\left\{1, \{2\}\right\}}", r"\left\{1, \{2\}\right\}"),
         (r"\fbox{7}", "7"),
+        (r"\boxed{5}, which is \fbox{7}", "5"),  # the official code looks for \fbox only without
         (r"$\boxed 7$ it is", "7"),
         (r"\boxed{unclosed", None),
         ("no box", None),
@@ -485,3 +486,8 @@ def test_an_answer_that_was_cut_off_is_right_if_it_is_there(task, gold):
     assert is_right(right) and right["error"] is None
     assert wrong["error"] == none["error"] == "truncated"
     assert judge(task, "", gold, False)["error"] == "no_answer"
+
+
+def test_a_power_of_0_does_not_hide_one_that_never_ends():
+    assert competition_math.is_bounded("x^2 + 9^{9}")
+    assert not competition_math.is_bounded("x^0 + 9^{999999999}")

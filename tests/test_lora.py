@@ -379,3 +379,9 @@ def test_new_adapters_are_drawn_as_those_of_peft():
 def test_adapters_need_their_configuration_and_the_name_of_their_weights(entry, tmp_path):
     with pytest.raises(UserError, match="holds pretrain weights, not adapters"):
         require_adapters({"stage": "pretrain", entry: {}}, tmp_path / "x.pth")
+
+
+def test_the_lm_head_has_no_adapter():
+    """The loss reads its weight directly, so an adapter there would never be trained."""
+    with pytest.raises(ValueError, match="lm_head: choose from q_proj"):
+        add_lora(small(), target="q_proj,lm_head")
