@@ -83,6 +83,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if (args.lora is None) == (args.from_peft is None):
         raise UserError("give --lora NAME, or --from_peft FOLDER")
+    if args.to_peft and (args.from_peft or args.save_weight):
+        raise UserError("--to_peft writes a folder: omit --from_peft and --save_weight")
     if args.from_peft and not (args.from_weight and args.save_weight):
         raise UserError("--from_peft needs --weight (the base weights) and --save_weight (a name)")
     return args

@@ -174,6 +174,8 @@ def main(argv=None):
     model, tokenizer, config = trained.model, trained.tokenizer, trained.model.config
     if config.use_moe and not (config.qk_norm and config.norm_topk_prob):
         raise UserError("llama.cpp has no mixture of experts without QK norm or norm_topk_prob")
+    if config.qkv_bias and (config.qk_norm or config.use_moe):
+        raise UserError("llama.cpp has no model with biases and QK norm or experts")
     arch = "qwen3moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2"
     if config.rope_factor != 1:
         raise UserError(f"llama.cpp's {arch} has no RoPE scaling, which these weights need")

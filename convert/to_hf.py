@@ -35,9 +35,14 @@ def hf_config(config, dtype, eos):
         raise UserError("no transformers architecture matches experts without QK norm")
     if config.qkv_bias and (config.qk_norm or config.use_moe):
         raise UserError("no transformers architecture matches QK norm or experts with biases")
-    family, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
-    family, name = ("qwen2", "Qwen2") if config.qkv_bias else (family, name)
-    family, name = ("qwen3_moe", "Qwen3Moe") if config.use_moe else (family, name)
+    if config.use_moe:
+        family, name = "qwen3_moe", "Qwen3Moe"
+    elif config.qkv_bias:
+        family, name = "qwen2", "Qwen2"
+    elif config.qk_norm:
+        family, name = "qwen3", "Qwen3"
+    else:
+        family, name = "llama", "Llama"
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor != 1:
         rope |= {their_name: getattr(config, our_name) for our_name, their_name in SCALING.items()}
@@ -90,6 +95,8 @@ def parse(argv):
     add = parser.add_argument
     add("--dtype", choices=list(DTYPES), default="fp32", help="dtype of the weights (%(default)s)")
     args = parser.parse_args(argv)
+    if args.out.is_file():
+        raise UserError(f"--out {args.out} is a file; give a folder")
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} is not empty; give another folder")
     return args

@@ -134,6 +134,11 @@ def test_wrong_flags_are_errors_of_one_sentence(tmp_path, trained):
         2,
         f"error: --out {full} is not empty; give another folder\n",
     )
+    done = run_here("convert/to_hf.py", "--save_dir", trained, "--out", full / "mine.txt")
+    assert done.returncode == 2 and "mine.txt is a file; give a folder" in done.stderr
+    for flags in (["--lora", "x", "--save_weight", "y"], ["--from_peft", full]):
+        done = run_here("convert/peft.py", *flags, "--to_peft", tmp_path / "x")
+        assert done.returncode == 2 and "omit --from_peft and --save_weight" in done.stderr
     done = run_here("convert/to_hf.py", "--save_dir", tmp_path, "--out", tmp_path / "x")
     assert done.returncode == 2 and "make it with" in done.stderr
     assert not (tmp_path / "x").exists()

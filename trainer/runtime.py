@@ -133,7 +133,7 @@ def torchrun_process():
     try:
         yield
     except SystemExit as error:
-        code = error.code
+        code = error.code or 0
     except RuntimeError as error:
         lost = re.search("gloo|nccl|peer|timed? ?out", str(error), re.I)
         if not dist.is_initialized() or not lost:

@@ -112,11 +112,9 @@ class TrainingRun:
     @property
     def is_finished(self):
         """Whether all steps are done, or too many validations brought no improvement."""
-        patience, bad_validations = (
-            self.args.early_stop_patience,
-            self.progress.evaluations_since_best,
-        )
-        return self.progress.step >= self.spec.total_steps or 0 < patience <= bad_validations
+        patience = self.args.early_stop_patience
+        stopped_early = 0 < patience <= self.progress.evaluations_since_best
+        return self.progress.step >= self.spec.total_steps or stopped_early
 
     @property
     def has_diverged(self):
