@@ -744,10 +744,18 @@ def test_a_run_is_named_after_its_weights_and_what_is_not_usual():
 
 def test_without_math_verify_the_strict_score_is_the_overall_one(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(competition_math, "lenient_judge", lambda: None)
-    row = {"truncated": False, "tokens": 3, "seconds": 0.1, "level": "Level 1", "type": "Algebra"}
+    prompt = [{"role": "user", "content": "?"}]
+    row = {
+        "prompt": prompt,
+        "truncated": False,
+        "tokens": 3,
+        "seconds": 0.1,
+        "level": "Level 1",
+        "type": "Algebra",
+    }
     answers = [(r"\boxed{2}", "2"), (r"\boxed{3}", "2"), (r"\boxed{4}", "4"), ("5", "5")]
     rows = [
-        row | {"problem": n, "sample": sample, "prompt": "?", "output": output, "gold": gold}
+        row | {"problem": n, "sample": sample, "output": output, "gold": gold}
         for n, (output, gold) in enumerate(answers)
         for sample in range(2)
     ]
@@ -757,6 +765,7 @@ def test_without_math_verify_the_strict_score_is_the_overall_one(monkeypatch, tm
     assert scores["overall"] == scores["Algebra"] == 0.5  # the last has no box
     printed = capsys.readouterr().out
     assert "pip install math-verify, then --rescore" in printed
+    assert generate_answers.read_result(tmp_path / "x.json")["totals"]["accuracy"] is None
     assert re.search(r"^pass@2 +50.0%$", printed, re.M)
 
 
