@@ -104,6 +104,7 @@ def read_result(path):
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         require_types(result, RESULT_TYPES)
+        result["totals"]["accuracy"]  # raises KeyError if it is missing
         require_types(result["totals"], {"accuracy": int | float | None})
         for row in [*result["problems"]] or [{}]:
             require_types(row, ROW_TYPES)
