@@ -69,7 +69,7 @@ def without_endless_words(texts):
 
 
 def read_texts(path):
-    """Yield the documents, or the contents of all messages, of a file in any format."""
+    """Yield the documents of a file in any format, or the headers and contents of all messages."""
     name = None
     for line, record in read_records(path):
         try:
@@ -82,7 +82,9 @@ def read_texts(path):
             messages, _ = to_conversation(record, name, Counter())
         except ValueError as error:
             raise UserError(f"{path}, line {line} isn't a text or conversation: {error}") from None
-        yield from [message["content"] for message in messages]
+        for message in messages:
+            yield f"{message['role']}\n"
+            yield message["content"]
 
 
 def main(argv=None):

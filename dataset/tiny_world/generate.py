@@ -22,8 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import atomic_write, report_user_errors
 from dataset.tiny_world import FOLDER, PAIRS, PRACTICE
-from dataset.tiny_world.chat import Pool, calculation, conversations, preferences, questions
-from dataset.tiny_world.text import World, pretraining_text
+from dataset.tiny_world.chat import (
+    calculation,
+    conversations,
+    preferences,
+    questions,
+    questions_in_own_words,
+)
+from dataset.tiny_world.text import Split, World, pretraining_text
 
 SEED = 1
 
@@ -35,7 +41,10 @@ def write_tiny_world(folder=FOLDER, seed=SEED):
     files = {
         "pretrain_tiny.jsonl": texts,
         "sft_tiny.jsonl": list(conversations(world, random.Random(seed + 2))),
-        "eval_tiny.jsonl": list(questions(world, random.Random(seed + 3))),
+        "eval_tiny.jsonl": [
+            *questions(world, random.Random(seed + 3)),
+            *questions_in_own_words(world, random.Random(seed + 6)),
+        ],
     }
     for name, records in files.items():
         write(Path(folder) / name, records)
@@ -71,9 +80,9 @@ def write_sums(folder, seed=SEED):
     the same kind with the result alone; exam.jsonl, questions about the held-out sums.
     """
     world, rng = World(seed), random.Random(seed + 4)
-    pool = Pool(world, held_out=False)
+    split = Split.of(world, held_out=False)
     files = {
-        "solved": [{"conversations": calculation(rng, pool)[1]} for _ in range(50)],
+        "solved": [{"conversations": calculation(rng, split).messages} for _ in range(50)],
         "practice": list(practice(world, rng)),
         "exam": list(questions(world, rng, counts={calculation: 400}, depths=())),
     }

@@ -16,6 +16,7 @@ SEED = 1
 VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
 LARGEST = 49  # number in the sums
 DIRECT = 4  # the first wordings of words.asks can be joined to another question by "and"
+LOWER_CASE = 0.2  # share of some texts that have names in lower case, as people type them
 SHORT_KINDS = ["home", "job", "likes"]  # a single word says these facts
 
 
@@ -72,6 +73,50 @@ class World:
         self.pairs = [pair for pair in pairs if pair not in self.held_out_pairs]
 
 
+def find_owners(people):
+    """Return {(kind of fact, value): the villagers of whom it is true}."""
+    owners = {}
+    for person in people:
+        for kind in ("home", "job", "likes", "pet"):
+            owners.setdefault((kind, getattr(person, kind)), []).append(person)
+    return owners
+
+
+@dataclass
+class Split:
+    """What the conversations of one file are about: the topics of training, or held-out ones.
+
+    people     villagers of whom facts are asked
+    owners     {(kind of fact, value): the villagers of whom it is true}
+    """
+
+    held_out: bool
+    people: list
+    owners: dict
+    strangers: list
+    sums: list
+    pairs: list
+    stories: list
+
+    @classmethod
+    def of(cls, world, held_out):
+        """Return the split of a world that is held out, or the one of training. The owners of
+        training are known villagers; at least one of the held-out owners isn't.
+        """
+        owners = find_owners(world.people)
+        unread = {key for key, people in owners.items() if any(p in world.held_out for p in people)}
+        owners = {key: people for key, people in owners.items() if (key in unread) == held_out}
+        return cls(
+            held_out,
+            world.held_out if held_out else world.known,
+            owners,
+            world.held_out_strangers if held_out else world.strangers,
+            list(world.held_out_sums) if held_out else world.sums,
+            list(world.held_out_pairs) if held_out else world.pairs,
+            list(world.held_out_stories) if held_out else world.stories,
+        )
+
+
 def share(rng, items, part=0.1):
     """A random tenth of the items, as a dict: quick to look up, and in a defined order."""
     return dict.fromkeys(rng.sample(items, int(len(items) * part)))
@@ -81,12 +126,16 @@ def sentence(text):
     return text[0].upper() + text[1:]
 
 
-def fact(rng, person, kind, pronoun=False, templates=words.facts):
-    """One fact about a villager in one of its wordings."""
+def fill(wording, person, value="", pronoun=False):
+    """Return a wording with a villager, by name or by pronoun, and a value in their places."""
     p, ps, po = words.pronouns[person.sex]
     n, ns, o = (p, ps, po) if pronoun else (person.name, f"{person.name}'s", person.name)
-    text = rng.choice(templates[kind])
-    return sentence(text.format(n=n, ns=ns, o=o, p=p, ps=ps, v=getattr(person, kind)))
+    return wording.format(n=n, ns=ns, o=o, p=p, ps=ps, v=value)
+
+
+def fact(rng, person, kind, pronoun=False, templates=words.facts):
+    """One fact about a villager in one of its wordings."""
+    return sentence(fill(rng.choice(templates[kind]), person, getattr(person, kind), pronoun))
 
 
 def portrait(rng, person):
@@ -148,7 +197,9 @@ def gossip(rng, person):
     facts = " ".join(fact(rng, person, kind, pronoun=True, templates=templates) for kind in kinds)
     if shouts:
         facts, said = facts.upper(), "shouted"
-    return f'"{question.format(n=person.name)}" asked a {asker}. "{facts}" {said} a {teller}.'
+    question = question.format(n=person.name)
+    question = question.lower() if rng.random() < LOWER_CASE else question
+    return f'"{question}" asked a {asker}. "{facts}" {said} a {teller}.'
 
 
 def comparison(rng, person, others):
@@ -167,13 +218,14 @@ def subject_story(subject, event):
     return words.story_requests[event].format(**dict(zip("cat", subject, strict=True)))
 
 
-def story(rng, subject, event):
+def story(rng, subject, event, beginnings=None):
     """A story about a (colour, animal, thing). Its first sentence repeats the request, so a model
-    can copy it, and all later sentences follow from it.
+    can copy it, and all later sentences follow from it. beginnings: how many of the wordings of
+    the first sentence may be chosen.
     """
     filled = dict(zip("cat", subject, strict=True)) | {"w": subject_story(subject, event)}
     filled |= {"h": rng.choice(words.values["home"]), "j": rng.choice(words.values["job"])}
-    parts = [words.story_beginnings, *words.stories[event], words.story_endings]
+    parts = [words.story_beginnings[:beginnings], *words.stories[event], words.story_endings]
     return " ".join(rng.choice(part).format(**filled) for part in parts)
 
 
@@ -226,16 +278,33 @@ def word_problem(rng, operation, a, b):
 
 def card(rng, person):
     """Facts about a villager as a list, or in single words."""
+    name = person.name.lower() if rng.random() < LOWER_CASE else person.name
     if rng.random() < 0.3:
         kinds = rng.sample(list(words.facts), rng.choice([2, 3]))
         lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
-        return "\n".join([f"{person.name}, {named(kinds)}"] + lines)
+        return "\n".join([f"{name}, {named(kinds)}"] + lines)
     lines = []
     for kind in rng.sample(SHORT_KINDS, 2):
-        n = person.name
-        question = rng.choice([f"{kind} of {n}?", f"{n}'s {kind}?", f"what of {n}, {kind}?"])
+        forms = [f"{kind} of {name}?", f"{name}'s {kind}?", f"what of {name}, {kind}?"]
+        question = rng.choice(forms)
         lines.append(f"{question}\n{sentence(getattr(person, kind))}")
     return "\n".join(lines)
+
+
+def register(rng, owners):
+    """Who lives at a place, works as something, likes something, or has a pet: the facts the other
+    way round. owners: {(kind, value): villagers}.
+    """
+    lines = []
+    for kind, value in rng.sample(list(owners), 3):
+        names = [person.name for person in owners[kind, value]]
+        one, several, question = rng.choice(words.registers[kind])
+        text = several if len(names) > 1 else one
+        answer = sentence(text.format(n=named(names) if names[1:] else names[0], v=value))
+        lines.append(answer)
+        if rng.random() < 0.5:
+            lines[-1] = f"{sentence(question.format(v=value))} {answer}"
+    return " ".join(lines)
 
 
 def remembered(rng, person):
@@ -264,6 +333,8 @@ def pretraining_text(world, rng):
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
     texts += [card(rng, person) for person in people for _ in range(125)]
     texts += [introductions(rng, people) for _ in range(400)]
+    owners = find_owners(people)
+    texts += [register(rng, owners) for _ in range(1300)]
     texts += [errand(rng) for _ in range(400)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(150)]
