@@ -20,12 +20,14 @@ DATA = [ROOT / "dataset" / f"{name}_tiny.jsonl" for name in ("pretrain", "sft", 
 RESULTS = [OUT / "eval" / "tiny_world" / f"{name}.json" for name in ("pretrain", "full_sft")]
 LOGS = [OUT / "logs" / f"{name}_256.jsonl" for name in ("pretrain", "full_sft")]
 SFT = ["trainer/train_full_sft.py", "--from_weight", "pretrain"]
+EVAL = ["evaluation/run_eval.py", "--weight"]
+SHORT = ["--max_new_tokens", "128"]  # a pretrained model continues, often without an end
 TRAINING = ("pretrain", "sft")
 STAGES = {  # stage: (commands, the files they write)
     "data": ([["dataset/tiny_world/generate.py"]], DATA),
     "pretrain": ([["trainer/train_pretrain.py"]], [OUT / "pretrain_256.pth"]),
     "sft": ([SFT], [OUT / "full_sft_256.pth"]),
-    "eval": ([["evaluation/run_eval.py", "--weight", path.stem] for path in RESULTS], RESULTS),
+    "eval": ([[*EVAL, "pretrain", *SHORT], [*EVAL, "full_sft"]], RESULTS),
 }
 
 

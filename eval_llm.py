@@ -26,6 +26,7 @@ HELP = """/system TEXT   start a new conversation with this system prompt; witho
 /save FILE      append the conversation to FILE, JSONL that train_full_sft.py reads
 /quit           or Ctrl-D: end; Ctrl-C stops an answer
 //TEXT          send /TEXT as text"""
+EXAMPLES = ("Where does Nelina live?", "Tell me a story.", "27+15")  # for Tiny World's model
 SAMPLING = {  # name: (type, default, minimum, maximum, meaning)
     "temperature": (float, 0.0, 0, 100, "sampling temperature; 0: greedy"),
     "top_k": (int, 0, 0, 10**9, "sample from the k most probable tokens; 0: all"),
@@ -58,6 +59,8 @@ def main(argv=None):
     terminal = sys.stdin.isatty()
     if terminal:
         print("Write something; /help lists the commands, /quit ends.")
+        if chat.knows_tiny_world:
+            print(f"For example: {', '.join(EXAMPLES)}")
     while True:
         try:
             line = input("> " if terminal else "").strip().removeprefix("\ufeff")
@@ -65,8 +68,10 @@ def main(argv=None):
                 break
             if line.startswith("/") and not line.startswith("//"):
                 chat.command(line)
-            elif line:
+            elif line.strip("?! "):
                 chat.answer(line[1:] if line.startswith("//") else line)
+            elif line or terminal:
+                print(f"[{chat.hint()}; /help lists the commands]")
         except UserError as error:  # report it and continue the chat
             print(f"[{error}]")
         except KeyboardInterrupt:
@@ -132,8 +137,15 @@ class Chat:
         trained = open_model(args)
         self.model, self.tokenizer = trained.model, trained.tokenizer
         self.trained_length, self.continues = trained.trained_length, not trained.chats
+        trained_on = trained.training.get("data_path", "other data")
+        self.knows_tiny_world = trained_on is None and not self.continues
         self.generate = partial(generate, self.model, use_compile=args.use_compile)
         self.start(args.system)
+
+    def hint(self):
+        """Return what to type, after a line without a word."""
+        example = f", e.g. {EXAMPLES[0]}" if self.knows_tiny_world else ""
+        return "type a text to continue" if self.continues else f"type a question{example}"
 
     def start(self, system):
         """Start a new conversation with a system prompt; "" for none. Raises UserError for

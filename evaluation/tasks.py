@@ -67,7 +67,9 @@ def math_fields(record):
 
 
 def tiny_world_fields(record):
-    level = f"after {record['depth']} exchanges" if "depth" in record else None
+    level = record.get("group")
+    if "depth" in record:
+        level = f"after {record['depth']} exchanges"
     return record["conversations"], record["expected"], level, record["category"]
 
 

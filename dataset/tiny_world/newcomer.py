@@ -61,35 +61,81 @@ def compose(frames, parts):
 
 
 def training_wordings():
-    """Return {group: {key: lists of wordings}}; the lists of a key are chosen equally often."""
+    """Return {group: list of (key, wording)}."""
     frames = training["frames"]
     facts = {
-        kind: [
-            words.asks[kind] + training["direct"][kind],
-            compose(frames["indirect"], training["indirect"][kind]),
-            compose(frames["noun"], training["noun"][kind]),
-        ]
+        kind: words.asks[kind]
+        + training["direct"][kind]
+        + compose(frames["indirect"], training["indirect"][kind])
+        + compose(frames["noun"], training["noun"][kind])
         for kind in words.facts
     }
-    things = compose(training["outside_frames"], training["outside_things"])
-    return {
-        "small talk": {topic: [texts] for topic, texts in training["small_talk"].items()},
+    things = f"({'|'.join(training['outside_things'])})"
+    groups = {
+        "small talk": training["small_talk"],
         "facts": facts,
-        "yes or no": {kind: [texts] for kind, texts in training["yes_or_no"].items()},
-        "reverse": {kind: [texts] for kind, texts in training["reverse"].items()},
-        "about": {"all": [training["about"]["all"]]},
-        "sums": {sign: [texts] for sign, texts in training["sums"].items()},
-        "small sums": {sign: [texts] for sign, texts in training["sums"].items()},
-        "too hard": {"all": [training["too_hard"]]},
-        "outside": {"all": [training["outside"], things]},
-        "unknown": facts | {"about": [training["about"]["all"]]},
-        "stories": {"any": [training["stories"]]},
-        "story about": {"hero": [training["story_about"]]},
-        "meaning": {"all": [training["meaning"]]},
+        "yes or no": training["yes_or_no"],
+        "reverse": training["reverse"],
+        "about": training["about"],
+        "sums": training["sums"],
+        "small sums": training["sums"],
+        "too hard": {"all": training["too_hard"]},
+        "outside": {"all": training["outside"] + compose(training["outside_frames"], [things])},
+        "unknown": facts | {"about": training["about"]["all"]},
+        "stories": {"any": training["stories"]},
+        "story about": {"hero": training["story_about"]},
+        "meaning": training["meaning"],
+    }
+    return {
+        group: [(key, wording) for key, texts in wordings.items() for wording in texts]
+        for group, wordings in groups.items()
     }
 
 
 TRAINING_WORDINGS = training_wordings()
+
+
+def alternatives(wording):
+    """Return how many alternatives a wording has, at most 25: how often it is chosen."""
+    return min(1 + wording.count("|"), 25)
+
+
+def normalised(wording):
+    """Return a wording without punctuation, in lower case, any name or number for its fields."""
+    for field, text in (("{ns}", "NAME s"), ("{n}", "NAME"), ("{o}", "NAME"), ("{b}", "{a}")):
+        wording = wording.replace(field, text)
+    return " ".join(re.sub(r"[^\w\s]", " ", wording.lower()).split())
+
+
+def draw_wording(rng, group):
+    """Return (key, wording) of a group, not one of own_words.toml: of alternatives, (this|that),
+    one is chosen, and a few words may come before or after.
+    """
+    options = TRAINING_WORDINGS[group]
+    while True:
+        key, wording = rng.choices(options, [alternatives(wording) for _, wording in options])[0]
+        wording = re.sub(r"\(([^()]*)\)", lambda m: rng.choice(m[1].split("|")), wording)
+        wording = with_words_around(rng, abbreviate(rng, wording))
+        if normalised(wording) not in HELD_OUT_WORDINGS:
+            return key, wording
+
+
+def abbreviate(rng, wording):
+    for whole, short in training["typed"].items():
+        if rng.random() < 0.15:
+            wording = re.sub(rf"(?i)\b{whole}\b", lambda _, short=short: rng.choice(short), wording)
+    return wording
+
+
+def with_words_around(rng, wording):
+    if rng.random() < 0.12:
+        wording = f"{rng.choice(training['around']['before'])} {wording[0].lower()}{wording[1:]}"
+    if rng.random() < 0.12:
+        end = re.search(r"[?.!]*$", wording)[0]
+        wording = wording.removesuffix(end) + f" {rng.choice(training['around']['after'])}{end}"
+    if wording[-1] not in "?.!":
+        wording += rng.choice(["", "", ".", "?", "!"])
+    return wording
 
 
 def small_talk(rng, split, topic, wording):
@@ -117,8 +163,8 @@ def yes_or_no(rng, split, kind, wording):
     right = value = getattr(person, kind)
     while not is_true and value in (right, person.name):
         value = getattr(rng.choice(split.people), kind)
-    text, verdict = answer(person, kind), "Yes" if is_true else "No"
-    said = f"{verdict}, {text[0].lower()}{text[1:]}"
+    verdict = "so yes" if is_true else "so no"
+    said = f"{answer(person, kind).rstrip('.')}, {verdict}."
     return Exchange(fill(wording, person, value), said, [verdict, right])
 
 
@@ -204,13 +250,13 @@ def meanings(rng, split, _, wording):
 GROUPS = {
     "small talk": (small_talk, 14),
     "facts": (facts, 22),
-    "yes or no": (yes_or_no, 14),
-    "reverse": (reverse, 10),
-    "about": (about, 5),
+    "yes or no": (yes_or_no, 12),
+    "reverse": (reverse, 12),
+    "about": (about, 6),
     "sums": (sums, 6),
     "small sums": (small_sums, 4),
     "too hard": (too_hard, 3),
-    "outside": (outside, 10),
+    "outside": (outside, 12),
     "unknown": (unknown, 8),
     "stories": (stories, 2),
     "story about": (stories, 1),
@@ -221,42 +267,40 @@ GROUPS = {
 def exchange(rng, split, groups=GROUPS):
     """An exchange of training, typed as people type."""
     group = rng.choices(list(groups), [share for _, share in groups.values()])[0]
-    key = rng.choice(list(TRAINING_WORDINGS[group]))
-    wording = rng.choice(rng.choice(TRAINING_WORDINGS[group][key]))
+    key, wording = draw_wording(rng, group)
     clean = groups[group][0](rng, split, key, wording)
     return replace(clean, question=as_typed(rng, sentence(clean.question)))
 
 
 def follow_up(rng, split):
     """Two exchanges: the second question is about another fact, with a pronoun."""
-    person, (one, two) = rng.choice(split.people), rng.sample(["home", "job", "likes", "pet"], 2)
-    exchanges = []
-    for kind in (one, two):
-        wording = rng.choice(rng.choice(TRAINING_WORDINGS["facts"][kind]))
-        question = fill(wording, person, pronoun=kind == two)
-        if kind == two and rng.random() < 0.5:
-            question = f"and {question}"
+    person, pronoun, exchanges = rng.choice(split.people), False, []
+    kinds = set()
+    while len(exchanges) < 2:
+        kind, wording = draw_wording(rng, "facts")
+        if kind in kinds or kind == "friend" and not pronoun:
+            continue
+        question = fill(wording, person, pronoun=pronoun)
         text = as_typed(rng, sentence(question))
         exchanges.append(Exchange(text, answer(person, kind), [getattr(person, kind)]))
+        kinds.add(kind)
+        pronoun = True
     return exchanges
 
 
 def as_typed(rng, text):
     """Return a text as people type it: half of the texts as they are, others without punctuation,
-    in lower case, with names or without, with contractions or with a typing error.
+    in lower case, with names or without, or with a typing error.
     """
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         return text
-    for whole, short in training["typed"].items():
-        if rng.random() < 0.3:
-            text = re.sub(rf"(?i)\b{whole}\b", lambda _, short=short: rng.choice(short), text)
     if rng.random() < 0.6:
         text = text.rstrip("?.!")
     if rng.random() < 0.5:
         text = text.lower()
     elif rng.random() < 0.7:
         text = text[0].lower() + text[1:]
-    if rng.random() < 0.15:
+    if rng.random() < 0.12:
         text = with_typing_error(rng, text)
     return text
 
@@ -290,6 +334,14 @@ HELD_OUT_GROUPS = {
     "outside": (outside, {"all": held_out["outside"]}, 1),
     "unknown": (unknown, {"all": [w for texts in held_out["facts"].values() for w in texts]}, 1),
     "stories": (stories, {"any": held_out["stories"]}, 1),
+}
+
+
+HELD_OUT_WORDINGS = {
+    normalised(wording)
+    for _, wordings, _ in HELD_OUT_GROUPS.values()
+    for texts in wordings.values()
+    for wording in texts
 }
 
 

@@ -16,7 +16,7 @@ SEED = 1
 VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
 LARGEST = 49  # number in the sums
 DIRECT = 4  # the first wordings of words.asks can be joined to another question by "and"
-LOWER_CASE = 0.2  # share of some texts that have names in lower case, as people type them
+LOWER_CASE = 0.3  # share of some texts that have names in lower case, as people type them
 SHORT_KINDS = ["home", "job", "likes"]  # a single word says these facts
 
 
@@ -138,8 +138,13 @@ def fact(rng, person, kind, pronoun=False, templates=words.facts):
     return sentence(fill(rng.choice(templates[kind]), person, getattr(person, kind), pronoun))
 
 
+def name_as_typed(rng, person):
+    return person.name.lower() if rng.random() < LOWER_CASE else person.name
+
+
 def portrait(rng, person):
     """All facts about one villager, shuffled: a name first, then mostly pronouns."""
+    name = name_as_typed(rng, person)
     kinds = rng.sample(list(words.facts), len(words.facts))
     lines = []
     for index, kind in enumerate(kinds):
@@ -148,7 +153,8 @@ def portrait(rng, person):
             named = line.startswith(person.name)
             line = f"{rng.choice(words.openers)} {line if named else line[0].lower() + line[1:]}"
         lines.append(line)
-    return " ".join(lines)
+    text = " ".join(lines)
+    return text.replace(person.name, name)
 
 
 def dialogue(rng, person, other):
@@ -278,7 +284,7 @@ def word_problem(rng, operation, a, b):
 
 def card(rng, person):
     """Facts about a villager as a list, or in single words."""
-    name = person.name.lower() if rng.random() < LOWER_CASE else person.name
+    name = name_as_typed(rng, person)
     if rng.random() < 0.3:
         kinds = rng.sample(list(words.facts), rng.choice([2, 3]))
         lines = [f"- {kind}: {getattr(person, kind)}" for kind in kinds]
@@ -331,17 +337,17 @@ def pretraining_text(world, rng):
         for _ in range(24)
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(125)]
+    texts += [card(rng, person) for person in people for _ in range(105)]
     texts += [introductions(rng, people) for _ in range(400)]
     owners = find_owners(people)
-    texts += [register(rng, owners) for _ in range(1300)]
+    texts += [register(rng, owners) for _ in range(2400)]
     texts += [errand(rng) for _ in range(400)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(150)]
     texts += [
         story(rng, rng.choice(world.stories), rng.choice(list(words.stories))) for _ in range(900)
     ]
-    texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(2600)]
+    texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(1900)]
     texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(900)]
     for operation, a, b in rng.choices(world.sums, k=600):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
