@@ -20,6 +20,12 @@ TOOL_CALL, END_TOOL_CALL, TOOL_RESPONSE, END_TOOL_RESPONSE = 5, 6, 7, 8
 STOP = (IM_END, END_OF_TEXT)  # an answer ends at one of these
 
 
+# OpenMP's threads spin while they wait for each other. If another program has the core of one, the
+# others spin for milliseconds at each operation. Let them sleep sooner, unless the user has set it.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & set(os.environ):
+    os.environ |= {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}  # GNU's; LLVM's and Intel's
+
+
 class UserError(ValueError):
     """An error the user can fix. The message says where, what, and how to fix it."""
 

@@ -8,6 +8,7 @@ take turns, alone and beside a Python loop that keeps one core busy; medians cou
 """
 
 import argparse
+import importlib
 import os
 import platform
 import statistics
@@ -34,6 +35,7 @@ def measure_here(seconds):
     """Print the tokens per second of decoding 16 prompts, and of training steps like SFT's."""
     sys.path.insert(0, str(ROOT))
     import common  # noqa: F401  sets what the project sets, before torch is loaded
+
     import torch
 
     from model.causal_lm import CausalLM, ModelConfig
@@ -74,7 +76,9 @@ def measure_here(seconds):
 def measure(setting, competitors, seconds):
     """Return (decode, train) in tokens per second, measured by a new process."""
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | setting
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(competitors)]
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(competitors)
+    ]
     command = [sys.executable, __file__, "--child", str(seconds)]
     try:
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

@@ -9,9 +9,10 @@ from hashlib import sha256
 import pytest
 
 from dataset import tiny_world
-from dataset.tiny_world import generate
+from dataset.tiny_world import generate, newcomer
 from dataset.tiny_world.generate import SEED, write_tiny_world
 from dataset.tiny_world.text import World, steps
+from dataset.tiny_world.text import words as vocabulary
 from evaluation.tasks import matches_expected as is_correct
 from tests.conftest import run, run_here
 
@@ -157,6 +158,59 @@ def test_held_out_stories_are_told_nowhere_in_training(files, world):
                 assert subject and set(subject) <= set(world.held_out_stories)
 
 
+def test_held_out_wordings_are_in_no_training_file(files, world):
+    """Neither typed like that in a conversation nor a sentence of the pretraining text: whoever the
+    villager, whatever the value, the case and the punctuation.
+    """
+    names = {person.name for person in world.people}
+    names |= {name for _, name in world.strangers + world.held_out_strangers}
+    names |= {*newcomer.training["strangers"], *newcomer.held_out["strangers"]}
+    fields = {name.lower(): "NAME" for name in names}
+    for kind, values in vocabulary.values.items():
+        fields |= dict.fromkeys(values, kind.upper())
+
+    def form(text):
+        text = re.sub(r"[^\w\s]", " ", text.lower())
+        return " ".join("0" if word.isdigit() else fields.get(word, word) for word in text.split())
+
+    asked = [record for record in files["eval_tiny.jsonl"] if record["category"] == "own_words"]
+    held_out = {form(text) for text in spoken(asked)}
+    assert len(held_out) >= 120
+    trained = {form(text) for text in spoken(files["sft_tiny.jsonl"])}
+    for record in files["pretrain_tiny.jsonl"]:
+        trained |= {form(sentence) for sentence in re.split(r'[.?!"\n]', record["text"])}
+    assert form("hello") in trained and form("Who lives at the mill?") in trained
+    assert not held_out & trained
+    strangers = {name.lower() for name in newcomer.held_out["strangers"]}
+    assert not strangers & {word.lower() for text in trained for word in text.split()}
+
+
+def test_answers_in_own_words_are_true(files, world):
+    people = {person.name.lower(): person for person in world.people}
+    checked = Counter()
+    for record in files["eval_tiny.jsonl"]:
+        group, expected = record.get("group"), record["expected"]
+        (question,) = spoken([record]) if group else [""]
+        asked = [people[name] for name in words(question.lower()) & set(people)]
+        if group in ("facts", "lower case"):
+            assert expected[0] in vars(asked[0]).values()
+        elif group == "yes or no":
+            verdict, fact = expected
+            owners = [p for p in asked if fact in vars(p).values()]
+            assert owners and (verdict == "so yes") == (fact in question)
+        elif group == "reverse":
+            facts = {value for p in world.people for value in vars(p).values()}
+            value = max((v for v in facts if re.search(rf"\b{v}\b", question)), key=len)
+            assert {p.name for p in world.people if value in vars(p).values()} == set(expected)
+        elif group == "sums":
+            a, b = sorted(map(int, re.findall(r"\d+", question)), reverse=True)
+            result = int(expected[0].removeprefix("#### "))
+            held_out = {("+", a, b), ("+", b, a)} if result == a + b else {("-", a, b)}
+            assert held_out & set(world.held_out_sums) and result in (a + b, a - b)
+        checked[group] += 1
+    assert min(checked[group] for group in ("facts", "yes or no", "reverse", "lower case")) >= 40
+
+
 def test_two_part_questions_join_wordings_that_were_never_joined_in_training(files, world):
     names = "|".join(person.name for person in world.people)
 
@@ -177,7 +231,7 @@ def test_two_part_questions_join_wordings_that_were_never_joined_in_training(fil
 
 def test_no_held_out_question_was_trained_on_and_none_is_asked_twice(files):
     questions = [json.dumps(problem["conversations"]) for problem in files["eval_tiny.jsonl"]]
-    assert len(questions) == len(set(questions)) == 400 + 160
+    assert len(questions) == len(set(questions)) == 400 + 160 + 350
     trained = set(spoken(files["sft_tiny.jsonl"]))
     for problem in files["eval_tiny.jsonl"]:
         if problem["category"] not in ("multi_turn", "long_chat"):

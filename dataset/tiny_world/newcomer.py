@@ -349,8 +349,13 @@ def own_words(rng, split, known):
     """Yield (group, Exchange) for every wording of own_words.toml, more than once where villagers
     or numbers differ: in turn about villagers of the held-out split and of the known one.
     """
+    questions = set()
     for group, (function, wordings, count) in HELD_OUT_GROUPS.items():
-        for key, texts in wordings.items():
-            for wording in texts:
-                for i in range(count):
-                    yield group, function(rng, known if i % 2 else split, key, wording)
+        asked = [(key, wording) for key, texts in wordings.items() for wording in texts]
+        for key, wording in asked:
+            for i in range(count):
+                exchange = function(rng, known if i % 2 else split, key, wording)
+                while exchange.question in questions:
+                    exchange = function(rng, known if i % 2 else split, key, wording)
+                questions.add(exchange.question)
+                yield group, exchange
