@@ -34,8 +34,7 @@ VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "OMP_NUM_THRE
 def measure_here(seconds):
     """Print the tokens per second of decoding 16 prompts, and of training steps like SFT's."""
     sys.path.insert(0, str(ROOT))
-    import common  # noqa: F401  sets what the project sets, before torch is loaded
-
+    importlib.import_module("common")  # sets what the project sets, before torch is loaded
     import torch
 
     from model.causal_lm import CausalLM, ModelConfig
