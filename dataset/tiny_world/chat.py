@@ -10,10 +10,6 @@ from dataclasses import dataclass, replace
 from dataset.tiny_world import newcomer
 from dataset.tiny_world.newcomer import answer
 from dataset.tiny_world.text import (
-    DIRECT,
-    SHORT_KINDS,
-    Split,
-    Villager,
     fill,
     meaning,
     sentence,
@@ -21,8 +17,8 @@ from dataset.tiny_world.text import (
     story,
     subject_story,
     word_problem,
-    words,
 )
+from dataset.tiny_world.world import DIRECT, SHORT_KINDS, Villager, words
 
 KINDS = list(words.facts)
 # How often each form of answers is demanded. A single word is the hardest: it is said at once.
@@ -171,7 +167,7 @@ def definition(rng, split):
 
 def in_own_words(rng, split):
     """An exchange as a newcomer begins it, or two about one villager."""
-    exchanges = [newcomer.exchange(rng, split)]
+    exchanges = [newcomer.new_exchange(rng, split)]
     if rng.random() < 0.15:
         exchanges = newcomer.follow_up(rng, split)
     texts = [text for each in exchanges for text in (each.question, each.answer)]
@@ -227,7 +223,7 @@ def long_chat(rng, split, depth):
 
 def conversations(world, rng):
     """The records of sft_tiny.jsonl."""
-    split = Split.of(world, held_out=False)
+    split = world.training
     for _ in range(LONG_CONVERSATIONS):
         exchanges = rng.randint(1, LONGEST)
         if rng.random() < 0.3:
@@ -254,7 +250,7 @@ def preferences(world, rng, count=400):
 
 def questions(world, rng, held_out=True, counts=EVAL_COUNTS, depths=DEPTHS):
     """The records of eval_tiny.jsonl, or others of their kind; no question occurs twice."""
-    split, seen = Split.of(world, held_out), set()
+    split, seen = world.evaluation if held_out else world.training, set()
     asked = [(maker, {}) for maker, count in counts.items() for _ in range(count)]
     asked += [(long_chat, {"depth": depth}) for depth in depths for _ in range(LONG_CHATS)]
     for maker, options in asked:
@@ -269,8 +265,8 @@ def questions(world, rng, held_out=True, counts=EVAL_COUNTS, depths=DEPTHS):
 
 def questions_in_own_words(world, rng):
     """The other records of eval_tiny.jsonl: the wordings of own_words.toml."""
-    split, known = Split.of(world, held_out=True), Split.of(world, held_out=False)
-    known = replace(split, people=known.people, owners=known.owners)
+    split = world.evaluation
+    known = replace(split, people=world.known, owners=world.training.owners)
     for group, asked in newcomer.own_words(rng, split, known):
         record = {"category": "own_words", "group": group, "conversations": turns(asked.question)}
         yield record | {"expected": asked.expected}

@@ -6,7 +6,7 @@
 pretrain_tiny.jsonl   text about 48 villagers (home, job, friend, pet, what each likes), stories,
                       dialogues, definitions, counting and sums
 sft_tiny.jsonl        conversations; 16 of the villagers are never mentioned in them
-eval_tiny.jsonl       held-out prompts with their answers; `World` (text.py) decides what is held
+eval_tiny.jsonl       held-out prompts with their answers; `World` (world.py) decides what is held
                       out of the other two files
 
 The same seed writes the same bytes on every machine.
@@ -29,7 +29,8 @@ from dataset.tiny_world.chat import (
     questions,
     questions_in_own_words,
 )
-from dataset.tiny_world.text import Split, World, pretraining_text
+from dataset.tiny_world.text import pretraining_text
+from dataset.tiny_world.world import World
 
 SEED = 1
 
@@ -80,9 +81,8 @@ def write_sums(folder, seed=SEED):
     the same kind with the result alone; exam.jsonl, questions about the held-out sums.
     """
     world, rng = World(seed), random.Random(seed + 4)
-    split = Split.of(world, held_out=False)
     files = {
-        "solved": [{"conversations": calculation(rng, split).messages} for _ in range(50)],
+        "solved": [{"conversations": calculation(rng, world.training).messages} for _ in range(50)],
         "practice": list(practice(world, rng)),
         "exam": list(questions(world, rng, counts={calculation: 400}, depths=())),
     }

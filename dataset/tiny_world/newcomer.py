@@ -1,49 +1,18 @@
 """Exchanges as newcomers begin them: small talk, facts in any wording, bare sums, other subjects.
 
 The wordings of training are composed from newcomer.toml; those of the evaluation are listed in
-own_words.toml. A function per group returns an `Exchange` for a wording.
+own_words.toml. A function per group of wordings returns an `Exchange`.
 """
 
 import re
-import tomllib
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cache
 
-from dataset.tiny_world.text import (
-    LARGEST,
-    Villager,
-    fill,
-    meaning,
-    named,
-    sentence,
-    steps,
-    story,
-    words,
-)
+from dataset.tiny_world.text import fill, meaning, named, sentence, steps, story
+from dataset.tiny_world.world import LARGEST, Villager, read_toml, words
 
 OUTSIDE = "I don't know that. I only know the village of Amberbrook."
 TOO_HARD = f"I can only add and subtract numbers from 0 to {LARGEST}."
-# What the evaluation looks for in answers to small talk.
-KEYWORDS = {
-    "hello": "Hello",
-    "how_are_you": "I am well",
-    "thanks": "You are welcome",
-    "bye": "Goodbye",
-    "nature": "language model",
-    "maker": "trained me",
-    "ability": "I can tell you",
-    "size": "three million parameters",
-    "age": "minutes old",
-    "origin": "Amberbrook",
-    "learning": "I learned to speak",
-}
-
-
-def read_toml(name):
-    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8-sig"))
-
-
-training, held_out = read_toml("newcomer.toml"), read_toml("own_words.toml")
 
 
 @dataclass
@@ -55,92 +24,9 @@ class Exchange:
     expected: list
 
 
-def compose(frames, parts):
-    """Return each part in each frame, in the place of {q} or {x}."""
-    return [frame.replace("{q}", p).replace("{x}", p) for frame in frames for p in parts]
-
-
-def training_wordings():
-    """Return {group: list of (key, wording)}."""
-    frames = training["frames"]
-    facts = {
-        kind: words.asks[kind]
-        + training["direct"][kind]
-        + compose(frames["indirect"], training["indirect"][kind])
-        + compose(frames["noun"], training["noun"][kind])
-        for kind in words.facts
-    }
-    things = f"({'|'.join(training['outside_things'])})"
-    groups = {
-        "small talk": training["small_talk"],
-        "facts": facts,
-        "yes or no": training["yes_or_no"],
-        "reverse": training["reverse"],
-        "about": training["about"],
-        "sums": training["sums"],
-        "small sums": training["sums"],
-        "too hard": {"all": training["too_hard"]},
-        "outside": {"all": training["outside"] + compose(training["outside_frames"], [things])},
-        "unknown": facts | {"about": training["about"]["all"]},
-        "stories": {"any": training["stories"]},
-        "story about": {"hero": training["story_about"]},
-        "meaning": training["meaning"],
-    }
-    return {
-        group: [(key, wording) for key, texts in wordings.items() for wording in texts]
-        for group, wordings in groups.items()
-    }
-
-
-TRAINING_WORDINGS = training_wordings()
-
-
-def alternatives(wording):
-    """Return how many alternatives a wording has, at most 25: how often it is chosen."""
-    return min(1 + wording.count("|"), 25)
-
-
-def normalised(wording):
-    """Return a wording without punctuation, in lower case, any name or number for its fields."""
-    for field, text in (("{ns}", "NAME s"), ("{n}", "NAME"), ("{o}", "NAME"), ("{b}", "{a}")):
-        wording = wording.replace(field, text)
-    return " ".join(re.sub(r"[^\w\s]", " ", wording.lower()).split())
-
-
-def draw_wording(rng, group):
-    """Return (key, wording) of a group, not one of own_words.toml: of alternatives, (this|that),
-    one is chosen, and a few words may come before or after.
-    """
-    options = TRAINING_WORDINGS[group]
-    while True:
-        key, wording = rng.choices(options, [alternatives(wording) for _, wording in options])[0]
-        wording = re.sub(r"\(([^()]*)\)", lambda m: rng.choice(m[1].split("|")), wording)
-        wording = with_words_around(rng, abbreviate(rng, wording))
-        if normalised(wording) not in HELD_OUT_WORDINGS:
-            return key, wording
-
-
-def abbreviate(rng, wording):
-    for whole, short in training["typed"].items():
-        if rng.random() < 0.15:
-            wording = re.sub(rf"(?i)\b{whole}\b", lambda _, short=short: rng.choice(short), wording)
-    return wording
-
-
-def with_words_around(rng, wording):
-    if rng.random() < 0.12:
-        wording = f"{rng.choice(training['around']['before'])} {wording[0].lower()}{wording[1:]}"
-    if rng.random() < 0.12:
-        end = re.search(r"[?.!]*$", wording)[0]
-        wording = wording.removesuffix(end) + f" {rng.choice(training['around']['after'])}{end}"
-    if wording[-1] not in "?.!":
-        wording += rng.choice(["", "", ".", "?", "!"])
-    return wording
-
-
 def small_talk(rng, split, topic, wording):
-    answer = training["small_talk_answers"][topic]
-    return Exchange(wording, answer, [KEYWORDS.get(topic, "Seedling")])
+    text, keyword = training["small_talk_answers"][topic]
+    return Exchange(wording, text, [keyword])
 
 
 def answer(person, kind):
@@ -155,76 +41,70 @@ def facts(rng, split, kind, wording):
 
 def lower_case(rng, split, kind, wording):
     exchange = facts(rng, split, kind, wording)
-    return Exchange(exchange.question.lower(), exchange.answer, exchange.expected)
+    return replace(exchange, question=exchange.question.lower())
 
 
 def yes_or_no(rng, split, kind, wording):
-    person, is_true = rng.choice(split.people), rng.random() < 0.5
+    """Is a fact true? Half of the values are those of other villagers."""
+    person = rng.choice(split.people)
     right = value = getattr(person, kind)
-    while not is_true and value in (right, person.name):
+    verdict = rng.choice(["so yes", "so no"])
+    while verdict == "so no" and value in (right, person.name):
         value = getattr(rng.choice(split.people), kind)
-    verdict = "so yes" if is_true else "so no"
-    said = f"{answer(person, kind).rstrip('.')}, {verdict}."
-    return Exchange(fill(wording, person, value), said, [verdict, right])
+    text = f"{answer(person, kind).removesuffix('.')}, {verdict}."
+    return Exchange(fill(wording, person, value), text, [verdict, right])
 
 
 def reverse(rng, split, kind, wording):
     """Who lives at a place, and the like: one villager, or several."""
-    value, people = rng.choice(
-        [(v, people) for (k, v), people in split.owners.items() if k == kind]
-    )
-    names = [person.name for person in people]
-    one, several = training["reverse_answers"][kind]
-    text = (
-        several.format(n=named(names), v=value)
-        if len(names) > 1
-        else one.format(n=names[0], v=value)
-    )
-    return Exchange(wording.format(v=value), text, names)
+    value = rng.choice([value for other, value in split.owners if other == kind])
+    names = [person.name for person in split.owners[kind, value]]
+    template = training["reverse_answers"][kind][min(len(names), 2) - 1]
+    return Exchange(wording.format(v=value), template.format(n=named(names), v=value), names)
 
 
-def about(rng, split, _, wording):
+def about(rng, split, key, wording):
     person = rng.choice(split.people)
-    p = sentence(words.pronouns[person.sex][0])
-    text = (
-        f"{person.name} is a {person.job}. {p} lives at the {person.home} and likes {person.likes}."
-    )
-    return Exchange(fill(wording, person), text, [person.job, person.home, person.likes])
+    facts = [person.job, person.home, person.likes]
+    text = fill(training["portrait"], person, sentence(words.pronouns[person.sex][0]))
+    return Exchange(fill(wording, person), text.format(*facts), facts)
 
 
 def sums(rng, split, sign, wording):
-    a, b = rng.choice([(a, b) for operation, a, b in split.sums if operation == sign])
-    return calculated(sign, a, b, wording)
+    operation, a, b = rng.choice(split.sums)
+    while operation != sign:
+        operation, a, b = rng.choice(split.sums)
+    return calculate(sign, a, b, wording)
 
 
 def small_sums(rng, split, sign, wording):
     """A sum with a number of at most 10, which no sum of the evaluation has."""
-    total = rng.choice([rng.randrange(11), rng.randrange(LARGEST + 1)])
+    total = rng.randrange(rng.choice([11, LARGEST + 1]))
     b = rng.randrange(min(total, 10) + 1)
-    a = total - b if sign == "+" else total
-    if sign == "+" and rng.random() < 0.5:
-        a, b = b, a
-    return calculated(sign, a, b, wording)
+    if sign == "-":
+        return calculate(sign, total, b, wording)
+    return calculate(sign, *rng.sample([total - b, b], 2), wording)
 
 
-def calculated(sign, a, b, wording):
+def calculate(sign, a, b, wording):
     result = a + b if sign == "+" else a - b
     text = steps(sign, a, b) if max(a, b) > 9 else f"{a}{sign}{b}={result}."
-    return Exchange(wording.format(a=a, b=b), f"{text}\n#### {result}", [f"#### {result}"])
+    result = f"#### {result}"
+    return Exchange(wording.format(a=a, b=b), f"{text}\n{result}", [result])
 
 
-def too_hard(rng, split, _, wording):
+def too_hard(rng, split, key, wording):
     small, large = range(2, LARGEST + 1), range(LARGEST + 1, 10 ** rng.choice([2, 3, 4]))
     a, b, c, d = (rng.choice(numbers) for numbers in (small, small, large, large))
     return Exchange(wording.format(a=a, b=b, c=c, d=d), TOO_HARD, [TOO_HARD])
 
 
-def outside(rng, split, _, wording):
+def outside(rng, split, key, wording):
     return Exchange(wording, OUTSIDE, ["only know"])
 
 
-def unknown(rng, split, _, wording):
-    """Somebody who isn't in the village, with a name of its kind or of this world."""
+def unknown(rng, split, key, wording):
+    """About somebody who isn't in the village, with a name of its kind or of the real world."""
     names = held_out["strangers"] if split.held_out else training["strangers"]
     if not split.held_out and rng.random() < 0.6:
         names = [name for _, name in split.strangers]
@@ -232,66 +112,144 @@ def unknown(rng, split, _, wording):
     return Exchange(fill(wording, stranger), words.unknown, ["never heard"])
 
 
-def stories(rng, split, kind, wording):
-    """A story without a subject, or about a hero."""
-    colour, animal, thing = rng.choice(split.stories)
-    if kind == "hero" and rng.random() < 0.6:
-        animal = rng.choice(training["heroes"])
-    text = story(rng, (colour, animal, thing), rng.choice(list(words.stories)), beginnings=1)
-    return Exchange(wording.format(c=animal), text, ["Once there was"])
+def stories(rng, split, key, wording):
+    colour, hero, thing = rng.choice(split.stories)
+    if key == "hero" and rng.random() < 0.6:
+        hero = rng.choice(training["heroes"])
+    text = story(rng, (colour, hero, thing), rng.choice(list(words.stories)), beginnings=1)
+    return Exchange(wording.format(c=hero), text, ["Once there was"])
 
 
-def meanings(rng, split, _, wording):
+def meanings(rng, split, key, wording):
     word = rng.choice(list(words.meanings))
     return Exchange(wording.format(v=word), meaning(word), [words.meanings[word]])
 
 
-# The groups of training: (function, how often it comes).
+# group of wordings in training: (function, how often it comes)
 GROUPS = {
-    "small talk": (small_talk, 14),
+    "small_talk": (small_talk, 14),
     "facts": (facts, 22),
-    "yes or no": (yes_or_no, 12),
+    "yes_or_no": (yes_or_no, 12),
     "reverse": (reverse, 12),
     "about": (about, 6),
     "sums": (sums, 6),
-    "small sums": (small_sums, 4),
-    "too hard": (too_hard, 3),
+    "small_sums": (small_sums, 4),
+    "too_hard": (too_hard, 3),
     "outside": (outside, 12),
     "unknown": (unknown, 8),
     "stories": (stories, 2),
-    "story about": (stories, 1),
+    "story_about": (stories, 1),
     "meaning": (meanings, 3),
+}
+# group of wordings in the evaluation: (function, how often each wording is asked)
+HELD_OUT_GROUPS = {
+    "greetings": (small_talk, 1),
+    "closings": (small_talk, 1),
+    "itself": (small_talk, 1),
+    "facts": (facts, 2),
+    "lower_case": (lower_case, 4),
+    "yes_or_no": (yes_or_no, 4),
+    "reverse": (reverse, 4),
+    "about": (about, 4),
+    "sums": (sums, 2),
+    "outside": (outside, 1),
+    "unknown": (unknown, 1),
+    "stories": (stories, 1),
 }
 
 
-def exchange(rng, split, groups=GROUPS):
-    """An exchange of training, typed as people type."""
-    group = rng.choices(list(groups), [share for _, share in groups.values()])[0]
-    key, wording = draw_wording(rng, group)
-    clean = groups[group][0](rng, split, key, wording)
-    return replace(clean, question=as_typed(rng, sentence(clean.question)))
+def compose(frames, parts):
+    """Return each part in each frame, in the place of {q} or {x}."""
+    return [frame.replace("{q}", p).replace("{x}", p) for frame in frames for p in parts]
+
+
+def read_training_wordings():
+    """Return newcomer.toml, with the wordings that are composed of others."""
+    content = read_toml("newcomer.toml")
+    content["facts"] = {
+        kind: words.asks[kind]
+        + content["direct"][kind]
+        + compose(content["frames"]["indirect"], content["indirect"][kind])
+        + compose(content["frames"]["noun"], content["noun"][kind])
+        for kind in words.facts
+    }
+    content["unknown"] = content["facts"] | content["about"]
+    content["small_sums"] = content["sums"]
+    things = f"({'|'.join(content['outside_things'])})"
+    content["outside"]["things"] = compose(content["outside_frames"], [things])
+    return content
+
+
+def normalise(wording):
+    """Return a wording in lower case, without punctuation, any name or number for its fields."""
+    for field, text in (("{ns}", "NAME s"), ("{n}", "NAME"), ("{o}", "NAME"), ("{b}", "{a}")):
+        wording = wording.replace(field, text)
+    return " ".join(re.sub(r"[^\w\s]", " ", wording.lower()).split())
+
+
+training, held_out = read_training_wordings(), read_toml("own_words.toml")
+held_out["unknown"] = held_out["facts"]
+HELD_OUT_WORDINGS = {
+    normalise(wording)
+    for group in HELD_OUT_GROUPS
+    for wordings in held_out[group].values()
+    for wording in wordings
+}
+
+
+@cache
+def options(group):
+    """Return the (key, wording) of a group in training, and how often each is chosen."""
+    pairs = [(key, wording) for key, texts in training[group].items() for wording in texts]
+    return pairs, [min(1 + wording.count("|"), 25) for _, wording in pairs]
+
+
+def draw_wording(rng, group):
+    """Return (key, wording) of a group in training, which own_words.toml doesn't have: of
+    alternatives, (this|that), one is chosen, words are shortened, and others put around them.
+    """
+    pairs, weights = options(group)
+    while True:
+        key, wording = rng.choices(pairs, weights)[0]
+        wording = re.sub(r"\(([^()]*)\)", lambda match: rng.choice(match[1].split("|")), wording)
+        for whole, short in training["typed"].items():
+            if rng.random() < 0.15:
+                wording = re.sub(rf"(?i)\b{whole}\b", rng.choice(short), wording)
+        if rng.random() < 0.12:
+            wording = (
+                f"{rng.choice(training['around']['before'])} {wording[0].lower()}{wording[1:]}"
+            )
+        wording, end = re.fullmatch(r"(.*?)([?.!]*)", wording).groups()
+        if rng.random() < 0.12:
+            wording += f" {rng.choice(training['around']['after'])}"
+        if normalise(wording) not in HELD_OUT_WORDINGS:
+            return key, wording + (end or rng.choice(["", "", ".", "?", "!"]))
+
+
+def new_exchange(rng, split):
+    """Return an exchange of training, typed as people type."""
+    group = rng.choices(list(GROUPS), [share for _, share in GROUPS.values()])[0]
+    exchange = GROUPS[group][0](rng, split, *draw_wording(rng, group))
+    return replace(exchange, question=as_typed(rng, exchange.question))
 
 
 def follow_up(rng, split):
-    """Two exchanges: the second question is about another fact, with a pronoun."""
-    person, pronoun, exchanges = rng.choice(split.people), False, []
-    kinds = set()
+    """Return two exchanges about a villager; the second question says "she" or "he"."""
+    person, kinds, exchanges = rng.choice(split.people), {"friend"}, []
     while len(exchanges) < 2:
         kind, wording = draw_wording(rng, "facts")
-        if kind in kinds or kind == "friend" and not pronoun:
-            continue
-        question = fill(wording, person, pronoun=pronoun)
-        text = as_typed(rng, sentence(question))
-        exchanges.append(Exchange(text, answer(person, kind), [getattr(person, kind)]))
-        kinds.add(kind)
-        pronoun = True
+        if kind not in kinds:
+            question = as_typed(rng, fill(wording, person, pronoun=bool(exchanges)))
+            exchanges.append(Exchange(question, answer(person, kind), [getattr(person, kind)]))
+            kinds = {kind}  # a friend may follow, but then "she" would be one of two people
     return exchanges
 
 
 def as_typed(rng, text):
-    """Return a text as people type it: half of the texts as they are, others without punctuation,
-    in lower case, with names or without, or with a typing error.
+    """Return a question as people type it: half of them as they are, others in lower case, with
+    names or without, or with a typing error.
     """
+    text = sentence(text)
     if rng.random() < 0.4:
         return text
     if rng.random() < 0.6:
@@ -300,9 +258,7 @@ def as_typed(rng, text):
         text = text.lower()
     elif rng.random() < 0.7:
         text = text[0].lower() + text[1:]
-    if rng.random() < 0.12:
-        text = with_typing_error(rng, text)
-    return text
+    return with_typing_error(rng, text) if rng.random() < 0.12 else text
 
 
 def with_typing_error(rng, text):
@@ -317,45 +273,17 @@ def with_typing_error(rng, text):
     return rng.choice([swapped, before + after, before + letter + letter + after])
 
 
-# The groups of the evaluation: (function, wordings by key, how often each is asked).
-SMALL_TALK = held_out["small_talk"]
-GREETINGS, CLOSINGS = ("hello", "how_are_you"), ("thanks", "bye")
-ITSELF = [topic for topic in SMALL_TALK if topic not in (*GREETINGS, *CLOSINGS)]
-HELD_OUT_GROUPS = {
-    "greetings": (small_talk, {topic: SMALL_TALK[topic] for topic in GREETINGS}, 1),
-    "closings": (small_talk, {topic: SMALL_TALK[topic] for topic in CLOSINGS}, 1),
-    "itself": (small_talk, {topic: SMALL_TALK[topic] for topic in ITSELF}, 1),
-    "facts": (facts, held_out["facts"], 2),
-    "lower case": (lower_case, held_out["lower_case"], 4),
-    "yes or no": (yes_or_no, held_out["yes_or_no"], 4),
-    "reverse": (reverse, held_out["reverse"], 4),
-    "about": (about, held_out["about"], 4),
-    "sums": (sums, held_out["sums"], 2),
-    "outside": (outside, {"all": held_out["outside"]}, 1),
-    "unknown": (unknown, {"all": [w for texts in held_out["facts"].values() for w in texts]}, 1),
-    "stories": (stories, {"any": held_out["stories"]}, 1),
-}
-
-
-HELD_OUT_WORDINGS = {
-    normalised(wording)
-    for _, wordings, _ in HELD_OUT_GROUPS.values()
-    for texts in wordings.values()
-    for wording in texts
-}
-
-
 def own_words(rng, split, known):
     """Yield (group, Exchange) for every wording of own_words.toml, more than once where villagers
     or numbers differ: in turn about villagers of the held-out split and of the known one.
     """
     questions = set()
-    for group, (function, wordings, count) in HELD_OUT_GROUPS.items():
-        asked = [(key, wording) for key, texts in wordings.items() for wording in texts]
+    for group, (function, count) in HELD_OUT_GROUPS.items():
+        asked = [(key, wording) for key, texts in held_out[group].items() for wording in texts]
         for key, wording in asked:
             for i in range(count):
                 exchange = function(rng, known if i % 2 else split, key, wording)
                 while exchange.question in questions:
                     exchange = function(rng, known if i % 2 else split, key, wording)
                 questions.add(exchange.question)
-                yield group, exchange
+                yield group.replace("_", " "), exchange

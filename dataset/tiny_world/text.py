@@ -3,123 +3,9 @@
 Each function below writes one kind of text; `pretraining_text` says how much there is of each.
 """
 
-import random
-import tomllib
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from dataset.tiny_world.world import SHORT_KINDS, find_owners, words
 
-words = SimpleNamespace(
-    **tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8-sig"))
-)
-SEED = 1
-VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
-LARGEST = 49  # number in the sums
-DIRECT = 4  # the first wordings of words.asks can be joined to another question by "and"
 LOWER_CASE = 0.3  # share of some texts that have names in lower case, as people type them
-SHORT_KINDS = ["home", "job", "likes"]  # a single word says these facts
-
-
-@dataclass
-class Villager:
-    name: str
-    sex: str
-    home: str
-    job: str
-    likes: str
-    pet: str
-    friend: str = ""
-
-
-class World:
-    """The villagers, and what is held out of the training files for the evaluation.
-
-    known      villagers in the conversations
-    held_out   villagers in the pretraining text only
-    strangers  (sex, name) of nobody in the village; held_out_strangers are for the evaluation
-    """
-
-    def __init__(self, seed):
-        rng = random.Random(seed)
-        names = [(s, a + b) for a in words.starts for s in words.ends for b in words.ends[s]]
-        rng.shuffle(names)
-        people = []
-        for index, (sex, name) in enumerate(names[:VILLAGERS]):
-            home, job, likes = (words.values[kind][index % 24] for kind in ("home", "job", "likes"))
-            pet = f"{rng.choice(words.values['colour'])} {rng.choice(words.values['animal'])}"
-            people.append(Villager(name, sex, home, job, likes, pet))
-        for kind in ("home", "job", "likes"):  # each value stays equally frequent
-            values = [getattr(person, kind) for person in people]
-            rng.shuffle(values)
-            for person, value in zip(people, values, strict=True):
-                setattr(person, kind, value)
-        for one, other in zip(people[::2], people[1::2], strict=True):
-            one.friend, other.friend = other.name, one.name
-        self.people, self.known, self.held_out = people, people[HELD_OUT:], people[:HELD_OUT]
-        self.strangers, self.held_out_strangers = names[VILLAGERS:400], names[400:]
-        colours, animals = words.values["colour"], words.values["animal"]
-        stories = [(c, a, t) for c in colours for a in animals for t in words.things]
-        self.held_out_stories = share(rng, stories)
-        self.stories = [s for s in stories if s not in self.held_out_stories]
-        sums = [("+", a, b) for a in range(11, LARGEST) for b in range(11, LARGEST + 1 - a)]
-        sums += [("-", a, b) for a in range(21, LARGEST + 1) for b in range(11, a - 9)]
-        self.held_out_sums = share(rng, sums)
-        self.sums = [s for s in sums if s not in self.held_out_sums]
-        # Two questions in one, each a (kind of fact, wording). After one about a friend, "she"
-        # would be one of two people.
-        asks = [(kind, wording) for kind in words.facts for wording in words.asks[kind][:DIRECT]]
-        pairs = [(a, b) for a in asks for b in asks if a[0] not in (b[0], "friend")]
-        self.held_out_pairs = share(rng, pairs)
-        self.pairs = [pair for pair in pairs if pair not in self.held_out_pairs]
-
-
-def find_owners(people):
-    """Return {(kind of fact, value): the villagers of whom it is true}."""
-    owners = {}
-    for person in people:
-        for kind in ("home", "job", "likes", "pet"):
-            owners.setdefault((kind, getattr(person, kind)), []).append(person)
-    return owners
-
-
-@dataclass
-class Split:
-    """What the conversations of one file are about: the topics of training, or held-out ones.
-
-    people     villagers of whom facts are asked
-    owners     {(kind of fact, value): the villagers of whom it is true}
-    """
-
-    held_out: bool
-    people: list
-    owners: dict
-    strangers: list
-    sums: list
-    pairs: list
-    stories: list
-
-    @classmethod
-    def of(cls, world, held_out):
-        """Return the split of a world that is held out, or the one of training. The owners of
-        training are known villagers; at least one of the held-out owners isn't.
-        """
-        owners = find_owners(world.people)
-        unread = {key for key, people in owners.items() if any(p in world.held_out for p in people)}
-        owners = {key: people for key, people in owners.items() if (key in unread) == held_out}
-        return cls(
-            held_out,
-            world.held_out if held_out else world.known,
-            owners,
-            world.held_out_strangers if held_out else world.strangers,
-            list(world.held_out_sums) if held_out else world.sums,
-            list(world.held_out_pairs) if held_out else world.pairs,
-            list(world.held_out_stories) if held_out else world.stories,
-        )
-
-
-def share(rng, items, part=0.1):
-    """A random tenth of the items, as a dict: quick to look up, and in a defined order."""
-    return dict.fromkeys(rng.sample(items, int(len(items) * part)))
 
 
 def sentence(text):
@@ -186,7 +72,8 @@ def errand(rng):
 
 
 def named(kinds):
-    return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+    """Join words as in "a, b and c"."""
+    return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
 
 
 def gossip(rng, person):
@@ -306,7 +193,7 @@ def register(rng, owners):
         names = [person.name for person in owners[kind, value]]
         one, several, question = rng.choice(words.registers[kind])
         text = several if len(names) > 1 else one
-        answer = sentence(text.format(n=named(names) if names[1:] else names[0], v=value))
+        answer = sentence(text.format(n=named(names), v=value))
         lines.append(answer)
         if rng.random() < 0.5:
             lines[-1] = f"{sentence(question.format(v=value))} {answer}"
@@ -345,11 +232,14 @@ def pretraining_text(world, rng):
     texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(150)]
     texts += [
-        story(rng, rng.choice(world.stories), rng.choice(list(words.stories))) for _ in range(900)
+        story(rng, rng.choice(world.training.stories), rng.choice(list(words.stories)))
+        for _ in range(900)
     ]
     texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(1900)]
-    texts += ["\n".join(steps(*rng.choice(world.sums)) for _ in range(3)) for _ in range(900)]
-    for operation, a, b in rng.choices(world.sums, k=600):
+    texts += [
+        "\n".join(steps(*rng.choice(world.training.sums)) for _ in range(3)) for _ in range(900)
+    ]
+    for operation, a, b in rng.choices(world.training.sums, k=600):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
     texts += [" ".join(map(meaning, rng.sample(list(words.meanings), 3))) for _ in range(200)]
     rng.shuffle(texts)
