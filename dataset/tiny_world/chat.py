@@ -8,8 +8,8 @@ newcomer's own words are in newcomer.py.
 from dataclasses import dataclass, replace
 
 from dataset.tiny_world import newcomer
-from dataset.tiny_world.newcomer import answer
 from dataset.tiny_world.text import (
+    answer,
     fill,
     meaning,
     sentence,
@@ -161,7 +161,7 @@ def unknown(rng, split):
 
 
 def definition(rng, split):
-    word = rng.choice(list(words.meanings))
+    word = rng.choice(newcomer.defined(split))
     return Topic("definition", turns(f"What is a {word}?", meaning(word)), meaning(word))
 
 
@@ -193,7 +193,7 @@ EVAL_COUNTS = {
 }
 DEPTHS = (3, 6, 9, 12)
 LONG_CHATS = 40
-LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 1600, 2600
+LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 1500, 3600
 LONGEST = 14  # exchanges of a training conversation
 
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 
-from dataset.tiny_world.text import fill, meaning, named, sentence, steps, story
+from dataset.tiny_world.text import answer, belief, fill, meaning, named, sentence, steps, story
 from dataset.tiny_world.world import LARGEST, Villager, read_toml, words
 
 OUTSIDE = "I don't know that. I only know the village of Amberbrook."
@@ -29,11 +29,6 @@ def small_talk(rng, split, topic, wording):
     return Exchange(wording, text, [keyword])
 
 
-def answer(person, kind):
-    """The answer to a question about a fact."""
-    return sentence(fill(words.answers[kind], person, getattr(person, kind)))
-
-
 def facts(rng, split, kind, wording):
     person = rng.choice(split.people)
     return Exchange(fill(wording, person), answer(person, kind), [getattr(person, kind)])
@@ -45,14 +40,9 @@ def lower_case(rng, split, kind, wording):
 
 
 def yes_or_no(rng, split, kind, wording):
-    """Is a fact true? Half of the values are those of other villagers."""
     person = rng.choice(split.people)
-    right = value = getattr(person, kind)
-    verdict = rng.choice(["so yes", "so no"])
-    while verdict == "so no" and value in (right, person.name):
-        value = getattr(rng.choice(split.people), kind)
-    text = f"{answer(person, kind).removesuffix('.')}, {verdict}."
-    return Exchange(fill(wording, person, value), text, [verdict, right])
+    question, text, verdict = belief(rng, person, split.people, {kind: [wording]})
+    return Exchange(question, text, [f"so {verdict}", getattr(person, kind)])
 
 
 def reverse(rng, split, kind, wording):
@@ -66,8 +56,9 @@ def reverse(rng, split, kind, wording):
 def about(rng, split, key, wording):
     person = rng.choice(split.people)
     facts = [person.job, person.home, person.likes]
-    text = fill(training["portrait"], person, sentence(words.pronouns[person.sex][0]))
-    return Exchange(fill(wording, person), text.format(*facts), facts)
+    p = sentence(words.pronouns[person.sex][0])
+    text = f"{p} is a {person.job}. {p} lives at the {person.home} and likes {person.likes}."
+    return Exchange(fill(wording, person), text, facts)
 
 
 def sums(rng, split, sign, wording):
@@ -121,25 +112,33 @@ def stories(rng, split, key, wording):
 
 
 def meanings(rng, split, key, wording):
-    word = rng.choice(list(words.meanings))
+    word = rng.choice(defined(split))
     return Exchange(wording.format(v=word), meaning(word), [words.meanings[word]])
+
+
+def defined(split):
+    """Return the words whose meanings are asked: the jobs are those of the split, as in questions
+    of who has them, so that neither kind of question is the only one about a job.
+    """
+    jobs = set(words.values["job"])
+    return [word for word in words.meanings if word not in jobs or ("job", word) in split.owners]
 
 
 # group of wordings in training: (function, how often it comes)
 GROUPS = {
-    "small_talk": (small_talk, 14),
-    "facts": (facts, 22),
-    "yes_or_no": (yes_or_no, 12),
+    "small_talk": (small_talk, 26),
+    "facts": (facts, 20),
+    "yes_or_no": (yes_or_no, 14),
     "reverse": (reverse, 12),
-    "about": (about, 6),
-    "sums": (sums, 6),
+    "about": (about, 8),
+    "sums": (sums, 8),
     "small_sums": (small_sums, 4),
     "too_hard": (too_hard, 3),
-    "outside": (outside, 12),
-    "unknown": (unknown, 8),
-    "stories": (stories, 2),
+    "outside": (outside, 16),
+    "unknown": (unknown, 9),
+    "stories": (stories, 3),
     "story_about": (stories, 1),
-    "meaning": (meanings, 3),
+    "meaning": (meanings, 2),
 }
 # group of wordings in the evaluation: (function, how often each wording is asked)
 HELD_OUT_GROUPS = {
@@ -153,7 +152,7 @@ HELD_OUT_GROUPS = {
     "about": (about, 4),
     "sums": (sums, 2),
     "outside": (outside, 1),
-    "unknown": (unknown, 1),
+    "unknown_name": (unknown, 1),
     "stories": (stories, 1),
 }
 
@@ -188,7 +187,7 @@ def normalise(wording):
 
 
 training, held_out = read_training_wordings(), read_toml("own_words.toml")
-held_out["unknown"] = held_out["facts"]
+held_out["unknown_name"] = held_out["facts"]
 HELD_OUT_WORDINGS = {
     normalise(wording)
     for group in HELD_OUT_GROUPS

@@ -28,6 +28,11 @@ def name_as_typed(rng, person):
     return person.name.lower() if rng.random() < LOWER_CASE else person.name
 
 
+def answer(person, kind):
+    """The answer to a question about a fact."""
+    return sentence(fill(words.answers[kind], person, getattr(person, kind)))
+
+
 def portrait(rng, person):
     """All facts about one villager, shuffled: a name first, then mostly pronouns."""
     name = name_as_typed(rng, person)
@@ -191,13 +196,30 @@ def register(rng, owners):
     lines = []
     for kind, value in rng.sample(list(owners), 3):
         names = [person.name for person in owners[kind, value]]
-        one, several, question = rng.choice(words.registers[kind])
-        text = several if len(names) > 1 else one
-        answer = sentence(text.format(n=named(names), v=value))
-        lines.append(answer)
-        if rng.random() < 0.5:
-            lines[-1] = f"{sentence(question.format(v=value))} {answer}"
+        forms = rng.choices(words.registers[kind], [4, 1, 1])[0]
+        if rng.random() < 0.7:
+            lines.append(sentence(rng.choice(words.registers[kind])[2].format(v=value)))
+        text = forms[min(len(names), 2) - 1]
+        lines.append(sentence(text.format(n=named(names), v=value)))
     return " ".join(lines)
+
+
+def belief(rng, person, people, wordings=words.beliefs):
+    """Return (question, answer, verdict): whether a fact about a villager is true. Half of the
+    values are those of other villagers.
+    """
+    kind, verdict = rng.choice(list(wordings)), rng.choice(["yes", "no"])
+    right = value = getattr(person, kind)
+    while verdict == "no" and value in (right, person.name):
+        value = getattr(rng.choice(people), kind)
+    question = fill(rng.choice(wordings[kind]), person, value)
+    return sentence(question), f"{answer(person, kind).removesuffix('.')}, so {verdict}.", verdict
+
+
+def doubt(rng, person, people):
+    asker, teller = rng.sample(words.values["job"], 2)
+    question, told, _ = belief(rng, person, people)
+    return f'"{question}" asked a {asker}. "{told}" said a {teller}.'
 
 
 def remembered(rng, person):
@@ -228,16 +250,17 @@ def pretraining_text(world, rng):
     texts += [introductions(rng, people) for _ in range(400)]
     owners = find_owners(people)
     texts += [register(rng, owners) for _ in range(2400)]
+    texts += [doubt(rng, person, people) for person in people for _ in range(30)]
     texts += [errand(rng) for _ in range(400)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(150)]
     texts += [
         story(rng, rng.choice(world.training.stories), rng.choice(list(words.stories)))
-        for _ in range(900)
+        for _ in range(750)
     ]
-    texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(1900)]
+    texts += [" ".join(small_sum(rng) for _ in range(8)) for _ in range(1700)]
     texts += [
-        "\n".join(steps(*rng.choice(world.training.sums)) for _ in range(3)) for _ in range(900)
+        "\n".join(steps(*rng.choice(world.training.sums)) for _ in range(3)) for _ in range(750)
     ]
     for operation, a, b in rng.choices(world.training.sums, k=600):
         texts.append(f"{word_problem(rng, operation, a, b)}\n{steps(operation, a, b)}")
