@@ -11,8 +11,9 @@ import pytest
 from dataset import tiny_world
 from dataset.tiny_world import generate, newcomer
 from dataset.tiny_world.generate import SEED, write_tiny_world
-from dataset.tiny_world.text import World, steps
-from dataset.tiny_world.text import words as vocabulary
+from dataset.tiny_world.text import steps
+from dataset.tiny_world.world import World
+from dataset.tiny_world.world import words as vocabulary
 from evaluation.tasks import matches_expected as is_correct
 from tests.conftest import run, run_here
 
@@ -101,7 +102,7 @@ def test_recall_answers_are_true(files, world):
 
 
 def test_strangers_are_nobody(files, world):
-    strangers = {name for _, name in world.held_out_strangers}
+    strangers = {name for _, name in world.evaluation.strangers}
     training = [record["text"] for record in files["pretrain_tiny.jsonl"]]
     training += spoken(files["sft_tiny.jsonl"])
     assert not strangers & words(" ".join(training))
@@ -114,12 +115,12 @@ def test_held_out_sums_are_not_calculated_anywhere_in_training(files, world):
     calculated = re.findall(r"(\d+)([+-])(\d+): ", training)
     calculated = {(operation, int(a), int(b)) for a, operation, b in calculated}
     assert len(calculated) > 600
-    assert not calculated & set(world.held_out_sums)
+    assert not calculated & set(world.evaluation.sums)
     for problem in files["eval_tiny.jsonl"]:
         if problem["category"] == "arithmetic":
             a, b = map(int, re.findall(r"\d+", problem["conversations"][-1]["content"]))
             result = int(problem["expected"][0].removeprefix("#### "))
-            assert ("+" if result == a + b else "-", a, b) in world.held_out_sums
+            assert ("+" if result == a + b else "-", a, b) in world.evaluation.sums
             assert result in (a + b, a - b)
 
 
@@ -127,7 +128,7 @@ def test_more_sums_are_true_and_stay_on_their_side(world, tmp_path):
     done = run_here("dataset/tiny_world/generate.py", "--sums", tmp_path)
     assert done.returncode == 0, done.stderr
     questions = set()
-    for name, sums in (("practice", world.sums), ("exam", world.held_out_sums)):
+    for name, sums in (("practice", world.training.sums), ("exam", world.evaluation.sums)):
         lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         for record in map(json.loads, lines):
             (question,), (expected,) = spoken([record]), record["expected"]
@@ -142,7 +143,7 @@ def test_more_sums_are_true_and_stay_on_their_side(world, tmp_path):
     for question, answer in (turns["conversations"] for turns in map(json.loads, solved)):
         a, b = map(int, re.findall(r"\d+", question["content"]))
         result = int(answer["content"].rpartition("#### ")[2])
-        assert ("+" if result == a + b else "-", a, b) in world.sums
+        assert ("+" if result == a + b else "-", a, b) in world.training.sums
 
 
 def test_held_out_stories_are_told_nowhere_in_training(files, world):
@@ -150,12 +151,12 @@ def test_held_out_stories_are_told_nowhere_in_training(files, world):
     for text in training + spoken(files["sft_tiny.jsonl"]):
         for piece in text.split("\n"):
             for colour, animal, thing in re.findall(r"a (\w+) (\w+)\b.*? a (\w+)", piece):
-                assert (colour, animal, thing) not in world.held_out_stories
+                assert (colour, animal, thing) not in world.evaluation.stories
     for problem in files["eval_tiny.jsonl"]:
         for message in problem["conversations"]:
             if re.match("(Write|Tell me) a (short )?story", message["content"]):
                 subject = re.findall(r"a (\w+) (\w+) who \w+ a (\w+)", message["content"])
-                assert subject and set(subject) <= set(world.held_out_stories)
+                assert subject and set(subject) <= set(world.evaluation.stories)
 
 
 def test_held_out_wordings_are_in_no_training_file(files, world):
@@ -163,7 +164,7 @@ def test_held_out_wordings_are_in_no_training_file(files, world):
     villager, whatever the value, the case and the punctuation.
     """
     names = {person.name for person in world.people}
-    names |= {name for _, name in world.strangers + world.held_out_strangers}
+    names |= {name for _, name in world.training.strangers + world.evaluation.strangers}
     names |= {*newcomer.training["strangers"], *newcomer.held_out["strangers"]}
     fields = {name.lower(): "NAME" for name in names}
     for kind, values in vocabulary.values.items():
@@ -206,7 +207,7 @@ def test_answers_in_own_words_are_true(files, world):
             a, b = sorted(map(int, re.findall(r"\d+", question)), reverse=True)
             result = int(expected[0].removeprefix("#### "))
             held_out = {("+", a, b), ("+", b, a)} if result == a + b else {("-", a, b)}
-            assert held_out & set(world.held_out_sums) and result in (a + b, a - b)
+            assert held_out & set(world.evaluation.sums) and result in (a + b, a - b)
         checked[group] += 1
     assert min(checked[group] for group in ("facts", "yes or no", "reverse", "lower case")) >= 40
 
@@ -249,7 +250,7 @@ def test_a_long_chat_asks_after_so_many_exchanges_about_held_out_topics_alone(fi
         assert not known & words(" ".join(texts))
         for text in texts:
             for a, operation, b in re.findall(r"(?m)^(\d+)([+-])(\d+): ", text):
-                assert (operation, int(a), int(b)) in world.held_out_sums
+                assert (operation, int(a), int(b)) in world.evaluation.sums
                 sums += 1
         asked.add(texts[-1].split()[0])
     assert sums > 50

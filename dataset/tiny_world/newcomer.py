@@ -198,9 +198,16 @@ HELD_OUT_WORDINGS = {
 
 @cache
 def options(group):
-    """Return the (key, wording) of a group in training, and how often each is chosen."""
-    pairs = [(key, wording) for key, texts in training[group].items() for wording in texts]
-    return pairs, [min(1 + wording.count("|"), 25) for _, wording in pairs]
+    """Return the (key, wording) of a group in training, and how often each is chosen: as often as
+    it has alternatives, and the first of a key, the usual one, more often.
+    """
+    pairs, weights = [], []
+    for key, wordings in training[group].items():
+        for wording in wordings:
+            pairs.append((key, wording))
+            usual = 3 if wording == wordings[0] else 1
+            weights.append(usual * min(1 + wording.count("|"), 25))
+    return pairs, weights
 
 
 def draw_wording(rng, group):
@@ -212,14 +219,14 @@ def draw_wording(rng, group):
         key, wording = rng.choices(pairs, weights)[0]
         wording = re.sub(r"\(([^()]*)\)", lambda match: rng.choice(match[1].split("|")), wording)
         for whole, short in training["typed"].items():
-            if rng.random() < 0.15:
+            if rng.random() < 0.1:
                 wording = re.sub(rf"(?i)\b{whole}\b", rng.choice(short), wording)
         if rng.random() < 0.12:
             wording = (
                 f"{rng.choice(training['around']['before'])} {wording[0].lower()}{wording[1:]}"
             )
         wording, end = re.fullmatch(r"(.*?)([?.!]*)", wording).groups()
-        if rng.random() < 0.12:
+        if rng.random() < 0.1:
             wording += f" {rng.choice(training['around']['after'])}"
         if normalise(wording) not in HELD_OUT_WORDINGS:
             return key, wording + (end or rng.choice(["", "", ".", "?", "!"]))
