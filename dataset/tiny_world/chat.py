@@ -178,7 +178,7 @@ def in_own_words(rng, split):
 IMPERSONAL = {calculation: 10, story_on_request: 2, definition: 2}
 SINGLE = {recall: 5, two_facts: 6, instruction: 12, unknown: 3} | IMPERSONAL
 TOPICS = SINGLE | {follow_up: 15, favourite: 8}
-TRAINING_TOPICS = TOPICS | {in_own_words: 110}
+TRAINING_TOPICS = TOPICS | {in_own_words: 60}
 # How many questions of each kind the evaluation asks; LONG_CHATS more at each of DEPTHS.
 EVAL_COUNTS = {
     recall: 100,
@@ -193,7 +193,7 @@ EVAL_COUNTS = {
 }
 DEPTHS = (3, 6, 9, 12)
 LONG_CHATS = 40
-LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 1500, 3600
+LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 2000, 3200
 LONGEST = 14  # exchanges of a training conversation
 
 
@@ -226,7 +226,7 @@ def conversations(world, rng):
     split = world.training
     for _ in range(LONG_CONVERSATIONS):
         exchanges = rng.randint(1, LONGEST)
-        if rng.random() < 0.3:
+        if rng.random() < 0.27:
             messages = system_prompt(rng, split, exchanges).messages
         else:
             messages = talk(rng, split, exchanges, TRAINING_TOPICS)

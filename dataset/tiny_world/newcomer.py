@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 
-from dataset.tiny_world.text import answer, belief, fill, meaning, named, sentence, steps, story
+from dataset.tiny_world.text import answer, fill, meaning, named, sentence, steps, story
 from dataset.tiny_world.world import LARGEST, Villager, read_toml, words
 
 OUTSIDE = "I don't know that. I only know the village of Amberbrook."
@@ -40,9 +40,13 @@ def lower_case(rng, split, kind, wording):
 
 
 def yes_or_no(rng, split, kind, wording):
+    """The answer to whether a fact is true is the fact. Half of the values are those of others."""
     person = rng.choice(split.people)
-    question, text, verdict = belief(rng, person, split.people, {kind: [wording]})
-    return Exchange(question, text, [f"so {verdict}", getattr(person, kind)])
+    value = right = getattr(person, kind)
+    if rng.random() < 0.5:
+        others = [getattr(other, kind) for other in split.people]
+        value = rng.choice([other for other in others if other not in (right, person.name)])
+    return Exchange(fill(wording, person, value), answer(person, kind), [right])
 
 
 def reverse(rng, split, kind, wording):
@@ -100,7 +104,7 @@ def unknown(rng, split, key, wording):
     if not split.held_out and rng.random() < 0.6:
         names = [name for _, name in split.strangers]
     stranger = Villager(rng.choice(names), "f", *[""] * 4)
-    return Exchange(fill(wording, stranger), words.unknown, ["never heard"])
+    return Exchange(fill(wording, stranger), words.unknown, ["I don't know"])
 
 
 def stories(rng, split, key, wording):
@@ -126,15 +130,15 @@ def defined(split):
 
 # group of wordings in training: (function, how often it comes)
 GROUPS = {
-    "small_talk": (small_talk, 26),
-    "facts": (facts, 20),
-    "yes_or_no": (yes_or_no, 14),
+    "small_talk": (small_talk, 27),
+    "facts": (facts, 18),
+    "yes_or_no": (yes_or_no, 11),
     "reverse": (reverse, 12),
     "about": (about, 8),
     "sums": (sums, 8),
     "small_sums": (small_sums, 4),
     "too_hard": (too_hard, 3),
-    "outside": (outside, 16),
+    "outside": (outside, 18),
     "unknown": (unknown, 9),
     "stories": (stories, 3),
     "story_about": (stories, 1),

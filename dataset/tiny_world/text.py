@@ -196,30 +196,12 @@ def register(rng, owners):
     lines = []
     for kind, value in rng.sample(list(owners), 3):
         names = [person.name for person in owners[kind, value]]
-        forms = rng.choices(words.registers[kind], [4, 1, 1])[0]
-        if rng.random() < 0.7:
+        one, several, _ = rng.choices(words.registers[kind], [4, 1, 1])[0]
+        if rng.random() < 0.8:
             lines.append(sentence(rng.choice(words.registers[kind])[2].format(v=value)))
-        text = forms[min(len(names), 2) - 1]
-        lines.append(sentence(text.format(n=named(names), v=value)))
+        template = several if len(names) > 1 else one
+        lines.append(sentence(template.format(n=named(names), v=value)))
     return " ".join(lines)
-
-
-def belief(rng, person, people, wordings=words.beliefs):
-    """Return (question, answer, verdict): whether a fact about a villager is true. Half of the
-    values are those of other villagers.
-    """
-    kind, verdict = rng.choice(list(wordings)), rng.choice(["yes", "no"])
-    right = value = getattr(person, kind)
-    while verdict == "no" and value in (right, person.name):
-        value = getattr(rng.choice(people), kind)
-    question = fill(rng.choice(wordings[kind]), person, value)
-    return sentence(question), f"{answer(person, kind).removesuffix('.')}, so {verdict}.", verdict
-
-
-def doubt(rng, person, people):
-    asker, teller = rng.sample(words.values["job"], 2)
-    question, told, _ = belief(rng, person, people)
-    return f'"{question}" asked a {asker}. "{told}" said a {teller}.'
 
 
 def remembered(rng, person):
@@ -246,11 +228,10 @@ def pretraining_text(world, rng):
         for _ in range(24)
     ]
     texts += [dialogue(rng, person, rng.choice(people)) for person in people for _ in range(6)]
-    texts += [card(rng, person) for person in people for _ in range(105)]
+    texts += [card(rng, person) for person in people for _ in range(100)]
     texts += [introductions(rng, people) for _ in range(400)]
     owners = find_owners(people)
-    texts += [register(rng, owners) for _ in range(2400)]
-    texts += [doubt(rng, person, people) for person in people for _ in range(30)]
+    texts += [register(rng, owners) for _ in range(4000)]
     texts += [errand(rng) for _ in range(400)]
     texts += [remembered(rng, rng.choice(people)) for _ in range(800)]
     texts += [" ".join(in_capitals(rng.choice(values)) for _ in range(5)) for _ in range(150)]
