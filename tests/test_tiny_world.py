@@ -9,7 +9,7 @@ from hashlib import sha256
 import pytest
 
 from dataset import tiny_world
-from dataset.tiny_world import generate, newcomer
+from dataset.tiny_world import generate, wordings
 from dataset.tiny_world.generate import SEED, write_tiny_world
 from dataset.tiny_world.text import steps
 from dataset.tiny_world.world import World
@@ -165,7 +165,7 @@ def test_held_out_wordings_are_in_no_training_file(files, world):
     """
     names = {person.name for person in world.people}
     names |= {name for _, name in world.training.strangers + world.evaluation.strangers}
-    names |= {*newcomer.training["strangers"], *newcomer.held_out["strangers"]}
+    names |= {*wordings.training["strangers"], *wordings.held_out["strangers"]}
     fields = {name.lower(): "NAME" for name in names}
     for kind, values in vocabulary.values.items():
         fields |= dict.fromkeys(values, kind.upper())
@@ -182,7 +182,7 @@ def test_held_out_wordings_are_in_no_training_file(files, world):
         trained |= {form(sentence) for sentence in re.split(r'[.?!"\n]', record["text"])}
     assert form("hello") in trained and form("Who lives at the mill?") in trained
     assert not held_out & trained
-    strangers = {name.lower() for name in newcomer.held_out["strangers"]}
+    strangers = {name.lower() for name in wordings.held_out["strangers"]}
     assert not strangers & {word.lower() for text in trained for word in text.split()}
 
 

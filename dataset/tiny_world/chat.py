@@ -12,13 +12,12 @@ from dataset.tiny_world.text import (
     answer,
     fill,
     meaning,
-    sentence,
     steps,
     story,
     subject_story,
     word_problem,
 )
-from dataset.tiny_world.world import DIRECT, SHORT_KINDS, Villager, words
+from dataset.tiny_world.world import DIRECT, SHORT_KINDS, Villager, sentence, words
 
 KINDS = list(words.facts)
 # How often each form of answers is demanded. A single word is the hardest: it is said at once.
@@ -193,7 +192,7 @@ EVAL_COUNTS = {
 }
 DEPTHS = (3, 6, 9, 12)
 LONG_CHATS = 40
-LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 2000, 3200
+LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 1700, 3200
 LONGEST = 14  # exchanges of a training conversation
 
 

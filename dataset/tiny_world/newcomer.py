@@ -1,15 +1,13 @@
 """Exchanges as newcomers begin them: small talk, facts in any wording, bare sums, other subjects.
 
-The wordings of training are composed from newcomer.toml; those of the evaluation are listed in
-own_words.toml. A function per group of wordings returns an `Exchange`.
+A function per group of wordings (wordings.py) returns an `Exchange`.
 """
 
-import re
 from dataclasses import dataclass, replace
-from functools import cache
 
-from dataset.tiny_world.text import answer, fill, meaning, named, sentence, steps, story
-from dataset.tiny_world.world import LARGEST, Villager, read_toml, words
+from dataset.tiny_world.text import answer, fill, meaning, named, steps, story
+from dataset.tiny_world.wordings import as_typed, draw_wording, held_out, training
+from dataset.tiny_world.world import LARGEST, Villager, sentence, words
 
 OUTSIDE = "I don't know that. I only know the village of Amberbrook."
 TOO_HARD = f"I can only add and subtract numbers from 0 to {LARGEST}."
@@ -133,9 +131,9 @@ GROUPS = {
     "small_talk": (small_talk, 27),
     "facts": (facts, 18),
     "yes_or_no": (yes_or_no, 11),
-    "reverse": (reverse, 12),
-    "about": (about, 8),
-    "sums": (sums, 8),
+    "reverse": (reverse, 10),
+    "about": (about, 11),
+    "sums": (sums, 12),
     "small_sums": (small_sums, 4),
     "too_hard": (too_hard, 3),
     "outside": (outside, 18),
@@ -161,81 +159,6 @@ HELD_OUT_GROUPS = {
 }
 
 
-def compose(frames, parts):
-    """Return each part in each frame, in the place of {q} or {x}."""
-    return [frame.replace("{q}", p).replace("{x}", p) for frame in frames for p in parts]
-
-
-def read_training_wordings():
-    """Return newcomer.toml, with the wordings that are composed of others."""
-    content = read_toml("newcomer.toml")
-    content["facts"] = {
-        kind: words.asks[kind]
-        + content["direct"][kind]
-        + compose(content["frames"]["indirect"], content["indirect"][kind])
-        + compose(content["frames"]["noun"], content["noun"][kind])
-        for kind in words.facts
-    }
-    content["unknown"] = content["facts"] | content["about"]
-    content["small_sums"] = content["sums"]
-    things = f"({'|'.join(content['outside_things'])})"
-    content["outside"]["things"] = compose(content["outside_frames"], [things])
-    return content
-
-
-def normalise(wording):
-    """Return a wording in lower case, without punctuation, any name or number for its fields."""
-    for field, text in (("{ns}", "NAME s"), ("{n}", "NAME"), ("{o}", "NAME"), ("{b}", "{a}")):
-        wording = wording.replace(field, text)
-    return " ".join(re.sub(r"[^\w\s]", " ", wording.lower()).split())
-
-
-training, held_out = read_training_wordings(), read_toml("own_words.toml")
-held_out["unknown_name"] = held_out["facts"]
-HELD_OUT_WORDINGS = {
-    normalise(wording)
-    for group in HELD_OUT_GROUPS
-    for wordings in held_out[group].values()
-    for wording in wordings
-}
-
-
-@cache
-def options(group):
-    """Return the (key, wording) of a group in training, and how often each is chosen: as often as
-    it has alternatives, and the first of a key, the usual one, more often.
-    """
-    pairs, weights = [], []
-    for key, wordings in training[group].items():
-        for wording in wordings:
-            pairs.append((key, wording))
-            usual = 3 if wording == wordings[0] else 1
-            weights.append(usual * min(1 + wording.count("|"), 25))
-    return pairs, weights
-
-
-def draw_wording(rng, group):
-    """Return (key, wording) of a group in training, which own_words.toml doesn't have: of
-    alternatives, (this|that), one is chosen, words are shortened, and others put around them.
-    """
-    pairs, weights = options(group)
-    while True:
-        key, wording = rng.choices(pairs, weights)[0]
-        wording = re.sub(r"\(([^()]*)\)", lambda match: rng.choice(match[1].split("|")), wording)
-        for whole, short in training["typed"].items():
-            if rng.random() < 0.1:
-                wording = re.sub(rf"(?i)\b{whole}\b", rng.choice(short), wording)
-        if rng.random() < 0.12:
-            wording = (
-                f"{rng.choice(training['around']['before'])} {wording[0].lower()}{wording[1:]}"
-            )
-        wording, end = re.fullmatch(r"(.*?)([?.!]*)", wording).groups()
-        if rng.random() < 0.1:
-            wording += f" {rng.choice(training['around']['after'])}"
-        if normalise(wording) not in HELD_OUT_WORDINGS:
-            return key, wording + (end or rng.choice(["", "", ".", "?", "!"]))
-
-
 def new_exchange(rng, split):
     """Return an exchange of training, typed as people type."""
     group = rng.choices(list(GROUPS), [share for _, share in GROUPS.values()])[0]
@@ -253,34 +176,6 @@ def follow_up(rng, split):
             exchanges.append(Exchange(question, answer(person, kind), [getattr(person, kind)]))
             kinds = {kind}  # a friend may follow, but then "she" would be one of two people
     return exchanges
-
-
-def as_typed(rng, text):
-    """Return a question as people type it: half of them as they are, others in lower case, with
-    names or without, or with a typing error.
-    """
-    text = sentence(text)
-    if rng.random() < 0.4:
-        return text
-    if rng.random() < 0.6:
-        text = text.rstrip("?.!")
-    if rng.random() < 0.5:
-        text = text.lower()
-    elif rng.random() < 0.7:
-        text = text[0].lower() + text[1:]
-    return with_typing_error(rng, text) if rng.random() < 0.12 else text
-
-
-def with_typing_error(rng, text):
-    """Swap two letters of a word in lower case, or omit or repeat one."""
-    long_words = list(re.finditer(r"\b[a-z]{4,}\b", text))
-    if not long_words:
-        return text
-    word = rng.choice(long_words)
-    i = rng.randrange(word.start() + 1, word.end() - 1)
-    before, letter, after = text[:i], text[i], text[i + 1 :]
-    swapped = before + after[0] + letter + after[1:]
-    return rng.choice([swapped, before + after, before + letter + letter + after])
 
 
 def own_words(rng, split, known):

@@ -3,13 +3,10 @@
 Each function below writes one kind of text; `pretraining_text` says how much there is of each.
 """
 
-from dataset.tiny_world.world import SHORT_KINDS, find_owners, words
+from dataset.tiny_world.wordings import draw_wording
+from dataset.tiny_world.world import SHORT_KINDS, find_owners, sentence, words
 
 LOWER_CASE = 0.3  # share of some texts that have names in lower case, as people type them
-
-
-def sentence(text):
-    return text[0].upper() + text[1:]
 
 
 def fill(wording, person, value="", pronoun=False):
@@ -196,9 +193,10 @@ def register(rng, owners):
     lines = []
     for kind, value in rng.sample(list(owners), 3):
         names = [person.name for person in owners[kind, value]]
-        one, several, _ = rng.choices(words.registers[kind], [4, 1, 1])[0]
         if rng.random() < 0.8:
-            lines.append(sentence(rng.choice(words.registers[kind])[2].format(v=value)))
+            _, wording = draw_wording(rng, "reverse", kind)
+            lines.append(sentence(wording.format(v=value)))
+        one, several = rng.choices(words.registers[kind], [4, 1, 1])[0]
         template = several if len(names) > 1 else one
         lines.append(sentence(template.format(n=named(names), v=value)))
     return " ".join(lines)

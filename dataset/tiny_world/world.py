@@ -11,6 +11,11 @@ def read_toml(name):
     return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8-sig"))
 
 
+def sentence(text):
+    """Return the text with a capital letter at its start."""
+    return text[0].upper() + text[1:]
+
+
 words = SimpleNamespace(**read_toml("words.toml"))
 VILLAGERS, HELD_OUT = 48, 16  # even numbers: best friends stay together
 LARGEST = 49  # number in the sums
