@@ -23,7 +23,7 @@ STOP = (IM_END, END_OF_TEXT)  # an answer ends at one of these
 # OpenMP's threads spin while they wait for each other. If another program has the core of one, the
 # others spin for milliseconds at each operation. Let them sleep sooner, unless the user has set it.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & set(os.environ):
-    os.environ |= {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}  # GNU's; LLVM's and Intel's
+    os.environ |= {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}  # GNU's; LLVM's and Intel's
 
 
 class UserError(ValueError):
