@@ -366,3 +366,40 @@ def test_pretrained_weights_refuse_a_system_prompt(trained, capsys):
         talk.command("/system Be kind.")
     talk.command("/reset")
     assert "[a new conversation]" in capsys.readouterr().out
+
+
+SCRIPTS = [*TRAIN, "trainer/train_dpo.py", "trainer/train_grpo.py", "evaluation/run_eval.py"]
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "PASSIVE"}, {"GOMP_SPINCOUNT": "7"}])
+@pytest.mark.parametrize("script", ["eval_llm.py", *SCRIPTS])
+def test_openmp_is_told_to_sleep_before_torch_loads_unless_the_user_has_told_it(
+    script, given, tmp_path, monkeypatch
+):
+    for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    tell = f"import os; print([os.environ.get(name) for name in {names}], flush=True); os._exit(0)"
+    (tmp_path / "torch.py").write_text(tell, encoding="utf-8")
+    done = run(script, PYTHONPATH=str(tmp_path), **given)
+    assert done.stdout.splitlines()[-1:] == [
+        str(["3000", "0"] if not given else [given.get("GOMP_SPINCOUNT"), None])
+    ]
+
+
+def test_the_demos_model_says_what_to_try_and_a_line_without_a_word_gets_a_hint(
+    trained, tmp_path, monkeypatch, capsys
+):
+    """Weights that were trained on the embedded data know the village; others don't."""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    content = torch.load(next(trained.glob("full_sft_*.pth")), weights_only=True)
+    content["training"]["data_path"] = None
+    torch.save(content, tmp_path / "demo.pth")
+    for weight, knows in ((tmp_path / "demo.pth", True), ("full_sft", False)):
+        lines = iter(["", " ?", "?!", "/quit"])
+        monkeypatch.setattr("builtins.input", lambda _, lines=lines: next(lines))
+        eval_llm.main(["--weight", str(weight), "--save_dir", str(trained)])
+        printed = capsys.readouterr().out
+        assert all((example in printed) == knows for example in eval_llm.EXAMPLES)
+        assert printed.count("[type a question") == 3
+        assert printed.count("tokens, ") == 0

@@ -122,7 +122,20 @@ def test_a_tokenizer_learns_from_all_sides_of_a_conversation(tmp_path):
         assert len(load_tokenizer(out).encode(word).ids) == 1
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_the_role_of_a_message_is_one_token(tmp_path):
+    """In the shipped tokenizer, and in one that is trained on conversations."""
+    path, out = write_jsonl(tmp_path / "x.jsonl", [chat("Hi", "Ho")] * 9), tmp_path / "t.json"
+    flags = ["--data_path", path, "--vocab_size", 320, "--out", out]
+    assert run_here("trainer/train_tokenizer.py", *flags).returncode == 0
+    for tokenizer in (load_tokenizer(), load_tokenizer(out)):
+        for role in ("user", "assistant"):
+            assert len(tokenizer.encode(f"{role}\n").ids) == 2
+
+
+NO_CONTENT = json.dumps({"messages": [{"role": "user", "content": ""}]}) + "\n"
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n', NO_CONTENT])
 def test_a_file_without_text_makes_no_tokenizer(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
     (tmp_path / "t.json").write_text("before", encoding="utf-8")

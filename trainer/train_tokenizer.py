@@ -83,8 +83,9 @@ def read_texts(path):
         except ValueError as error:
             raise UserError(f"{path}, line {line} isn't a text or conversation: {error}") from None
         for message in messages:
-            yield f"{message['role']}\n"
-            yield message["content"]
+            if message["content"]:
+                yield f"{message['role']}\n"
+                yield message["content"]
 
 
 def main(argv=None):
