@@ -188,7 +188,7 @@ def test_held_out_wordings_are_in_no_training_file(files, world):
 
 def test_answers_in_own_words_are_true(files, world):
     people = {person.name.lower(): person for person in world.people}
-    checked = Counter()
+    checked, true = Counter(), 0
     for record in files["eval_tiny.jsonl"]:
         group, expected = record.get("group"), record["expected"]
         (question,) = spoken([record]) if group else [""]
@@ -196,9 +196,8 @@ def test_answers_in_own_words_are_true(files, world):
         if group in ("facts", "lower case"):
             assert expected[0] in vars(asked[0]).values()
         elif group == "yes or no":
-            verdict, fact = expected
-            owners = [p for p in asked if fact in vars(p).values()]
-            assert owners and (verdict == "so yes") == (fact in question)
+            true += expected[0] in question
+            assert any(expected[0] in vars(person).values() for person in asked)
         elif group == "reverse":
             facts = {value for p in world.people for value in vars(p).values()}
             value = max((v for v in facts if re.search(rf"\b{v}\b", question)), key=len)
@@ -210,6 +209,7 @@ def test_answers_in_own_words_are_true(files, world):
             assert held_out & set(world.evaluation.sums) and result in (a + b, a - b)
         checked[group] += 1
     assert min(checked[group] for group in ("facts", "yes or no", "reverse", "lower case")) >= 40
+    assert 0 < true < checked["yes or no"]
 
 
 def test_two_part_questions_join_wordings_that_were_never_joined_in_training(files, world):

@@ -5,7 +5,7 @@ A function per group of wordings (wordings.py) returns an `Exchange`.
 
 from dataclasses import dataclass, replace
 
-from dataset.tiny_world.text import answer, fill, meaning, named, steps, story
+from dataset.tiny_world.text import answer, fill, meaning, named_owners, steps, story
 from dataset.tiny_world.wordings import as_typed, draw_wording, held_out, training
 from dataset.tiny_world.world import LARGEST, Villager, sentence, words
 
@@ -51,8 +51,7 @@ def reverse(rng, split, kind, wording):
     """Who lives at a place, and the like: one villager, or several."""
     value = rng.choice([value for other, value in split.owners if other == kind])
     names = [person.name for person in split.owners[kind, value]]
-    template = training["reverse_answers"][kind][min(len(names), 2) - 1]
-    return Exchange(wording.format(v=value), template.format(n=named(names), v=value), names)
+    return Exchange(wording.format(v=value), named_owners(kind, value, names), names)
 
 
 def about(rng, split, key, wording):
@@ -128,10 +127,10 @@ def defined(split):
 
 # group of wordings in training: (function, how often it comes)
 GROUPS = {
-    "small_talk": (small_talk, 27),
+    "small_talk": (small_talk, 30),
     "facts": (facts, 18),
     "yes_or_no": (yes_or_no, 11),
-    "reverse": (reverse, 10),
+    "reverse": (reverse, 12),
     "about": (about, 11),
     "sums": (sums, 12),
     "small_sums": (small_sums, 4),

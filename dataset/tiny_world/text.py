@@ -196,10 +196,15 @@ def register(rng, owners):
         if rng.random() < 0.8:
             _, wording = draw_wording(rng, "reverse", kind)
             lines.append(sentence(wording.format(v=value)))
-        one, several = rng.choices(words.registers[kind], [4, 1, 1])[0]
-        template = several if len(names) > 1 else one
-        lines.append(sentence(template.format(n=named(names), v=value)))
+        form = rng.choices(range(len(words.registers[kind])), [4, 1, 1])[0]
+        lines.append(named_owners(kind, value, names, form))
     return " ".join(lines)
+
+
+def named_owners(kind, value, names, form=0):
+    """Return the sentence that names the villagers of whom a fact is true."""
+    template = words.registers[kind][form][min(len(names), 2) - 1]
+    return sentence(template.format(n=named(names), v=value))
 
 
 def remembered(rng, person):

@@ -32,8 +32,8 @@ def read_training_wordings():
 
 def normalise(wording):
     """Return a wording in lower case, without punctuation, any name or number for its fields."""
-    for field, text in (("{ns}", "NAME s"), ("{n}", "NAME"), ("{o}", "NAME"), ("{b}", "{a}")):
-        wording = wording.replace(field, text)
+    wording = wording.replace("{ns}", "{n}s")
+    wording = re.sub(r"\{[no]\}", " NAME ", re.sub(r"\{[abcd]\}", " NUMBER ", wording))
     return " ".join(re.sub(r"[^\w\s]", " ", wording.lower()).split())
 
 
