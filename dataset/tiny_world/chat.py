@@ -177,7 +177,7 @@ def in_own_words(rng, split):
 IMPERSONAL = {calculation: 10, story_on_request: 2, definition: 2}
 SINGLE = {recall: 5, two_facts: 6, instruction: 12, unknown: 3} | IMPERSONAL
 TOPICS = SINGLE | {follow_up: 15, favourite: 8}
-TRAINING_TOPICS = TOPICS | {in_own_words: 60}
+TRAINING_TOPICS = TOPICS | {in_own_words: 45}
 # How many questions of each kind the evaluation asks; LONG_CHATS more at each of DEPTHS.
 EVAL_COUNTS = {
     recall: 100,
@@ -192,7 +192,7 @@ EVAL_COUNTS = {
 }
 DEPTHS = (3, 6, 9, 12)
 LONG_CHATS = 40
-LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 1700, 3200
+LONG_CONVERSATIONS, SHORT_CONVERSATIONS = 2200, 3200
 LONGEST = 14  # exchanges of a training conversation
 
 
