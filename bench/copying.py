@@ -18,7 +18,7 @@ import torch
 
 from common import IGNORE
 from dataset.packing import best_fit_decreasing, collate
-from dataset.tiny_world.text import words
+from dataset.tiny_world.world import words
 from model.causal_lm import CausalLM, ModelConfig
 from model.device import keep_freed_memory
 from model.loss import count_supervised

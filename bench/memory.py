@@ -54,7 +54,8 @@ def main():
     parser.add_argument("--one_line", action="store_true", help="all texts as one document")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from dataset.tiny_world.text import World, portrait
+    from dataset.tiny_world.text import portrait
+    from dataset.tiny_world.world import World
 
     with tempfile.TemporaryDirectory() as folder:
         path, cache, rng = Path(folder) / "large.jsonl", Path(folder) / "cache", random.Random(0)

@@ -26,9 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
-from dataset.tiny_world.chat import SHORT_KINDS, Pool, answer, ask, sentence
+from dataset.tiny_world.chat import ask
 from dataset.tiny_world.generate import SEED, write_sums
-from dataset.tiny_world.text import World
+from dataset.tiny_world.text import answer
+from dataset.tiny_world.world import SHORT_KINDS, World, sentence
 from model.chat_template import render
 from model.generation import complete
 from model.weights import build_model, find_weights, load
@@ -83,7 +84,7 @@ def style(folder, weight):
     path = find_weights(folder, weight)
     model, tokenizer = build_model(load(path), path)
     rng, rows = random.Random(7), []
-    for person in Pool(World(SEED), held_out=True).people:
+    for person in World(SEED).held_out:
         for kind in SHORT_KINDS:
             question = [{"role": "user", "content": sentence(ask(rng, person, kind))}]
             rows.append((question, getattr(person, kind), answer(person, kind)))

@@ -392,6 +392,7 @@ def test_the_demos_model_says_what_to_try_and_a_line_without_a_word_gets_a_hint(
 ):
     """Weights that were trained on the embedded data know the village; others don't."""
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdin, "reconfigure", lambda errors: None, raising=False)
     content = torch.load(next(trained.glob("full_sft_*.pth")), weights_only=True)
     content["training"]["data_path"] = None
     torch.save(content, tmp_path / "demo.pth")

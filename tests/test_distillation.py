@@ -228,11 +228,11 @@ def test_a_run_and_its_resumption(trained, data, tmp_path, capsys):
     lines = (tmp_path / "whole/logs/distilled_16.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
-    steps = json.loads(lines[-1])["step"]
+    middle = (json.loads(lines[-1])["step"] + 1) // 2
     parts = tmp_path / "parts"
-    distill(trained, data, parts, "--distill_alpha", 0.2, "--save_interval", steps // 2)
+    distill(trained, data, parts, "--distill_alpha", 0.2, "--save_interval", middle)
     folder = parts / "checkpoints"
-    earlier = folder / f"distilled_16_step{steps // 2:06d}.pth"
+    earlier = folder / f"distilled_16_step{middle:06d}.pth"
     earlier.replace(folder / "distilled_16_resume.pth")
     train_distillation.main(["--from_resume", "1", "--save_dir", str(parts)])
     one, other = (

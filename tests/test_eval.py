@@ -786,4 +786,4 @@ def test_a_score_while_training_is_that_of_run_eval_on_the_first_200_problems(tm
     assert len(task.problems) == 200
     assert task.params == SamplingParams(256, 0.0)
     tiny = generate_answers.TaskScore("tiny_world", None)
-    assert len(tiny.problems) == 560 and tiny.params == SamplingParams(120, 0.0)
+    assert len(tiny.problems) == 910 and tiny.params == SamplingParams(120, 0.0)

@@ -12,6 +12,7 @@ import torch
 
 from convert import to_gguf
 from dataset.tiny_world import text as tiny_world
+from dataset.tiny_world.world import World
 from model.causal_lm import CausalLM, ModelConfig
 from model.chat_template import render
 from model.generation import complete
@@ -119,7 +120,7 @@ def test_a_greedy_answer_is_the_same(mine):
 def texts():
     """2,000 texts: Tiny World, code, other scripts, spaces, forged markers."""
     rng = random.Random(1)
-    found = tiny_world.pretraining_text(tiny_world.World(1), rng)[:1500]
+    found = tiny_world.pretraining_text(World(1), rng)[:1500]
     pieces = [
         "naïve",
         "日本語",

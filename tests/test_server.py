@@ -36,7 +36,7 @@ TOKENIZER = load_tokenizer()
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(7)
+    torch.manual_seed(11)
     shape = {"hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 200}
     return CausalLM(ModelConfig(**shape)).eval()
 
@@ -554,7 +554,7 @@ def test_several_weights_are_served_by_their_names(trained, tmp_path):
         (["--export", page, "--prompt", "x", "--max_batch", 2], "doesn't support --max_batch"),
         (["--export", page, "--serve", 0], "--serve doesn't support --export"),
         (["--export", page, "--prompt", "a b " * 2000], "error: --prompt: "),
-        (["--export", page, "--prompt", "1" * 2020], "leave no room for an answer; shorten it"),
+        (["--export", page, "--prompt", "1" * 2035], "leave no room for an answer; shorten it"),
         (["--export", page, "--prompt", "x", "--lora", "y"], "give it with one --weight"),
         (["--export", page / "x.html", "--prompt", "x"], "cannot be written"),
         (
