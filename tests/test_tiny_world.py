@@ -17,9 +17,9 @@ from dataset.tiny_world.world import words as vocabulary
 from evaluation.tasks import matches_expected as is_correct
 from tests.conftest import run, run_here
 
-VILLAGE = {  # 2026-11-30
+VILLAGE = {  # 2026-12-01
     "pretrain_tiny.jsonl": "0f1e5ea2342e2296ae61e7aba2de5083360baf72df04aee8791ac8506418e655",
-    "sft_tiny.jsonl": "4b10e374525a464d6f22ffed766779c789f1d7b3e30e844f51cc21b585ddf981",
+    "sft_tiny.jsonl": "29aa2c0b02ad55a5464403875f2410e399a193f71cdbf52995ae25489cdf8ad8",
     "eval_tiny.jsonl": "d85434ea9877da2b0804bf59b7c906bcd7f114f688ec67310e8c17382e42eaa0",
     "dpo_tiny.jsonl": "2ab35befdc654d44bcc626a879da033f8cef70deb14e565c6f7ffadb4a5e1aa4",
     "practice_tiny.jsonl": "5bd71f7049d77c323c2f7fd16cefa6926e336da8e6c26f958bfa35d4cc5091c0",
