@@ -62,6 +62,7 @@ BENCH = (
     "serving",
     "page",
     "rewards",
+    "competing",
 )
 LONG = ("demo.py", "recipes/python_text.py", *(f"bench/{name}.py" for name in BENCH))
 COMMANDS = commands()
