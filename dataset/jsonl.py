@@ -92,7 +92,7 @@ def is_conversation(value):
 
 def open_data_file(path):
     """Open a text file to read bytes, decompressing gzip. Raises UserError, naming the kind, if its
-    first bytes are those of another file type.
+    first bytes belong to another file type.
     """
     file = open_file(path)
     start = file.read(64)

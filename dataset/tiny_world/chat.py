@@ -138,7 +138,7 @@ def in_a_manner(rng, split, manner):
 
 
 def instruction(rng, split):
-    """The user demands a form of the answer, which holds for this answer alone."""
+    """The user demands a form of the answer, which holds only for this answer."""
     manner = choose(rng, {manner: MANNERS[manner] for manner in ("one word", "capitals", "list")})
     question, text = in_a_manner(rng, split, manner)
     return Topic("format", turns(f"{rng.choice(words.manners[manner])} {question}", text), text)

@@ -72,13 +72,13 @@ def write_file(path):
 
 
 def practice(world, rng):
-    """1,000 questions with a sum of training, and their results alone."""
+    """1,000 questions with a sum of training, and only their results."""
     return questions(world, rng, held_out=False, counts={calculation: 1000}, depths=())
 
 
 def write_sums(folder, seed=SEED):
     """Writes solved.jsonl, conversations with sums and their steps; practice.jsonl, questions of
-    the same kind with the result alone; exam.jsonl, questions about the held-out sums.
+    the same kind with only the result; exam.jsonl, questions about the held-out sums.
     """
     world, rng = World(seed), random.Random(seed + 4)
     files = {

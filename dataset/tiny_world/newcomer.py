@@ -38,7 +38,7 @@ def lower_case(rng, split, kind, wording):
 
 
 def yes_or_no(rng, split, kind, wording):
-    """The answer to whether a fact is true is the fact. Half of the values are those of others."""
+    """The answer to whether a fact is true is the fact. Half of the values belong to somebody else."""
     person = rng.choice(split.people)
     value = right = getattr(person, kind)
     if rng.random() < 0.5:
@@ -118,7 +118,7 @@ def meanings(rng, split, key, wording):
 
 
 def defined(split):
-    """Return the words whose meanings are asked: the jobs are those of the split, as in questions
+    """Return the words whose meanings are asked: only the jobs of the split, as in questions
     of who has them, so that neither kind of question is the only one about a job.
     """
     jobs = set(words.values["job"])

@@ -80,7 +80,7 @@ def named(kinds):
 
 def gossip(rng, person):
     """A question about a villager and an answer with facts without the name: two or three of any
-    kind, or those of the kinds in the question; some answers are in capitals.
+    kind, or the kinds in the question; some answers are in capitals.
     """
     asker, teller, said = rng.choice(words.values["job"]), rng.choice(words.values["job"]), "said"
     shouts = rng.random() < 0.4

@@ -1,5 +1,5 @@
-"""What newcomers type: the wordings of training, composed from newcomer.toml, and those of the
-evaluation, listed in own_words.toml.
+"""What newcomers type: the wordings of training, composed from newcomer.toml, and the wordings
+of the evaluation, listed in own_words.toml.
 """
 
 import re
