@@ -38,7 +38,7 @@ def lower_case(rng, split, kind, wording):
 
 
 def yes_or_no(rng, split, kind, wording):
-    """The answer to whether a fact is true is the fact. Half of the values belong to somebody else."""
+    """The answer to whether a fact is true is the fact. Half of the values are of others."""
     person = rng.choice(split.people)
     value = right = getattr(person, kind)
     if rng.random() < 0.5:
