@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 BLOCK = 128  # queries per block, tuned on a CPU: larger ones waste more work on masked scores
-KEY_MULTIPLE = 64  # oneDNN caches compiled code per matmul size
+KEY_MULTIPLE = 64  # blocks begin at such a key: oneDNN compiles code for each matmul size
 
 
 def plain_attention(q, k, v, mask):
@@ -98,8 +98,8 @@ def attend_one_query(q, k, v, mask):
 def attend_in_blocks(q, k, v, mask):
     """Attention for one block of queries at a time, without the keys after the block, nor those
     before the documents of its queries. On a CPU this is faster than torch's fused kernel,
-    especially in bf16: it computes less than half as many scores, and the G heads that share a key
-    are computed in one larger matmul.
+    especially in bf16: it skips scores that the mask hides, and the G heads that share a key are
+    computed in one larger matmul.
     """
     B, H, T, d = q.shape
     _, K, S, _ = k.shape
@@ -126,7 +126,8 @@ def attend_in_blocks(q, k, v, mask):
 
 def first_visible_key(mask):
     """Return the index of the first key that a query of the mask sees, rounded down to a multiple
-    of KEY_MULTIPLE; mask (B, 1, t, S). 0 on devices and in compiled code that would wait for it.
+    of KEY_MULTIPLE; mask (B, 1, t, S). Returns 0 in compiled code and on GPUs, where reading the
+    index would wait for the device.
     """
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return 0
